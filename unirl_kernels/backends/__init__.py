@@ -1,0 +1,170 @@
+"""The table of backends: each row is a module with the same few functions, loaded when first used.
+
+A backend module offers
+
+    KERNELS                names of its one-pass kernels, the default first
+    unavailable(device)    None, or the reason why it cannot run there
+    token_stats            statistics of each row, one read of the logits
+    token_stats_backward   gradient of the logits from gradients of the statistics, one read and one write
+    fused_loss             statistics, objective and gradient of each row, one read and one write
+    empty_gradient         uninitialised memory for a gradient
+    scale_                 multiply a gradient by a scalar, free where the scalar is 1
+
+with the signatures of ``Backend``. Shapes throughout: logits [B, L, V] with any strides and the last one 1;
+everything per row [B, L] and contiguous. The packed layout is B = 1. Statistics and fields are fp32, fp64 for
+fp64 logits. A row whose target is ``IGNORE`` is not read: its statistics and loss are 0, its gradient exact zeros.
+A row whose target is otherwise outside [0, V) gets NaN everywhere.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor
+
+
+class ReadoutArgs(NamedTuple):
+    """How raw logits x become log-probabilities: z = softcap * tanh(scale * x / softcap) / temperature."""
+
+    scale: float
+    softcap: float | None
+    temperature: float
+    row_temperature: Tensor | None  # [B, L]; replaces temperature
+
+
+class RowStats(NamedTuple):
+    logp: Tensor  # [B, L]
+    entropy: Tensor  # [B, L]
+    lse: Tensor  # [B, L]
+
+
+class RowGradients(NamedTuple):
+    """Gradients of the loss with respect to a row's statistics; None is zero."""
+
+    d_logp: Tensor | None  # [B, L]
+    d_entropy: Tensor | None  # [B, L]
+    d_lse: Tensor | None  # [B, L]
+
+
+class RowFields(NamedTuple):
+    """What the objective reads of a row besides its statistics. ``old_logp`` None: on policy, the row's own logp."""
+
+    weight: Tensor  # [B, L]
+    advantage: Tensor | None  # [B, L]
+    old_logp: Tensor | None  # [B, L]
+    ref_logp: Tensor | None  # [B, L]
+
+
+class FusedRows(NamedTuple):
+    loss: Tensor  # [B, L], weighted
+    logp: Tensor  # [B, L]
+    entropy: Tensor  # [B, L]
+
+
+class Backend(Protocol):
+    KERNELS: tuple[str, ...]
+
+    def unavailable(self, device: torch.device) -> str | None: ...
+
+    def token_stats(self, logits: Tensor, target: Tensor, readout: ReadoutArgs) -> RowStats: ...
+
+    def token_stats_backward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        stats: RowStats,
+        gradients: RowGradients,
+        readout: ReadoutArgs,
+        d_logits: Tensor,  # [B, L, V], written; may be ``logits`` itself
+    ) -> None: ...
+
+    def fused_loss(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        fields: RowFields,
+        readout: ReadoutArgs,
+        code: Sequence[int],
+        params: Tensor,  # [n_params] float64
+        d_logits: Tensor,  # [B, L, V], written; may be ``logits`` itself
+        kernel: str,
+    ) -> FusedRows: ...
+
+    def empty_gradient(self, logits: Tensor) -> Tensor: ...
+
+    def scale_(self, x: Tensor, factor: Tensor) -> None: ...
+
+
+MODULES = {
+    "cpu": "unirl_kernels.backends.cpu",
+    "triton": "unirl_kernels.backends.triton",
+    "eager": "unirl_kernels.backends.eager",
+}
+"""Backends in the order of preference."""
+
+COMPOSED = "composed"
+"""The kernel that every backend has: statistics, then the objective under autograd, then the gradient."""
+
+
+def load(name: str) -> Backend:
+    """The module of a backend.
+
+    Raises:
+        ValueError: when there is no backend of that name.
+    """
+    if name not in MODULES:
+        raise ValueError(f"backend must be one of {', '.join(MODULES)}, got {name!r}")
+    return cast(Backend, importlib.import_module(MODULES[name]))
+
+
+def unavailable(name: str, device: torch.device) -> str | None:
+    """None when the backend runs on ``device``, else the reason why not."""
+    return load(name).unavailable(device)
+
+
+@cache
+def select(device: torch.device, name: str | None) -> str:
+    """The backend to use on ``device``: the named one, else the first of the table that runs there.
+
+    Raises:
+        ValueError: when the named backend does not exist.
+        RuntimeError: when the named backend cannot run there, with the reason.
+    """
+    if name is not None:
+        if reason := unavailable(name, device):
+            raise RuntimeError(f"backend {name!r} cannot run on {device}: {reason}")
+        return name
+    reasons = {}
+    for candidate in MODULES:
+        reason = unavailable(candidate, device)
+        if reason is None:
+            break
+        reasons[candidate] = reason
+    preferred = {"cpu": "cpu", "cuda": "triton"}.get(device.type)
+    if preferred in reasons:
+        warnings.warn(
+            f"unirl_kernels uses the slow {candidate!r} backend on {device}: "
+            f"{preferred!r} cannot run there ({reasons[preferred]})",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return candidate
+
+
+def select_kernel(backend: str, name: str | None) -> str:
+    """The kernel to use: the named one, else the backend's default.
+
+    Raises:
+        ValueError: when the backend has no kernel of that name.
+    """
+    kernels = load(backend).KERNELS
+    if name is None:
+        return kernels[0]
+    if name not in (*kernels, COMPOSED):
+        raise ValueError(f"kernel of backend {backend!r} must be one of {', '.join((*kernels, COMPOSED))}, got {name!r}")
+    return name

@@ -1,0 +1,58 @@
+"""Runs a program on tensors: the meaning of every instruction, and what the eager backend executes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from unirl_kernels.program.ir import INPUTS, ZERO, Op, Program
+
+INSTRUCTIONS: dict[Op, Callable[..., Tensor]] = {
+    Op.ADD: torch.add,
+    Op.SUB: torch.sub,
+    Op.MUL: torch.mul,
+    Op.DIV: torch.div,
+    Op.NEG: torch.neg,
+    Op.ABS: torch.abs,
+    Op.SIGN: torch.sign,
+    Op.MINIMUM: torch.minimum,
+    Op.MAXIMUM: torch.maximum,
+    Op.CLAMP: torch.clamp,
+    Op.EXP: torch.exp,
+    Op.EXPM1: torch.expm1,
+    Op.LOG: torch.log,
+    Op.LOG1P: torch.log1p,
+    Op.SQRT: torch.sqrt,
+    Op.TANH: torch.tanh,
+    Op.SIGMOID: torch.sigmoid,
+    Op.LOGSIGMOID: logsigmoid,
+    Op.LT: lambda x, y: (x < y).to(x.dtype),
+    Op.LE: lambda x, y: (x <= y).to(x.dtype),
+    Op.EQ: lambda x, y: (x == y).to(x.dtype),
+    Op.WHERE: lambda c, x, y: torch.where(c != 0, x, y),
+}
+
+
+def evaluate(program: Program, inputs: Mapping[str, Tensor], params: Tensor) -> tuple[Tensor, ...]:
+    """Run ``program`` elementwise.
+
+    Args:
+        program: what to compute.
+        inputs: per name of ``program.reads`` (and always ``logp``), tensors of one shape and dtype.
+        params: [n_params] float64, on the inputs' device.
+
+    Returns:
+        loss, d_logp, d_entropy, d_lse: the shape and dtype of ``inputs["logp"]``.
+    """
+    like = inputs["logp"]
+    registers: list[Tensor | None] = [inputs.get(name) for name in INPUTS]
+    registers += [p.to(like.dtype).expand_as(like) for p in params.unbind()]
+    for instruction in program.instructions:
+        operands = [registers[r] for r in instruction.args]
+        registers.append(INSTRUCTIONS[instruction.op](*operands))
+    zero = torch.zeros_like(like)
+    results = (zero if r == ZERO else registers[r] for r in program.outputs)
+    return tuple(zero if r is None else r for r in results)

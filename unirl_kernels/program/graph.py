@@ -1,0 +1,265 @@
+"""Scalar expressions: a hash-consed graph that simplifies itself, and its forward-mode derivative."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from unirl_kernels.program.ir import (
+    INPUTS,
+    MAX_INSTRUCTIONS,
+    MAX_PARAMS,
+    STATISTICS,
+    ZERO,
+    Instruction,
+    Op,
+    Program,
+)
+
+
+@dataclass(frozen=True)
+class Node:
+    """One expression. ``kind`` is an ``Op``, or ``input`` (a name), ``param`` (an index), ``const`` (a number),
+    ``detach`` (the value of its argument, with derivative zero)."""
+
+    kind: Op | str
+    args: tuple[int, ...] = ()
+    value: str | int | float = 0
+
+
+@dataclass
+class Graph:
+    """Nodes in topological order; equal expressions share a node."""
+
+    nodes: list[Node] = field(default_factory=list)
+    params: list[float] = field(default_factory=list)
+    _index: dict[Node, int] = field(default_factory=dict)
+
+    def _intern(self, node: Node) -> int:
+        if node not in self._index:
+            self._index[node] = len(self.nodes)
+            self.nodes.append(node)
+        return self._index[node]
+
+    def input(self, name: str) -> int:
+        return self._intern(Node("input", value=name))
+
+    def const(self, value: float) -> int:
+        """A number that belongs to the structure (from the rules of calculus): simplified away where possible."""
+        return self._intern(Node("const", value=float(value)))
+
+    def param(self, value: float) -> int:
+        """A number of the objective: a run-time parameter, so that a new value needs no new kernel."""
+        self.params.append(float(value))
+        return self._intern(Node("param", value=len(self.params) - 1))
+
+    def detach(self, x: int) -> int:
+        return self._intern(Node("detach", (x,)))
+
+    def op(self, op: Op, *args: int) -> int:
+        simpler = _simplify(self, op, args)
+        return self._intern(Node(op, args)) if simpler is None else simpler
+
+    def constant_value(self, x: int) -> float | None:
+        node = self.nodes[x]
+        return float(node.value) if node.kind == "const" else None
+
+    def _negated(self, x: int) -> int | None:
+        """Node of -x where that is simpler than x: x is a negation or a negative constant."""
+        node = self.nodes[x]
+        if node.kind == "const" and float(node.value) < 0:
+            return self.const(-float(node.value))
+        return node.args[0] if node.kind is Op.NEG else None
+
+
+def _simplify(g: Graph, op: Op, args: tuple[int, ...]) -> int | None:
+    """Exact rewrites only: identities of 0 and 1, and signs moved outwards. None when nothing applies."""
+    values = [g.constant_value(x) for x in args]
+    if op is Op.ADD:
+        if values[0] == 0:
+            return args[1]
+        if values[1] == 0:
+            return args[0]
+        if (y := g._negated(args[1])) is not None:
+            return g.op(Op.SUB, args[0], y)
+        if (x := g._negated(args[0])) is not None:
+            return g.op(Op.SUB, args[1], x)
+    elif op is Op.SUB:
+        if values[1] == 0:
+            return args[0]
+        if values[0] == 0:
+            return g.op(Op.NEG, args[1])
+        if (y := g._negated(args[1])) is not None:
+            return g.op(Op.ADD, args[0], y)
+    elif op is Op.MUL:
+        if 0 in values:
+            return g.const(0)
+        if values[0] == 1:
+            return args[1]
+        if values[1] == 1:
+            return args[0]
+        for this, other in ((0, 1), (1, 0)):
+            if (x := g._negated(args[this])) is not None:
+                return g.op(Op.NEG, g.op(Op.MUL, *sorted((x, args[other]))))
+        if args[0] > args[1]:
+            return g.op(Op.MUL, args[1], args[0])
+    elif op is Op.DIV:
+        if values[0] == 0:
+            return g.const(0)
+        if values[1] == 1:
+            return args[0]
+        if (x := g._negated(args[0])) is not None:
+            return g.op(Op.NEG, g.op(Op.DIV, x, args[1]))
+    elif op is Op.NEG:
+        if values[0] is not None:
+            return g.const(-values[0])
+        return g._negated(args[0])
+    elif op is Op.WHERE:
+        if args[1] == args[2]:
+            return args[1]
+        if values[0] is not None:
+            return args[1] if values[0] else args[2]
+    return None
+
+
+Rule = Callable[[Graph, int, tuple[int, ...], tuple[int, ...]], int]
+
+
+def _along(slope: Callable[[Graph, int, int], int]) -> Rule:
+    """Rule of a function of one argument: slope(x, y) dx, where y is the function's value."""
+    return lambda g, y, x, dx: g.op(Op.MUL, slope(g, x[0], y), dx[0])
+
+
+def _one_minus(g: Graph, x: int) -> int:
+    return g.op(Op.SUB, g.const(1), x)
+
+
+def _extremum(order: tuple[int, int]) -> Rule:
+    """PyTorch's rule for minimum and maximum: the chosen argument's derivative, the mean of both at a tie."""
+
+    def rule(g: Graph, y: int, x: tuple[int, ...], dx: tuple[int, ...]) -> int:
+        tie = g.op(Op.MUL, g.const(0.5), g.op(Op.ADD, dx[0], dx[1]))
+        if dx[0] == dx[1]:
+            return dx[0]
+        first, second = order
+        tie_or_second = g.op(Op.WHERE, g.op(Op.EQ, x[0], x[1]), tie, dx[1])
+        return g.op(Op.WHERE, g.op(Op.LT, x[first], x[second]), dx[0], tie_or_second)
+
+    return rule
+
+
+def _clamp(g: Graph, y: int, x: tuple[int, ...], dx: tuple[int, ...]) -> int:
+    """PyTorch's rule: the bounds belong to the inside. Bounds are constants (the tracer sees to it)."""
+    inside = g.op(Op.MUL, g.op(Op.LE, x[1], x[0]), g.op(Op.LE, x[0], x[2]))
+    return g.op(Op.WHERE, inside, dx[0], g.const(0))
+
+
+def _quotient(g: Graph, y: int, x: tuple[int, ...], dx: tuple[int, ...]) -> int:
+    return g.op(Op.DIV, g.op(Op.SUB, dx[0], g.op(Op.MUL, y, dx[1])), x[1])
+
+
+def _product(g: Graph, y: int, x: tuple[int, ...], dx: tuple[int, ...]) -> int:
+    return g.op(Op.ADD, g.op(Op.MUL, dx[0], x[1]), g.op(Op.MUL, x[0], dx[1]))
+
+
+def _step(g: Graph, y: int, x: tuple[int, ...], dx: tuple[int, ...]) -> int:
+    return g.const(0)
+
+
+def _sigmoid_slope(g: Graph, x: int, y: int) -> int:
+    return g.op(Op.MUL, y, _one_minus(g, y))
+
+
+RULES: dict[Op, Rule] = {
+    Op.ADD: lambda g, y, x, dx: g.op(Op.ADD, *dx),
+    Op.SUB: lambda g, y, x, dx: g.op(Op.SUB, *dx),
+    Op.MUL: _product,
+    Op.DIV: _quotient,
+    Op.NEG: lambda g, y, x, dx: g.op(Op.NEG, *dx),
+    Op.ABS: _along(lambda g, x, y: g.op(Op.SIGN, x)),
+    Op.SIGN: _step,
+    Op.MINIMUM: _extremum((0, 1)),
+    Op.MAXIMUM: _extremum((1, 0)),
+    Op.CLAMP: _clamp,
+    Op.EXP: _along(lambda g, x, y: y),
+    Op.EXPM1: _along(lambda g, x, y: g.op(Op.EXP, x)),
+    Op.LOG: _along(lambda g, x, y: g.op(Op.DIV, g.const(1), x)),
+    Op.LOG1P: _along(lambda g, x, y: g.op(Op.DIV, g.const(1), g.op(Op.ADD, g.const(1), x))),
+    Op.SQRT: _along(lambda g, x, y: g.op(Op.DIV, g.const(0.5), y)),
+    Op.TANH: _along(lambda g, x, y: _one_minus(g, g.op(Op.MUL, y, y))),
+    Op.SIGMOID: _along(_sigmoid_slope),
+    Op.LOGSIGMOID: _along(lambda g, x, y: g.op(Op.SIGMOID, g.op(Op.NEG, x))),
+    Op.LT: _step,
+    Op.LE: _step,
+    Op.EQ: _step,
+    Op.WHERE: lambda g, y, x, dx: g.op(Op.WHERE, x[0], dx[1], dx[2]),
+}
+"""Derivative of each operation: rule(graph, value, arguments, their derivatives). PyTorch's conventions at kinks."""
+
+
+def derivative(g: Graph, of: int, wrt: str) -> int:
+    """Node of the derivative of ``of`` with respect to the input named ``wrt`` (forward mode, dual numbers)."""
+    zero = g.const(0)
+    tangent: dict[int, int] = {}
+    for x in _ancestors(g, of):
+        node = g.nodes[x]
+        if node.kind == "input":
+            tangent[x] = g.const(1) if node.value == wrt else zero
+        elif isinstance(node.kind, Op):
+            inner = tuple(tangent[a] for a in node.args)
+            flat = all(d == zero for d in inner)
+            tangent[x] = zero if flat else RULES[node.kind](g, x, node.args, inner)
+        else:
+            tangent[x] = zero
+    return tangent[of]
+
+
+def _ancestors(g: Graph, *of: int) -> list[int]:
+    """Every node that ``of`` depends on, arguments before values."""
+    seen: set[int] = set()
+    stack = [x for x in of if x != ZERO]
+    while stack:
+        x = stack.pop()
+        if x not in seen:
+            seen.add(x)
+            stack.extend(g.nodes[x].args)
+    return sorted(seen)
+
+
+def assemble(g: Graph, loss: int) -> tuple[Program, tuple[float, ...]]:
+    """Differentiate ``loss`` and lay the expressions out as a program.
+
+    Returns:
+        The program, and the values of its parameters: the objective's own, then the derivation's constants.
+
+    Raises:
+        ValueError: when the program is longer than kernels take.
+    """
+    outputs = [loss] + [derivative(g, loss, name) for name in STATISTICS]
+    outputs = [ZERO if g.constant_value(x) == 0 else x for x in outputs]
+    order = _ancestors(g, *outputs)
+    constants = sorted({float(g.nodes[x].value) for x in order if g.nodes[x].kind == "const"})
+    params = (*g.params, *constants)
+    register: dict[int, int] = {ZERO: ZERO}
+    instructions: list[Instruction] = []
+    for x in order:
+        node = g.nodes[x]
+        if isinstance(node.kind, Op):
+            register[x] = len(INPUTS) + len(params) + len(instructions)
+            instructions.append(Instruction(node.kind, tuple(register[a] for a in node.args)))
+        elif node.kind == "input":
+            register[x] = INPUTS.index(str(node.value))
+        elif node.kind == "param":
+            register[x] = len(INPUTS) + int(node.value)
+        elif node.kind == "const":
+            register[x] = len(INPUTS) + len(g.params) + constants.index(float(node.value))
+        else:
+            register[x] = register[node.args[0]]
+    if len(params) > MAX_PARAMS or len(instructions) > MAX_INSTRUCTIONS:
+        raise ValueError(
+            f"objective needs {len(instructions)} operations and {len(params)} scalars with its derivative; "
+            f"one-pass kernels take {MAX_INSTRUCTIONS} and {MAX_PARAMS}: use Plan(kernel='composed')"
+        )
+    at = [register[x] for x in outputs]
+    return Program(len(params), tuple(instructions), (at[0], at[1], at[2], at[3])), params
+

@@ -1,0 +1,284 @@
+"""Reads an objective: runs it once on symbols and records what it computes."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+
+from unirl_kernels.program.graph import Graph, assemble
+from unirl_kernels.program.ir import INPUTS, Op, Program
+
+WAY_OUT = (
+    "Run it with Plan(kernel='composed'): statistics first, then the objective as plain PyTorch under autograd"
+)
+
+
+class UnsupportedOperation(TypeError):
+    """An objective uses an operation that the one-pass kernels cannot run."""
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What tracing found.
+
+    Args:
+        program: the loss and its derivatives, shared by all values of the objective's scalars.
+        params: values of the program's parameters.
+        graph, loss: the expressions it was made from, for ``explain``.
+    """
+
+    program: Program
+    params: tuple[float, ...]
+    graph: Graph
+    loss: int
+
+
+def trace(objective: Callable[[Any], Any]) -> Traced:
+    """Record a token-scope objective and differentiate it.
+
+    Raises:
+        UnsupportedOperation: naming the operation, and the way out.
+    """
+    graph = Graph()
+    try:
+        loss = objective(SymbolicTokens(graph))
+    except UnsupportedOperation as error:
+        name = getattr(objective, "__name__", type(objective).__name__)
+        raise UnsupportedOperation(f"objective {name} {error}. {WAY_OUT}") from None
+    if not isinstance(loss, Symbol):
+        loss = Symbol(graph, _node(graph, loss))
+    program, params = assemble(graph, loss.node)
+    return Traced(program, params, graph, loss.node)
+
+
+class SymbolicTokens:
+    """Stands in for the tokens while an objective is traced."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+
+    def __getattr__(self, name: str) -> Symbol:
+        if name in INPUTS:
+            return Symbol(self._graph, self._graph.input(name))
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise UnsupportedOperation(f"reads t.{name}; one-pass kernels offer {', '.join(INPUTS)}")
+
+
+class Symbol:
+    """A scalar that remembers how it was computed. Behaves like a tensor for the supported operations."""
+
+    def __init__(self, graph: Graph, node: int) -> None:
+        self._graph = graph
+        self.node = node
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Symbol:
+        return _call(getattr(func, "__name__", str(func)), args, kwargs or {})
+
+    def __getattr__(self, name: str) -> Callable[..., Symbol]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: _call(name, (self, *args), kwargs)
+
+    def __add__(self, y: Any) -> Symbol:
+        return _call("add", (self, y), {})
+
+    def __sub__(self, y: Any) -> Symbol:
+        return _call("sub", (self, y), {})
+
+    def __rsub__(self, y: Any) -> Symbol:
+        return _call("rsub", (self, y), {})
+
+    def __mul__(self, y: Any) -> Symbol:
+        return _call("mul", (self, y), {})
+
+    def __truediv__(self, y: Any) -> Symbol:
+        return _call("div", (self, y), {})
+
+    def __rtruediv__(self, y: Any) -> Symbol:
+        return _call("rdiv", (self, y), {})
+
+    def __pow__(self, y: Any) -> Symbol:
+        return _call("pow", (self, y), {})
+
+    def __neg__(self) -> Symbol:
+        return _call("neg", (self,), {})
+
+    def __abs__(self) -> Symbol:
+        return _call("abs", (self,), {})
+
+    def __lt__(self, y: Any) -> Symbol:
+        return _call("lt", (self, y), {})
+
+    def __le__(self, y: Any) -> Symbol:
+        return _call("le", (self, y), {})
+
+    def __gt__(self, y: Any) -> Symbol:
+        return _call("gt", (self, y), {})
+
+    def __ge__(self, y: Any) -> Symbol:
+        return _call("ge", (self, y), {})
+
+    def __eq__(self, y: Any) -> Symbol:  # type: ignore[override]
+        return _call("eq", (self, y), {})
+
+    def __ne__(self, y: Any) -> Symbol:  # type: ignore[override]
+        return _call("ne", (self, y), {})
+
+    def __and__(self, y: Any) -> Symbol:
+        return _call("logical_and", (self, y), {})
+
+    def __or__(self, y: Any) -> Symbol:
+        return _call("logical_or", (self, y), {})
+
+    def __invert__(self) -> Symbol:
+        return _call("logical_not", (self,), {})
+
+    __radd__ = __add__
+    __rmul__ = __mul__
+    __hash__ = None  # type: ignore[assignment]
+
+    def __bool__(self) -> NoReturn:
+        raise UnsupportedOperation("branches on the value of a token: choose with torch.where")
+
+    def __float__(self) -> NoReturn:
+        raise UnsupportedOperation("turns a token's value into a Python number: use torch functions, not math")
+
+    __int__ = __index__ = __float__
+
+    def __iter__(self) -> NoReturn:
+        raise UnsupportedOperation("iterates over tokens, which a one-pass kernel sees one at a time")
+
+    def __getitem__(self, index: Any) -> NoReturn:
+        raise UnsupportedOperation("indexes tokens, which a one-pass kernel sees one at a time")
+
+    def __len__(self) -> NoReturn:
+        raise UnsupportedOperation("asks for the number of tokens, of which a one-pass kernel sees one at a time")
+
+
+def _node(g: Graph, x: Any) -> int:
+    """Node of an operand: a symbol, or a scalar, which becomes a run-time parameter."""
+    if isinstance(x, Symbol):
+        return x.node
+    if isinstance(x, torch.Tensor):
+        if x.numel() != 1:
+            raise UnsupportedOperation(f"uses a tensor of shape {tuple(x.shape)}; constants must be scalars")
+        x = x.item()
+    if isinstance(x, numbers.Real):
+        return g.param(float(x))
+    raise UnsupportedOperation(f"uses an operand of type {type(x).__name__}; operands are tokens and numbers")
+
+
+def _direct(op: Op) -> Callable[..., int]:
+    return lambda g, *args: g.op(op, *(_node(g, x) for x in args))
+
+
+def _swapped(op: Op) -> Callable[..., int]:
+    return lambda g, x, y: g.op(op, _node(g, y), _node(g, x))
+
+
+def _not(g: Graph, x: Any) -> int:
+    return g.op(Op.SUB, g.const(1), _node(g, x))
+
+
+def _clamp(g: Graph, x: Any, min: Any = None, max: Any = None) -> int:
+    if min is None and max is None:
+        raise UnsupportedOperation("clamps without a bound")
+    if isinstance(min, Symbol) or isinstance(max, Symbol):
+        raise UnsupportedOperation("clamps to bounds that vary by token: use torch.minimum and torch.maximum")
+    low = g.const(float("-inf")) if min is None else _node(g, min)
+    high = g.const(float("inf")) if max is None else _node(g, max)
+    return g.op(Op.CLAMP, _node(g, x), low, high)
+
+
+def _power(g: Graph, x: Any, exponent: Any) -> int:
+    base = _node(g, x)
+    if exponent == 0.5:
+        return g.op(Op.SQRT, base)
+    if not isinstance(exponent, numbers.Real) or exponent != int(exponent) or not 1 <= abs(exponent) <= 8:
+        raise UnsupportedOperation(f"raises to the power {exponent}; supported are 0.5 and integers up to 8")
+    power = base
+    for _ in range(abs(int(exponent)) - 1):
+        power = g.op(Op.MUL, power, base)
+    return power if exponent > 0 else g.op(Op.DIV, g.const(1), power)
+
+
+def _softplus(g: Graph, x: Any, beta: float = 1, threshold: float = 20) -> int:
+    if beta != 1:
+        raise UnsupportedOperation("uses softplus with beta != 1: scale the argument and the result")
+    return g.op(Op.NEG, g.op(Op.LOGSIGMOID, g.op(Op.NEG, _node(g, x))))
+
+
+def _filled(value: float) -> Callable[..., int]:
+    return lambda g, x, **_: g.const(value)
+
+
+FUNCTIONS: dict[str, Callable[..., int]] = {
+    "abs": _direct(Op.ABS),
+    "add": _direct(Op.ADD),
+    "clamp": _clamp,
+    "clamp_max": lambda g, x, max: _clamp(g, x, None, max),
+    "clamp_min": lambda g, x, min: _clamp(g, x, min, None),
+    "clip": _clamp,
+    "detach": lambda g, x: g.detach(_node(g, x)),
+    "div": _direct(Op.DIV),
+    "eq": _direct(Op.EQ),
+    "exp": _direct(Op.EXP),
+    "expm1": _direct(Op.EXPM1),
+    "ge": _swapped(Op.LE),
+    "gt": _swapped(Op.LT),
+    "le": _direct(Op.LE),
+    "log": _direct(Op.LOG),
+    "log1p": _direct(Op.LOG1P),
+    "log_sigmoid": _direct(Op.LOGSIGMOID),
+    "logical_and": _direct(Op.MUL),
+    "logical_not": _not,
+    "logical_or": _direct(Op.MAXIMUM),
+    "logsigmoid": _direct(Op.LOGSIGMOID),
+    "lt": _direct(Op.LT),
+    "max": _direct(Op.MAXIMUM),
+    "maximum": _direct(Op.MAXIMUM),
+    "min": _direct(Op.MINIMUM),
+    "minimum": _direct(Op.MINIMUM),
+    "mul": _direct(Op.MUL),
+    "ne": lambda g, x, y: g.op(Op.SUB, g.const(1), g.op(Op.EQ, _node(g, x), _node(g, y))),
+    "neg": _direct(Op.NEG),
+    "ones_like": _filled(1),
+    "pow": _power,
+    "rdiv": _swapped(Op.DIV),
+    "reciprocal": lambda g, x: g.op(Op.DIV, g.const(1), _node(g, x)),
+    "relu": lambda g, x: _clamp(g, x, 0.0),
+    "rsub": _swapped(Op.SUB),
+    "sigmoid": _direct(Op.SIGMOID),
+    "sign": _direct(Op.SIGN),
+    "softplus": _softplus,
+    "sqrt": _direct(Op.SQRT),
+    "square": lambda g, x: _power(g, x, 2),
+    "sub": _direct(Op.SUB),
+    "tanh": _direct(Op.TANH),
+    "true_divide": _direct(Op.DIV),
+    "where": _direct(Op.WHERE),
+    "zeros_like": _filled(0),
+}
+"""Supported torch functions and tensor methods, by name."""
+
+COMPARISONS = frozenset({"eq", "ge", "gt", "le", "lt", "logical_and", "logical_not", "logical_or", "ne"})
+
+
+def _call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Symbol:
+    graph = next((x._graph for x in (*args, *kwargs.values()) if isinstance(x, Symbol)), None)
+    if name not in FUNCTIONS or graph is None:
+        raise UnsupportedOperation(f"uses {name}; one-pass kernels run {', '.join(sorted(FUNCTIONS))}")
+    try:
+        return Symbol(graph, FUNCTIONS[name](graph, *args, **kwargs))
+    except TypeError as error:
+        if isinstance(error, UnsupportedOperation):
+            raise
+        raise UnsupportedOperation(f"calls {name} in a form that one-pass kernels do not run ({error})") from None

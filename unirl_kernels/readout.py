@@ -1,0 +1,42 @@
+"""How logits become a distribution."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Readout:
+    """Maps a model's raw logits x to those of the policy's distribution, z; log pi = log_softmax(z).
+
+        z = softcap * tanh(scale * x / softcap) / temperature         (without softcap: z = scale * x / temperature)
+
+    Args:
+        temperature: sampling temperature, > 0; or one per token, a float32 tensor of target's shape.
+        softcap: bound on |z| before temperature, > 0 (Gemma 2: 30); None for none.
+        scale: factor on the raw logits, finite and not 0 (Cohere's ``logit_scale``).
+
+    Raises:
+        TypeError, ValueError: when an argument is outside its range.
+    """
+
+    temperature: float | Tensor = 1.0
+    softcap: float | None = None
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.temperature, Tensor):
+            if self.temperature.dtype not in (torch.float32, torch.float64):
+                raise TypeError(f"temperature must be a float32 tensor, got {self.temperature.dtype}")
+            if self.temperature.requires_grad:
+                raise ValueError("temperature must not require a gradient: detach it")
+        elif not self.temperature > 0 or math.isinf(self.temperature):
+            raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
+        if self.softcap is not None and (not self.softcap > 0 or math.isinf(self.softcap)):
+            raise ValueError(f"softcap must be positive and finite, got {self.softcap}")
+        if self.scale == 0 or not math.isfinite(self.scale):
+            raise ValueError(f"scale must be finite and not 0, got {self.scale}")
