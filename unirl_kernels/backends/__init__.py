@@ -127,44 +127,43 @@ def unavailable(name: str, device: torch.device) -> str | None:
     return load(name).unavailable(device)
 
 
-@cache
-def select(device: torch.device, name: str | None) -> str:
-    """The backend to use on ``device``: the named one, else the first of the table that runs there.
+class Choice(NamedTuple):
+    backend: str
+    kernel: str
+
+
+@torch.compiler.assume_constant_result
+def choose(device: torch.device, backend: str | None, kernel: str | None) -> Choice:
+    """The backend and kernel to use on ``device``: the named ones, else the best backend's default.
 
     Raises:
-        ValueError: when the named backend does not exist.
+        ValueError: when there is no backend or kernel of that name.
         RuntimeError: when the named backend cannot run there, with the reason.
     """
-    if name is not None:
-        if reason := unavailable(name, device):
-            raise RuntimeError(f"backend {name!r} cannot run on {device}: {reason}")
-        return name
+    if backend is None:
+        backend = _best(device)
+    elif reason := unavailable(backend, device):
+        raise RuntimeError(f"backend {backend!r} cannot run on {device}: {reason}")
+    kernels = (*load(backend).KERNELS, COMPOSED)
+    if kernel is not None and kernel not in kernels:
+        raise ValueError(f"kernel of backend {backend!r} must be one of {', '.join(kernels)}, got {kernel!r}")
+    return Choice(backend, kernel or kernels[0])
+
+
+@cache
+def _best(device: torch.device) -> str:
+    """The first backend of the table that runs on ``device``; a slow one does not step in without a word."""
     reasons = {}
-    for candidate in MODULES:
-        reason = unavailable(candidate, device)
+    for name in MODULES:
+        reason = unavailable(name, device)
         if reason is None:
             break
-        reasons[candidate] = reason
-    preferred = {"cpu": "cpu", "cuda": "triton"}.get(device.type)
-    if preferred in reasons:
+        reasons[name] = reason
+    native = {"cpu": "cpu", "cuda": "triton"}.get(device.type)
+    if native in reasons:
         warnings.warn(
-            f"unirl_kernels uses the slow {candidate!r} backend on {device}: "
-            f"{preferred!r} cannot run there ({reasons[preferred]})",
+            f"unirl_kernels takes the slow backend {name!r} on {device}: {native!r} cannot run ({reasons[native]})",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
-    return candidate
-
-
-def select_kernel(backend: str, name: str | None) -> str:
-    """The kernel to use: the named one, else the backend's default.
-
-    Raises:
-        ValueError: when the backend has no kernel of that name.
-    """
-    kernels = load(backend).KERNELS
-    if name is None:
-        return kernels[0]
-    if name not in (*kernels, COMPOSED):
-        raise ValueError(f"kernel of backend {backend!r} must be one of {', '.join((*kernels, COMPOSED))}, got {name!r}")
     return name

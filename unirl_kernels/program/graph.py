@@ -64,7 +64,10 @@ class Graph:
         node = self.nodes[x]
         return float(node.value) if node.kind == "const" else None
 
-    def _negated(self, x: int) -> int | None:
+    def negated(self, x: int) -> int:
+        return self.op(Op.NEG, x)
+
+    def _opposite(self, x: int) -> int | None:
         """Node of -x where that is simpler than x: x is a negation or a negative constant."""
         node = self.nodes[x]
         if node.kind == "const" and float(node.value) < 0:
@@ -80,16 +83,16 @@ def _simplify(g: Graph, op: Op, args: tuple[int, ...]) -> int | None:
             return args[1]
         if values[1] == 0:
             return args[0]
-        if (y := g._negated(args[1])) is not None:
+        if (y := g._opposite(args[1])) is not None:
             return g.op(Op.SUB, args[0], y)
-        if (x := g._negated(args[0])) is not None:
+        if (x := g._opposite(args[0])) is not None:
             return g.op(Op.SUB, args[1], x)
     elif op is Op.SUB:
         if values[1] == 0:
             return args[0]
         if values[0] == 0:
             return g.op(Op.NEG, args[1])
-        if (y := g._negated(args[1])) is not None:
+        if (y := g._opposite(args[1])) is not None:
             return g.op(Op.ADD, args[0], y)
     elif op is Op.MUL:
         if 0 in values:
@@ -99,7 +102,7 @@ def _simplify(g: Graph, op: Op, args: tuple[int, ...]) -> int | None:
         if values[1] == 1:
             return args[0]
         for this, other in ((0, 1), (1, 0)):
-            if (x := g._negated(args[this])) is not None:
+            if (x := g._opposite(args[this])) is not None:
                 return g.op(Op.NEG, g.op(Op.MUL, *sorted((x, args[other]))))
         if args[0] > args[1]:
             return g.op(Op.MUL, args[1], args[0])
@@ -108,12 +111,14 @@ def _simplify(g: Graph, op: Op, args: tuple[int, ...]) -> int | None:
             return g.const(0)
         if values[1] == 1:
             return args[0]
-        if (x := g._negated(args[0])) is not None:
+        if (x := g._opposite(args[0])) is not None:
             return g.op(Op.NEG, g.op(Op.DIV, x, args[1]))
     elif op is Op.NEG:
         if values[0] is not None:
             return g.const(-values[0])
-        return g._negated(args[0])
+        if g.nodes[args[0]].kind is Op.SUB:
+            return g.op(Op.SUB, *reversed(g.nodes[args[0]].args))
+        return g._opposite(args[0])
     elif op is Op.WHERE:
         if args[1] == args[2]:
             return args[1]
@@ -201,7 +206,7 @@ def derivative(g: Graph, of: int, wrt: str) -> int:
     """Node of the derivative of ``of`` with respect to the input named ``wrt`` (forward mode, dual numbers)."""
     zero = g.const(0)
     tangent: dict[int, int] = {}
-    for x in _ancestors(g, of):
+    for x in ancestors(g, of):
         node = g.nodes[x]
         if node.kind == "input":
             tangent[x] = g.const(1) if node.value == wrt else zero
@@ -214,7 +219,7 @@ def derivative(g: Graph, of: int, wrt: str) -> int:
     return tangent[of]
 
 
-def _ancestors(g: Graph, *of: int) -> list[int]:
+def ancestors(g: Graph, *of: int) -> list[int]:
     """Every node that ``of`` depends on, arguments before values."""
     seen: set[int] = set()
     stack = [x for x in of if x != ZERO]
@@ -237,7 +242,7 @@ def assemble(g: Graph, loss: int) -> tuple[Program, tuple[float, ...]]:
     """
     outputs = [loss] + [derivative(g, loss, name) for name in STATISTICS]
     outputs = [ZERO if g.constant_value(x) == 0 else x for x in outputs]
-    order = _ancestors(g, *outputs)
+    order = ancestors(g, *outputs)
     constants = sorted({float(g.nodes[x].value) for x in order if g.nodes[x].kind == "const"})
     params = (*g.params, *constants)
     register: dict[int, int] = {ZERO: ZERO}
@@ -257,8 +262,8 @@ def assemble(g: Graph, loss: int) -> tuple[Program, tuple[float, ...]]:
             register[x] = register[node.args[0]]
     if len(params) > MAX_PARAMS or len(instructions) > MAX_INSTRUCTIONS:
         raise ValueError(
-            f"objective needs {len(instructions)} operations and {len(params)} scalars with its derivative; "
-            f"one-pass kernels take {MAX_INSTRUCTIONS} and {MAX_PARAMS}: use Plan(kernel='composed')"
+            f"{len(instructions)} operations and {len(params)} scalars with its derivative; "
+            f"one-pass kernels take {MAX_INSTRUCTIONS} and {MAX_PARAMS}"
         )
     at = [register[x] for x in outputs]
     return Program(len(params), tuple(instructions), (at[0], at[1], at[2], at[3])), params

@@ -45,14 +45,18 @@ def trace(objective: Callable[[Any], Any]) -> Traced:
     """
     graph = Graph()
     try:
-        loss = objective(SymbolicTokens(graph))
+        loss = _node(graph, objective(SymbolicTokens(graph)))
+        program, params = assemble(graph, loss)
     except UnsupportedOperation as error:
-        name = getattr(objective, "__name__", type(objective).__name__)
-        raise UnsupportedOperation(f"objective {name} {error}. {WAY_OUT}") from None
-    if not isinstance(loss, Symbol):
-        loss = Symbol(graph, _node(graph, loss))
-    program, params = assemble(graph, loss.node)
-    return Traced(program, params, graph, loss.node)
+        raise UnsupportedOperation(f"objective {_name(objective)} {error}. {WAY_OUT}") from None
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UnsupportedOperation(f"objective {_name(objective)} cannot be traced ({reason}). {WAY_OUT}") from error
+    return Traced(program, params, graph, loss)
+
+
+def _name(objective: Callable[[Any], Any]) -> str:
+    return getattr(objective, "__name__", type(objective).__name__)
 
 
 class SymbolicTokens:
@@ -85,6 +89,8 @@ class Symbol:
     def __getattr__(self, name: str) -> Callable[..., Symbol]:
         if name.startswith("__"):
             raise AttributeError(name)
+        if name not in FUNCTIONS:
+            raise UnsupportedOperation(f"uses .{name}; one-pass kernels run {', '.join(sorted(FUNCTIONS))}")
         return lambda *args, **kwargs: _call(name, (self, *args), kwargs)
 
     def __add__(self, y: Any) -> Symbol:

@@ -1,0 +1,38 @@
+"""Fused kernels for the loss head of LLM post-training: SFT, RFT, Online RFT, DPO, PPO, GRPO and your own objective."""
+
+from unirl_kernels.api import LossOutput, TokenStats, fused_loss, token_stats
+from unirl_kernels.batch import IGNORE, Batch, group_advantages, shift_targets
+from unirl_kernels.explain import explain
+from unirl_kernels.objectives import FixedLength, Loss, PairMean, SequenceMean, TokenMean
+from unirl_kernels.plan import Plan
+from unirl_kernels.program import UnsupportedOperation
+from unirl_kernels.readout import Readout
+from unirl_kernels.recipes import dpo, grpo, online_rft, ppo, rft, sft
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "IGNORE",
+    "Batch",
+    "FixedLength",
+    "Loss",
+    "LossOutput",
+    "PairMean",
+    "Plan",
+    "Readout",
+    "SequenceMean",
+    "TokenMean",
+    "TokenStats",
+    "UnsupportedOperation",
+    "dpo",
+    "explain",
+    "fused_loss",
+    "group_advantages",
+    "grpo",
+    "online_rft",
+    "ppo",
+    "rft",
+    "sft",
+    "shift_targets",
+    "token_stats",
+]

@@ -1,0 +1,103 @@
+"""The eager backend: plain torch operations, any device. Slow, short, and the meaning of the other backends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from unirl_kernels.backends import FusedRows, ReadoutArgs, RowFields, RowGradients, RowStats
+from unirl_kernels.batch import IGNORE
+from unirl_kernels.program import Program, evaluate
+
+KERNELS = ("rows",)
+
+
+def unavailable(device: torch.device) -> str | None:
+    return None
+
+
+def _readout(logits: Tensor, readout: ReadoutArgs) -> tuple[Tensor, Tensor]:
+    """z = [B, L, V] and dz/dx, in fp32 (fp64 for fp64 logits)."""
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    row = readout.row_temperature
+    factor = 1 / row.to(x.dtype).unsqueeze(-1) if row is not None else x.new_tensor(1 / readout.temperature)
+    if readout.softcap is None:
+        return x * (readout.scale * factor), readout.scale * factor
+    tanh = torch.tanh(x * (readout.scale / readout.softcap))
+    return readout.softcap * tanh * factor, readout.scale * factor * (1 - tanh * tanh)
+
+
+def _masked(value: Tensor, target: Tensor, vocab: int) -> Tensor:
+    """0 in ignored rows, NaN in rows whose target is not in the vocabulary."""
+    inside = (target >= 0) & (target < vocab)
+    value = torch.where(inside, value, torch.full_like(value, torch.nan))
+    return torch.where(target == IGNORE, torch.zeros_like(value), value)
+
+
+def token_stats(logits: Tensor, target: Tensor, readout: ReadoutArgs) -> RowStats:
+    z, _ = _readout(logits, readout)
+    vocab = logits.shape[-1]
+    lse = torch.logsumexp(z, -1)
+    logp = z.gather(-1, target.clamp(0, vocab - 1).unsqueeze(-1)).squeeze(-1) - lse
+    log_p = z - lse.unsqueeze(-1)
+    p = log_p.exp()
+    entropy = -torch.where(p == 0, p, p * log_p).sum(-1)
+    return RowStats(*(_masked(x, target, vocab) for x in (logp, entropy, lse)))
+
+
+def token_stats_backward(
+    logits: Tensor,
+    target: Tensor,
+    stats: RowStats,
+    gradients: RowGradients,
+    readout: ReadoutArgs,
+    d_logits: Tensor,
+) -> None:
+    z, slope = _readout(logits, readout)
+    vocab = logits.shape[-1]
+    zero = torch.zeros_like(stats.lse)
+    d_logp, d_entropy, d_lse = (zero if g is None else g.to(zero.dtype) for g in gradients)
+    log_p = z - stats.lse.unsqueeze(-1)
+    p = log_p.exp()
+    d_z = p * (d_lse - d_logp).unsqueeze(-1)
+    if gradients.d_entropy is not None:
+        surprise = log_p + stats.entropy.unsqueeze(-1)
+        d_z -= torch.where(p == 0, p, p * surprise) * d_entropy.unsqueeze(-1)
+    # p_y close to 1 would cancel in d_logp (1 - p_y) if it were summed from two rounded terms.
+    p_y = stats.logp.exp()
+    at_target = -d_logp * torch.expm1(stats.logp) + d_lse * p_y
+    at_target -= d_entropy * torch.where(p_y == 0, p_y, p_y * (stats.logp + stats.entropy))
+    d_z.scatter_(-1, target.clamp(0, vocab - 1).unsqueeze(-1), at_target.unsqueeze(-1))
+    d_x = torch.where(p == 0, torch.zeros_like(d_z), d_z * slope)
+    d_logits.copy_(_masked(d_x, target.unsqueeze(-1), vocab))
+
+
+def fused_loss(
+    logits: Tensor,
+    target: Tensor,
+    fields: RowFields,
+    readout: ReadoutArgs,
+    code: Sequence[int],
+    params: Tensor,
+    d_logits: Tensor,
+    kernel: str,
+) -> FusedRows:
+    stats = token_stats(logits, target, readout)
+    inputs = stats._asdict()
+    inputs |= {name: x for name, x in fields._asdict().items() if x is not None and name != "weight"}
+    inputs.setdefault("old_logp", stats.logp)
+    outputs = evaluate(Program.decode(list(code)), inputs, params)
+    used = target != IGNORE
+    loss, *gradients = (torch.where(used, x * fields.weight, torch.zeros_like(x)) for x in outputs)
+    token_stats_backward(logits, target, stats, RowGradients(*gradients), readout, d_logits)
+    return FusedRows(loss, stats.logp, stats.entropy)
+
+
+def empty_gradient(logits: Tensor) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def scale_(x: Tensor, factor: Tensor) -> None:
+    x.mul_(factor)

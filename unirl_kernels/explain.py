@@ -1,0 +1,118 @@
+"""Shows what the package made of a loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from unirl_kernels.backends import COMPOSED, MODULES, load, unavailable
+from unirl_kernels.backends.triton.lowering import source
+from unirl_kernels.objectives import Loss
+from unirl_kernels.program import STATISTICS, UnsupportedOperation
+from unirl_kernels.program.formula import formula
+from unirl_kernels.program.graph import derivative
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Sections of text; ``str`` and ``print`` show them all.
+
+    Args:
+        paradigm: the row of the unified paradigm's table; empty for an objective outside it.
+        schedule: how many passes over the logits, and why.
+        coefficient: the loss of a token and its derived gradient coefficient GC; empty when it is not traced.
+        function: source of the generated device function; empty likewise.
+        backends: where it would run on this machine, and why not elsewhere.
+    """
+
+    paradigm: str
+    schedule: str
+    coefficient: str
+    function: str
+    backends: str
+
+    def __str__(self) -> str:
+        titles = ("Row of the unified paradigm", "Schedule", "Derived coefficient", "Generated function", "Backends here")
+        texts = (self.paradigm, self.schedule, self.coefficient, self.function, self.backends)
+        return "\n\n".join(f"{title}\n{_indent(text)}" for title, text in zip(titles, texts, strict=True) if text)
+
+    __repr__ = __str__
+
+
+def explain(loss: Loss) -> Explanation:
+    """What a loss is, what was derived from it, and what would run.
+
+        GC = -d loss / d logp                    Shao et al. 2024 (arXiv:2402.03300v3), eq. 1
+
+    Args:
+        loss: objective and aggregation.
+
+    Returns:
+        ``Explanation``; print it.
+
+    Raises:
+        TypeError: when ``loss`` is not a ``Loss``.
+    """
+    if not isinstance(loss, Loss):
+        raise TypeError(f"loss must be a Loss, got {type(loss).__name__}")
+    coefficient = function = ""
+    if loss.scope != "token":
+        schedule = (
+            f"two passes: the coefficient of a token depends on its whole {loss.scope}. Statistics (one read),\n"
+            "the objective on [T] vectors under autograd, the gradient (one read, one write)."
+        )
+    else:
+        try:
+            traced = loss.traced
+            coefficient = _coefficient(loss)
+            function = source(traced.program)
+            n = len(traced.program.instructions)
+            schedule = f"one pass: {n} scalar operations per row inside the kernel (one read, one write)."
+        except UnsupportedOperation as error:
+            schedule = f"only with Plan(kernel='composed'): {error}"
+    schedule += f"\naggregation: {loss.aggregation}"
+    return Explanation(_row(loss), schedule, coefficient, function, _backends(loss))
+
+
+def _row(loss: Loss) -> str:
+    row = loss.paradigm
+    if row is None:
+        return ""
+    cells = {
+        "algorithm": f"{row.algorithm}, equation {row.equations}",
+        "data source": row.data_source,
+        "reward": row.reward,
+        "objective": row.objective,
+        "coefficient": row.coefficient,
+    }
+    return "\n".join(f"{name:<12} {text}" for name, text in cells.items())
+
+
+def _coefficient(loss: Loss) -> str:
+    """Loss and derivatives as formulas. The sign of GC is the paradigm's: the objective is minus the loss."""
+    traced = loss.traced
+    graph = traced.graph
+    slopes = {name: derivative(graph, traced.loss, name) for name in STATISTICS}
+    outputs = [("loss", traced.loss)]
+    for name, node in slopes.items():
+        if name == "logp":
+            outputs.append(("GC", graph.negated(node)))
+        elif graph.constant_value(node) != 0:
+            outputs.append((f"d_{name}", node))
+    return formula(graph, *outputs)
+
+
+def _backends(loss: Loss) -> str:
+    lines = []
+    devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+    for device in devices:
+        for name in MODULES:
+            reason = unavailable(name, device)
+            kernels = (*load(name).KERNELS, COMPOSED) if loss.scope == "token" else (COMPOSED,)
+            lines.append(f"{device.type:<5} {name:<7} {', '.join(kernels) if reason is None else f'no: {reason}'}")
+    return "\n".join(lines)
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines())

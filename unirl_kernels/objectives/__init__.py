@@ -1,0 +1,28 @@
+"""Objectives: what each token contributes to a loss. They import torch, the batch and the tracer, nothing else."""
+
+from unirl_kernels.objectives.aggregate import Aggregation, FixedLength, PairMean, SequenceMean, TokenMean
+from unirl_kernels.objectives.base import Loss, Objective, Paradigm
+from unirl_kernels.objectives.likelihood import RFT, SFT, OnlineRFT
+from unirl_kernels.objectives.policy import KL, Clip, PolicyGradient, Ratio
+from unirl_kernels.objectives.preference import DPO
+from unirl_kernels.objectives.tokens import Tokens
+
+__all__ = [
+    "DPO",
+    "KL",
+    "RFT",
+    "SFT",
+    "Aggregation",
+    "Clip",
+    "FixedLength",
+    "Loss",
+    "Objective",
+    "OnlineRFT",
+    "PairMean",
+    "Paradigm",
+    "PolicyGradient",
+    "Ratio",
+    "SequenceMean",
+    "TokenMean",
+    "Tokens",
+]

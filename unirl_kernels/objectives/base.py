@@ -1,0 +1,106 @@
+"""What a loss is: an objective and an aggregation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from unirl_kernels.objectives.aggregate import Aggregation, PairMean, SequenceMean
+from unirl_kernels.program import Traced, UnsupportedOperation, trace
+
+SCOPES = ("token", "sequence", "pair")
+
+
+@dataclass(frozen=True)
+class Paradigm:
+    """A row of the unified paradigm's table (Shao et al. 2024, arXiv:2402.03300v3, section 5.2)."""
+
+    algorithm: str
+    equations: str
+    data_source: str
+    reward: str
+    objective: str
+    coefficient: str
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss: what each token contributes, and how the contributions add up.
+
+    An objective is any callable ``f(t)`` that returns the loss of each token from ``t.logp``, ``t.entropy``,
+    ``t.lse``, ``t.old_logp``, ``t.ref_logp`` and ``t.advantage``. Its attribute ``scope`` says how far it looks:
+    ``token`` (the default; read here once, differentiated, and run inside the one-pass kernels), ``sequence``
+    (uses the methods of ``Tokens``, returns one loss per token) or ``pair`` (returns one loss per pair). An
+    optional method ``metrics(t)`` returns named values per token.
+
+    The objective is read when the loss is made: a closure that later changes a number it refers to changes
+    nothing; make a new loss (a fraction of a millisecond, no compilation).
+
+    Args:
+        objective: the objective.
+        aggregation: the weights of its values.
+
+    Raises:
+        TypeError: when the objective is not callable.
+        ValueError: when the scope is unknown or the aggregation does not fit it.
+    """
+
+    objective: Callable[[Any], Tensor]
+    aggregation: Aggregation = SequenceMean()
+    _traced: Traced | UnsupportedOperation | None = field(init=False, repr=False, compare=False, default=None)
+    _params: Tensor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not callable(self.objective):
+            raise TypeError(f"objective must be callable, got {type(self.objective).__name__}")
+        if self.scope not in SCOPES:
+            raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {self.scope!r}")
+        if (self.scope == "pair") != isinstance(self.aggregation, PairMean):
+            raise ValueError(f"aggregation of a {self.scope}-scope objective cannot be {self.aggregation}")
+        traced: Traced | UnsupportedOperation | None = None
+        if self.scope == "token":
+            try:
+                traced = trace(self.objective)
+            except UnsupportedOperation as error:
+                traced = error
+        params = traced.params if isinstance(traced, Traced) else ()
+        object.__setattr__(self, "_traced", traced)
+        object.__setattr__(self, "_params", torch.tensor(params, dtype=torch.float64, device="cpu"))
+
+    @property
+    def scope(self) -> str:
+        return getattr(self.objective, "scope", "token")
+
+    @property
+    def paradigm(self) -> Paradigm | None:
+        """The row of the paradigm's table, for the objectives that stand in it."""
+        return getattr(self.objective, "paradigm", None)
+
+    @property
+    def traced(self) -> Traced:
+        """The scalar program of a token-scope objective.
+
+        Raises:
+            UnsupportedOperation: when the objective uses an operation that one-pass kernels cannot run.
+            ValueError: when it is not of token scope.
+        """
+        if isinstance(self._traced, UnsupportedOperation):
+            raise self._traced
+        if self._traced is None:
+            raise ValueError(f"a {self.scope}-scope objective has no scalar program")
+        return self._traced
+
+    def params(self, device: torch.device) -> Tensor:
+        """[n_params] float64: the program's parameters on ``device``."""
+        return self._params.to(device, non_blocking=True)
+
+
+class Objective:
+    """Base of the objectives in the paradigm's table."""
+
+    scope: ClassVar[str] = "token"
+    paradigm: ClassVar[Paradigm | None] = None
