@@ -1,5 +1,6 @@
 """Fused kernels for the loss head of LLM post-training: SFT, RFT, Online RFT, DPO, PPO, GRPO and your own objective."""
 
+from unirl_kernels._version import __version__
 from unirl_kernels.api import LossOutput, TokenStats, fused_loss, token_stats
 from unirl_kernels.batch import IGNORE, Batch, group_advantages, shift_targets
 from unirl_kernels.explain import explain
@@ -8,8 +9,6 @@ from unirl_kernels.plan import Plan
 from unirl_kernels.program import UnsupportedOperation
 from unirl_kernels.readout import Readout
 from unirl_kernels.recipes import dpo, grpo, online_rft, ppo, rft, sft
-
-__version__ = "0.1.0"
 
 __all__ = [
     "IGNORE",
@@ -24,6 +23,7 @@ __all__ = [
     "TokenMean",
     "TokenStats",
     "UnsupportedOperation",
+    "__version__",
     "dpo",
     "explain",
     "fused_loss",

@@ -149,9 +149,7 @@ def fused_loss(
     return _composed(logits, batch, loss, readout, plan)
 
 
-def _one_pass(
-    logits: Tensor, batch: Batch, loss: Loss, readout: Readout, plan: Plan, choice: Choice
-) -> LossOutput:
+def _one_pass(logits: Tensor, batch: Batch, loss: Loss, readout: Readout, plan: Plan, choice: Choice) -> LossOutput:
     traced = loss.traced
     fields = (_weights(loss, batch, logits), *_fields(traced.program.reads, batch, logits))
     program = (traced.program.encode(), loss.params(logits.device), *choice)

@@ -33,7 +33,13 @@ class Explanation:
     backends: str
 
     def __str__(self) -> str:
-        titles = ("Row of the unified paradigm", "Schedule", "Derived coefficient", "Generated function", "Backends here")
+        titles = (
+            "Row of the unified paradigm",
+            "Schedule",
+            "Derived coefficient",
+            "Generated function",
+            "Backends here",
+        )
         texts = (self.paradigm, self.schedule, self.coefficient, self.function, self.backends)
         return "\n\n".join(f"{title}\n{_indent(text)}" for title, text in zip(titles, texts, strict=True) if text)
 

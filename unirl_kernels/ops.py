@@ -37,7 +37,14 @@ _LIB.define(
 )
 _LIB.define("scale_(Tensor(a!) x, Tensor factor, str backend) -> ()")
 
-OPERATORS = ("token_stats", "token_stats_backward", "token_stats_backward_", "fused_loss", "fused_loss_", "scale_")
+OPERATORS = (
+    "token_stats",
+    "token_stats_backward",
+    "token_stats_backward_",
+    "fused_loss",
+    "fused_loss_",
+    "scale_",
+)
 
 
 def _check_targets(target: Tensor, vocab: int) -> None:
@@ -81,7 +88,11 @@ def _fused_loss_(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _write_fused(logits: Tensor, d_logits: Tensor, target: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    fields, readout, (program, params, backend, kernel) = RowFields(*args[:4]), ReadoutArgs(*args[4:8]), args[8:]
+    fields, readout, (program, params, backend, kernel) = (
+        RowFields(*args[:4]),
+        ReadoutArgs(*args[4:8]),
+        args[8:],
+    )
     _check_targets(target, logits.shape[-1])
     rows = load(backend).fused_loss(logits, target, fields, readout, program, params, d_logits, kernel)
     return rows.loss.sum(), rows.logp, rows.entropy

@@ -9,6 +9,7 @@ Every function reads ``batch`` by attribute: target, advantage, old_logp, ref_lo
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -52,7 +53,7 @@ def sequences(batch: Any) -> list[Tensor]:
     else:
         ends = batch.cu_seqlens.tolist()
     places = torch.arange(flat.numel(), device=flat.device)
-    return [places[a:b][flat[a:b] != IGNORED] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    return [places[a:b][flat[a:b] != IGNORED] for a, b in itertools.pairwise(ends)]
 
 
 def _advantages(batch: Any, tokens: list[Tensor]) -> list[Tensor]:

@@ -36,7 +36,12 @@ class Clip(Objective):
     high: float = 0.2
 
     paradigm = Paradigm(
-        "PPO", "(8)", "q ~ P_sft, o ~ pi_old", "model", "min(r A, clip(r, 1 - low, 1 + high) A)", "A on policy (11)"
+        "PPO",
+        "(8)",
+        "q ~ P_sft, o ~ pi_old",
+        "model",
+        "min(r A, clip(r, 1 - low, 1 + high) A)",
+        "A on policy (11)",
     )
 
     def __post_init__(self) -> None:

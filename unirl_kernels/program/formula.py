@@ -26,7 +26,7 @@ def formula(graph: Graph, *outputs: tuple[str, int]) -> str:
         outputs: (name, node) pairs.
     """
     order = ancestors(graph, *(x for _, x in outputs))
-    uses = {x: 0 for x in order}
+    uses = dict.fromkeys(order, 0)
     for x in order:
         for a in graph.nodes[x].args:
             uses[a] += 1

@@ -57,7 +57,7 @@ class Graph:
         return self._intern(Node("detach", (x,)))
 
     def op(self, op: Op, *args: int) -> int:
-        simpler = _simplify(self, op, args)
+        simpler = REWRITES[op](self, args) if op in REWRITES else None
         return self._intern(Node(op, args)) if simpler is None else simpler
 
     def constant_value(self, x: int) -> float | None:
@@ -67,7 +67,7 @@ class Graph:
     def negated(self, x: int) -> int:
         return self.op(Op.NEG, x)
 
-    def _opposite(self, x: int) -> int | None:
+    def opposite(self, x: int) -> int | None:
         """Node of -x where that is simpler than x: x is a negation or a negative constant."""
         node = self.nodes[x]
         if node.kind == "const" and float(node.value) < 0:
@@ -75,56 +75,77 @@ class Graph:
         return node.args[0] if node.kind is Op.NEG else None
 
 
-def _simplify(g: Graph, op: Op, args: tuple[int, ...]) -> int | None:
-    """Exact rewrites only: identities of 0 and 1, and signs moved outwards. None when nothing applies."""
-    values = [g.constant_value(x) for x in args]
-    if op is Op.ADD:
-        if values[0] == 0:
-            return args[1]
-        if values[1] == 0:
-            return args[0]
-        if (y := g._opposite(args[1])) is not None:
-            return g.op(Op.SUB, args[0], y)
-        if (x := g._opposite(args[0])) is not None:
-            return g.op(Op.SUB, args[1], x)
-    elif op is Op.SUB:
-        if values[1] == 0:
-            return args[0]
-        if values[0] == 0:
-            return g.op(Op.NEG, args[1])
-        if (y := g._opposite(args[1])) is not None:
-            return g.op(Op.ADD, args[0], y)
-    elif op is Op.MUL:
-        if 0 in values:
-            return g.const(0)
-        if values[0] == 1:
-            return args[1]
-        if values[1] == 1:
-            return args[0]
-        for this, other in ((0, 1), (1, 0)):
-            if (x := g._opposite(args[this])) is not None:
-                return g.op(Op.NEG, g.op(Op.MUL, *sorted((x, args[other]))))
-        if args[0] > args[1]:
-            return g.op(Op.MUL, args[1], args[0])
-    elif op is Op.DIV:
-        if values[0] == 0:
-            return g.const(0)
-        if values[1] == 1:
-            return args[0]
-        if (x := g._opposite(args[0])) is not None:
-            return g.op(Op.NEG, g.op(Op.DIV, x, args[1]))
-    elif op is Op.NEG:
-        if values[0] is not None:
-            return g.const(-values[0])
-        if g.nodes[args[0]].kind is Op.SUB:
-            return g.op(Op.SUB, *reversed(g.nodes[args[0]].args))
-        return g._opposite(args[0])
-    elif op is Op.WHERE:
-        if args[1] == args[2]:
-            return args[1]
-        if values[0] is not None:
-            return args[1] if values[0] else args[2]
+Rewrite = Callable[["Graph", tuple[int, ...]], "int | None"]
+
+
+def _simpler_sum(g: Graph, args: tuple[int, ...]) -> int | None:
+    x, y = args
+    if g.constant_value(x) == 0:
+        return y
+    if g.constant_value(y) == 0:
+        return x
+    if (opposite := g.opposite(y)) is not None:
+        return g.op(Op.SUB, x, opposite)
+    if (opposite := g.opposite(x)) is not None:
+        return g.op(Op.SUB, y, opposite)
     return None
+
+
+def _simpler_difference(g: Graph, args: tuple[int, ...]) -> int | None:
+    x, y = args
+    if g.constant_value(y) == 0:
+        return x
+    if g.constant_value(x) == 0:
+        return g.op(Op.NEG, y)
+    opposite = g.opposite(y)
+    return None if opposite is None else g.op(Op.ADD, x, opposite)
+
+
+def _simpler_product(g: Graph, args: tuple[int, ...]) -> int | None:
+    for x, y in (args, args[::-1]):
+        if g.constant_value(x) == 0:
+            return x
+        if g.constant_value(x) == 1:
+            return y
+        if (opposite := g.opposite(x)) is not None:
+            return g.op(Op.NEG, g.op(Op.MUL, opposite, y))
+    return g.op(Op.MUL, args[1], args[0]) if args[0] > args[1] else None
+
+
+def _simpler_quotient(g: Graph, args: tuple[int, ...]) -> int | None:
+    x, y = args
+    if g.constant_value(x) == 0 or g.constant_value(y) == 1:
+        return x
+    opposite = g.opposite(x)
+    return None if opposite is None else g.op(Op.NEG, g.op(Op.DIV, opposite, y))
+
+
+def _simpler_negation(g: Graph, args: tuple[int, ...]) -> int | None:
+    node = g.nodes[args[0]]
+    if node.kind == "const":
+        return g.const(-float(node.value))
+    if node.kind is Op.SUB:
+        return g.op(Op.SUB, *reversed(node.args))
+    return g.opposite(args[0])
+
+
+def _simpler_choice(g: Graph, args: tuple[int, ...]) -> int | None:
+    condition, x, y = args
+    if x == y:
+        return x
+    known = g.constant_value(condition)
+    return None if known is None else x if known else y
+
+
+REWRITES: dict[Op, Rewrite] = {
+    Op.ADD: _simpler_sum,
+    Op.SUB: _simpler_difference,
+    Op.MUL: _simpler_product,
+    Op.DIV: _simpler_quotient,
+    Op.NEG: _simpler_negation,
+    Op.WHERE: _simpler_choice,
+}
+"""Exact rewrites: the identities of 0 and 1, and signs moved outwards. None where nothing applies."""
 
 
 Rule = Callable[[Graph, int, tuple[int, ...], tuple[int, ...]], int]
@@ -267,4 +288,3 @@ def assemble(g: Graph, loss: int) -> tuple[Program, tuple[float, ...]]:
         )
     at = [register[x] for x in outputs]
     return Program(len(params), tuple(instructions), (at[0], at[1], at[2], at[3])), params
-

