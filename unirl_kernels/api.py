@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -50,9 +49,9 @@ class LossOutput:
     _batch: Batch
     _loss: Loss
 
-    @cached_property
+    @property
     def metrics(self) -> dict[str, Tensor]:
-        """Means over the valid tokens, 0-dim tensors, computed when first read and without waiting for a device.
+        """Means over the valid tokens, 0-dim tensors, computed when read and without waiting for a device.
 
         ``entropy``; ``ratio_mean``, pi / pi_old (1 on policy); ``kl``, estimate k3 of KL(pi || pi_ref), where the
         batch has ``ref_logp``; and what the objective adds, such as ``clip_fraction``.
@@ -97,12 +96,12 @@ def token_stats(
     """
     _check_logits(logits, target)
     backend, _ = choose(logits.device, plan.backend, plan.kernel)
-    args = (_rows(logits), _places(target), *_readout(readout, logits, target), backend)
+    args = (_places(target), *_readout(readout, logits, target), backend)
     if plan.overwrite_logits and _wants_gradient(logits):
         _check_overwritable(logits)
-        stats = ops.OverwritingStats.apply(*args)
+        stats = ops.OverwritingStats.apply(logits, *args)
     else:
-        stats = torch.ops.unirl.token_stats(*args)
+        stats = torch.ops.unirl.token_stats(ops.as_rows(logits), *args)
     return TokenStats(*(x.view(target.shape) for x in stats))
 
 
@@ -151,15 +150,14 @@ def fused_loss(
 
 def _one_pass(logits: Tensor, batch: Batch, loss: Loss, readout: Readout, plan: Plan, choice: Choice) -> LossOutput:
     traced = loss.traced
-    fields = (_weights(loss, batch, logits), *_fields(traced.program.reads, batch, logits))
-    program = (traced.program.encode(), loss.params(logits.device), *choice)
+    fields = (_weights(loss, batch, logits), *_fields(traced.reads, batch, logits))
+    program = (traced.code, loss.params(logits.device), *choice)
     args = (_places(batch.target), *fields, *_readout(readout, logits, batch.target), *program)
     if plan.overwrite_logits:
         _check_overwritable(logits)
-        value, logp, entropy = ops.OverwritingLoss.apply(_rows(logits), *args)
+    value, logp, entropy = ops.OnePass.apply(plan.overwrite_logits, logits, *args)
+    if plan.overwrite_logits:
         ops.consume(logits)
-    else:
-        value, logp, entropy, _ = torch.ops.unirl.fused_loss(_rows(logits), *args)
     shape = batch.target.shape
     return LossOutput(value, logp.view(shape), entropy.view(shape), batch, loss)
 
@@ -206,10 +204,6 @@ def _check_overwritable(logits: Tensor) -> None:
 
 def _wants_gradient(logits: Tensor) -> bool:
     return torch.is_grad_enabled() and logits.requires_grad
-
-
-def _rows(logits: Tensor) -> Tensor:
-    return logits if logits.dim() == 3 else logits.unsqueeze(0)
 
 
 def _places(per_token: Tensor) -> Tensor:

@@ -50,14 +50,14 @@ class Batch:
         elif self.cu_seqlens is not None:
             raise ValueError(f"cu_seqlens is for packed targets of shape [T]; target has shape {shape}")
         for name, shapes in (
-            ("advantage", {(self.n_sequences,), shape}),
-            ("old_logp", {shape}),
-            ("ref_logp", {shape}),
+            ("advantage", ((self.n_sequences,), shape)),
+            ("old_logp", (shape,)),
+            ("ref_logp", (shape,)),
         ):
             if (value := getattr(self, name)) is not None:
                 _check_dtype(name, value, torch.float32, torch.float64)
                 if tuple(value.shape) not in shapes:
-                    expected = " or ".join(str(s) for s in sorted(shapes, key=len))
+                    expected = " or ".join(str(s) for s in shapes)
                     raise ValueError(f"{name} must have shape {expected}, got {tuple(value.shape)}")
                 if value.device != self.target.device:
                     raise ValueError(f"{name} must be on {self.target.device} like target, got {value.device}")

@@ -7,6 +7,7 @@ kernel, which were chosen before; it never chooses and never falls back.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ _READOUT = "float scale, float? softcap, float temperature, Tensor? row_temperat
 _FIELDS = "Tensor weight, Tensor? advantage, Tensor? old_logp, Tensor? ref_logp"
 _STATS = "Tensor logp, Tensor entropy, Tensor lse"
 _GRADIENTS = "Tensor? d_logp, Tensor? d_entropy, Tensor? d_lse"
-_PROGRAM = "int[] program, Tensor params, str backend, str kernel"
+_PROGRAM = "str program, Tensor params, str backend, str kernel"
 
 _LIB.define(f"token_stats(Tensor logits, Tensor target, {_READOUT}, str backend) -> (Tensor, Tensor, Tensor)")
 _LIB.define(
@@ -94,8 +95,14 @@ def _write_fused(logits: Tensor, d_logits: Tensor, target: Tensor, *args: Any) -
         args[8:],
     )
     _check_targets(target, logits.shape[-1])
-    rows = load(backend).fused_loss(logits, target, fields, readout, program, params, d_logits, kernel)
+    rows = load(backend).fused_loss(logits, target, fields, readout, _code(program), params, d_logits, kernel)
     return rows.loss.sum(), rows.logp, rows.entropy
+
+
+@cache
+def _code(program: str) -> tuple[int, ...]:
+    """An encoded program. Operators take it as text: torch.compile would make every integer a variable."""
+    return tuple(map(int, program.split()))
 
 
 def _scale_(x: Tensor, factor: Tensor, backend: str) -> None:
@@ -155,7 +162,8 @@ def _refuse_double_backward() -> None:
 def _scaled(d_logits: Tensor, factor: Tensor, backend: str) -> Tensor:
     """d_logits * factor; in place unless the graph is kept, for then d_logits is needed again."""
     _refuse_double_backward()
-    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+    traced = type(d_logits) is not Tensor or torch.compiler.is_compiling()
+    if traced or torch._C._autograd._get_current_graph_task_keep_graph():
         return d_logits * factor
     torch.ops.unirl.scale_(d_logits, factor, backend)
     return d_logits
@@ -184,15 +192,20 @@ def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, 
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[3])
-    ctx.backend = inputs[-2]
 
 
 def _loss_gradient(ctx: Any, d_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    _refuse_double_backward()
     (d_logits,) = ctx.saved_tensors
-    return (None if d_loss is None else _scaled(d_logits, d_loss, ctx.backend)), *[None] * 13
+    return (None if d_loss is None else d_logits * d_loss), *[None] * 13
 
 
 torch.library.register_autograd("unirl::fused_loss", _loss_gradient, setup_context=_save_loss, lib=_LIB)
+
+
+def as_rows(logits: Tensor) -> Tensor:
+    """[B, L, V] of either layout."""
+    return logits if logits.dim() == 3 else logits.unsqueeze(0)
 
 
 class OverwritingStats(torch.autograd.Function):
@@ -200,7 +213,7 @@ class OverwritingStats(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        output = torch.ops.unirl.token_stats(logits, target, *args)
+        output = torch.ops.unirl.token_stats(as_rows(logits), target, *args)
         _save_stats(ctx, (logits, target, *args), output)
         return output
 
@@ -208,30 +221,37 @@ class OverwritingStats(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         _refuse_double_backward()
         logits, *tensors, row_temperature = ctx.saved_tensors
-        d_logits = logits.detach()
+        d_logits = logits.data
+        gradients = tuple(None if g is None else g.contiguous() for g in gradients)
         args = (*tensors, *gradients, *ctx.scalars, row_temperature, ctx.backend)
-        torch.ops.unirl.token_stats_backward_(d_logits, *args)
+        torch.ops.unirl.token_stats_backward_(as_rows(d_logits), *args)
         consume(logits)
         return d_logits, *[None] * 6
 
 
-class OverwritingLoss(torch.autograd.Function):
-    """``unirl::fused_loss`` that puts the gradient into the logits' memory."""
+class OnePass(torch.autograd.Function):
+    """``unirl::fused_loss``, or ``unirl::fused_loss_`` to overwrite the logits. Unlike the operator's own autograd
+    it keeps the gradient to itself, and so may scale it in place."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        d_logits = logits.detach()
-        output = torch.ops.unirl.fused_loss_(d_logits, *args)
-        ctx.mark_non_differentiable(*output[1:])
+    def forward(ctx: Any, overwrite: bool, logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        if overwrite:
+            # .data: the gradient must not share the version counter of the logits, which say they changed.
+            d_logits = logits.data
+            loss, logp, entropy = torch.ops.unirl.fused_loss_(as_rows(d_logits), *args)
+        else:
+            loss, logp, entropy, d_logits = torch.ops.unirl.fused_loss(as_rows(logits), *args)
+            d_logits = d_logits.view(logits.shape)
+        ctx.mark_non_differentiable(logp, entropy)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(d_logits)
         ctx.backend = args[-2]
-        return output
+        return loss, logp, entropy
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         (d_logits,) = ctx.saved_tensors
-        return (None if d_loss is None else _scaled(d_logits, d_loss, ctx.backend)), *[None] * 13
+        return None, (None if d_loss is None else _scaled(d_logits, d_loss, ctx.backend)), *[None] * 13
 
 
 def consume(logits: Tensor) -> None:

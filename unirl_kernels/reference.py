@@ -211,7 +211,9 @@ def _dpo_coefficients(
     ref = batch.ref_logp.reshape(-1).to(logp.dtype)
     half = len(tokens) // 2
     for chosen, rejected in zip(tokens[:half], tokens[half:], strict=True):
-        rewards = [beta * (logp[o] - ref[o]).sum() / (len(o) if length_normalized else 1) for o in (chosen, rejected)]
+        rewards = [
+            beta * (logp[o] - ref[o]).sum() / (max(1, len(o)) if length_normalized else 1) for o in (chosen, rejected)
+        ]
         strength = beta * torch.sigmoid(rewards[1] - rewards[0])
         for o, sign in ((chosen, 1), (rejected, -1)):
             gc[o] = sign * strength * (1 if length_normalized else len(o))

@@ -39,7 +39,9 @@ def _masked(value: Tensor, target: Tensor, vocab: int) -> Tensor:
 def token_stats(logits: Tensor, target: Tensor, readout: ReadoutArgs) -> RowStats:
     z, _ = _readout(logits, readout)
     vocab = logits.shape[-1]
-    lse = torch.logsumexp(z, -1)
+    # Not torch.logsumexp: a row with an infinite logit has no distribution, and must say so.
+    peak = z.amax(-1)
+    lse = peak + torch.log(torch.exp(z - peak.unsqueeze(-1)).sum(-1))
     logp = z.gather(-1, target.clamp(0, vocab - 1).unsqueeze(-1)).squeeze(-1) - lse
     log_p = z - lse.unsqueeze(-1)
     p = log_p.exp()
@@ -88,7 +90,7 @@ def fused_loss(
     inputs = stats._asdict()
     inputs |= {name: x for name, x in fields._asdict().items() if x is not None and name != "weight"}
     inputs.setdefault("old_logp", stats.logp)
-    outputs = evaluate(Program.decode(list(code)), inputs, params)
+    outputs = evaluate(Program.decode(code), inputs, params)
     used = target != IGNORE
     loss, *gradients = (torch.where(used, x * fields.weight, torch.zeros_like(x)) for x in outputs)
     token_stats_backward(logits, target, stats, RowGradients(*gradients), readout, d_logits)

@@ -14,6 +14,7 @@ Registers are numbered: first the six ``INPUTS``, then the parameters, then one 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -108,7 +109,7 @@ class Program:
         return code
 
     @classmethod
-    def decode(cls, code: list[int] | tuple[int, ...]) -> Program:
+    def decode(cls, code: Sequence[int]) -> Program:
         """Inverse of ``encode``.
 
         Raises:

@@ -26,11 +26,15 @@ class Traced:
     Args:
         program: the loss and its derivatives, shared by all values of the objective's scalars.
         params: values of the program's parameters.
+        code: the program encoded as text, the form in which operators take it.
+        reads: names of the inputs that the program reads.
         graph, loss: the expressions it was made from, for ``explain``.
     """
 
     program: Program
     params: tuple[float, ...]
+    code: str
+    reads: frozenset[str]
     graph: Graph
     loss: int
 
@@ -50,7 +54,7 @@ def trace(objective: Callable[[Any], Any]) -> Traced:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise UnsupportedOperation(f"objective {_name(objective)} cannot be traced ({reason}). {WAY_OUT}") from error
-    return Traced(program, params, graph, loss)
+    return Traced(program, params, " ".join(map(str, program.encode())), program.reads, graph, loss)
 
 
 def _name(objective: Callable[[Any], Any]) -> str:
@@ -206,6 +210,11 @@ def _clamp(g: Graph, x: Any, min: Any = None, max: Any = None) -> int:
     return g.op(Op.CLAMP, _node(g, x), low, high)
 
 
+def _relu(g: Graph, x: Any) -> int:
+    zero = g.const(0)
+    return g.op(Op.WHERE, g.op(Op.LT, zero, _node(g, x)), _node(g, x), zero)
+
+
 def _power(g: Graph, x: Any, exponent: Any) -> int:
     base = _node(g, x)
     if exponent == 0.5:
@@ -262,7 +271,7 @@ FUNCTIONS: dict[str, Callable[..., int]] = {
     "pow": _power,
     "rdiv": _swapped(Op.DIV),
     "reciprocal": lambda g, x: g.op(Op.DIV, g.const(1), _node(g, x)),
-    "relu": lambda g, x: _clamp(g, x, 0.0),
+    "relu": _relu,
     "rsub": _swapped(Op.SUB),
     "sigmoid": _direct(Op.SIGMOID),
     "sign": _direct(Op.SIGN),

@@ -1,0 +1,172 @@
+// unirl_kernels._C: checks what memory safety needs, unwraps tensors, calls the kernels.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+
+#include "cpu/dispatch.h"
+#include "cpu/memory.h"
+#include "cpu/rows.h"
+#include "program_code.h"
+
+namespace {
+
+namespace cpu = unirl::cpu;
+using at::Tensor;
+using cpu::Column;
+using cpu::Format;
+using cpu::Matrix;
+using OptionalTensor = std::optional<Tensor>;
+
+template <class... Parts>
+void require(bool holds, const Parts&... parts) {
+  if (holds) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+
+Format format_of(const Tensor& logits) {
+  switch (logits.scalar_type()) {
+    case at::kFloat: return Format::FP32;
+    case at::kBFloat16: return Format::BF16;
+    case at::kHalf: return Format::FP16;
+    case at::kDouble: return Format::FP64;
+    default: break;
+  }
+  throw std::invalid_argument("logits must be float32, bfloat16, float16 or float64, got " +
+                              std::string(c10::toString(logits.scalar_type())));
+}
+
+Matrix matrix(const Tensor& x, const Tensor& logits, const char* name) {
+  require(x.device().is_cpu(), name, " must be on the cpu, got ", x.device());
+  require(x.dim() == 3 && x.size(2) >= 1, name, " must have shape [B, L, V] with V >= 1, got ", x.sizes());
+  require(x.sizes() == logits.sizes(), name, " must have shape ", logits.sizes(), " like logits, got ", x.sizes());
+  require(x.scalar_type() == logits.scalar_type(), name, " must be ", logits.scalar_type(), " like logits, got ",
+          x.scalar_type());
+  require(x.size(2) == 1 || x.stride(2) == 1, name, " must have stride 1 in its last dimension, got ", x.stride(2));
+  return {x.data_ptr(), x.stride(0), x.stride(1)};
+}
+
+void require_per_row(const Tensor& x, const Tensor& logits, at::ScalarType dtype, const char* name) {
+  require(x.scalar_type() == dtype, name, " must be ", dtype, ", got ", x.scalar_type());
+  require(x.device().is_cpu() && x.is_contiguous() && x.numel() == logits.size(0) * logits.size(1), name,
+          " must be contiguous on the cpu with a value per row of logits ", logits.sizes(), ", got ", x.sizes(),
+          " on ", x.device());
+}
+
+Column column(const OptionalTensor& x, const Tensor& logits, const char* name) {
+  if (!x) return {};
+  const bool fp64 = logits.scalar_type() == at::kDouble;
+  require_per_row(*x, logits, fp64 ? at::kDouble : at::kFloat, name);
+  return {x->data_ptr(), fp64};
+}
+
+// The named tuples of unirl_kernels/backends, in the order of their fields.
+using ReadoutArgs = std::tuple<double, std::optional<double>, double, OptionalTensor>;
+using RowStats = std::tuple<Tensor, Tensor, Tensor>;
+using RowGradients = std::tuple<OptionalTensor, OptionalTensor, OptionalTensor>;
+using RowFields = std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor>;
+using FusedRows = std::tuple<Tensor, Tensor, Tensor>;
+
+cpu::Rows rows(const Tensor& logits, const Tensor& target, int64_t ignore, const ReadoutArgs& readout) {
+  const auto& [scale, softcap, temperature, row_temperature] = readout;
+  cpu::Rows rows;
+  rows.format = format_of(logits);
+  rows.logits = matrix(logits, logits, "logits");
+  rows.batch = logits.size(0);
+  rows.length = logits.size(1);
+  rows.vocab = logits.size(2);
+  require_per_row(target, logits, at::kLong, "target");
+  rows.target = target.data_ptr<int64_t>();
+  rows.ignore = ignore;
+  rows.scale = scale;
+  rows.softcap = softcap.value_or(0);
+  rows.temperature = temperature;
+  rows.row_temperature = column(row_temperature, logits, "row_temperature");
+  return rows;
+}
+
+cpu::StatisticsColumns statistics(const RowStats& stats, const Tensor& logits) {
+  const auto& [logp, entropy, lse] = stats;
+  return {column(logp, logits, "logp"), column(entropy, logits, "entropy"), column(lse, logits, "lse")};
+}
+
+void token_stats(const Tensor& logits, const Tensor& target, int64_t ignore, const ReadoutArgs& readout,
+                 const RowStats& out) {
+  const cpu::Rows of = rows(logits, target, ignore, readout);
+  const cpu::StatisticsColumns to = statistics(out, logits);
+  const py::gil_scoped_release no_gil;
+  cpu::token_stats(of, to);
+}
+
+void token_stats_backward(const Tensor& logits, const Tensor& target, int64_t ignore, const ReadoutArgs& readout,
+                          const RowStats& stats, const RowGradients& gradients, const Tensor& d_logits) {
+  const auto& [d_logp, d_entropy, d_lse] = gradients;
+  const cpu::Rows of = rows(logits, target, ignore, readout);
+  const cpu::StatisticsColumns at = statistics(stats, logits);
+  const cpu::StatisticsColumns d = {column(d_logp, logits, "d_logp"), column(d_entropy, logits, "d_entropy"),
+                               column(d_lse, logits, "d_lse")};
+  const Matrix to = matrix(d_logits, logits, "d_logits");
+  const py::gil_scoped_release no_gil;
+  cpu::token_stats_backward(of, at, d, to);
+}
+
+void fused_loss(const Tensor& logits, const Tensor& target, int64_t ignore, const ReadoutArgs& readout,
+                const RowFields& fields, const std::vector<int64_t>& code, const Tensor& params,
+                const Tensor& d_logits, const FusedRows& out) {
+  const auto& [weight, advantage, old_logp, ref_logp] = fields;
+  const auto& [loss, logp, entropy] = out;
+  const cpu::Rows of = rows(logits, target, ignore, readout);
+  require(params.scalar_type() == at::kDouble && params.dim() == 1 && params.is_contiguous() &&
+              params.device().is_cpu(),
+          "params must be a contiguous float64 vector on the cpu, got ", params.scalar_type(), " ", params.sizes(),
+          " on ", params.device());
+  const unirl::Program program = unirl::decode_program(code, params.numel());
+  require(ref_logp || !unirl::reads_input(program, unirl::REF_LOGP),
+          "ref_logp must be given: the objective reads it");
+  require(advantage || !unirl::reads_input(program, unirl::ADVANTAGE),
+          "advantage must be given: the objective reads it");
+  const cpu::FieldColumns from = {column(weight, logits, "weight"), column(advantage, logits, "advantage"),
+                             column(old_logp, logits, "old_logp"), column(ref_logp, logits, "ref_logp")};
+  const cpu::FusedColumns to = {column(loss, logits, "loss"), column(logp, logits, "logp"),
+                           column(entropy, logits, "entropy")};
+  const Matrix gradient = matrix(d_logits, logits, "d_logits");
+  const double* const values = params.data_ptr<double>();
+  const py::gil_scoped_release no_gil;
+  cpu::fused_loss(of, from, program, values, gradient, to);
+}
+
+// Contiguous memory like x. What is smaller than a huge page comes from PyTorch's allocator.
+Tensor empty_gradient(const Tensor& x) {
+  constexpr size_t HUGE_PAGE = size_t(2) << 20;
+  const size_t bytes = x.numel() * x.element_size();
+  const auto options = at::TensorOptions().dtype(x.scalar_type());
+  if (bytes < HUGE_PAGE) return at::empty(x.sizes(), options);
+  return at::from_blob(
+      cpu::allocate(bytes), x.sizes(), [bytes](void* memory) { cpu::release(memory, bytes); }, options);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "Native kernels of unirl_kernels; use them through unirl_kernels.backends.cpu.";
+  m.def("token_stats", &token_stats, py::arg("logits"), py::arg("target"), py::arg("ignore"), py::arg("readout"),
+        py::arg("out"));
+  m.def("token_stats_backward", &token_stats_backward, py::arg("logits"), py::arg("target"), py::arg("ignore"),
+        py::arg("readout"), py::arg("stats"), py::arg("gradients"), py::arg("d_logits"));
+  m.def("fused_loss", &fused_loss, py::arg("logits"), py::arg("target"), py::arg("ignore"), py::arg("readout"),
+        py::arg("fields"), py::arg("code"), py::arg("params"), py::arg("d_logits"), py::arg("out"));
+  m.def("empty_gradient", &empty_gradient, py::arg("x"));
+  m.def("limit_kept_bytes", &cpu::limit_kept_bytes, py::arg("bytes"));
+  m.def("kept_bytes", &cpu::kept_bytes);
+  m.def("instruction_set", &cpu::instruction_set);
+  m.def("compiled_instruction_sets", &cpu::compiled_instruction_sets);
+  m.def("opcode_names", &unirl::opcode_names);
+  m.attr("MAX_PARAMS") = unirl::MAX_PARAMS;
+  m.attr("MAX_INSTRUCTIONS") = unirl::MAX_INSTRUCTIONS;
+  m.attr("SEGMENT") = cpu::SEGMENT;
+}

@@ -1,0 +1,9 @@
+// Haswell, Zen 1 and newer: 8 floats to a vector.
+#pragma GCC target("avx2,fma,f16c")
+#define UNIRL_ISA avx2
+#define UNIRL_SIMD_BYTES 32
+#include "segment_kernels.h"
+
+namespace unirl::cpu {
+const SegmentKernels* const avx2_kernels = avx2::kernels;
+}

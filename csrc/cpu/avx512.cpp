@@ -1,0 +1,9 @@
+// Skylake-X, Zen 4 and newer: 16 floats to a vector.
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#define UNIRL_ISA avx512
+#define UNIRL_SIMD_BYTES 64
+#include "segment_kernels.h"
+
+namespace unirl::cpu {
+const SegmentKernels* const avx512_kernels = avx512::kernels;
+}

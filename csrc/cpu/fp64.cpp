@@ -1,0 +1,43 @@
+// The two sweeps in double, for gradcheck and the oracle: plain loops, their speed does not matter.
+#include "segment.h"
+
+namespace unirl::cpu {
+namespace {
+
+Moments<double> moments(const void* from, int64_t n, const Readout<double>& readout) {
+  const auto* x = static_cast<const double*>(from);
+  double m = -INFINITY;
+  for (int64_t i = 0; i < n; ++i) m = fmax(m, to_u(readout, x[i]));
+  const double reference = m == -INFINITY ? 0 : m;
+  double s = 0, sz = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double d = to_u(readout, x[i]) - reference;
+    const double e = exp(readout.kappa * d);
+    s += e;
+    if (e != 0) sz += e * d;
+  }
+  return {m, s, sz};
+}
+
+void gradient(
+    const void* from, void* to, int64_t n, const Readout<double>& readout, const GradientTerms<double>& terms) {
+  const auto* x = static_cast<const double*>(from);
+  auto* d_x = static_cast<double*>(to);
+  const double linear_slope = readout.kappa * readout.gain;
+  for (int64_t i = 0; i < n; ++i) {
+    const double d = to_u(readout, x[i]) - terms.reference;
+    const double e = exp(readout.kappa * d);
+    const double factor = terms.constant + (e != 0 ? terms.linear * d : 0);
+    d_x[i] = e * factor * (slope(readout, x[i]) / linear_slope);
+  }
+}
+
+double read(const void* x) { return *static_cast<const double*>(x); }
+
+void write(void* x, double value) { *static_cast<double*>(x) = value; }
+
+}  // namespace
+
+const SegmentKernels fp64_kernels = {moments, gradient, read, write, sizeof(double)};
+
+}  // namespace unirl::cpu

@@ -1,0 +1,35 @@
+// What an instruction set provides: the two sweeps over a segment of a row, for each format of the logits.
+#pragma once
+
+#include <stdint.h>
+
+#include "../row_math.h"
+
+namespace unirl::cpu {
+
+// Logits per segment. Rows are always cut at its multiples and the parts merged in order, so that a row's bits depend
+// on nothing else. 32 KiB of fp32 stay in the first-level cache between the search for the maximum and the sums.
+constexpr int64_t SEGMENT = 8192;
+
+struct SegmentKernels {
+  // Moments of n logits at x.
+  Moments<double> (*moments)(const void* x, int64_t n, const Readout<double>& readout);
+  // Gradient of n logits at x, into d_x: other memory, or x itself.
+  void (*gradient)(
+      const void* x, void* d_x, int64_t n, const Readout<double>& readout, const GradientTerms<double>& terms);
+  double (*read)(const void* x);
+  void (*write)(void* x, double value);
+  int64_t bytes;  // of a logit
+};
+
+enum class Format : int { FP32, BF16, FP16, FP64 };
+
+// By instruction set, those of FP32, BF16, FP16.
+extern const SegmentKernels* const avx512_kernels;
+extern const SegmentKernels* const avx2_kernels;
+extern const SegmentKernels* const baseline_kernels;
+
+// FP64 is for gradcheck and the oracle: plain double arithmetic on any machine.
+extern const SegmentKernels fp64_kernels;
+
+}  // namespace unirl::cpu

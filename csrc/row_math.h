@@ -1,0 +1,134 @@
+// The mathematics of one row of logits, for every backend in csrc: scalars only, no torch, no vectors.
+//
+// With raw logits x, target y:
+//   z = kappa u,  u = gain x  or, with a softcap,  u = tanh(gain x)
+//   lse = log sum_j e^z_j,  logp = z_y - lse,  H = lse - sum_j p_j z_j,  p = softmax(z)
+//   dL/dz_j = p_j ((d_lse - d_logp) - d_entropy (log p_j + H)) + d_logp [j = y]
+#pragma once
+
+#include <math.h>
+
+#if defined(__CUDACC__)
+#define UNIRL_INLINE __host__ __device__ inline
+#else
+#define UNIRL_INLINE inline
+#endif
+
+namespace unirl {
+
+// How raw logits become those of the distribution. kappa > 0, so that the largest u has the largest z.
+template <class Real>
+struct Readout {
+  Real gain;
+  Real kappa;
+  bool capped;
+};
+
+// Sums over a part of a row, relative to its own largest u.
+template <class Real>
+struct Moments {
+  Real m;   // max_j u_j; -inf for an empty part
+  Real s;   // sum_j e^(kappa (u_j - m))
+  Real sz;  // sum_j e^(kappa (u_j - m)) (u_j - m)
+};
+
+template <class Real>
+struct Statistics {
+  Real logp;
+  Real entropy;
+  Real lse;
+};
+
+// Gradients of the loss with respect to a row's statistics.
+template <class Real>
+struct Coefficients {
+  Real logp;
+  Real entropy;
+  Real lse;
+};
+
+// What the second sweep needs: dL/dx_j = e^(kappa d) (constant + linear d) du/dv with d = u_j - reference and
+// v = gain x, except for the target's own entry.
+template <class Real>
+struct GradientTerms {
+  Real reference;
+  Real constant;
+  Real linear;
+  Real target;  // dL/dx_y
+};
+
+// softcap 0: none. A temperature that is not positive gives NaN everywhere.
+template <class Real>
+UNIRL_INLINE Readout<Real> make_readout(Real scale, Real softcap, Real temperature) {
+  const Real inverse = temperature > 0 ? 1 / temperature : Real(NAN);
+  if (softcap > 0) return {scale / softcap, softcap * inverse, true};
+  return {scale < 0 ? Real(-1) : Real(1), fabs(scale) * inverse, false};
+}
+
+template <class Real>
+UNIRL_INLINE Real to_u(const Readout<Real>& readout, Real x) {
+  const Real v = readout.gain * x;
+  return readout.capped ? tanh(v) : v;
+}
+
+// dz/dx. With a softcap 1 - tanh^2 = 4 w / (1 + w)^2, w = e^(-2|v|), which does not cancel where tanh saturates.
+template <class Real>
+UNIRL_INLINE Real slope(const Readout<Real>& readout, Real x) {
+  const Real linear = readout.kappa * readout.gain;
+  if (!readout.capped) return linear;
+  const Real w = exp(-2 * fabs(readout.gain * x));
+  return linear * 4 * w / ((1 + w) * (1 + w));
+}
+
+// Moments of two parts together. Merging in a fixed order gives the same bits however the parts were computed.
+template <class Real>
+UNIRL_INLINE Moments<Real> merge(const Moments<Real>& a, const Moments<Real>& b, Real kappa) {
+  // A part of -inf logits alone has no weight, and no finite maximum to shift by.
+  if (b.s == 0) return a;
+  if (a.s == 0) return b;
+  if (b.m > a.m) {
+    const Real shift = a.m - b.m;
+    const Real w = exp(kappa * shift);
+    return {b.m, b.s + w * a.s, b.sz + w * (a.sz + a.s * shift)};
+  }
+  const Real shift = b.m - a.m;
+  const Real w = exp(kappa * shift);
+  return {a.m, a.s + w * b.s, a.sz + w * (b.sz + b.s * shift)};
+}
+
+// Statistics of a row from the moments of all of it and the target's raw logit. The entropy is taken relative to
+// the maximum: H = log s - kappa sz / s has two terms of one sign, so nothing cancels.
+template <class Real>
+UNIRL_INLINE Statistics<Real> finish(const Moments<Real>& row, const Readout<Real>& readout, Real x_target) {
+  const Real log_s = log1p(row.s - 1);
+  return {
+      readout.kappa * (to_u(readout, x_target) - row.m) - log_s,
+      log_s - readout.kappa * row.sz / row.s,
+      readout.kappa * row.m + log_s,
+  };
+}
+
+// Terms of a row's gradient, relative to any finite reference near the row's largest u.
+template <class Real>
+UNIRL_INLINE GradientTerms<Real> gradient_terms(
+    const Statistics<Real>& at,
+    const Coefficients<Real>& d,
+    const Readout<Real>& readout,
+    Real reference,
+    Real x_target) {
+  // log p of a logit at the reference
+  const Real log_p = readout.kappa * reference - at.lse;
+  const Real factor = exp(log_p) * readout.kappa * readout.gain;
+  GradientTerms<Real> terms;
+  terms.reference = reference;
+  terms.constant = factor * ((d.lse - d.logp) - (d.entropy == 0 ? Real(0) : d.entropy * (log_p + at.entropy)));
+  terms.linear = d.entropy == 0 ? Real(0) : -factor * d.entropy * readout.kappa;
+  // 1 - p_y by expm1: near p_y = 1 nothing else keeps its relative accuracy. p_y = 0 leaves d_logp alone (0 log 0 = 0).
+  const Real p = exp(at.logp);
+  Real target = d.logp * -expm1(at.logp);
+  if (p != 0) target += p * (d.lse - (d.entropy == 0 ? Real(0) : d.entropy * (at.logp + at.entropy)));
+  terms.target = target * slope(readout, x_target);
+  return terms;
+}
+
+}  // namespace unirl

@@ -1,0 +1,92 @@
+"""Who may import whom, and what importing the package costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "unirl_kernels"
+
+ARROWS = {
+    "batch": set(),
+    "plan": set(),
+    "readout": set(),
+    "reference": set(),
+    "accuracy": set(),
+    "program": {"program"},
+    "objectives": {"objectives", "program", "batch"},
+    "recipes": {"objectives"},
+    "backends": {"backends", "program", "batch"},
+    "ops": {"backends", "batch"},
+    "api": {"ops", "backends", "objectives", "batch", "plan", "readout"},
+    "explain": {"objectives", "program", "backends"},
+}
+"""What each layer may import of the package. Drivers on top (cli, demo, doctor, ...) use everything."""
+
+BACKENDS = ("eager", "cpu", "triton")
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of the package that a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            of_package = node.module == "unirl_kernels"
+            found |= {f"{node.module}.{a.name}" for a in node.names} if of_package else {node.module}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {name.removeprefix("unirl_kernels.") for name in found if name.startswith("unirl_kernels.")}
+
+
+def files(layer: str) -> list[Path]:
+    return sorted((PACKAGE / layer).rglob("*.py")) or [PACKAGE / f"{layer}.py"]
+
+
+@pytest.mark.parametrize("layer", ARROWS)
+def test_layers(layer: str) -> None:
+    for path in files(layer):
+        used = {name.split(".")[0] for name in imports(path)} - {"_C"}
+        assert used <= ARROWS[layer], f"{path.relative_to(PACKAGE)} imports {sorted(used - ARROWS[layer])}"
+
+
+def test_backends_do_not_import_one_another() -> None:
+    for backend in BACKENDS:
+        for path in files(f"backends/{backend}"):
+            others = {f"backends.{other}" for other in BACKENDS if other != backend}
+            assert not others & {".".join(name.split(".")[:2]) for name in imports(path)}, path
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+def test_works_without_triton() -> None:
+    """In a fresh process where importing triton fails: the package imports, runs, and says why Triton cannot."""
+    result = run(
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, unirl_kernels as uk\n"
+        "logits, target = torch.randn(2, 3, 7).requires_grad_(), torch.zeros(2, 3, dtype=torch.int64)\n"
+        "uk.fused_loss(logits, uk.Batch(target), uk.sft()).loss.backward()\n"
+        "print(uk.explain(uk.grpo()))\n"
+        "try: uk.token_stats(logits, target, plan=uk.Plan(backend='triton'))\n"
+        "except RuntimeError as error: print(error)\n"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "backend 'triton' cannot run on cpu: " in result.stdout
+
+
+def test_import_is_quick_and_loads_no_backend() -> None:
+    """Beyond torch itself, importing loads neither Triton nor the native extension nor the demo's libraries."""
+    result = run(
+        "import torch, sys; before = set(sys.modules)\n"
+        "import unirl_kernels\n"
+        "print(*sorted(set(sys.modules) - before))\n"
+    )
+    assert result.returncode == 0, result.stderr
+    loaded = set(result.stdout.split())
+    heavy = {"triton", "numpy", "transformers", "rich", "matplotlib", "sympy", "unirl_kernels._C"}
+    assert not heavy & loaded

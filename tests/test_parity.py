@@ -1,0 +1,97 @@
+"""Loss and gradient of every loss, backend, kernel and shape against the fp64 oracle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import unirl_kernels as uk
+from tests.cases import BY_NAME, LOSSES, SHAPES, LossCase, Shape, make_case
+from tests.parity import check, fused
+from tests.places import Place
+from unirl_kernels import reference
+from unirl_kernels.program import evaluate
+
+EVERY_LOSS_ON = [shape for shape in SHAPES if shape.name in ("small", "packed")]
+EVERY_SHAPE_WITH = [BY_NAME[name] for name in ("sft", "grpo", "dpo")]
+CASES = [(loss, shape) for loss in LOSSES for shape in EVERY_LOSS_ON]
+CASES += [(loss, shape) for shape in SHAPES if shape not in EVERY_LOSS_ON for loss in EVERY_SHAPE_WITH]
+
+
+def run(loss: LossCase, shape: Shape, place: Place, **choices: bool) -> None:
+    if not place.takes(shape.n_logits):
+        pytest.skip(f"{shape.n_logits} logits are too many for Triton's interpreter")
+    made = loss.make()
+    place.skip_unless_it_runs(made.scope)
+    logits, batch = make_case(shape, loss, place.device)
+    check(fused(logits, batch, made, place.plan(**choices)), logits, batch, loss)
+
+
+@pytest.mark.parametrize(("loss", "shape"), CASES, ids=lambda x: str(x))
+def test_loss_and_gradient(loss: LossCase, shape: Shape, place: Place) -> None:
+    run(loss, shape, place)
+
+
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s.n_logits < 20_000], ids=str)
+def test_overwriting_the_logits(shape: Shape, place: Place) -> None:
+    run(BY_NAME["grpo"], shape, place, overwrite_logits=True)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=str)
+def test_on_policy(loss: LossCase, place: Place) -> None:
+    """Without old_logp the ratio is 1 and its gradient is not lost."""
+    made = loss.make()
+    place.skip_unless_it_runs(made.scope)
+    logits, batch = make_case(SHAPES[0], loss, place.device)
+    batch = uk.Batch(batch.target, batch.advantage, None, batch.ref_logp)
+    check(fused(logits, batch, made, place.plan()), logits, batch, loss)
+
+
+def test_advantage_per_token(place: Place) -> None:
+    loss = BY_NAME["ppo"]
+    for shape in EVERY_LOSS_ON:
+        logits, batch = make_case(shape, loss, place.device)
+        advantage = torch.randn(batch.target.shape).to(place.device)
+        batch = uk.Batch(batch.target, advantage, batch.old_logp, batch.ref_logp, batch.cu_seqlens)
+        check(fused(logits, batch, loss.make(), place.plan()), logits, batch, loss)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=str)
+def test_gradient_is_equation_1(loss: LossCase) -> None:
+    """The oracle's autograd agrees with its coefficients typed in from equations (4), (7), (11) and (15)."""
+    if loss.hyper.get("how", "sequence_mean") != "sequence_mean":
+        pytest.skip("equation (1) is written for the mean over sequences of the mean over tokens")
+    logits, batch = make_case(SHAPES[0], loss)
+    leaf = logits.double().requires_grad_()
+    (by_autograd,) = torch.autograd.grad(reference.loss(loss.algorithm, leaf, batch, **loss.hyper), leaf)
+    by_equation = reference.gradient(loss.algorithm, leaf, batch, **loss.hyper)
+    torch.testing.assert_close(by_equation, by_autograd, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("loss", [case for case in LOSSES if case.make().scope == "token"], ids=str)
+def test_derived_coefficient_is_the_typed_one(loss: LossCase) -> None:
+    """GC = -d_logp as derived from the objective equals the equations of the paper."""
+    _, batch = make_case(SHAPES[0], loss)
+    logits, _ = make_case(SHAPES[0], loss)
+    logp = reference.log_probs(logits.double(), batch.target)
+    traced = loss.make().traced
+    fields = {"old_logp": batch.old_logp, "ref_logp": batch.ref_logp, "advantage": batch.per_token(batch.advantage)}
+    inputs = {"logp": logp} | {name: x.double() for name, x in fields.items() if name in traced.program.reads}
+    _, d_logp, d_entropy, d_lse = evaluate(traced.program, inputs, torch.tensor(traced.params, dtype=torch.float64))
+    hyper = {name: x for name, x in loss.hyper.items() if name not in ("how", "n")}
+    gc = reference.coefficients(loss.algorithm, logp, batch, **hyper).view(logp.shape)
+    torch.testing.assert_close(-d_logp[batch.valid], gc[batch.valid], rtol=1e-12, atol=1e-14)
+    assert not d_entropy.any()
+    assert not d_lse.any()
+
+
+def test_cases_reach_both_sides_of_the_clip() -> None:
+    """Both signs of advantage, inside and outside the clip on both sides: no branch of the surrogate is untested."""
+    seen = set()
+    for seed in range(4):
+        logits, batch = make_case(SHAPES[0], BY_NAME["grpo"], seed=seed)
+        ratio = torch.exp(reference.log_probs(logits, batch.target) - batch.old_logp)[batch.valid]
+        advantage = batch.per_token(batch.advantage)[batch.valid]
+        side = (ratio > 1.2).long() - (ratio < 0.8).long()
+        seen |= set(zip(side.tolist(), advantage.sign().tolist(), strict=True))
+    assert seen == {(side, sign) for side in (-1, 0, 1) for sign in (-1.0, 1.0)}

@@ -1,0 +1,175 @@
+"""Tracing and differentiation: programs against PyTorch's autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import logsigmoid, softplus
+
+import unirl_kernels as uk
+from unirl_kernels.program import INPUTS, MAX_PARAMS, Op, Program, evaluate, trace
+from unirl_kernels.program.trace import FUNCTIONS
+
+EVERY_FUNCTION = {
+    "abs": lambda x, y: abs(x) + x.abs(),
+    "add": lambda x, y: x + y + 2 + (3 + x),
+    "clamp": lambda x, y: torch.clamp(x, -0.5, 0.5) * y,
+    "clamp_max": lambda x, y: x.clamp(max=0.3) + torch.clamp_max(y, 0.1),
+    "clamp_min": lambda x, y: x.clamp(min=-0.3) + x.clamp_min(0.2),
+    "clip": lambda x, y: torch.clip(x, -1, 1),
+    "detach": lambda x, y: x.detach() * y,
+    "div": lambda x, y: x / (y.square() + 1) + x / 3 + 1 / (x.square() + 2),
+    "eq": lambda x, y: torch.where(x == y, x, 2 * y),
+    "exp": lambda x, y: torch.exp(x - y),
+    "expm1": lambda x, y: torch.expm1(x * 0.1) - y.expm1(),
+    "ge": lambda x, y: torch.where(x >= y, x, y * 3),
+    "gt": lambda x, y: torch.where(x > 0, x * x, y),
+    "le": lambda x, y: torch.where(x <= y, x, 3.0),
+    "log": lambda x, y: torch.log(x.abs() + 1),
+    "log1p": lambda x, y: torch.log1p(x * x),
+    "log_sigmoid": lambda x, y: logsigmoid(x * 3 - y),
+    "logical_and": lambda x, y: torch.where((x > 0) & (y > 0), x, y * y),
+    "logical_not": lambda x, y: torch.where(~(x > 0), x, y * y),
+    "logical_or": lambda x, y: torch.where(torch.logical_or(x > 0, y > 0), x, y * y),
+    "logsigmoid": lambda x, y: -logsigmoid(-x),
+    "lt": lambda x, y: torch.where(x < y, x, -y),
+    "max": lambda x, y: torch.max(x, y),
+    "maximum": lambda x, y: torch.maximum(x * 2, y),
+    "min": lambda x, y: torch.min(x, y),
+    "minimum": lambda x, y: torch.minimum(x * y, x),
+    "mul": lambda x, y: x * y * 0.5,
+    "ne": lambda x, y: torch.where(x != y, x, y),
+    "neg": lambda x, y: -x + torch.neg(y),
+    "ones_like": lambda x, y: torch.ones_like(x) * y + x,
+    "pow": lambda x, y: x**3 + (x.abs() + 1) ** -2 + (y * y + 1) ** 0.5,
+    "reciprocal": lambda x, y: torch.reciprocal(x * x + 1),
+    "relu": lambda x, y: torch.relu(x) + y,
+    "rsub": lambda x, y: 1 - x,
+    "sigmoid": lambda x, y: torch.sigmoid(3 * x) * y,
+    "sign": lambda x, y: torch.sign(x) * x * y,
+    "softplus": lambda x, y: softplus(x) - softplus(y),
+    "sqrt": lambda x, y: torch.sqrt(x * x + 0.5),
+    "square": lambda x, y: torch.square(x) - y.square(),
+    "sub": lambda x, y: x - y - 1,
+    "tanh": lambda x, y: torch.tanh(x * y),
+    "true_divide": lambda x, y: torch.true_divide(x, 2.5),
+    "where": lambda x, y: torch.where(x.detach() > 0.1, x, 0.0),
+    "zeros_like": lambda x, y: torch.zeros_like(x) + x,
+    "rdiv": lambda x, y: 2 / (1 + x * x),
+}
+
+
+def compare(f: object, points: Tensor) -> None:
+    """Value and both derivatives of f(logp, entropy), traced and by autograd, in fp64."""
+    traced = trace(lambda t: f(t.logp, t.entropy))
+    x, y = (p.clone().requires_grad_() for p in points)
+    value = f(x, y) + 0 * (x + y)
+    expected = (value, *torch.autograd.grad(value.sum(), (x, y)))
+    inputs = {"logp": x.detach(), "entropy": y.detach()}
+    params = torch.tensor(traced.params, dtype=torch.float64)
+    loss, d_logp, d_entropy, d_lse = evaluate(traced.program, inputs, params)
+    for got, want in zip((loss, d_logp, d_entropy), expected, strict=True):
+        torch.testing.assert_close(got, want.detach(), rtol=1e-12, atol=1e-12)
+    assert not d_lse.any()
+
+
+@pytest.mark.parametrize("name", EVERY_FUNCTION)
+def test_every_function(name: str) -> None:
+    ties = torch.tensor([[0.0, 0.5, -0.5, 1.0, -1.0, 0.1], [0.0, 0.5, 0.5, 1.0, -1.0, 0.1]], dtype=torch.float64)
+    away_from_zero = ties.clone()
+    away_from_zero[:, 0] = 0.25
+    compare(EVERY_FUNCTION[name], torch.randn(2, 50, dtype=torch.float64))
+    compare(EVERY_FUNCTION[name], away_from_zero if name in ("abs",) else ties)
+
+
+def test_the_table_of_functions_is_tested() -> None:
+    assert set(EVERY_FUNCTION) == set(FUNCTIONS)
+
+
+EXPRESSIONS = st.recursive(
+    st.one_of(
+        st.just(lambda x, y: x),
+        st.just(lambda x, y: y),
+        st.floats(-2, 2).map(lambda c: lambda x, y: torch.ones_like(x) * c),
+    ),
+    lambda inner: st.one_of(
+        st.tuples(st.sampled_from(["add", "sub", "mul", "minimum", "maximum"]), inner, inner).map(
+            lambda t: lambda x, y: getattr(torch, t[0])(t[1](x, y), t[2](x, y))
+        ),
+        st.tuples(st.sampled_from(["tanh", "sigmoid", "neg", "square"]), inner).map(
+            lambda t: lambda x, y: getattr(torch, t[0])(t[1](x, y))
+        ),
+        st.tuples(inner, inner, inner).map(lambda t: lambda x, y: torch.where(t[0](x, y) > 0, t[1](x, y), t[2](x, y))),
+        inner.map(lambda f: lambda x, y: torch.clamp(torch.tanh(f(x, y)), -0.5, 0.7)),
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(EXPRESSIONS)
+def test_any_expression(f: object) -> None:
+    torch.manual_seed(1)
+    compare(f, torch.randn(2, 20, dtype=torch.float64))
+
+
+def test_new_scalars_need_no_new_program() -> None:
+    """The program does not depend on the values of the objective's scalars: no kernel is compiled again."""
+    assert uk.grpo(0.2, 0.04).traced.program == uk.grpo(0.3, 0.5).traced.program
+    assert uk.grpo(0.2, 0.04).traced.params != uk.grpo(0.3, 0.5).traced.params
+    assert uk.ppo().traced.program != uk.sft().traced.program
+
+
+def test_encoding_round_trip() -> None:
+    for loss in (uk.sft(), uk.ppo(), uk.grpo()):
+        program = loss.traced.program
+        assert Program.decode(program.encode()) == program
+    with pytest.raises(ValueError, match="program must hold"):
+        Program.decode([0, 1, -1, -1, -1, -1])
+
+
+def test_reads_only_what_the_loss_needs() -> None:
+    assert uk.sft().traced.program.reads == {"logp"}
+    assert uk.rft().traced.program.reads == {"logp", "advantage"}
+    assert uk.grpo().traced.program.reads == {"logp", "old_logp", "ref_logp", "advantage"}
+    assert uk.grpo(beta=None).traced.program.reads == {"logp", "old_logp", "advantage"}
+    assert set(INPUTS) >= uk.grpo().traced.program.reads
+
+
+def test_simple_derivatives_are_simple() -> None:
+    """SFT's coefficient is the constant 1, RFT's the advantage: no instruction is left over."""
+    assert [i.op for i in uk.sft().traced.program.instructions] == [Op.NEG]
+    assert len(uk.rft().traced.program.instructions) == 3  # the product, its sign, the coefficient's sign
+
+
+def test_limits_are_an_error_that_names_the_way_out() -> None:
+    def long(t: object) -> object:
+        value = t.logp
+        for k in range(MAX_PARAMS + 1):
+            value = value * (1 + k / 10)
+        return value
+
+    with pytest.raises(uk.UnsupportedOperation, match=r"one-pass kernels take .* Plan\(kernel='composed'\)"):
+        _ = uk.Loss(long).traced
+
+
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [
+        (lambda t: torch.clamp(t.logp, t.entropy, None), "bounds that vary by token"),
+        (lambda t: t.logp * torch.ones(3), r"tensor of shape \(3,\)"),
+        (lambda t: t.logp + "x", "operand of type str"),
+        (lambda t: softplus(t.logp, beta=2), "softplus with beta != 1"),
+        (lambda t: list(t.logp), "iterates over tokens"),
+        (lambda t: t.logp[0], "indexes tokens"),
+        (lambda t: t.logp * len(t.logp), "number of tokens"),
+        (lambda t: t.logp.undefined_thing(), "uses .undefined_thing"),
+        (lambda t: undefined_name * t.logp, "cannot be traced"),  # noqa: F821
+    ],
+)
+def test_what_cannot_be_traced_says_why(objective: object, words: str) -> None:
+    with pytest.raises(uk.UnsupportedOperation, match=words):
+        _ = uk.Loss(objective).traced

@@ -1,0 +1,217 @@
+"""Gradient of a row's logits from the gradients of its statistics.
+
+    d_z_j = p_j (d_lse - d_logp - d_entropy (log p_j + H)) + d_logp 1[j = y]        d_x_j = d_z_j dz_j/dx_j
+
+The target's entry is d_logp (1 - p_y) plus the rest of the bracket, with 1 - p_y = -expm1(logp): a difference of two
+rounded numbers would lose it as p_y -> 1. It takes its place in the tile before the tile is stored, in full precision.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from unirl_kernels.backends.triton.scalar_math import LN2, LOG2E, exp, expm1
+from unirl_kernels.backends.triton.statistics import FLOOR, absent, row_factor, start_of_row, unscaled
+from unirl_kernels.backends.triton.tiles import fill, fringe, head_and_body, load, offsets, store
+
+
+@triton.jit
+def slope(u: tl.tensor, outer: tl.tensor, READOUT: tl.constexpr) -> tl.tensor:
+    """dz/dx, where ``outer`` is its value at x = 0."""
+    if READOUT == "softcap":
+        return outer * ((1.0 - u) * (1.0 + u))
+    else:
+        return outer
+
+
+@triton.jit
+def target_entry(
+    u_y: tl.tensor,
+    logp: tl.tensor,
+    entropy: tl.tensor,
+    d_logp: tl.tensor,
+    d_entropy: tl.tensor,
+    d_lse: tl.tensor,
+    outer: tl.tensor,
+    READOUT: tl.constexpr,
+) -> tl.tensor:
+    """d_x_y. A target at -inf gets 0 like every logit there."""
+    surprise = d_lse - d_entropy * (tl.maximum(logp, FLOOR) + entropy)
+    d_z = exp(logp) * surprise - d_logp * expm1(logp)
+    return tl.where(u_y == float("-inf"), 0.0, d_z * slope(u_y, outer, READOUT))
+
+
+@triton.jit
+def elementwise(
+    x: tl.tensor,
+    inner: tl.tensor,
+    base: tl.tensor,
+    rate: tl.tensor,
+    shift: tl.tensor,
+    common: tl.tensor,
+    per_bit: tl.tensor,
+    READOUT: tl.constexpr,
+    ENTROPY: tl.constexpr,
+) -> tl.tensor:
+    """d_x of columns other than the target's: p (common + per_bit log2 p), with log2 p = (u - base) rate - shift."""
+    u = unscaled(x, inner, READOUT)
+    log2_p = (u - base) * rate - shift
+    p = tl.exp2(log2_p)
+    if ENTROPY:
+        d_x = p * (common + per_bit * tl.maximum(log2_p, FLOOR))
+    else:
+        d_x = p * common
+    return slope(u, d_x, READOUT)
+
+
+@triton.jit
+def descend(
+    row: tl.tensor,
+    d_row: tl.tensor,
+    size: tl.tensor,
+    target: tl.tensor,
+    at_target: tl.tensor,
+    inner: tl.tensor,
+    base: tl.tensor,
+    rate: tl.tensor,
+    shift: tl.tensor,
+    common: tl.tensor,
+    per_bit: tl.tensor,
+    READOUT: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    UNROLL: tl.constexpr,
+) -> None:
+    """Write ``size`` columns of d_logits, the last first: what was read last is still in a cache."""
+    TILE: tl.constexpr = LANES * VECTOR * UNROLL
+    head, body = head_and_body(d_row, size, ALIGNED, VECTOR)
+    if not ALIGNED:
+        columns, inside = fringe(head, body, size, VECTOR)
+        x = tl.load(row + columns, mask=inside, other=0.0).to(rate.dtype)
+        g = elementwise(x, inner, base, rate, shift, common, per_bit, READOUT, ENTROPY)
+        g = tl.where(columns == target, at_target, g)
+        tl.store(d_row + columns, g.to(d_row.dtype.element_ty), mask=inside)
+        row += head
+        d_row += head
+        target -= head
+    main = body // TILE * TILE
+    if main < body:
+        x = load(row, main, body, True, ALIGNED, LANES, VECTOR, UNROLL).to(rate.dtype)
+        g = elementwise(x, inner, base, rate, shift, common, per_bit, READOUT, ENTROPY)
+        g = tl.where(main + offsets(LANES, VECTOR, UNROLL) == target, at_target, g)
+        store(d_row, main, body, g, True, LANES, VECTOR, UNROLL)
+    for done in range(0, main, TILE):
+        start = main - TILE - done
+        x = load(row, start, body, False, ALIGNED, LANES, VECTOR, UNROLL).to(rate.dtype)
+        g = elementwise(x, inner, base, rate, shift, common, per_bit, READOUT, ENTROPY)
+        # The tile is known to hold the target or not before its elements are compared: two operations each.
+        if (target >= start) & (target < start + TILE):
+            g = tl.where(start + offsets(LANES, VECTOR, UNROLL) == target, at_target, g)
+        store(d_row, start, body, g, False, LANES, VECTOR, UNROLL)
+
+
+@triton.jit
+def write_row(
+    row: tl.tensor,
+    d_row: tl.tensor,
+    size: tl.tensor,
+    target: tl.tensor,
+    u_y: tl.tensor,
+    logp: tl.tensor,
+    entropy: tl.tensor,
+    d_logp: tl.tensor,
+    d_entropy: tl.tensor,
+    d_lse: tl.tensor,
+    inner: tl.tensor,
+    factor: tl.tensor,
+    base: tl.tensor,
+    shift: tl.tensor,
+    READOUT: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    UNROLL: tl.constexpr,
+) -> None:
+    """Write a row of d_logits, where log2 p_j = (u_j - base) factor log2(e) - shift."""
+    if (d_logp == 0) & (d_entropy == 0) & (d_lse == 0):
+        fill(d_row, size, d_logp, ALIGNED, LANES, VECTOR, UNROLL)
+    else:
+        # dz/dx at x = 0: du/dx is 1, -1 for a negative scale, tanh's argument has slope inner.
+        outer = factor * inner
+        at_target = target_entry(u_y, logp, entropy, d_logp, d_entropy, d_lse, outer, READOUT)
+        common = outer * (d_lse - d_logp - d_entropy * entropy)
+        per_bit = -outer * d_entropy * LN2
+        descend(row, d_row, size, target, at_target, inner, base, factor * LOG2E, shift, common, per_bit,
+                READOUT, ENTROPY, ALIGNED, LANES, VECTOR, UNROLL)  # fmt: skip
+
+
+@triton.jit
+def optional(field: tl.tensor, row: tl.tensor, otherwise: tl.tensor) -> tl.tensor:
+    """Entry of a per-row tensor that may be missing."""
+    if field is None:
+        return otherwise
+    else:
+        return tl.load(field + row).to(otherwise.dtype)
+
+
+UNSPECIALIZED = [
+    *("logits", "d_logits", "target", "row_temperature", "logp", "entropy", "lse", "d_logp", "d_entropy", "d_lse"),
+    *("length", "size", "stride_b", "stride_l", "d_stride_b", "d_stride_l"),
+]
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def backward(
+    logits: tl.tensor,  # [B, L, V]
+    d_logits: tl.tensor,  # [B, L, V]; may be logits
+    target: tl.tensor,  # [B, L], as all that follow
+    row_temperature: tl.tensor,
+    logp: tl.tensor,
+    entropy: tl.tensor,
+    lse: tl.tensor,
+    d_logp: tl.tensor,
+    d_entropy: tl.tensor,
+    d_lse: tl.tensor,
+    length: tl.int32,
+    size: tl.int32,
+    stride_b: tl.int64,
+    stride_l: tl.int64,
+    d_stride_b: tl.int64,
+    d_stride_l: tl.int64,
+    inner: tl.float64,
+    factor: tl.float64,
+    READOUT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    UNROLL: tl.constexpr,
+) -> None:
+    """One program per row, one read and one write."""
+    row = tl.program_id(0)
+    y = tl.load(target + row)
+    d_x = start_of_row(d_logits, row, length, d_stride_b, d_stride_l)
+    if (y >= 0) & (y < size):
+        f = row_factor(factor, row_temperature, row, COMPUTE)
+        inner = tl.full((), inner, COMPUTE)
+        x = start_of_row(logits, row, length, stride_b, stride_l)
+        u_y = unscaled(tl.load(x + y).to(COMPUTE), inner, READOUT)
+        logp_y = tl.load(logp + row).to(COMPUTE)
+        log_sum = tl.load(lse + row).to(COMPUTE)
+        zero = tl.full((), 0.0, COMPUTE)
+        # log p_j is (z_j - z_y) + logp or z_j - lse. The number of smaller size brings the smaller rounding.
+        near = tl.abs(logp_y) < tl.abs(log_sum)
+        base = tl.where(near, u_y, 0.0)
+        shift = tl.where(near, -logp_y, log_sum) * LOG2E
+        # Every thread has the target's logit before one of them overwrites it.
+        tl.debug_barrier()
+        write_row(x, d_x, size, y.to(tl.int32), u_y, logp_y, tl.load(entropy + row).to(COMPUTE),
+                  optional(d_logp, row, zero), optional(d_entropy, row, zero), optional(d_lse, row, zero),
+                  inner, f, base, shift, READOUT, d_entropy is not None,
+                  ALIGNED, LANES, VECTOR, UNROLL)  # fmt: skip
+    else:
+        fill(d_x, size, absent(y, COMPUTE), ALIGNED, LANES, VECTOR, UNROLL)

@@ -1,0 +1,79 @@
+"""Prints a scalar program as a Triton device function, and makes it callable from a kernel."""
+
+from __future__ import annotations
+
+import hashlib
+import linecache
+from functools import cache
+from typing import Any
+
+from unirl_kernels.program import INPUTS, ZERO, Op, Program
+
+EXPRESSIONS: dict[Op, str] = {
+    Op.ADD: "{} + {}",
+    Op.SUB: "{} - {}",
+    Op.MUL: "{} * {}",
+    Op.DIV: "divide({}, {})",
+    Op.NEG: "-{}",
+    Op.ABS: "tl.abs({})",
+    Op.SIGN: "sign({})",
+    Op.MINIMUM: "minimum({}, {})",
+    Op.MAXIMUM: "maximum({}, {})",
+    Op.CLAMP: "clamp({}, {}, {})",
+    Op.EXP: "exp({})",
+    Op.EXPM1: "expm1({})",
+    Op.LOG: "log({})",
+    Op.LOG1P: "log1p({})",
+    Op.SQRT: "sqrt({})",
+    Op.TANH: "tanh({})",
+    Op.SIGMOID: "sigmoid({})",
+    Op.LOGSIGMOID: "logsigmoid({})",
+    Op.LT: "({} < {}).to(logp.dtype)",
+    Op.LE: "({} <= {}).to(logp.dtype)",
+    Op.EQ: "({} == {}).to(logp.dtype)",
+    Op.WHERE: "tl.where({} != 0, {}, {})",
+}
+"""Triton text of each instruction; the functions are those of ``scalar_math``."""
+
+
+def source(program: Program) -> str:
+    """The program as the text of a ``triton.jit`` function.
+
+    Args:
+        program: the scalar program of an objective.
+
+    Returns:
+        Source of ``objective(params, logp, entropy, lse, old_logp, ref_logp, advantage)``, which returns loss, d_logp,
+        d_entropy and d_lse. ``params`` points to the parameters, float64; inputs that the program does not read may be
+        anything.
+    """
+    names = [*INPUTS, *(f"p{i}" for i in range(program.n_params))]
+    lines = ["@triton.jit", f"def objective(params, {', '.join(INPUTS)}):"]
+    lines += [f"    p{i} = tl.load(params + {i}).to(logp.dtype)" for i in range(program.n_params)]
+    for i, instruction in enumerate(program.instructions):
+        names.append(f"v{i}")
+        lines.append(f"    v{i} = {EXPRESSIONS[instruction.op].format(*(names[r] for r in instruction.args))}")
+    if ZERO in program.outputs:
+        lines.append("    zero = tl.full((), 0, logp.dtype)")
+    outputs = ("zero" if r == ZERO else names[r] for r in program.outputs)
+    lines.append(f"    return {', '.join(outputs)}")
+    return "\n".join(lines) + "\n"
+
+
+@cache
+def device_function(code: tuple[int, ...]) -> Any:
+    """The ``triton.jit`` function of an encoded program, one per distinct program.
+
+    Its name is derived from the program, so that Triton's compilation cache on disk recognises it in a later process.
+    """
+    from unirl_kernels.backends.triton import scalar_math
+
+    text = source(Program.decode(code))
+    digest = hashlib.sha256(repr(code).encode()).hexdigest()[:16]
+    filename = f"<unirl_kernels objective {digest}>"
+    # Triton reads a function's source through inspect, which looks here for files that do not exist.
+    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
+    namespace = {name: value for name, value in vars(scalar_math).items() if not name.startswith("_")}
+    namespace["__name__"] = f"unirl_kernels.objective_{digest}"
+    exec(compile(text, filename, "exec"), namespace)
+    return namespace["objective"]

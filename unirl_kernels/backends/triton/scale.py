@@ -1,0 +1,43 @@
+"""Multiplies a gradient by a scalar that only the device knows; costs one launch where the scalar is 1."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from unirl_kernels.backends.triton.statistics import start_of_row
+from unirl_kernels.backends.triton.tiles import fringe, head_and_body, load, store
+
+UNSPECIALIZED = ["x", "factor", "rows", "length", "size", "stride_b", "stride_l"]
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def scale(
+    x: tl.tensor,  # [B, L, V]
+    factor: tl.tensor,  # one element
+    rows: tl.int32,
+    length: tl.int32,
+    size: tl.int32,
+    stride_b: tl.int64,
+    stride_l: tl.int64,
+    COMPUTE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    UNROLL: tl.constexpr,
+) -> None:
+    """Few programs for many rows: starting them is all that happens when the factor is 1."""
+    TILE: tl.constexpr = LANES * VECTOR * UNROLL
+    k = tl.load(factor).to(COMPUTE)
+    if k != 1:
+        for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+            start_of_x = start_of_row(x, row, length, stride_b, stride_l)
+            head, body = head_and_body(start_of_x, size, ALIGNED, VECTOR)
+            if not ALIGNED:
+                columns, inside = fringe(head, body, size, VECTOR)
+                value = tl.load(start_of_x + columns, mask=inside, other=0.0).to(COMPUTE) * k
+                tl.store(start_of_x + columns, value.to(x.dtype.element_ty), mask=inside)
+            body_of_x = start_of_x + head
+            for start in range(0, body, TILE):
+                value = load(body_of_x, start, body, True, True, LANES, VECTOR, UNROLL).to(COMPUTE) * k
+                store(body_of_x, start, body, value, True, LANES, VECTOR, UNROLL)

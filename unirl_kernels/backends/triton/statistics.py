@@ -1,0 +1,172 @@
+"""Statistics of a row in one sweep: log-sum-exp, entropy, and the target's log-probability.
+
+With u the row before temperature (the logit, or its tanh under a softcap) and z = factor u:
+
+    s = sum_j 2^t_j      sz = sum_j 2^t_j t_j      t_j = (u_j - max u) factor log2(e)
+    lse = factor max u + log s      H = log s - log(2) sz / s      logp = factor (u_y - max u) - log s
+
+No sum cancels: t_j is exact near the maximum, and everything is relative to it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from unirl_kernels.backends.triton.scalar_math import LN2, LOG2E, divide, tanh
+from unirl_kernels.backends.triton.tiles import load, offsets
+from unirl_kernels.batch import IGNORE as IGNORED_TARGET
+
+IGNORE = tl.constexpr(IGNORED_TARGET)
+UNSPECIALIZED = [
+    *("logits", "target", "row_temperature", "logp", "entropy", "lse"),
+    *("length", "size", "stride_b", "stride_l"),
+]
+FLOOR = tl.constexpr(-1e4)
+"""Stands in for -inf as an exponent where 0 * -inf would be NaN; 2^FLOOR is 0 in fp64 too."""
+
+
+@triton.jit
+def unscaled(x: tl.tensor, inner: tl.tensor, READOUT: tl.constexpr) -> tl.tensor:
+    """u, increasing in z: the logit itself, its negative under a negative scale, or tanh(inner x) under a softcap."""
+    if READOUT == "softcap":
+        return tanh(x * inner)
+    elif READOUT == "negated":
+        return -x
+    else:
+        return x
+
+
+@triton.jit
+def finite_base(top: tl.tensor) -> tl.tensor:
+    """What u is measured from: its maximum, or 0 where everything is -inf and the difference would be NaN."""
+    return tl.where(top > float("-inf"), top, 0.0)
+
+
+@triton.jit
+def rescaled(base: tl.tensor, top: tl.tensor, s: tl.tensor, sz: tl.tensor, rate: tl.tensor) -> tuple:
+    """Sums relative to ``top``, made relative to ``base``."""
+    shift = tl.maximum((top - base) * rate, FLOOR)
+    keep = tl.exp2(shift)
+    return keep * s, keep * (sz + shift * s)
+
+
+@triton.jit
+def accumulate(u: tl.tensor, top: tl.tensor, s: tl.tensor, sz: tl.tensor, rate: tl.tensor) -> tuple:
+    """Add a tile to the sums of each lane. One maximum and one rescaling per lane and tile, not per element."""
+    new_top = tl.maximum(top, tl.max(tl.max(u, 2), 0))
+    base = finite_base(new_top)
+    t = (u - base[None, :, None]) * rate
+    e = tl.exp2(t)
+    s, sz = rescaled(base, top, s, sz, rate)
+    s += tl.sum(tl.sum(e, 2), 0)
+    sz += tl.sum(tl.sum(e * tl.maximum(t, FLOOR), 2), 0)
+    return new_top, s, sz
+
+
+@triton.jit
+def combine(top: tl.tensor, s: tl.tensor, sz: tl.tensor, rate: tl.tensor) -> tuple:
+    """Sums of all lanes relative to the row's maximum: base, s, sz."""
+    base = finite_base(tl.max(top, 0))
+    s, sz = rescaled(base, top, s, sz, rate)
+    return base, tl.sum(s, 0), tl.sum(sz, 0)
+
+
+@triton.jit
+def sweep(
+    row: tl.tensor,
+    size: tl.tensor,
+    inner: tl.tensor,
+    rate: tl.tensor,
+    READOUT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    UNROLL: tl.constexpr,
+) -> tuple:
+    """Sums over ``size`` columns of a row: base, s, sz."""
+    TILE: tl.constexpr = LANES * VECTOR * UNROLL
+    top = tl.full((LANES,), float("-inf"), rate.dtype)
+    s = tl.full((LANES,), 0.0, rate.dtype)
+    sz = tl.full((LANES,), 0.0, rate.dtype)
+    main = size // TILE * TILE
+    for start in range(0, main, TILE):
+        x = load(row, start, size, False, ALIGNED, LANES, VECTOR, UNROLL)
+        top, s, sz = accumulate(unscaled(x.to(rate.dtype), inner, READOUT), top, s, sz, rate)
+    if main < size:
+        x = load(row, main, size, True, ALIGNED, LANES, VECTOR, UNROLL)
+        u = unscaled(x.to(rate.dtype), inner, READOUT)
+        u = tl.where(main + offsets(LANES, VECTOR, UNROLL) < size, u, float("-inf"))
+        top, s, sz = accumulate(u, top, s, sz, rate)
+    return combine(top, s, sz, rate)
+
+
+@triton.jit
+def finish(base: tl.tensor, s: tl.tensor, sz: tl.tensor, u_y: tl.tensor, factor: tl.tensor) -> tuple:
+    """logp, entropy, lse of a row from its sums."""
+    log_s = tl.log(s)
+    return (u_y - base) * factor - log_s, log_s - divide(sz * LN2, s), base * factor + log_s
+
+
+@triton.jit
+def row_factor(factor: tl.tensor, row_temperature: tl.tensor, row: tl.tensor, COMPUTE: tl.constexpr) -> tl.tensor:
+    """dz/du of a row."""
+    if row_temperature is None:
+        return tl.full((), factor, COMPUTE)
+    else:
+        return divide(tl.full((), factor, COMPUTE), tl.load(row_temperature + row).to(COMPUTE))
+
+
+@triton.jit
+def absent(target: tl.tensor, COMPUTE: tl.constexpr) -> tl.tensor:
+    """What stands for a row that is not computed: 0 where it is ignored, NaN where its target does not exist."""
+    return tl.where(target == IGNORE, 0.0, float("nan")).to(COMPUTE)
+
+
+@triton.jit
+def start_of_row(
+    x: tl.tensor, row: tl.tensor, length: tl.tensor, stride_b: tl.tensor, stride_l: tl.tensor
+) -> tl.tensor:
+    """Pointer to row b * length + l of [B, length, V]. 64 bits: T V may exceed 2^31."""
+    return x + (row // length).to(tl.int64) * stride_b + (row % length).to(tl.int64) * stride_l
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def statistics(
+    logits: tl.tensor,  # [B, L, V]
+    target: tl.tensor,  # [B, L]
+    row_temperature: tl.tensor,  # [B, L]
+    logp: tl.tensor,  # [B, L]
+    entropy: tl.tensor,  # [B, L]
+    lse: tl.tensor,  # [B, L]
+    length: tl.int32,
+    size: tl.int32,
+    stride_b: tl.int64,
+    stride_l: tl.int64,
+    inner: tl.float64,
+    factor: tl.float64,
+    READOUT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    UNROLL: tl.constexpr,
+) -> None:
+    """One program per row, one read."""
+    row = tl.program_id(0)
+    y = tl.load(target + row)
+    if (y >= 0) & (y < size):
+        f = row_factor(factor, row_temperature, row, COMPUTE)
+        inner = tl.full((), inner, COMPUTE)
+        x = start_of_row(logits, row, length, stride_b, stride_l)
+        u_y = unscaled(tl.load(x + y).to(COMPUTE), inner, READOUT)
+        base, s, sz = sweep(x, size, inner, f * LOG2E, READOUT, ALIGNED, LANES, VECTOR, UNROLL)
+        logp_y, h, log_sum = finish(base, s, sz, u_y, f)
+        tl.store(logp + row, logp_y)
+        tl.store(entropy + row, h)
+        tl.store(lse + row, log_sum)
+    else:
+        nothing = absent(y, COMPUTE)
+        tl.store(logp + row, nothing)
+        tl.store(entropy + row, nothing)
+        tl.store(lse + row, nothing)

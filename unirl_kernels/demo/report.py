@@ -1,0 +1,221 @@
+"""The demo's results: a table, a picture, a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from unirl_kernels.demo.compare import FUSED, NAIVE, Check, Row
+from unirl_kernels.demo.train import Step
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+INK, MUTED, ACCENT, GRID = "#1d2733", "#9aa5b1", "#0b7a75", "#e4e7eb"
+WARM = "#d1495b"
+
+
+@dataclass(frozen=True)
+class GrpoStep:
+    """A GRPO step: what the samples earned, and what the optimisation saw."""
+
+    reward: float
+    step: Step
+
+
+@dataclass(frozen=True)
+class Result:
+    """All that a run of the demo found."""
+
+    model: str
+    vocab: int
+    backend: str
+    rows: Sequence[Row]
+    grpo_steps: Sequence[GrpoStep]
+
+    def summary(self) -> dict[str, Any]:
+        """The content of ``summary.json``."""
+        rows = [
+            {
+                "algorithm": row.algorithm,
+                "equation": row.equation,
+                "tokens": row.tokens,
+                "loss": row.loss,
+                "loss_error": row.loss_check.error,
+                "grad_error": row.grad_check.error,
+                "fused_s": row.time[FUSED].median,
+                "naive_s": row.time[NAIVE].median,
+                "fused_peak_bytes": row.peak_bytes[FUSED],
+                "naive_peak_bytes": row.peak_bytes[NAIVE],
+            }
+            for row in self.rows
+        ]
+        steps = [{"loss": s.step.loss, "reward": s.reward, "kl": s.step.metrics["kl"]} for s in self.grpo_steps]
+        return {
+            "model": self.model,
+            "vocab": self.vocab,
+            "backend": self.backend,
+            "rows": rows,
+            "grpo_steps": steps,
+        }
+
+    def exceeded(self) -> list[str]:
+        """The errors beyond their tolerance, one line each."""
+        return [
+            f"{row.algorithm}: {what} error {check.error:.2e} exceeds its tolerance {check.tolerance:.2e}"
+            for row in self.rows
+            for what, check in (("loss", row.loss_check), ("gradient", row.grad_check))
+            if check.failed
+        ]
+
+
+def save_summary(result: Result, path: Path) -> None:
+    path.write_text(json.dumps(result.summary(), indent=2) + "\n")
+
+
+def table(result: Result) -> Table:
+    """The six rows, fused / naive side by side."""
+    title = f"{result.model}, V = {result.vocab}, backend {result.backend}: loss and gradient of the logits"
+    shown = Table(title=title, title_justify="left", caption=CAPTION, caption_justify="left")
+    shown.add_column("algorithm", style="bold")
+    for name in ("equation", "data source"):
+        shown.add_column(name)
+    for name in ("tokens", "loss", "loss error", "grad error", "time, ms", "extra peak, MB"):
+        shown.add_column(name, justify="right")
+    for row in result.rows:
+        ms = (row.time[FUSED].median * 1e3, row.time[NAIVE].median * 1e3)
+        mb = (row.peak_bytes[FUSED] / 1e6, row.peak_bytes[NAIVE] / 1e6)
+        shown.add_row(
+            row.algorithm,
+            row.equation,
+            row.data,
+            str(row.tokens),
+            f"{row.loss:.5f}",
+            _check(row.loss_check),
+            _check(row.grad_check),
+            f"{ms[0]:.0f} / {ms[1]:.0f} [bold green]{_times(ms)}[/]",
+            f"{mb[0]:.0f} / {mb[1]:.0f} [bold green]{_times(mb)}[/]",
+        )
+    return shown
+
+
+CAPTION = (
+    "errors against the fp64 oracle: loss absolute, gradient relative L2, each with its tolerance, twice the error of "
+    "naive fp32 plus 4 ulp; time (median) and peak memory beyond the logits: fused / naive"
+)
+
+
+def _check(check: Check) -> str:
+    style = "bold red" if check.failed else "green"
+    return f"[{style}]{check.error:.1e}[/] [dim]≤ {check.tolerance:.1e}[/]"
+
+
+def _times(pair: tuple[float, float]) -> str:
+    return f"{pair[1] / pair[0]:.1f}x" if pair[0] > 0 else ""
+
+
+def save_picture(result: Result, path: Path) -> None:
+    """Errors, time, memory and GRPO steps, as one PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 8), dpi=150, layout="constrained", facecolor="white")
+    (errors, time), (memory, steps) = figure.subplots(2, 2)
+    _draw_errors(errors, result.rows)
+    ms = [(row.time[FUSED].median * 1e3, row.time[NAIVE].median * 1e3) for row in result.rows]
+    mb = [(row.peak_bytes[FUSED] / 1e6, row.peak_bytes[NAIVE] / 1e6) for row in result.rows]
+    _draw_bars(time, "Time of loss and gradient", "ms", result.rows, ms)
+    _draw_bars(memory, "Peak memory beyond the logits", "MB", result.rows, mb)
+    _draw_steps(steps, result.grpo_steps)
+    figure.suptitle(
+        f"Six objectives on the logits of {result.model}   V = {result.vocab}, backend {result.backend}",
+        x=0.01,
+        ha="left",
+        fontsize=13,
+        fontweight="bold",
+        color=INK,
+    )
+    figure.savefig(path)
+
+
+def _style(axes: Axes, title: str, grid: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11, color=INK)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(MUTED)
+    axes.tick_params(colors=INK, length=0)
+    axes.grid(axis=grid, color=GRID)
+    axes.set_axisbelow(True)
+
+
+def _draw_errors(axes: Axes, rows: Sequence[Row]) -> None:
+    """For each algorithm the two errors, as points below the tolerance that bounds them."""
+    least = 1e-12  # a log scale has no zero
+    for shift, color, name in ((-0.16, ACCENT, "loss"), (0.16, WARM, "gradient")):
+        checks = [row.loss_check if name == "loss" else row.grad_check for row in rows]
+        places = [i + shift for i in range(len(rows))]
+        values = [max(check.error, least) for check in checks]
+        axes.scatter(values, places, color=color, s=42, label=name, zorder=3)
+        axes.scatter(
+            [check.tolerance for check in checks],
+            places,
+            color=color,
+            marker="|",
+            s=120,
+            label=f"{name}, tolerance",
+            zorder=3,
+        )
+    _style(axes, "Error against the fp64 oracle (loss absolute, gradient relative L2)", "x")
+    axes.set_xscale("log")
+    _label_rows(axes, rows)
+    axes.legend(frameon=False, fontsize=8, ncols=2, loc="best")
+
+
+def _draw_bars(axes: Axes, title: str, unit: str, rows: Sequence[Row], pairs: Sequence[tuple[float, float]]) -> None:
+    for shift, color, name, values in (
+        (-0.19, ACCENT, FUSED, [p[0] for p in pairs]),
+        (0.19, MUTED, NAIVE, [p[1] for p in pairs]),
+    ):
+        axes.barh([i + shift for i in range(len(rows))], values, height=0.36, color=color, label=name)
+    for i, pair in enumerate(pairs):
+        axes.annotate(
+            f"{pair[0]:.3g} {unit}   {_times(pair)} less" if _times(pair) else f"{pair[0]:.3g} {unit}",
+            (pair[0], i - 0.19),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            color=INK,
+        )
+    _style(axes, title, "x")
+    axes.set_xlabel(unit, color=INK)
+    axes.set_xlim(0, 1.15 * max(max(p) for p in pairs))
+    _label_rows(axes, rows)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+
+
+def _label_rows(axes: Axes, rows: Sequence[Row]) -> None:
+    axes.set_yticks(range(len(rows)), [f"{row.algorithm}  {row.equation}" for row in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+
+
+def _draw_steps(axes: Axes, steps: Sequence[GrpoStep]) -> None:
+    _style(axes, "GRPO steps", "y")
+    if not steps:
+        axes.text(0.5, 0.5, "none (--steps 0)", ha="center", transform=axes.transAxes, color=MUTED)
+        return
+    numbers = range(1, len(steps) + 1)
+    axes.plot(numbers, [s.reward for s in steps], "o-", color=ACCENT, label="reward (mean verdict)")
+    axes.set_xticks(numbers)
+    axes.set_xlabel("step", color=INK)
+    axes.set_ylim(0, 1)
+    right = axes.twinx()
+    right.plot(numbers, [s.step.metrics["kl"] for s in steps], "s--", color=WARM, label="KL to the frozen model")
+    right.spines[["top", "right", "left", "bottom"]].set_visible(False)
+    right.tick_params(colors=WARM, length=0)
+    right.set_ylim(bottom=0)
+    lines = [*axes.get_lines(), *right.get_lines()]
+    axes.legend(lines, [str(line.get_label()) for line in lines], frameon=False, fontsize=8, loc="upper left")

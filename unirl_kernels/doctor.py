@@ -1,0 +1,8 @@
+"""What runs here."""
+
+HELP = "x"
+
+
+def add_options(p): ...
+def run(o):
+    return 0

@@ -1,0 +1,164 @@
+"""Time and peak memory of calls, measured so that they can be compared."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds that one call took: the median over the rounds, and the bounds of the middle 60 %."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+def interleaved_times(
+    calls: Mapping[str, Call],
+    device: torch.device,
+    *,
+    rounds: int = 7,
+    warmup: int = 1,
+    after_call: Call = lambda: None,
+) -> dict[str, Timing]:
+    """Time several calls side by side: each round runs every call once, starting with another one each time.
+
+    A machine that slows down for a second slows all of them down. What a call returns is freed outside its time.
+
+    Args:
+        calls: what to time, by name.
+        device: where the calls compute; on a CUDA device its own clock is read, and its L2 cache emptied before.
+        rounds: timed runs of each call, at least 2.
+        warmup: runs of each call before the first timed one.
+        after_call: called after every run, untimed; to show progress.
+
+    Returns:
+        For each name the ``Timing``.
+
+    Raises:
+        ValueError: when there are fewer than 2 rounds.
+    """
+    if rounds < 2:
+        raise ValueError(f"rounds must be at least 2, got {rounds}")
+    clock = _cuda_seconds if device.type == "cuda" else _wall_seconds
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for n in range(-warmup, rounds):
+        start = n % len(names)
+        for name in names[start:] + names[:start]:
+            elapsed = clock(calls[name], device)
+            if n >= 0:
+                seconds[name].append(elapsed)
+            after_call()
+    return {name: _timing(samples) for name, samples in seconds.items()}
+
+
+def _timing(samples: list[float]) -> Timing:
+    p20, _, _, p80 = statistics.quantiles(samples, n=5, method="inclusive")
+    return Timing(statistics.median(samples), p20, p80)
+
+
+def _wall_seconds(call: Call, device: torch.device) -> float:
+    start = time.perf_counter()
+    result = call()
+    elapsed = time.perf_counter() - start
+    del result
+    return elapsed
+
+
+def _cuda_seconds(call: Call, device: torch.device) -> float:
+    with torch.cuda.device(device):
+        # Also keeps the device busy while Python enqueues the call, so that its launch does not count.
+        _l2_sized_buffer(device).zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        result = call()
+        end.record()
+        end.synchronize()
+    del result
+    return start.elapsed_time(end) / 1e3
+
+
+@cache
+def _l2_sized_buffer(device: torch.device) -> torch.Tensor:
+    size = torch.cuda.get_device_properties(device).L2_cache_size
+    return torch.empty(2 * size, dtype=torch.uint8, device=device)
+
+
+def peak_extra_bytes(call: Call, device: torch.device) -> int:
+    """Memory that a call needs at its peak, on top of what was in use before it; its result counts.
+
+    On CUDA the allocator's account. On the CPU the process's resident memory, so a page counts when it is first
+    written, whoever allocated it; accurate to about 100 kB. Run the call once before: the first run also creates
+    threads and loads code. Where the peak cannot be reset (outside Linux) the figure is a lower bound: what the call
+    needs beyond the highest peak of the process so far.
+
+    Args:
+        call: what to measure.
+        device: where it computes.
+
+    Returns:
+        Bytes, at least 0.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        return _cuda_peak(call, device)
+    _return_freed_memory()
+    if not _reset_peak():
+        before = _max_resident_bytes()
+        call()
+        return _max_resident_bytes() - before
+    before = _status_bytes("VmRSS")
+    call()
+    return max(0, _status_bytes("VmHWM") - before)
+
+
+def _cuda_peak(call: Call, device: torch.device) -> int:
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return int(torch.cuda.max_memory_allocated(device)) - before
+
+
+def _return_freed_memory() -> None:
+    """Give what was freed back to the system: pages that malloc keeps would hide that the call needs them again."""
+    if trim := getattr(ctypes.CDLL(None) if sys.platform == "linux" else None, "malloc_trim", None):
+        trim(0)
+
+
+def _reset_peak() -> bool:
+    """Set the process's peak of resident memory to its present size; False where the system has no such thing."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no field {field}")
+
+
+def _max_resident_bytes() -> int:
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
