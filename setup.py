@@ -22,6 +22,8 @@ X86_UNITS = ("avx512.cpp", "avx2.cpp")
 """Units for x86 alone; each names its own instruction set in a pragma, so that all share one set of flags."""
 
 COMPILE = ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+# GCC 12 takes the undefined values inside its own intrinsics for uses of uninitialised variables.
+COMPILE += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 # Compiled for OpenMP but not linked with it: the symbols are those of the runtime that torch has loaded, whatever
 # its file is called. A second runtime would have its own threads and ignore torch.set_num_threads.
 OPENMP = [] if platform.system() == "Darwin" else ["-fopenmp"]

@@ -123,11 +123,12 @@ UNIRL_INLINE GradientTerms<Real> gradient_terms(
   terms.reference = reference;
   terms.constant = factor * ((d.lse - d.logp) - (d.entropy == 0 ? Real(0) : d.entropy * (log_p + at.entropy)));
   terms.linear = d.entropy == 0 ? Real(0) : -factor * d.entropy * readout.kappa;
-  // 1 - p_y by expm1: near p_y = 1 nothing else keeps its relative accuracy. p_y = 0 leaves d_logp alone (0 log 0 = 0).
+  // 1 - p_y by expm1: near p_y = 1 nothing else keeps its relative accuracy. Where p_y underflows p log p is 0.
   const Real p = exp(at.logp);
   Real target = d.logp * -expm1(at.logp);
   if (p != 0) target += p * (d.lse - (d.entropy == 0 ? Real(0) : d.entropy * (at.logp + at.entropy)));
-  terms.target = target * slope(readout, x_target);
+  // A target masked by -inf gets no gradient, like every other masked logit.
+  terms.target = at.logp == Real(-INFINITY) ? Real(0) : target * slope(readout, x_target);
   return terms;
 }
 

@@ -1,0 +1,138 @@
+"""The CPU backend: native kernels (``csrc``), one read and one write of the logits, any x86-64 or ARM machine.
+
+Environment, read when the backend is first used:
+    UNIRL_CPU_ISA           avx512, avx2 or baseline: the instruction set, instead of the widest that the machine has
+    UNIRL_CPU_CACHE_BYTES   most bytes of freed gradients to keep for reuse, see ``empty_gradient``; 0 keeps none
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from unirl_kernels.backends import FusedRows, ReadoutArgs, RowFields, RowGradients, RowStats
+from unirl_kernels.batch import IGNORE
+
+KERNELS = ("rows",)
+
+CACHE_BYTES = 2**30
+"""Most bytes of freed gradients that are kept where UNIRL_CPU_CACHE_BYTES does not say."""
+
+
+def unavailable(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return "it runs on the cpu only"
+    try:
+        _native()
+    except (ImportError, RuntimeError, ValueError) as error:
+        return str(error)
+    return None
+
+
+@cache
+def _native() -> ModuleType:
+    """The extension, with what the environment says applied.
+
+    Raises:
+        ImportError: when the extension is not built.
+        RuntimeError, ValueError: when the environment asks for what cannot be.
+    """
+    try:
+        from unirl_kernels import _C
+    except ImportError as error:
+        raise ImportError(f"the native extension is not built or does not load ({error})") from error
+    _C.instruction_set()
+    _C.limit_kept_bytes(_cache_bytes())
+    return _C
+
+
+def _cache_bytes() -> int:
+    text = os.environ.get("UNIRL_CPU_CACHE_BYTES", str(CACHE_BYTES))
+    if not text.isdecimal():
+        raise ValueError(f"UNIRL_CPU_CACHE_BYTES must be a number of bytes, got {text!r}")
+    return int(text)
+
+
+def _per_row(logits: Tensor, target: Tensor) -> Tensor:
+    return torch.empty(target.shape, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def token_stats(logits: Tensor, target: Tensor, readout: ReadoutArgs) -> RowStats:
+    stats = RowStats(*(_per_row(logits, target) for _ in RowStats._fields))
+    _native().token_stats(logits, target, IGNORE, readout, stats)
+    return stats
+
+
+def token_stats_backward(
+    logits: Tensor,
+    target: Tensor,
+    stats: RowStats,
+    gradients: RowGradients,
+    readout: ReadoutArgs,
+    d_logits: Tensor,
+) -> None:
+    _native().token_stats_backward(logits, target, IGNORE, readout, stats, gradients, d_logits)
+
+
+def fused_loss(
+    logits: Tensor,
+    target: Tensor,
+    fields: RowFields,
+    readout: ReadoutArgs,
+    code: Sequence[int],
+    params: Tensor,
+    d_logits: Tensor,
+    kernel: str,
+) -> FusedRows:
+    rows = FusedRows(*(_per_row(logits, target) for _ in FusedRows._fields))
+    _native().fused_loss(logits, target, IGNORE, readout, fields, code, params, d_logits, rows)
+    return rows
+
+
+def empty_gradient(logits: Tensor) -> Tensor:
+    """Uninitialised memory for a gradient: contiguous, of the logits' shape and dtype.
+
+    Fresh memory from the system costs more than the whole loss: the kernel faults it in page by page and zeroes it.
+    Gradients of 2 MiB and more therefore lie on huge pages, and freed ones are kept for the next of the same size,
+    at most ``UNIRL_CPU_CACHE_BYTES`` in all (default 1 GiB; the longest kept goes first). ``release_memory`` gives
+    them back.
+    """
+    return _native().empty_gradient(logits)
+
+
+def release_memory() -> int:
+    """Give the freed gradients that are kept for reuse back to the system.
+
+    Returns:
+        Bytes given back.
+    """
+    native = _native()
+    kept = native.kept_bytes()
+    native.limit_kept_bytes(0)
+    native.limit_kept_bytes(_cache_bytes())
+    return kept
+
+
+def scale_(x: Tensor, factor: Tensor) -> None:
+    if factor != 1:
+        x.mul_(factor)
+
+
+def report() -> dict[str, str]:
+    """What runs here, in words, for ``python -m unirl_kernels doctor``.
+
+    Raises:
+        ImportError, RuntimeError, ValueError: as ``unavailable`` says.
+    """
+    native = _native()
+    return {
+        "instruction set": native.instruction_set(),
+        "compiled": ", ".join(native.compiled_instruction_sets()),
+        "threads": str(torch.get_num_threads()),
+        "gradient memory kept": f"{native.kept_bytes()} of at most {_cache_bytes()} bytes",
+    }
