@@ -146,8 +146,8 @@ Tensor empty_gradient(const Tensor& x) {
   const size_t bytes = x.numel() * x.element_size();
   const auto options = at::TensorOptions().dtype(x.scalar_type());
   if (bytes < HUGE_PAGE) return at::empty(x.sizes(), options);
-  return at::from_blob(
-      cpu::allocate(bytes), x.sizes(), [bytes](void* memory) { cpu::release(memory, bytes); }, options);
+  const cpu::Block block = cpu::allocate(bytes);
+  return at::from_blob(block.memory, x.sizes(), [block](void*) { cpu::release(block); }, options);
 }
 
 }  // namespace

@@ -96,13 +96,13 @@ UNIRL_INLINE Moments<Real> merge(const Moments<Real>& a, const Moments<Real>& b,
   return {a.m, a.s + w * b.s, a.sz + w * (b.sz + b.s * shift)};
 }
 
-// Statistics of a row from the moments of all of it and the target's raw logit. The entropy is taken relative to
+// Statistics of a row from the moments of all of it and the target's u. The entropy is taken relative to
 // the maximum: H = log s - kappa sz / s has two terms of one sign, so nothing cancels.
 template <class Real>
-UNIRL_INLINE Statistics<Real> finish(const Moments<Real>& row, const Readout<Real>& readout, Real x_target) {
+UNIRL_INLINE Statistics<Real> finish(const Moments<Real>& row, const Readout<Real>& readout, Real u_target) {
   const Real log_s = log1p(row.s - 1);
   return {
-      readout.kappa * (to_u(readout, x_target) - row.m) - log_s,
+      readout.kappa * (u_target - row.m) - log_s,
       log_s - readout.kappa * row.sz / row.s,
       readout.kappa * row.m + log_s,
   };

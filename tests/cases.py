@@ -85,7 +85,7 @@ class Shape:
         return self.name
 
 
-RAGGED = (5, 1, 0, 7)
+RAGGED = (3, 1, 0, 4)
 
 SHAPES = [
     Shape("small", "fits one block; ragged, with a sequence of no tokens", RAGGED, 101),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import pytest
 import torch
 
+from tests.cases import LossCase, Shape
 from unirl_kernels import Plan
 from unirl_kernels.backends import COMPOSED, load
 
@@ -24,16 +24,21 @@ class Place:
     def __str__(self) -> str:
         return f"{self.backend}-{self.kernel}-{self.device}"
 
+    @property
+    def interpreted(self) -> bool:
+        """A row takes some 30 ms whatever its length: cases are few, each for its own reason."""
+        return self.backend == "triton" and INTERPRETED
+
     def plan(self, **choices: bool) -> Plan:
         """This backend and kernel."""
         return Plan(backend=self.backend, kernel=self.kernel, **choices)
 
-    def skip_unless_it_runs(self, scope: str) -> None:
-        if scope != "token" and self.kernel != COMPOSED:
-            pytest.skip(f"objectives of {scope} scope are composed")
+    def runs(self, loss: LossCase) -> bool:
+        """Objectives of pair scope are composed."""
+        return self.kernel == COMPOSED or loss.make().scope == "token"
 
-    def takes(self, n_logits: int) -> bool:
-        return not (self.backend == "triton" and INTERPRETED and n_logits > INTERPRETED_LOGITS)
+    def takes(self, shape: Shape) -> bool:
+        return not self.interpreted or shape.n_logits <= INTERPRETED_LOGITS
 
 
 def _kernels(backend: str, device: str) -> list[Place]:

@@ -24,18 +24,21 @@ def gradient_and_logp(place: Place, logits: Tensor, target: Tensor, fields: Tens
 def test_bits_depend_on_the_row_alone(vocab: int, dtype: torch.dtype, place: Place) -> None:
     if place.backend == "eager":
         pytest.skip("torch chooses how to add by the shape of the whole tensor")
-    logits = (torch.randn(6, 4, vocab) * 3).to(dtype).to(place.device)
-    target = torch.randint(0, vocab, (6, 4)).to(place.device)
-    fields = (-3 * torch.rand(6, 4, 3)).to(place.device)
+    if place.interpreted and (vocab == 33) != (dtype == torch.bfloat16):
+        pytest.skip("two of the four cases show it; a row is slow under the interpreter")
+    n, length = (4, 1) if place.interpreted else (6, 4)
+    logits = (torch.randn(n, length, vocab) * 3).to(dtype).to(place.device)
+    target = torch.randint(0, vocab, (n, length)).to(place.device)
+    fields = (-3 * torch.rand(n, length, 3)).to(place.device)
     whole = gradient_and_logp(place, logits, target, fields)
     again = gradient_and_logp(place, logits, target, fields)
     for a, b in zip(whole, again, strict=True):
         assert torch.equal(a, b)
-    for rows in (slice(2, 3), slice(1, 5), slice(5, 6)):
+    for rows in (slice(2, 3), slice(1, 3), slice(n - 1, n)):
         alone = gradient_and_logp(place, logits[rows].clone(), target[rows], fields[rows])
         for a, b in zip(whole, alone, strict=True):
             assert torch.equal(a[rows], b)
-    shifted = torch.empty(6 * 4 * vocab + 1, dtype=dtype, device=place.device)[1:].view(6, 4, vocab)
+    shifted = torch.empty(n * length * vocab + 1, dtype=dtype, device=place.device)[1:].view(n, length, vocab)
     moved = gradient_and_logp(place, shifted.copy_(logits), target, fields)
     for a, b in zip(whole, moved, strict=True):
         assert torch.equal(a, b)

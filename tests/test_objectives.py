@@ -101,13 +101,14 @@ def test_scaling_the_advantage_scales_the_gradient() -> None:
 
 @pytest.mark.parametrize("loss", LOSSES, ids=str)
 def test_gradcheck(loss: LossCase, place: Place) -> None:
-    target = torch.tensor([[0, uk.IGNORE, 6], [4, 5, uk.IGNORE]], device=place.device)
-    fields = -torch.rand(2, 2, 3, dtype=torch.float64, device=place.device) - 1.5
+    if not place.runs(loss) or (place.interpreted and loss.name not in ("grpo", "dpo")):
+        pytest.skip("not for this kernel, or hundreds of evaluations under the interpreter")
+    target = torch.tensor([[0, uk.IGNORE], [4, 3]], device=place.device)
+    fields = -torch.rand(2, 2, 2, dtype=torch.float64, device=place.device) - 1.0
     advantage = torch.tensor([1.0, 0.0 if loss.verdicts else -0.7], dtype=torch.float64, device=place.device)
     batch = uk.Batch(target, advantage, *fields)
-    logits = torch.randn(2, 3, 7, dtype=torch.float64, device=place.device).requires_grad_()
+    logits = torch.randn(2, 2, 5, dtype=torch.float64, device=place.device).requires_grad_()
     made = loss.make()
-    place.skip_unless_it_runs(made.scope)
     assert torch.autograd.gradcheck(lambda x: uk.fused_loss(x, batch, made, plan=place.plan()).loss, logits)
 
 

@@ -8,43 +8,52 @@ import torch
 import unirl_kernels as uk
 from tests.cases import BY_NAME, LOSSES, SHAPES, LossCase, Shape, make_case
 from tests.parity import check, fused
-from tests.places import Place
+from tests.places import PLACES, Place
 from unirl_kernels import reference
 from unirl_kernels.program import evaluate
 
 EVERY_LOSS_ON = [shape for shape in SHAPES if shape.name in ("small", "packed")]
 EVERY_SHAPE_WITH = [BY_NAME[name] for name in ("sft", "grpo", "dpo")]
-CASES = [(loss, shape) for loss in LOSSES for shape in EVERY_LOSS_ON]
-CASES += [(loss, shape) for shape in SHAPES if shape not in EVERY_LOSS_ON for loss in EVERY_SHAPE_WITH]
 
 
-def run(loss: LossCase, shape: Shape, place: Place, **choices: bool) -> None:
-    if not place.takes(shape.n_logits):
-        pytest.skip(f"{shape.n_logits} logits are too many for Triton's interpreter")
-    made = loss.make()
-    place.skip_unless_it_runs(made.scope)
+def cases(place: Place) -> list[tuple[LossCase, Shape]]:
+    """Every loss on a shape of each layout, every shape with a loss of each kind; fewer under the interpreter."""
+    on, used = (EVERY_LOSS_ON[:1], EVERY_SHAPE_WITH[1:]) if place.interpreted else (EVERY_LOSS_ON, EVERY_SHAPE_WITH)
+    pairs = [(loss, shape) for loss in LOSSES for shape in on]
+    pairs += [(loss, shape) for shape in SHAPES if shape not in on for loss in used]
+    return [(loss, shape) for loss, shape in pairs if place.runs(loss) and place.takes(shape)]
+
+
+def parametrized(*triples: tuple[Place, LossCase, Shape]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(("place", "loss", "shape"), triples, ids=str)
+
+
+def run(place: Place, loss: LossCase, shape: Shape, **choices: bool) -> None:
     logits, batch = make_case(shape, loss, place.device)
-    check(fused(logits, batch, made, place.plan(**choices)), logits, batch, loss)
+    check(fused(logits, batch, loss.make(), place.plan(**choices)), logits, batch, loss)
 
 
-@pytest.mark.parametrize(("loss", "shape"), CASES, ids=lambda x: str(x))
-def test_loss_and_gradient(loss: LossCase, shape: Shape, place: Place) -> None:
-    run(loss, shape, place)
+@parametrized(*((place, *case) for place in PLACES for case in cases(place)))
+def test_loss_and_gradient(place: Place, loss: LossCase, shape: Shape) -> None:
+    run(place, loss, shape)
 
 
-@pytest.mark.parametrize("shape", [s for s in SHAPES if s.n_logits < 20_000], ids=str)
-def test_overwriting_the_logits(shape: Shape, place: Place) -> None:
-    run(BY_NAME["grpo"], shape, place, overwrite_logits=True)
+SMALL_SHAPES = [shape for shape in SHAPES if shape.n_logits < 10_000]
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=str)
-def test_on_policy(loss: LossCase, place: Place) -> None:
+@parametrized(
+    *((place, BY_NAME["grpo"], s) for place in PLACES for s in SMALL_SHAPES[:: 4 if place.interpreted else 1])
+)
+def test_overwriting_the_logits(place: Place, loss: LossCase, shape: Shape) -> None:
+    run(place, loss, shape, overwrite_logits=True)
+
+
+@parametrized(*((place, loss, SHAPES[0]) for place in PLACES for loss in LOSSES if place.runs(loss)))
+def test_on_policy(place: Place, loss: LossCase, shape: Shape) -> None:
     """Without old_logp the ratio is 1 and its gradient is not lost."""
-    made = loss.make()
-    place.skip_unless_it_runs(made.scope)
-    logits, batch = make_case(SHAPES[0], loss, place.device)
+    logits, batch = make_case(shape, loss, place.device)
     batch = uk.Batch(batch.target, batch.advantage, None, batch.ref_logp)
-    check(fused(logits, batch, made, place.plan()), logits, batch, loss)
+    check(fused(logits, batch, loss.make(), place.plan()), logits, batch, loss)
 
 
 def test_advantage_per_token(place: Place) -> None:

@@ -65,7 +65,7 @@ def compare(shape: Shape, place: Place, readout: dict[str, object], **temperatur
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_statistics_and_gradients(shape: Shape, place: Place) -> None:
-    if not place.takes(shape.n_logits):
+    if not place.takes(shape):
         pytest.skip(f"{shape.n_logits} logits are too many for Triton's interpreter")
     if shape.fill == "masked":
         pytest.skip("autograd of the naive entropy is NaN at -inf; see test_masked_words")
@@ -157,8 +157,10 @@ def test_log_probabilities_are_fp32_accurate_in_every_dtype(place: Place) -> Non
 @pytest.mark.parametrize("readout", READOUTS)
 def test_gradcheck(readout: str, place: Place) -> None:
     """fp64 logits run the same kernels in fp64: analytic against numeric gradients of all three statistics."""
-    logits = torch.randn(2, 3, 9, dtype=torch.float64, device=place.device).requires_grad_()
-    target = torch.tensor([[0, uk.IGNORE, 8], [4, 5, uk.IGNORE]], device=place.device)
+    if place.interpreted and readout != "everything":
+        pytest.skip("hundreds of evaluations are slow under the interpreter")
+    logits = torch.randn(1, 3, 5, dtype=torch.float64, device=place.device).requires_grad_()
+    target = torch.tensor([[0, uk.IGNORE, 4]], device=place.device)
 
     def statistics(x: Tensor) -> tuple[Tensor, ...]:
         return tuple(uk.token_stats(x, target, readout=uk.Readout(**READOUTS[readout]), plan=place.plan()))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unirl_kernels import ops
 from unirl_kernels.backends import COMPOSED, Choice, choose
-from unirl_kernels.batch import Batch, _check_dtype
+from unirl_kernels.batch import Batch, check_dtype
 from unirl_kernels.objectives import Loss, Tokens
 from unirl_kernels.objectives.policy import kl_estimate
 from unirl_kernels.plan import Plan
@@ -180,7 +180,7 @@ def _unit(loss: Loss) -> str:
 def _check_logits(logits: Tensor, target: Tensor) -> None:
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits must be a tensor, got {type(logits).__name__}")
-    _check_dtype("target", target, torch.int64)
+    check_dtype("target", target, torch.int64)
     if logits.dtype not in LOGITS_DTYPES:
         names = ", ".join(str(d).removeprefix("torch.") for d in LOGITS_DTYPES)
         raise TypeError(f"logits must be one of {names}, got {str(logits.dtype).removeprefix('torch.')}")

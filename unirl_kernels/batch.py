@@ -41,7 +41,7 @@ class Batch:
     cu_seqlens: Tensor | None = None  # [S + 1]
 
     def __post_init__(self) -> None:
-        _check_dtype("target", self.target, torch.int64)
+        check_dtype("target", self.target, torch.int64)
         shape = tuple(self.target.shape)
         if len(shape) not in (1, 2):
             raise ValueError(f"target must have shape [B, L] or [T], got {shape}")
@@ -55,7 +55,7 @@ class Batch:
             ("ref_logp", (shape,)),
         ):
             if (value := getattr(self, name)) is not None:
-                _check_dtype(name, value, torch.float32, torch.float64)
+                check_dtype(name, value, torch.float32, torch.float64)
                 if tuple(value.shape) not in shapes:
                     expected = " or ".join(str(s) for s in shapes)
                     raise ValueError(f"{name} must have shape {expected}, got {tuple(value.shape)}")
@@ -67,7 +67,7 @@ class Batch:
     def _check_packed(self) -> None:
         if self.cu_seqlens is None:
             raise ValueError(f"cu_seqlens must be given for a packed target of shape {tuple(self.target.shape)}")
-        _check_dtype("cu_seqlens", self.cu_seqlens, torch.int32, torch.int64)
+        check_dtype("cu_seqlens", self.cu_seqlens, torch.int32, torch.int64)
         if self.cu_seqlens.dim() != 1 or self.cu_seqlens.numel() < 2:
             raise ValueError(f"cu_seqlens must have shape [S + 1], S >= 1, got {tuple(self.cu_seqlens.shape)}")
         if self.cu_seqlens.device != self.target.device:
@@ -113,7 +113,8 @@ class Batch:
         return x[torch.searchsorted(self.offsets[1:-1], places, right=True)]
 
 
-def _check_dtype(name: str, value: object, *dtypes: torch.dtype) -> None:
+def check_dtype(name: str, value: object, *dtypes: torch.dtype) -> None:
+    """Raise a ``TypeError`` that names the argument unless it is a tensor of one of the dtypes."""
     expected = str(dtypes[0]).removeprefix("torch.")
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a {expected} tensor, got {type(value).__name__}")
@@ -137,7 +138,7 @@ def shift_targets(input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
         TypeError: when ``input_ids`` is not an int64 tensor.
         ValueError: when the shapes do not fit.
     """
-    _check_dtype("input_ids", input_ids, torch.int64)
+    check_dtype("input_ids", input_ids, torch.int64)
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids must have shape [B, L], got {tuple(input_ids.shape)}")
     if mask is not None:

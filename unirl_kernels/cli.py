@@ -11,6 +11,7 @@ from typing import NoReturn
 from unirl_kernels._version import __version__
 
 COMMANDS = {
+    "bench": "unirl_kernels.bench.options",
     "demo": "unirl_kernels.demo.options",
     "doctor": "unirl_kernels.doctor",
 }

@@ -1,8 +1,149 @@
-"""What runs here."""
+"""What is available here, and why the rest is not: versions, devices, backends, instruction set."""
 
-HELP = "x"
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from unirl_kernels import backends
+from unirl_kernels._version import __version__
+
+HELP = "what is available here, and why the rest is not"
+
+NO_BACKEND = 1
 
 
-def add_options(p): ...
-def run(o):
-    return 0
+class Section(NamedTuple):
+    """A table: its columns, and its rows of as many cells."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """None."""
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print what is available.
+
+    Returns:
+        The exit code: 0 when at least one backend runs on at least one device.
+    """
+    found = examine()
+    _printer()(found)
+    works = any(row[2] == "yes" for section in found if section.title == "Backends" for row in section.rows)
+    return 0 if works else NO_BACKEND
+
+
+def examine() -> list[Section]:
+    """What is available here."""
+    devices = _devices()
+    return [
+        Section("Versions", ("package", "version"), _versions()),
+        Section("Devices", ("device", "what it is"), devices),
+        Section(
+            "Backends",
+            ("device", "backend", "runs", "kernels (the first is the default), or why not"),
+            [_backend(torch.device(device), name) for device, _ in devices for name in backends.MODULES],
+        ),
+        Section("Default", ("device", "backend and kernel"), [_default(torch.device(device)) for device, _ in devices]),
+        Section("Native extension", ("what", "found"), _native()),
+    ]
+
+
+def _versions() -> list[tuple[str, str]]:
+    found = [("unirl_kernels", __version__), ("python", f"{platform.python_version()} ({sys.executable})")]
+    for package in ("torch", "triton", "numpy"):
+        try:
+            found.append((package, importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            found.append((package, "not installed"))
+    return [*found, ("CUDA of torch", torch.version.cuda or "none")]
+
+
+def _devices() -> list[tuple[str, str]]:
+    cpu = f"{_processor()}; {os.cpu_count()} logical cores, {torch.get_num_threads()} threads used"
+    found = [("cpu", cpu)]
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        found.append(
+            (
+                f"cuda:{i}",
+                f"{properties.name}; sm_{properties.major}{properties.minor}, "
+                f"{properties.total_memory / 2**30:.0f} GiB, {properties.multi_processor_count} multiprocessors",
+            )
+        )
+    return found
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:  # not Linux
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _backend(device: torch.device, name: str) -> tuple[str, str, str, str]:
+    reason = backends.unavailable(name, device)
+    if reason is not None:
+        return str(device), name, "no", reason
+    return str(device), name, "yes", ", ".join((*backends.load(name).KERNELS, backends.COMPOSED))
+
+
+def _default(device: torch.device) -> tuple[str, str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a slow default is what the table above shows
+        choice = backends.choose(device, None, None)
+    return str(device), f"{choice.backend}, {choice.kernel}"
+
+
+def _native() -> list[tuple[str, str]]:
+    from unirl_kernels.backends import cpu
+
+    try:
+        return [("built", "yes"), *cpu.report().items()]
+    except (ImportError, RuntimeError, ValueError) as error:
+        return [("usable", f"no: {error}")]
+
+
+def _printer() -> Callable[[Sequence[Section]], None]:
+    """rich's tables where rich is installed; a doctor must speak on a bare machine, too."""
+    return _print_rich if importlib.util.find_spec("rich") else _print_plain
+
+
+def _print_rich(sections: Sequence[Section]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    for section in sections:
+        table = Table(*section.columns, title=section.title, title_justify="left", title_style="bold")
+        colours = {"yes": "green", "no": "red"}
+        for row in section.rows:
+            table.add_row(*(f"[{colours[cell]}]{cell}[/]" if cell in colours else escape(cell) for cell in row))
+        console.print(table)
+
+
+def _print_plain(sections: Sequence[Section]) -> None:
+    for section in sections:
+        widths = [max(map(len, column)) for column in zip(section.columns, *section.rows, strict=True)]
+        sys.stdout.write(f"{section.title}\n")
+        for row in section.rows:
+            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            sys.stdout.write(f"  {'  '.join(cells).rstrip()}\n")

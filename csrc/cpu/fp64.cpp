@@ -34,10 +34,12 @@ void gradient(
 
 double read(const void* x) { return *static_cast<const double*>(x); }
 
+double u(const void* x, const Readout<double>& readout) { return to_u(readout, read(x)); }
+
 void write(void* x, double value) { *static_cast<double*>(x) = value; }
 
 }  // namespace
 
-const SegmentKernels fp64_kernels = {moments, gradient, read, write, sizeof(double)};
+const SegmentKernels fp64_kernels = {moments, gradient, read, u, write, sizeof(double)};
 
 }  // namespace unirl::cpu

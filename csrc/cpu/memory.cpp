@@ -1,6 +1,5 @@
 #include "memory.h"
 
-#include <stdint.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 
@@ -13,16 +12,11 @@ namespace {
 
 constexpr size_t HUGE_PAGE = size_t(2) << 20;
 
-struct Block {
-  void* memory;
-  size_t bytes;
-};
-
 struct Kept {
   std::mutex mutex;
   std::vector<Block> blocks;  // the longest kept first
   size_t bytes = 0;
-  size_t limit = SIZE_MAX;
+  size_t limit = 0;
 };
 
 // Never destroyed: tensors may be freed after the destructors of this library have run.
@@ -31,9 +25,7 @@ Kept& kept() {
   return *instance;
 }
 
-size_t rounded_up(size_t bytes) { return (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE; }
-
-void trim(Kept& all, size_t limit) {
+void give_back(Kept& all, size_t limit) {
   while (all.bytes > limit) {
     free(all.blocks.front().memory);
     all.bytes -= all.blocks.front().bytes;
@@ -41,42 +33,51 @@ void trim(Kept& all, size_t limit) {
   }
 }
 
+// A block of kept memory, or one without memory.
+Block reuse(size_t bytes) {
+  Kept& all = kept();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  auto best = all.blocks.end();
+  for (auto block = all.blocks.begin(); block != all.blocks.end(); ++block) {
+    if (block->bytes >= bytes && (best == all.blocks.end() || block->bytes < best->bytes)) best = block;
+  }
+  if (best == all.blocks.end()) {
+    give_back(all, 0);
+    return {nullptr, 0};
+  }
+  const Block block = *best;
+  all.blocks.erase(best);
+  all.bytes -= block.bytes;
+  return block;
+}
+
 }  // namespace
 
-void* allocate(size_t bytes) {
-  const size_t size = rounded_up(bytes);
-  Kept& all = kept();
-  {
-    const std::lock_guard<std::mutex> lock(all.mutex);
-    for (auto block = all.blocks.rbegin(); block != all.blocks.rend(); ++block) {
-      if (block->bytes != size) continue;
-      void* const memory = block->memory;
-      all.blocks.erase(std::next(block).base());
-      all.bytes -= size;
-      return memory;
-    }
-  }
+Block allocate(size_t bytes) {
+  const size_t size = (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+  const Block block = reuse(size);
+  if (block.memory != nullptr) return block;
   void* const memory = aligned_alloc(HUGE_PAGE, size);
   if (memory == nullptr) throw std::bad_alloc();
 #ifdef MADV_HUGEPAGE
   madvise(memory, size, MADV_HUGEPAGE);
 #endif
-  return memory;
+  return {memory, size};
 }
 
-void release(void* memory, size_t bytes) {
+void release(const Block& block) {
   Kept& all = kept();
   const std::lock_guard<std::mutex> lock(all.mutex);
-  all.blocks.push_back({memory, rounded_up(bytes)});
-  all.bytes += rounded_up(bytes);
-  trim(all, all.limit);
+  all.blocks.push_back(block);
+  all.bytes += block.bytes;
+  give_back(all, all.limit);
 }
 
 void limit_kept_bytes(size_t bytes) {
   Kept& all = kept();
   const std::lock_guard<std::mutex> lock(all.mutex);
   all.limit = bytes;
-  trim(all, bytes);
+  give_back(all, bytes);
 }
 
 size_t kept_bytes() {

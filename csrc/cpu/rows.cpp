@@ -19,10 +19,15 @@ constexpr int64_t ROWS_PER_THREAD = 4;
 
 constexpr GradientTerms<double> NOT_A_NUMBER = {NAN, NAN, NAN, NAN};
 
+// The target's logit, raw and mapped (see row_math.h).
+struct Target {
+  double x, u;
+};
+
 // One call's way over its rows. A Step is what stands between the two sweeps of a row:
 //   static constexpr bool READS    whether it wants the first sweep's moments
 //   static constexpr bool WRITES   whether its terms are for the second sweep
-//   GradientTerms<double> operator()(int64_t row, readout, moments, x_target) const
+//   GradientTerms<double> operator()(int64_t row, readout, moments, target) const
 template <class Step>
 class Pass {
  public:
@@ -91,8 +96,12 @@ class Pass {
       moments = segments[0];
       for (int64_t i = 1; i < segments_; ++i) moments = merge(moments, segments[i], readout.kappa);
     }
-    const double x_target = valid ? kernels_.read(at(rows_.logits, row, rows_.target[row])) : NAN;
-    const GradientTerms<double> terms = step_(row, readout, moments, x_target);
+    Target target{NAN, NAN};
+    if (valid) {
+      const void* const x = at(rows_.logits, row, rows_.target[row]);
+      target = {kernels_.read(x), kernels_.u(x, readout)};
+    }
+    const GradientTerms<double> terms = step_(row, readout, moments, target);
     return valid ? terms : NOT_A_NUMBER;
   }
 
@@ -138,8 +147,8 @@ struct Measure {
   const StatisticsColumns& out;
 
   GradientTerms<double> operator()(
-      int64_t row, const Readout<double>& readout, const Moments<double>& moments, double x_target) const {
-    set(row, unirl::finish(moments, readout, x_target));
+      int64_t row, const Readout<double>& readout, const Moments<double>& moments, const Target& target) const {
+    set(row, unirl::finish(moments, readout, target.u));
     return {};
   }
   void skip(int64_t row) const { set(row, {}); }
@@ -156,13 +165,13 @@ struct Backward {
   const StatisticsColumns& d;
 
   GradientTerms<double> operator()(
-      int64_t row, const Readout<double>& readout, const Moments<double>&, double x_target) const {
+      int64_t row, const Readout<double>& readout, const Moments<double>&, const Target& target) const {
     const Statistics<double> statistics = {at.logp.get(row), at.entropy.get(row), at.lse.get(row)};
     // The kernels take the reference in fp32: rounded here, its error is part of the terms.
     const double reference = at.lse.get(row) / readout.kappa;
     return gradient_terms(
         statistics, {d.logp.get(row), d.entropy.get(row), d.lse.get(row)}, readout,
-        at.lse.fp64 ? reference : static_cast<float>(reference), x_target);
+        at.lse.fp64 ? reference : static_cast<float>(reference), target.x);
   }
   void skip(int64_t) const {}
 };
@@ -175,8 +184,8 @@ struct Fuse {
   const FusedColumns& out;
 
   GradientTerms<double> operator()(
-      int64_t row, const Readout<double>& readout, const Moments<double>& moments, double x_target) const {
-    const Statistics<double> statistics = unirl::finish(moments, readout, x_target);
+      int64_t row, const Readout<double>& readout, const Moments<double>& moments, const Target& target) const {
+    const Statistics<double> statistics = unirl::finish(moments, readout, target.u);
     out.logp.set(row, statistics.logp);
     out.entropy.set(row, statistics.entropy);
     // The program sees the statistics as they are returned, rounded: given back as old_logp they make a ratio of
@@ -195,7 +204,7 @@ struct Fuse {
     const double weight = fields.weight.get(row);
     out.loss.set(row, weight * outputs[0]);
     return gradient_terms(
-        statistics, {weight * outputs[1], weight * outputs[2], weight * outputs[3]}, readout, moments.m, x_target);
+        statistics, {weight * outputs[1], weight * outputs[2], weight * outputs[3]}, readout, moments.m, target.x);
   }
   void skip(int64_t row) const {
     out.loss.set(row, 0);

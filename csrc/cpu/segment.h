@@ -18,6 +18,8 @@ struct SegmentKernels {
   void (*gradient)(
       const void* x, void* d_x, int64_t n, const Readout<double>& readout, const GradientTerms<double>& terms);
   double (*read)(const void* x);
+  // u of one logit, with the rounding of the sweeps: so that a target which is the maximum has u = m.
+  double (*u)(const void* x, const Readout<double>& readout);
   void (*write)(void* x, double value);
   int64_t bytes;  // of a logit
 };

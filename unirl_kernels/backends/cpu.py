@@ -7,6 +7,7 @@ Environment, read when the backend is first used:
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Sequence
 from functools import cache
@@ -20,7 +21,7 @@ from unirl_kernels.batch import IGNORE
 
 KERNELS = ("rows",)
 
-CACHE_BYTES = 2**30
+CACHE_BYTES = 2 * 2**30
 """Most bytes of freed gradients that are kept where UNIRL_CPU_CACHE_BYTES does not say."""
 
 
@@ -43,12 +44,12 @@ def _native() -> ModuleType:
         RuntimeError, ValueError: when the environment asks for what cannot be.
     """
     try:
-        from unirl_kernels import _C
+        native = importlib.import_module("unirl_kernels._C")
     except ImportError as error:
         raise ImportError(f"the native extension is not built or does not load ({error})") from error
-    _C.instruction_set()
-    _C.limit_kept_bytes(_cache_bytes())
-    return _C
+    native.instruction_set()
+    native.limit_kept_bytes(_cache_bytes())
+    return native
 
 
 def _cache_bytes() -> int:
@@ -97,10 +98,11 @@ def fused_loss(
 def empty_gradient(logits: Tensor) -> Tensor:
     """Uninitialised memory for a gradient: contiguous, of the logits' shape and dtype.
 
-    Fresh memory from the system costs more than the whole loss: the kernel faults it in page by page and zeroes it.
-    Gradients of 2 MiB and more therefore lie on huge pages, and freed ones are kept for the next of the same size,
-    at most ``UNIRL_CPU_CACHE_BYTES`` in all (default 1 GiB; the longest kept goes first). ``release_memory`` gives
-    them back.
+    Fresh memory from the system costs more than the whole loss, for it is zeroed page by page at the first touch
+    (benchmarks/NOTES.md has figures). Gradients of 2 MiB and more therefore lie on huge pages, and freed ones are kept
+    for the next that fits: at most ``UNIRL_CPU_CACHE_BYTES`` in all (default 2 GiB), the longest kept going first.
+    Nothing is kept on top of new memory: when no kept gradient is large enough, all of them go back to the system
+    before more is taken. ``release_memory`` gives them back at once.
     """
     return _native().empty_gradient(logits)
 

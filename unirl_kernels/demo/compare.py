@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import unirl_kernels as uk
-from unirl_kernels import reference
+from unirl_kernels import backends, reference
 from unirl_kernels.accuracy import budget, error
 from unirl_kernels.demo.sources import Source
 from unirl_kernels.measure import Timing, interleaved_times, peak_extra_bytes
@@ -88,6 +88,7 @@ def compare(
     time = interleaved_times(calls, logits.device, rounds=rounds, after_call=after_step)
     peak_bytes = {}
     for name, call in calls.items():
+        _release_kept_memory(plan)
         peak_bytes[name] = peak_extra_bytes(call, logits.device)
         after_step()
     paradigm = source.loss.paradigm
@@ -103,6 +104,12 @@ def compare(
         time,
         peak_bytes,
     )
+
+
+def _release_kept_memory(plan: uk.Plan) -> None:
+    """Memory that a backend keeps for the next gradient would hide that a gradient needs it."""
+    if plan.backend is not None and (release := getattr(backends.load(plan.backend), "release_memory", None)):
+        release()
 
 
 def _with_gradient(loss: Tensor, leaf: Tensor) -> tuple[Tensor, Tensor]:

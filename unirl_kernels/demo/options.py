@@ -52,7 +52,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of logits; weights stay fp32 (autocast)")
     add("--out", type=Path, default=Path("demo-output"), help="folder for demo.png and summary.json")
     add("--steps", type=_at_least(0), default=3, help="GRPO steps at the end")
-    add("--questions", type=_at_least(1), default=4, help="questions per batch")
+    add("--questions", type=_at_least(1), default=6, help="questions per batch")
     add("--group", type=_at_least(2), default=8, help="samples per question")
     add("--max-new-tokens", type=_at_least(1), default=24, help="tokens of a completion")
     add("--learning-rate", type=_positive, default=1e-5, help="of AdamW")

@@ -21,7 +21,8 @@ class Stages:
         """Show a stage while it runs; yields what to call after each of its ``total`` steps."""
         start = time.perf_counter()
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        with Progress(*columns, TimeElapsedColumn(), console=self.console, transient=True) as progress:
+        hidden = not self.console.is_terminal  # a log file gets the line alone
+        with Progress(*columns, TimeElapsedColumn(), console=self.console, transient=True, disable=hidden) as progress:
             task = progress.add_task(title, total=total)
             yield lambda: progress.advance(task)
         self.done(title, time.perf_counter() - start)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 INSTRUCTION = "You are a calculator."
-EXAMPLE = ("Calculate 9 - 2 + 1.", "9 - 2 + 1 = 8")
-"""A worked example. Of SmolLM2-135M-Instruct's samples 31 to 41 % are right with it, 3 to 14 % without (2 and 3 terms,
-temperature 1), and groups of eight hold both right and wrong ones."""
+EXAMPLE = ("Calculate 9 + 12.", "9 + 12 = 21")
+"""A worked example. With it 41 to 43 % of SmolLM2-135M-Instruct's samples are right (128 samples of two seeds each,
+temperature 1), and 11 of 16 groups of eight hold both right and wrong ones; without one, about 15 % are right."""
 
-_NUMBER = r"[-+]?\d[\d,]*(?:\.\d+)?"
+_NUMBER = r"(?:(?<!\d)[-+])?\d[\d,]*(?:\.\d+)?"  # the 2 of 9-2 has no sign
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Question:
 
 
 class Questions:
-    """An endless supply of sums with two or three terms below ten or so, and their verifier.
+    """A supply of sums of two numbers of one or two digits, and their verifier.
 
     Args:
         seed: the same seed gives the same questions.
@@ -38,10 +38,10 @@ class Questions:
             seed=seed,
             size=10**6,
             min_terms=2,
-            max_terms=3,
+            max_terms=2,
             min_digits=1,
-            max_digits=1,
-            operators=["+", "-"],
+            max_digits=2,
+            operators=["+"],
             allow_parentheses=False,
             allow_negation=False,
         )

@@ -86,7 +86,7 @@ def table(result: Result) -> Table:
     for name in ("equation", "data source"):
         shown.add_column(name)
     for name in ("tokens", "loss", "loss error", "grad error", "time, ms", "extra peak, MB"):
-        shown.add_column(name, justify="right")
+        shown.add_column(name, justify="right", no_wrap=True)
     for row in result.rows:
         ms = (row.time[FUSED].median * 1e3, row.time[NAIVE].median * 1e3)
         mb = (row.peak_bytes[FUSED] / 1e6, row.peak_bytes[NAIVE] / 1e6)

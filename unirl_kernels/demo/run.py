@@ -29,10 +29,12 @@ from unirl_kernels.demo.sources import (
     groups,
     samples_with_advantages,
 )
-from unirl_kernels.demo.train import Step, micro_batches, optimise
+from unirl_kernels.demo.train import Step, optimise, passes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WARM_UP_STEPS = 2
+REPORT_WIDTH = 160
+"""Columns of a log file, so that the table's cells need no second line."""
 
 
 def run_demo(options: argparse.Namespace) -> int:
@@ -49,6 +51,8 @@ def run_demo(options: argparse.Namespace) -> int:
     out = _writable(options.out)
     location = locate(options.model)
     console = Console()
+    if not console.is_terminal:
+        console.width = REPORT_WIDTH
     demo = Demo(options, device, plan, location, Stages(console))
     rows = list(demo.compare_all())
     result = Result(location.name, demo.vocab, plan.backend or "", rows, list(demo.grpo_steps()))
@@ -164,7 +168,7 @@ class Demo:
         mixed = int(((right > 0) & (right < 1)).sum())
         self.stages.console.print(
             f"  {accepted} of {len(samples.verdicts)} accepted; {mixed} of {len(right)} groups hold both; "
-            f"for example {samples.texts[0].splitlines()[:1]} to {drawn[0].text!r}",
+            f"the first to {drawn[0].text!r}: {samples.texts[0]!r}",
             markup=False,
             style="dim",
             highlight=False,
@@ -180,9 +184,7 @@ class Demo:
         return found
 
     def _train(self, title: str, sources: Sequence[Source]) -> list[Step]:
-        size = self.options.group
-        passes = sum(micro_batches(source.batch.n_sequences, size) for source in sources)
-        with self.stages.stage(title, passes) as after_pass:
+        with self.stages.stage(title, sum(passes(source.batch) for source in sources)) as after_pass:
             return [
                 optimise(
                     self.policy,
@@ -191,7 +193,6 @@ class Demo:
                     source.batch,
                     source.loss,
                     plan=self.plan,
-                    size=size,
                     after_pass=after_pass,
                 )
                 for source in sources

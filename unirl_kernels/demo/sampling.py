@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from unirl_kernels.demo.model import LanguageModel
 from unirl_kernels.demo.questions import Question, Questions, prompt_tokens
-from unirl_kernels.demo.sequences import Sequences, lay_out
+from unirl_kernels.demo.sequences import Prompts, Sequences, lay_out, lay_out_prompts
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,20 +54,23 @@ class Sampler:
         self, model: LanguageModel, questions: Sequence[Question], after_token: Callable[[], object] = lambda: None
     ) -> Samples:
         """A group of the model's completions for each question. ``after_token`` is called to show progress."""
-        prompts = [prompt_tokens(self.tokenizer, question) for question in questions]
+        prompts = self._prompts(model, questions)
         ends = self._ends(model)
         completions = [_until_end(tokens, ends) for tokens in self._complete(model, prompts, ends, after_token)]
         texts = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in completions]
-        repeated = [i for i in range(len(questions)) for _ in range(self.group)]
-        verdicts = [self.questions.verdict(questions[i], text) for i, text in zip(repeated, texts, strict=True)]
-        sequences = lay_out([prompts[i] for i in repeated], completions, model.device)
+        prompt_of = [i for i in range(len(questions)) for _ in range(self.group)]
+        verdicts = [self.questions.verdict(questions[i], text) for i, text in zip(prompt_of, texts, strict=True)]
+        sequences = lay_out(prompts, completions, prompt_of)
         return Samples(sequences, texts, torch.tensor(verdicts, device=model.device), self.group)
 
     def gold(self, model: LanguageModel, questions: Sequence[Question]) -> Sequences:
         """The questions with their gold answers."""
         end = [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
         answers = [[*self.tokenizer(q.gold, add_special_tokens=False).input_ids, *end] for q in questions]
-        return lay_out([prompt_tokens(self.tokenizer, q) for q in questions], answers, model.device)
+        return lay_out(self._prompts(model, questions), answers, range(len(questions)))
+
+    def _prompts(self, model: LanguageModel, questions: Sequence[Question]) -> Prompts:
+        return lay_out_prompts([prompt_tokens(self.tokenizer, q) for q in questions], model.device)
 
     def _ends(self, model: LanguageModel) -> list[int]:
         """Ids of the tokens that end a completion: a model may name several."""
@@ -76,46 +80,26 @@ class Sampler:
 
     @torch.no_grad()
     def _complete(
-        self,
-        model: LanguageModel,
-        prompts: Sequence[Sequence[int]],
-        ends: Sequence[int],
-        after_token: Callable[[], object],
+        self, model: LanguageModel, prompts: Prompts, ends: Sequence[int], after_token: Callable[[], object]
     ) -> list[list[int]]:
         """Draw completions from the model's distribution itself: no top-k, no penalty, temperature 1.
 
-        Written out because ``generate`` would follow the model's own settings of those. Each prompt is read once,
-        and its cache shared by its group.
+        Written out because ``generate`` would follow the model's own settings of those.
         """
-        read = lay_out(prompts, [[]] * len(prompts), model.device)
-        output = model.forward(
-            input_ids=read.input_ids,
-            attention_mask=read.attention.long(),
-            position_ids=read.positions,
-            logits_to_keep=1,
-            use_cache=True,
-        )
-        cache = output.past_key_values
-        cache.batch_repeat_interleave(self.group)
-        logits = output.logits[:, -1].repeat_interleave(self.group, 0)
-        attention = read.attention.long().repeat_interleave(self.group, 0)
-        stop = torch.tensor(ends, device=model.device)
-        done = torch.zeros(len(logits), dtype=torch.bool, device=model.device)
-        tokens: list[Tensor] = []
-        while True:
+        prompt_of = torch.arange(len(prompts.ids), device=model.device).repeat_interleave(self.group)
+        cache = model.read(prompts)
+        cache.batch_select_indices(prompt_of)
+        attention, position = prompts.mask[prompt_of], prompts.positions[prompt_of, -1:]
+        tokens = [prompts.ids[prompt_of, -1:]]
+        stop = torch.tensor(ends, dtype=torch.int64, device=model.device)
+        done = torch.zeros_like(prompt_of, dtype=torch.bool)
+        while len(tokens) <= self.max_new_tokens and not bool(done.all()):
+            logits = model.extend(cache, tokens[-1], attention, position)[:, -1]
             tokens.append(torch.multinomial(logits.float().softmax(-1), 1, generator=self.generator))
             done |= torch.isin(tokens[-1].squeeze(-1), stop)
+            attention, position = pad(attention, (0, 1), value=True), position + 1
             after_token()
-            if len(tokens) == self.max_new_tokens or bool(done.all()):
-                return torch.cat(tokens, 1).tolist()
-            attention = torch.cat([attention, torch.ones_like(tokens[-1])], 1)
-            logits = model.forward(
-                input_ids=tokens[-1],
-                attention_mask=attention,
-                position_ids=attention.sum(-1, keepdim=True) - 1,
-                past_key_values=cache,
-                use_cache=True,
-            ).logits[:, -1]
+        return torch.cat(tokens[1:], 1).tolist()
 
 
 def _until_end(tokens: list[int], ends: Sequence[int]) -> list[int]:

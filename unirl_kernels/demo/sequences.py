@@ -1,4 +1,4 @@
-"""Prompts and completions as a model reads them."""
+"""Completions and their prompts as a model reads them."""
 
 from __future__ import annotations
 
@@ -8,53 +8,78 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 import unirl_kernels as uk
 
 
 @dataclass(frozen=True, eq=False)
-class Sequences:
-    """S prompts, padded on the left so that they end together, each followed by its completion, padded on the right.
+class Prompts:
+    """Q prompts, padded on the left so that they end together.
 
     Args:
-        input_ids: [S, N] int64.
-        attention: [S, N] bool, False at padding.
-        start: the column where the completions start.
+        ids: [Q, P] int64.
+        mask: [Q, P] bool, False at padding.
     """
 
-    input_ids: Tensor
-    attention: Tensor
-    start: int
+    ids: Tensor
+    mask: Tensor
 
     @property
     def positions(self) -> Tensor:
-        """[S, N] int64: the place of each token in its own sequence."""
-        return (self.attention.long().cumsum(-1) - 1).clamp(min=0)
+        """[Q, P] int64: the place of each token in its prompt."""
+        return (self.mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """S completions of prompts that they share.
+
+    Args:
+        prompts: the prompts.
+        prompt_of: [S] int64, the prompt of each completion.
+        ids: [S, C] int64, the completions, padded on the right.
+        mask: [S, C] bool, False at padding.
+    """
+
+    prompts: Prompts
+    prompt_of: Tensor
+    ids: Tensor
+    mask: Tensor
+
+    @property
+    def inputs(self) -> Tensor:
+        """[S, C + 1] int64: the prompt's last token, which is to predict the completion's first, and the completion."""
+        return torch.cat([self.prompts.ids[self.prompt_of, -1:], self.ids], 1)
 
     @property
     def target(self) -> Tensor:
-        """[S, L] int64, L = N - start + 1: what the last L places are to predict, from the prompt's last token on."""
-        completion = self.attention.clone()
-        completion[:, : self.start] = False
-        return uk.shift_targets(self.input_ids, completion)[:, self.start - 1 :].contiguous()
+        """[S, C + 1] int64: what each place of ``inputs`` is to predict, or ``IGNORE``."""
+        return uk.shift_targets(self.inputs, pad(self.mask, (1, 0)))
 
     def select(self, rows: Tensor) -> Sequences:
-        return Sequences(self.input_ids[rows], self.attention[rows], self.start)
+        """The sequences of the given rows, with the prompts that they have."""
+        used, prompt_of = self.prompt_of[rows].unique(return_inverse=True)
+        prompts = Prompts(self.prompts.ids[used], self.prompts.mask[used])
+        return Sequences(prompts, prompt_of, self.ids[rows], self.mask[rows])
 
 
-def lay_out(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], device: torch.device) -> Sequences:
-    """Arrange tokenised prompts and their completions in a batch.
+def lay_out_prompts(prompts: Sequence[Sequence[int]], device: torch.device) -> Prompts:
+    """Arrange Q prompts, lists of token ids, in a batch on ``device``."""
+    return Prompts(*_padded(prompts, "left", device))
 
-    Args:
-        prompts, completions: S lists of token ids each, a completion with its end-of-text token; no prompt empty.
-        device: where the tensors are to be.
-    """
-    start = max(map(len, prompts))
-    rows, masks = [], []
-    longest = max(map(len, completions))
-    for prompt, completion in zip(prompts, completions, strict=True):
-        tokens = torch.tensor([*prompt, *completion])
-        gaps = (start - len(prompt), longest - len(completion))
-        rows.append(pad(tokens, gaps))  # any token would do at padding: nobody attends to it
-        masks.append(pad(torch.ones_like(tokens, dtype=torch.bool), gaps, value=False))
-    return Sequences(torch.stack(rows).to(device), torch.stack(masks).to(device), start)
+
+def lay_out(prompts: Prompts, completions: Sequence[Sequence[int]], prompt_of: Sequence[int]) -> Sequences:
+    """Arrange S completions, lists of token ids, in a batch with the prompts that they continue."""
+    device = prompts.ids.device
+    return Sequences(prompts, torch.tensor(prompt_of, device=device), *_padded(completions, "right", device))
+
+
+def _padded(rows: Sequence[Sequence[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """[n, longest] ids, 0 at padding (any token would do, nobody attends to it), and where they are not padding."""
+    ids = [torch.tensor(row, dtype=torch.int64, device=device) for row in rows]
+    masks = [torch.ones_like(row, dtype=torch.bool) for row in ids]
+    return (
+        pad_sequence(ids, batch_first=True, padding_side=side),
+        pad_sequence(masks, batch_first=True, padding_side=side),
+    )

@@ -13,6 +13,7 @@ from unirl_kernels.demo.model import LanguageModel
 from unirl_kernels.demo.sequences import Sequences
 
 MAX_GRAD_NORM = 1.0
+SEQUENCES_PER_PASS = 32
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,9 @@ class Step:
     grad_norm: float
 
 
-def micro_batches(n_sequences: int, size: int) -> int:
-    """How many passes a step takes."""
-    return -(-n_sequences // size)
+def passes(batch: uk.Batch) -> int:
+    """How many passes a step on this batch takes."""
+    return -(-batch.n_sequences // SEQUENCES_PER_PASS)
 
 
 def optimise(
@@ -43,7 +44,6 @@ def optimise(
     loss: uk.Loss,
     *,
     plan: uk.Plan,
-    size: int,
     after_pass: Callable[[], object] = lambda: None,
 ) -> Step:
     """One step of the optimizer on a loss that averages over sequences.
@@ -57,13 +57,12 @@ def optimise(
         sequences, batch: what to learn from.
         loss: a recipe with ``SequenceMean``.
         plan: how the loss is computed.
-        size: sequences per pass.
         after_pass: called after every pass; to show progress.
     """
     rows = torch.arange(batch.n_sequences, device=policy.device)
     total, n_tokens = 0.0, int(batch.valid.sum())
     metrics: dict[str, float] = {}
-    for part in rows.split(size):
+    for part in rows.split(SEQUENCES_PER_PASS):
         logits = policy.logits(sequences.select(part))
         mine = _select(batch, part)
         out = uk.fused_loss(logits, mine, loss, plan=replace(plan, overwrite_logits=True))

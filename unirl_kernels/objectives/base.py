@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -96,7 +97,15 @@ class Loss:
 
     def params(self, device: torch.device) -> Tensor:
         """[n_params] float64: the program's parameters on ``device``."""
-        return self._params.to(device, non_blocking=True)
+        if torch.compiler.is_compiling():
+            return self._params.to(device)
+        return _on_device(self.traced.params, device)
+
+
+# Copied once per value: a CUDA graph cannot record a copy from pageable memory, and what it recorded must stay.
+@lru_cache(maxsize=4096)
+def _on_device(params: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(params, dtype=torch.float64, device=device)
 
 
 class Objective:

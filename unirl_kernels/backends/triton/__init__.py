@@ -5,7 +5,6 @@ Importing this package does not import Triton: ``unavailable`` can say that it i
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 
@@ -32,12 +31,13 @@ def unavailable(device: torch.device) -> str | None:
     """None where the backend runs, else the reason why not."""
     if find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
-    from triton import knobs
-
     if device.type == "cpu":
-        if knobs.runtime.interpret:
-            return None
-        return "it runs on a CPU under Triton's interpreter only: set TRITON_INTERPRET=1 before importing triton"
+        import triton
+
+        # Triton decides when it is imported; a variable set later changes nothing.
+        if isinstance(triton.language.standard.cdiv, triton.JITFunction):
+            return "it runs on a CPU under Triton's interpreter only: set TRITON_INTERPRET=1 before importing triton"
+        return None
     if device.type != "cuda":
         return f"it runs on CUDA devices, not on {device.type}"
     if not torch.version.hip and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:

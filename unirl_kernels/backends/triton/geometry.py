@@ -1,7 +1,7 @@
 """Launch shapes and default kernels: the one place where measurements change something.
 
-They depend on architecture, dtype and V alone, never on the number of rows: the order of a row's sum follows from
-them, and a row is to have the same bits in every batch.
+They depend on architecture, dtype and V alone, never on the number of rows: the order in which a row is summed follows
+from them, and a row is to have the same bits in every batch.
 """
 
 from __future__ import annotations
@@ -10,11 +10,48 @@ from typing import NamedTuple
 
 import torch
 
+KERNELS = ("two_sweep", "split_row")
+"""One-pass kernels, the default first."""
+
+
+class Default(NamedTuple):
+    """A line of the table of defaults: from this compute capability, element size and vocabulary on, this kernel."""
+
+    capability: tuple[int, int]
+    itemsize: int
+    vocab: int
+    kernel: str
+
+
+DEFAULTS = (Default((0, 0), 1, 1, "two_sweep"),)
+"""The first line that applies decides. ``split_row`` gets a line where a GPU has shown it to be faster."""
+
+
+def default_kernel(capability: tuple[int, int], dtype: torch.dtype, vocab: int) -> str:
+    """The one-pass kernel to use on a device of that compute capability."""
+    return next(
+        line.kernel
+        for line in DEFAULTS
+        if capability >= line.capability and dtype.itemsize >= line.itemsize and vocab >= line.vocab
+    )
+
+
 VECTOR_BYTES = 16
 """Width of the widest load and store of a thread, and the alignment they need."""
 
-KERNELS = ("two_sweep",)
-"""One-pass kernels, the default first."""
+MAX_WARPS = 8
+VECTORS_IN_FLIGHT = 4
+"""Sweeps: 64 bytes per thread in flight, at 64 registers 64 KiB per multiprocessor."""
+
+SPLIT_MAX_WARPS = 4
+HELD_ELEMENTS = 64
+"""Split rows: 8192 columns of a row in the registers of 128 threads, four such programs per multiprocessor."""
+
+HELD_REGISTERS = {1: 128, 2: 128, 4: 168, 8: 255}
+"""Registers a thread of ``split_row`` may use, by element size in bytes: no spills, 64 to 96 KiB of logits held."""
+
+RESIDENT_WARPS = 16
+"""Warps of ``split_row`` that share a multiprocessor. More would queue until the tickets are used up."""
 
 
 class Tile(NamedTuple):
@@ -30,13 +67,36 @@ class Tile(NamedTuple):
         return self.unroll * self.lanes * self.vector
 
 
-def tile(dtype: torch.dtype, vocab: int, warp_size: int = 32, *, max_warps: int = 8, unroll: int = 4) -> Tile:
-    """The tile for rows of ``vocab`` columns: as many warps as the row fills, at most ``max_warps``.
+def tile(dtype: torch.dtype, vocab: int, warp_size: int = 32) -> Tile:
+    """The tile that a row is swept with: as many warps as the row fills."""
+    return _fill(dtype, vocab, warp_size, MAX_WARPS, VECTORS_IN_FLIGHT)
 
-    Four loads of 16 bytes per thread and 8 warps keep 64 KiB in flight per multiprocessor at 64 registers (4 programs).
-    """
+
+def slice_tile(dtype: torch.dtype, vocab: int, warp_size: int = 32) -> Tile:
+    """The tile that holds a slice of a row, or the row."""
+    vector = VECTOR_BYTES // dtype.itemsize
+    held = HELD_ELEMENTS if dtype.itemsize <= 4 else HELD_ELEMENTS // 8
+    return _fill(dtype, vocab, warp_size, SPLIT_MAX_WARPS, held // vector)
+
+
+def _fill(dtype: torch.dtype, vocab: int, warp_size: int, max_warps: int, unroll: int) -> Tile:
     vector = VECTOR_BYTES // dtype.itemsize
     num_warps = 1
     while num_warps < max_warps and num_warps * warp_size * vector * unroll < vocab:
         num_warps *= 2
     return Tile(unroll, num_warps * warp_size, vector, num_warps)
+
+
+def slices(shape: Tile, vocab: int) -> tuple[int, int]:
+    """How many programs share a row, and how many columns each gets; the last one may get fewer."""
+    count = -(-vocab // shape.columns)
+    vectors = -(-vocab // (count * shape.vector))
+    return count, vectors * shape.vector
+
+
+def whole_row(shape: Tile, vocab: int) -> Tile:
+    """A tile that holds the row in one piece: where programs run one after another none can wait for another."""
+    unroll = shape.unroll
+    while unroll * shape.lanes * shape.vector < vocab:
+        unroll *= 2
+    return shape._replace(unroll=unroll)

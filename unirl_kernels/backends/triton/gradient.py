@@ -13,7 +13,7 @@ import triton.language as tl
 
 from unirl_kernels.backends.triton.scalar_math import LN2, LOG2E, exp, expm1
 from unirl_kernels.backends.triton.statistics import FLOOR, absent, row_factor, start_of_row, unscaled
-from unirl_kernels.backends.triton.tiles import fill, fringe, head_and_body, load, offsets, store
+from unirl_kernels.backends.triton.tiles import fill, fringe, head_and_body, is_column, load, store
 
 
 @triton.jit
@@ -26,20 +26,27 @@ def slope(u: tl.tensor, outer: tl.tensor, READOUT: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def target_entry(
+def coefficients(
     u_y: tl.tensor,
     logp: tl.tensor,
     entropy: tl.tensor,
     d_logp: tl.tensor,
     d_entropy: tl.tensor,
     d_lse: tl.tensor,
-    outer: tl.tensor,
+    inner: tl.tensor,
+    factor: tl.tensor,
     READOUT: tl.constexpr,
-) -> tl.tensor:
-    """d_x_y. A target at -inf gets 0 like every logit there."""
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """d_x of the target, and for the other columns d_x = p (common + per_bit log2 p) at x = 0.
+
+    A target at -inf gets 0 like every logit there.
+    """
+    # dz/dx at x = 0: du/dx is 1, or -1 for a negative scale, or the slope of tanh's argument.
+    outer = factor * inner
     surprise = d_lse - d_entropy * (tl.maximum(logp, FLOOR) + entropy)
     d_z = exp(logp) * surprise - d_logp * expm1(logp)
-    return tl.where(u_y == float("-inf"), 0.0, d_z * slope(u_y, outer, READOUT))
+    at_target = tl.where(u_y == float("-inf"), 0.0, d_z * slope(u_y, outer, READOUT))
+    return at_target, outer * (d_lse - d_logp - d_entropy * entropy), -outer * d_entropy * LN2
 
 
 @triton.jit
@@ -90,10 +97,10 @@ def descend(
     head, body = head_and_body(d_row, size, ALIGNED, VECTOR)
     if not ALIGNED:
         columns, inside = fringe(head, body, size, VECTOR)
-        x = tl.load(row + columns, mask=inside, other=0.0).to(rate.dtype)
-        g = elementwise(x, inner, base, rate, shift, common, per_bit, READOUT, ENTROPY)
-        g = tl.where(columns == target, at_target, g)
-        tl.store(d_row + columns, g.to(d_row.dtype.element_ty), mask=inside)
+        edge = tl.load(row + columns, mask=inside, other=0.0).to(rate.dtype)
+        d_edge = elementwise(edge, inner, base, rate, shift, common, per_bit, READOUT, ENTROPY)
+        d_edge = tl.where(columns == target, at_target, d_edge)
+        tl.store(d_row + columns, d_edge.to(d_row.dtype.element_ty), mask=inside)
         row += head
         d_row += head
         target -= head
@@ -101,7 +108,7 @@ def descend(
     if main < body:
         x = load(row, main, body, True, ALIGNED, LANES, VECTOR, UNROLL).to(rate.dtype)
         g = elementwise(x, inner, base, rate, shift, common, per_bit, READOUT, ENTROPY)
-        g = tl.where(main + offsets(LANES, VECTOR, UNROLL) == target, at_target, g)
+        g = tl.where(is_column(target, main, LANES, VECTOR, UNROLL), at_target, g)
         store(d_row, main, body, g, True, LANES, VECTOR, UNROLL)
     for done in range(0, main, TILE):
         start = main - TILE - done
@@ -109,7 +116,7 @@ def descend(
         g = elementwise(x, inner, base, rate, shift, common, per_bit, READOUT, ENTROPY)
         # The tile is known to hold the target or not before its elements are compared: two operations each.
         if (target >= start) & (target < start + TILE):
-            g = tl.where(start + offsets(LANES, VECTOR, UNROLL) == target, at_target, g)
+            g = tl.where(is_column(target, start, LANES, VECTOR, UNROLL), at_target, g)
         store(d_row, start, body, g, False, LANES, VECTOR, UNROLL)
 
 
@@ -140,11 +147,9 @@ def write_row(
     if (d_logp == 0) & (d_entropy == 0) & (d_lse == 0):
         fill(d_row, size, d_logp, ALIGNED, LANES, VECTOR, UNROLL)
     else:
-        # dz/dx at x = 0: du/dx is 1, -1 for a negative scale, tanh's argument has slope inner.
-        outer = factor * inner
-        at_target = target_entry(u_y, logp, entropy, d_logp, d_entropy, d_lse, outer, READOUT)
-        common = outer * (d_lse - d_logp - d_entropy * entropy)
-        per_bit = -outer * d_entropy * LN2
+        at_target, common, per_bit = coefficients(
+            u_y, logp, entropy, d_logp, d_entropy, d_lse, inner, factor, READOUT
+        )
         descend(row, d_row, size, target, at_target, inner, base, factor * LOG2E, shift, common, per_bit,
                 READOUT, ENTROPY, ALIGNED, LANES, VECTOR, UNROLL)  # fmt: skip
 
@@ -197,9 +202,9 @@ def backward(
     d_x = start_of_row(d_logits, row, length, d_stride_b, d_stride_l)
     if (y >= 0) & (y < size):
         f = row_factor(factor, row_temperature, row, COMPUTE)
-        inner = tl.full((), inner, COMPUTE)
+        k = tl.full((), inner, COMPUTE)
         x = start_of_row(logits, row, length, stride_b, stride_l)
-        u_y = unscaled(tl.load(x + y).to(COMPUTE), inner, READOUT)
+        u_y = unscaled(tl.load(x + y).to(COMPUTE), k, READOUT)
         logp_y = tl.load(logp + row).to(COMPUTE)
         log_sum = tl.load(lse + row).to(COMPUTE)
         zero = tl.full((), 0.0, COMPUTE)
@@ -211,7 +216,7 @@ def backward(
         tl.debug_barrier()
         write_row(x, d_x, size, y.to(tl.int32), u_y, logp_y, tl.load(entropy + row).to(COMPUTE),
                   optional(d_logp, row, zero), optional(d_entropy, row, zero), optional(d_lse, row, zero),
-                  inner, f, base, shift, READOUT, d_entropy is not None,
+                  k, f, base, shift, READOUT, d_entropy is not None,
                   ALIGNED, LANES, VECTOR, UNROLL)  # fmt: skip
     else:
         fill(d_x, size, absent(y, COMPUTE), ALIGNED, LANES, VECTOR, UNROLL)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from unirl_kernels.backends.triton import geometry
 from unirl_kernels.backends.triton.gradient import backward
 from unirl_kernels.backends.triton.lowering import device_function
 from unirl_kernels.backends.triton.scale import scale
+from unirl_kernels.backends.triton.split_row import WORDS, split_row
 from unirl_kernels.backends.triton.statistics import statistics
 from unirl_kernels.backends.triton.two_sweep import two_sweep
 from unirl_kernels.program import OUTPUTS, ZERO
@@ -21,17 +24,18 @@ from unirl_kernels.program.ir import HEADER
 
 WARP_SIZE = 64 if torch.version.hip else 32
 SCALE_PROGRAMS = 1024
+"""Programs that multiply a gradient: enough to fill a device, few enough to cost microseconds when the factor is 1."""
 
 
 def token_stats(logits: Tensor, target: Tensor, readout: ReadoutArgs) -> RowStats:
     stats = RowStats(*(_row(logits, target) for _ in RowStats._fields))
     if target.numel():
-        shape, constants = _tile(logits, logits)
+        shape = geometry.tile(logits.dtype, logits.shape[-1], WARP_SIZE)
         inner, factor, kind = _readout(readout)
         with torch.cuda.device_of(logits):
             statistics[target.numel(),](
                 logits, target, readout.row_temperature, *stats, *logits.shape[1:], *logits.stride()[:2], inner, factor,
-                READOUT=kind, **constants, num_warps=shape.num_warps,
+                READOUT=kind, **_constants(shape, logits), num_warps=shape.num_warps,
             )  # fmt: skip
     return stats
 
@@ -40,13 +44,13 @@ def token_stats_backward(
     logits: Tensor, target: Tensor, stats: RowStats, gradients: RowGradients, readout: ReadoutArgs, d_logits: Tensor
 ) -> None:
     if target.numel():
-        shape, constants = _tile(logits, d_logits)
+        shape = geometry.tile(logits.dtype, logits.shape[-1], WARP_SIZE)
         inner, factor, kind = _readout(readout)
         with torch.cuda.device_of(logits):
             backward[target.numel(),](
                 logits, d_logits, target, readout.row_temperature, *stats, *gradients, *logits.shape[1:],
                 *logits.stride()[:2], *d_logits.stride()[:2], inner, factor,
-                READOUT=kind, **constants, num_warps=shape.num_warps,
+                READOUT=kind, **_constants(shape, logits, d_logits), num_warps=shape.num_warps,
             )  # fmt: skip
 
 
@@ -61,47 +65,82 @@ def fused_loss(
     kernel: str,
 ) -> FusedRows:
     rows = FusedRows(*(_row(logits, target) for _ in FusedRows._fields))
-    if target.numel():
-        shape, constants = _tile(logits, d_logits)
-        inner, factor, kind = _readout(readout)
-        d_entropy = code[HEADER - len(OUTPUTS) : HEADER][OUTPUTS.index("d_entropy")]
-        with torch.cuda.device_of(logits):
-            two_sweep[target.numel(),](
-                logits, d_logits, target, *fields, params, readout.row_temperature, *rows, *logits.shape[1:],
-                *logits.stride()[:2], *d_logits.stride()[:2], inner, factor,
-                OBJECTIVE=device_function(tuple(code)), ENTROPY=d_entropy != ZERO,
-                READOUT=kind, **constants, num_warps=shape.num_warps,
-            )  # fmt: skip
+    if not target.numel():
+        return rows
+    inner, factor, kind = _readout(readout)
+    d_entropy = code[HEADER - len(OUTPUTS) : HEADER][OUTPUTS.index("d_entropy")]
+    arguments = (
+        logits, d_logits, target, *fields, params, readout.row_temperature, *rows, *logits.shape[1:],
+        *logits.stride()[:2], *d_logits.stride()[:2], inner, factor,
+    )  # fmt: skip
+    constants = {"OBJECTIVE": device_function(tuple(code)), "ENTROPY": d_entropy != ZERO, "READOUT": kind}
+    with torch.cuda.device_of(logits):
+        LAUNCHES[kernel](arguments, constants, logits, d_logits, target.numel())
     return rows
+
+
+def _two_sweep(
+    arguments: tuple[Any, ...], constants: dict[str, Any], logits: Tensor, d_logits: Tensor, rows: int
+) -> None:
+    shape = geometry.tile(logits.dtype, logits.shape[-1], WARP_SIZE)
+    two_sweep[rows,](*arguments, **constants, **_constants(shape, logits, d_logits), num_warps=shape.num_warps)
+
+
+def _split_row(
+    arguments: tuple[Any, ...], constants: dict[str, Any], logits: Tensor, d_logits: Tensor, rows: int
+) -> None:
+    vocab = logits.shape[-1]
+    shape = geometry.slice_tile(logits.dtype, vocab, WARP_SIZE)
+    if triton.knobs.runtime.interpret:
+        shape = geometry.whole_row(shape, vocab)
+    slices, width = geometry.slices(shape, vocab)
+    scratch = _scratch(rows * slices, logits.device)
+    resident = _multiprocessors(logits.device) * (geometry.RESIDENT_WARPS // shape.num_warps)
+    options = {} if torch.version.hip else {"maxnreg": geometry.HELD_REGISTERS[logits.dtype.itemsize]}
+    split_row[min(rows * slices, resident),](
+        *arguments, scratch, rows, width, **constants, **_constants(shape, logits, d_logits), SLICES=slices,
+        PADDED=triton.next_power_of_2(slices), num_warps=shape.num_warps, **options,
+    )  # fmt: skip
+
+
+LAUNCHES = {"two_sweep": _two_sweep, "split_row": _split_row}
+
+
+def _scratch(records: int, device: torch.device) -> Tensor:
+    """The next ticket and the records of the slices, all zero: 32 bytes per 8192 logits."""
+    return torch.zeros(1 + records, WORDS.value, dtype=torch.int64, device=device)
 
 
 def scale_(x: Tensor, factor: Tensor) -> None:
     if not x.numel():
         return
     x = x[(None,) * (3 - x.dim())]
-    shape, constants = _tile(x, x)
+    shape = geometry.tile(x.dtype, x.shape[-1], WARP_SIZE)
     rows = x.shape[0] * x.shape[1]
     with torch.cuda.device_of(x):
         scale[min(rows, SCALE_PROGRAMS),](
-            x, factor, rows, *x.shape[1:], *x.stride()[:2], **constants, num_warps=shape.num_warps
+            x, factor, rows, *x.shape[1:], *x.stride()[:2], **_constants(shape, x), num_warps=shape.num_warps
         )
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _row(logits: Tensor, target: Tensor) -> Tensor:
     return torch.empty(target.shape, dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
 
 
-def _tile(logits: Tensor, d_logits: Tensor) -> tuple[geometry.Tile, dict[str, Any]]:
-    """Shape of the tile, and the constants of a kernel that follow from it and from where the rows lie."""
-    shape = geometry.tile(logits.dtype, logits.shape[-1], WARP_SIZE)
-    constants = {
-        "COMPUTE": tl.float64 if logits.dtype == torch.float64 else tl.float32,
-        "ALIGNED": _aligned(logits, shape.vector) and _aligned(d_logits, shape.vector),
+def _constants(shape: geometry.Tile, *tensors: Tensor) -> dict[str, Any]:
+    """Constants of a kernel that follow from its tile and from where the rows of the [B, L, V] tensors lie."""
+    return {
+        "COMPUTE": tl.float64 if tensors[0].dtype == torch.float64 else tl.float32,
+        "ALIGNED": all(_aligned(x, shape.vector) for x in tensors),
         "LANES": shape.lanes,
         "VECTOR": shape.vector,
         "UNROLL": shape.unroll,
     }
-    return shape, constants
 
 
 def _aligned(x: Tensor, vector: int) -> bool:

@@ -35,8 +35,8 @@ def scale(
             head, body = head_and_body(start_of_x, size, ALIGNED, VECTOR)
             if not ALIGNED:
                 columns, inside = fringe(head, body, size, VECTOR)
-                value = tl.load(start_of_x + columns, mask=inside, other=0.0).to(COMPUTE) * k
-                tl.store(start_of_x + columns, value.to(x.dtype.element_ty), mask=inside)
+                edge = tl.load(start_of_x + columns, mask=inside, other=0.0).to(COMPUTE) * k
+                tl.store(start_of_x + columns, edge.to(x.dtype.element_ty), mask=inside)
             body_of_x = start_of_x + head
             for start in range(0, body, TILE):
                 value = load(body_of_x, start, body, True, True, LANES, VECTOR, UNROLL).to(COMPUTE) * k

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from unirl_kernels.backends.triton.scalar_math import LN2, LOG2E, divide, tanh
-from unirl_kernels.backends.triton.tiles import load, offsets
+from unirl_kernels.backends.triton.tiles import is_below, load
 from unirl_kernels.batch import IGNORE as IGNORED_TARGET
 
 IGNORE = tl.constexpr(IGNORED_TARGET)
@@ -52,16 +52,20 @@ def rescaled(base: tl.tensor, top: tl.tensor, s: tl.tensor, sz: tl.tensor, rate:
 
 
 @triton.jit
+def lane_sums(t: tl.tensor, e: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """s and sz of each lane, [LANES], of a tile with exponents t and e = 2^t."""
+    return tl.sum(tl.sum(e, 2), 0), tl.sum(tl.sum(e * tl.maximum(t, FLOOR), 2), 0)
+
+
+@triton.jit
 def accumulate(u: tl.tensor, top: tl.tensor, s: tl.tensor, sz: tl.tensor, rate: tl.tensor) -> tuple:
     """Add a tile to the sums of each lane. One maximum and one rescaling per lane and tile, not per element."""
     new_top = tl.maximum(top, tl.max(tl.max(u, 2), 0))
     base = finite_base(new_top)
     t = (u - base[None, :, None]) * rate
-    e = tl.exp2(t)
     s, sz = rescaled(base, top, s, sz, rate)
-    s += tl.sum(tl.sum(e, 2), 0)
-    sz += tl.sum(tl.sum(e * tl.maximum(t, FLOOR), 2), 0)
-    return new_top, s, sz
+    tile_s, tile_sz = lane_sums(t, tl.exp2(t))
+    return new_top, s + tile_s, sz + tile_sz
 
 
 @triton.jit
@@ -96,7 +100,7 @@ def sweep(
     if main < size:
         x = load(row, main, size, True, ALIGNED, LANES, VECTOR, UNROLL)
         u = unscaled(x.to(rate.dtype), inner, READOUT)
-        u = tl.where(main + offsets(LANES, VECTOR, UNROLL) < size, u, float("-inf"))
+        u = tl.where(is_below(size, main, LANES, VECTOR, UNROLL), u, float("-inf"))
         top, s, sz = accumulate(u, top, s, sz, rate)
     return combine(top, s, sz, rate)
 
@@ -157,10 +161,10 @@ def statistics(
     y = tl.load(target + row)
     if (y >= 0) & (y < size):
         f = row_factor(factor, row_temperature, row, COMPUTE)
-        inner = tl.full((), inner, COMPUTE)
+        k = tl.full((), inner, COMPUTE)
         x = start_of_row(logits, row, length, stride_b, stride_l)
-        u_y = unscaled(tl.load(x + y).to(COMPUTE), inner, READOUT)
-        base, s, sz = sweep(x, size, inner, f * LOG2E, READOUT, ALIGNED, LANES, VECTOR, UNROLL)
+        u_y = unscaled(tl.load(x + y).to(COMPUTE), k, READOUT)
+        base, s, sz = sweep(x, size, k, f * LOG2E, READOUT, ALIGNED, LANES, VECTOR, UNROLL)
         logp_y, h, log_sum = finish(base, s, sz, u_y, f)
         tl.store(logp + row, logp_y)
         tl.store(entropy + row, h)

@@ -14,20 +14,45 @@ import triton.language as tl
 
 
 @triton.jit
-def offsets(LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr) -> tl.tensor:
-    """[UNROLL, LANES, VECTOR] int32: the column of each element within a tile."""
-    vector = tl.arange(0, UNROLL)[:, None, None] * LANES + tl.arange(0, LANES)[None, :, None]
-    return vector * VECTOR + tl.arange(0, VECTOR)[None, None, :]
+def lane_start(LANES: tl.constexpr, VECTOR: tl.constexpr) -> tl.tensor:
+    """[1, LANES, 1] int32: the first column of each lane within a tile."""
+    return (tl.arange(0, LANES) * VECTOR)[None, :, None]
 
 
 @triton.jit
-def whole_vectors(start: tl.tensor, size: tl.tensor, LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr):
-    """[UNROLL, LANES, VECTOR] bool: vectors of the tile at ``start`` that end within ``size`` columns.
+def within_lane(LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr) -> tl.tensor:
+    """[UNROLL, 1, VECTOR] int32: where a lane's columns are, from its first. Constants, the same in every thread.
 
-    Constant along a vector, which is what keeps masked accesses 128 bits wide.
+    Addresses, masks and comparisons are formed as (one number per lane) and (constants): as column numbers they would
+    take one register per element, 32 in every thread, all along.
     """
-    vector = tl.arange(0, UNROLL)[:, None, None] * LANES + tl.arange(0, LANES)[None, :, None]
-    return tl.broadcast_to(start + vector * VECTOR + VECTOR <= size, UNROLL, LANES, VECTOR)
+    return (tl.arange(0, UNROLL) * (LANES * VECTOR))[:, None, None] + tl.arange(0, VECTOR)[None, None, :]
+
+
+@triton.jit
+def is_column(
+    column: tl.tensor, start: tl.tensor, LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr
+) -> tl.tensor:
+    """[UNROLL, LANES, VECTOR] bool: whether an element of the tile at ``start`` is the one of ``column``."""
+    return column - start - lane_start(LANES, VECTOR) == within_lane(LANES, VECTOR, UNROLL)
+
+
+@triton.jit
+def is_below(
+    size: tl.tensor, start: tl.tensor, LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr
+) -> tl.tensor:
+    """[UNROLL, LANES, VECTOR] bool: whether an element of the tile at ``start`` is one of ``size`` columns."""
+    return size - start - lane_start(LANES, VECTOR) > within_lane(LANES, VECTOR, UNROLL)
+
+
+@triton.jit
+def whole_vectors(
+    size: tl.tensor, start: tl.tensor, LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr
+) -> tl.tensor:
+    """``is_below`` for a multiple of VECTOR: constant along a vector, which keeps masked accesses 128 bits wide."""
+    vector = (tl.arange(0, UNROLL) * (LANES * VECTOR))[:, None, None]
+    below = size - start - lane_start(LANES, VECTOR) > vector
+    return tl.broadcast_to(below, UNROLL, LANES, VECTOR)
 
 
 @triton.jit
@@ -51,9 +76,10 @@ def load(
         ALIGNED: whether ``row`` is a multiple of 16 bytes.
     """
     if ALIGNED:
-        at = tl.multiple_of(row, 16) + start + offsets(LANES, VECTOR, UNROLL)
+        at = row + start + lane_start(LANES, VECTOR) + within_lane(LANES, VECTOR, UNROLL)
+        at = tl.multiple_of(at, (16 // VECTOR, 16 // VECTOR, 16))
         if MASKED:
-            return tl.load(at, mask=whole_vectors(start, size, LANES, VECTOR, UNROLL), other=0.0)
+            return tl.load(at, mask=whole_vectors(size, start, LANES, VECTOR, UNROLL), other=0.0)
         else:
             return tl.load(at)
     else:
@@ -74,18 +100,18 @@ def _load_shifted(
     BYTES: tl.constexpr = 16 // VECTOR
     address = row.to(tl.uint64)
     beyond = address % 16
-    granules = tl.multiple_of((address - beyond).to(tl.pointer_type(tl.uint64)), 16)
-    lane = tl.arange(0, UNROLL)[:, None, None] * LANES + tl.arange(0, LANES)[None, :, None]
-    i = start // VECTOR + lane
-    at = granules + (i * 2 + tl.arange(0, 2)[None, None, :])
+    granules = (address - beyond).to(tl.pointer_type(tl.uint64))
+    at = granules + start // VECTOR * 2 + lane_start(LANES, 2) + within_lane(LANES, 2, UNROLL)
+    at = tl.multiple_of(at, (8, 8, 16))
+    following = tl.multiple_of(at + 2, (8, 8, 16))
     if MASKED:
-        n = (beyond.to(tl.int32) + size * BYTES + 15) // 16  # granules that hold a byte of the row
-        low = tl.load(at, mask=tl.broadcast_to(i < n, UNROLL, LANES, 2), other=0)
-        high = tl.load(at + 2, mask=tl.broadcast_to(i + 1 < n, UNROLL, LANES, 2), other=0)
+        n = (beyond.to(tl.int32) + size * BYTES + 15) // 16 * 2  # words in granules that hold a byte of the row
+        low = tl.load(at, mask=whole_vectors(n, start // VECTOR * 2, LANES, 2, UNROLL), other=0)
+        high = tl.load(following, mask=whole_vectors(n - 2, start // VECTOR * 2, LANES, 2, UNROLL), other=0)
     else:
         low = tl.load(at)
         # Without a shift the next granule is not needed, and may lie beyond the tensor or be written by another lane.
-        high = tl.load(at + 2, mask=tl.broadcast_to(beyond > 0, UNROLL, LANES, 2), other=0)
+        high = tl.load(following, mask=tl.broadcast_to(beyond > 0, UNROLL, LANES, 2), other=0)
     w0, w1 = tl.split(low)
     w2, w3 = tl.split(high)
     far = beyond >= 8
@@ -137,10 +163,11 @@ def store(
     UNROLL: tl.constexpr,
 ) -> None:
     """Write a tile's columns below ``size``, a multiple of VECTOR; ``row`` is a multiple of 16 bytes."""
-    at = tl.multiple_of(row, 16) + start + offsets(LANES, VECTOR, UNROLL)
+    at = row + start + lane_start(LANES, VECTOR) + within_lane(LANES, VECTOR, UNROLL)
+    at = tl.multiple_of(at, (16 // VECTOR, 16 // VECTOR, 16))
     value = value.to(row.dtype.element_ty)
     if MASKED:
-        tl.store(at, value, mask=whole_vectors(start, size, LANES, VECTOR, UNROLL))
+        tl.store(at, value, mask=whole_vectors(size, start, LANES, VECTOR, UNROLL))
     else:
         tl.store(at, value)
 

@@ -21,27 +21,37 @@ UNSPECIALIZED = [
 
 
 @triton.jit
-def weighted(
-    OBJECTIVE: tl.constexpr,
-    row: tl.tensor,
+def row_fields(
     weight: tl.tensor,
     advantage: tl.tensor,
     old_logp: tl.tensor,
     ref_logp: tl.tensor,
+    row: tl.tensor,
+    COMPUTE: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """What the batch says about a row; 0 for what it lacks."""
+    zero = tl.full((), 0.0, COMPUTE)
+    w = tl.load(weight + row).to(COMPUTE)
+    return w, optional(advantage, row, zero), optional(old_logp, row, zero), optional(ref_logp, row, zero)
+
+
+@triton.jit
+def weighted(
+    OBJECTIVE: tl.constexpr,
+    ON_POLICY: tl.constexpr,
     params: tl.tensor,
+    w: tl.tensor,
+    advantage: tl.tensor,
+    old_logp: tl.tensor,
+    ref_logp: tl.tensor,
     logp: tl.tensor,
     entropy: tl.tensor,
     lse: tl.tensor,
-) -> tuple:
-    """The objective's loss, d_logp, d_entropy and d_lse at a row, times the row's weight.
-
-    Without ``old_logp`` the batch is on policy: its value is that of ``logp``.
-    """
-    old = optional(old_logp, row, logp)
-    ref = optional(ref_logp, row, logp)
-    a = optional(advantage, row, logp)
-    loss, d_logp, d_entropy, d_lse = OBJECTIVE(params, logp, entropy, lse, old, ref, a)
-    w = tl.load(weight + row).to(logp.dtype)
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """The objective's loss, d_logp, d_entropy and d_lse at a row, times the row's weight w."""
+    if ON_POLICY:
+        old_logp = logp
+    loss, d_logp, d_entropy, d_lse = OBJECTIVE(params, logp, entropy, lse, old_logp, ref_logp, advantage)
     return w * loss, w * d_logp, w * d_entropy, w * d_lse
 
 
@@ -81,19 +91,20 @@ def two_sweep(
     d_x = start_of_row(d_logits, row, length, d_stride_b, d_stride_l)
     if (y >= 0) & (y < size):
         f = row_factor(factor, row_temperature, row, COMPUTE)
-        inner = tl.full((), inner, COMPUTE)
+        k = tl.full((), inner, COMPUTE)
         x = start_of_row(logits, row, length, stride_b, stride_l)
-        u_y = unscaled(tl.load(x + y).to(COMPUTE), inner, READOUT)
-        base, s, sz = sweep(x, size, inner, f * LOG2E, READOUT, ALIGNED, LANES, VECTOR, UNROLL)
+        u_y = unscaled(tl.load(x + y).to(COMPUTE), k, READOUT)
+        w, a, old, ref = row_fields(weight, advantage, old_logp, ref_logp, row, COMPUTE)
+        base, s, sz = sweep(x, size, k, f * LOG2E, READOUT, ALIGNED, LANES, VECTOR, UNROLL)
         logp_y, h, lse = finish(base, s, sz, u_y, f)
         loss_y, d_logp, d_entropy, d_lse = weighted(
-            OBJECTIVE, row, weight, advantage, old_logp, ref_logp, params, logp_y, h, lse
+            OBJECTIVE, old_logp is None, params, w, a, old, ref, logp_y, h, lse
         )
         tl.store(loss + row, loss_y)
         tl.store(logp + row, logp_y)
         tl.store(entropy + row, h)
         # The sums above made every thread wait until the row was read, so it may be overwritten now.
-        write_row(x, d_x, size, y.to(tl.int32), u_y, logp_y, h, d_logp, d_entropy, d_lse, inner, f, base, tl.log2(s),
+        write_row(x, d_x, size, y.to(tl.int32), u_y, logp_y, h, d_logp, d_entropy, d_lse, k, f, base, tl.log2(s),
                   READOUT, ENTROPY, ALIGNED, LANES, VECTOR, UNROLL)  # fmt: skip
     else:
         nothing = absent(y, COMPUTE)

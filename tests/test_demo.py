@@ -1,0 +1,394 @@
+"""The demo, on a tiny random model made here: no network, no weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("transformers", reason="the demo's extras are not installed")
+pytest.importorskip("reasoning_gym", reason="the demo's extras are not installed")
+pytest.importorskip("matplotlib", reason="the demo's extras are not installed")
+pytest.importorskip("rich", reason="the demo's extras are not installed")
+
+import unirl_kernels as uk
+from unirl_kernels import reference
+from unirl_kernels.cli import main
+from unirl_kernels.demo import train
+from unirl_kernels.demo.compare import FUSED, NAIVE, compare, steps_per_comparison
+from unirl_kernels.demo.model import LanguageModel, load_model, load_tokenizer, locate
+from unirl_kernels.demo.questions import Question, Questions, extract_answer, prompt_tokens
+from unirl_kernels.demo.sampling import Sampler, Samples
+from unirl_kernels.demo.sequences import Sequences, lay_out, lay_out_prompts
+from unirl_kernels.demo.sources import (
+    GAE_LAMBDA,
+    KL_IN_REWARD,
+    Source,
+    accepted_samples,
+    accepted_samples_of_policy,
+    best_worst_pairs,
+    gold_answers,
+    groups,
+    samples_with_advantages,
+    token_advantages,
+)
+
+CPU = torch.device("cpu")
+PLAN = uk.Plan("eager")
+VOCAB = 257
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama of two layers with random weights and a tokenizer of bytes, as ``save_pretrained`` leaves them."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(["<end>", *letters])}, merges=[]))
+    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokens.decoder = decoders.ByteLevel()
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=VOCAB, bos_token_id=None, eos_token_id=0, initializer_range=0.2, **sizes, **heads)
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    LlamaForCausalLM(config).save_pretrained(path)
+    PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<end>").save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def model(folder: Path) -> LanguageModel:
+    return load_model(locate(str(folder)), CPU, torch.float32)
+
+
+@pytest.fixture
+def sampler(folder: Path) -> Sampler:
+    tokenizer = load_tokenizer(locate(str(folder)))
+    return Sampler(tokenizer, Questions(0), 4, 6, torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def samples(model: LanguageModel, sampler: Sampler) -> Samples:
+    """Samples of three questions; the verdicts are made up: a random model never gets one right."""
+    drawn = sampler.samples(model, sampler.questions.draw(3))
+    verdicts = torch.tensor([0, 1, 0, 0, 1, 1, 1, 1, 1, 0, 0, 1], dtype=torch.float32)
+    return Samples(drawn.sequences, drawn.texts, verdicts, drawn.group)
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        ("9 + 12 = 21", "21"),
+        ("The sum is 21.", "21"),
+        ("9 + 12 = 21\n\nThis is because 9 is one less than 10.", "21"),
+        ("12 - 21 = -9", "-9"),
+        ("9 - 2 = 7, 7 + 1 = 8.", "8"),
+        ("= **1,204.0**", "1204"),
+        ("= 0.50", "0.50"),
+        ("= 007", "7"),
+        ("it is 9-2", "2"),
+        ("nothing", None),
+        ("", None),
+    ],
+)
+def test_answer_is_extracted(completion: str, answer: str | None) -> None:
+    assert extract_answer(completion) == answer
+
+
+def test_verdict_accepts_the_right_answer_and_no_other() -> None:
+    questions = Questions(0)
+    for question in questions.draw(20):
+        right = int(question.entry["answer"])
+        assert questions.verdict(question, question.gold) == 1
+        assert questions.verdict(question, f"That makes {right}.") == 1
+        assert questions.verdict(question, f"= {right + 1}") == 0
+        # contains the right digits: worth part of a point to the verifier
+        assert questions.verdict(question, f"= {right}0") == 0
+        assert questions.verdict(question, "I do not know") == 0
+
+
+def test_questions_depend_on_the_seed_and_are_not_repeated() -> None:
+    first, again, other = Questions(0), Questions(0), Questions(1)
+    drawn = [q.text for q in first.draw(5)]
+    assert drawn == [q.text for q in again.draw(5)]
+    assert drawn != [q.text for q in other.draw(5)]
+    assert drawn != [q.text for q in first.draw(5)]
+
+
+class _Chat:
+    """A tokenizer of characters with a chat template that may not know a system role."""
+
+    chat_template = "given"
+
+    def __init__(self, system_role: bool) -> None:
+        self._system_role = system_role
+
+    def apply_chat_template(self, turns: list[dict[str, str]], **options: Any) -> str:
+        from jinja2 import TemplateError
+
+        assert options["add_generation_prompt"]
+        if turns[0]["role"] == "system" and not self._system_role:
+            raise TemplateError("System role not supported")
+        return "|".join(turn["role"] for turn in turns) + "|" + turns[-1]["content"]
+
+    def __call__(self, text: str, **options: Any) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=[ord(c) for c in text])
+
+
+@pytest.mark.parametrize(
+    ("system_role", "prompt"), [(True, "system|user|assistant|user|why?"), (False, "user|assistant|user|why?")]
+)
+def test_prompt_follows_the_models_chat_format(system_role: bool, prompt: str) -> None:
+    tokens = prompt_tokens(_Chat(system_role), Question("why?", "", {}))
+    assert "".join(map(chr, tokens)) == prompt
+
+
+def test_sequences_predict_every_token_of_the_completion_and_nothing_else() -> None:
+    prompts = lay_out_prompts([[5, 6, 7], [8, 9]], CPU)
+    sequences = lay_out(prompts, [[1, 2], [3, 4, 0], [5]], [0, 1, 1])
+    assert sequences.inputs.tolist() == [[7, 1, 2, 0], [9, 3, 4, 0], [9, 5, 0, 0]]
+    x = uk.IGNORE
+    assert sequences.target.tolist() == [[1, 2, x, x], [3, 4, 0, x], [5, x, x, x]]
+    chosen = sequences.select(torch.tensor([2, 1]))
+    assert chosen.prompts.ids.tolist() == [[0, 8, 9]]
+    assert chosen.target.tolist() == [[5, x, x, x], [3, 4, 0, x]]
+
+
+def test_logits_of_shared_prompts_are_those_of_full_sequences(model: LanguageModel) -> None:
+    torch.manual_seed(1)
+    texts = [torch.randint(1, VOCAB, (n,)).tolist() for n in (9, 5, 4, 6, 3)]
+    (a, b), completions = texts[:2], texts[2:]
+    sequences = lay_out(lay_out_prompts([a, b], CPU), completions, [0, 1, 0])
+    weights = torch.randn(3, sequences.target.shape[1], VOCAB)
+    valid = sequences.target != uk.IGNORE
+    shared = model.logits(sequences)
+    (shared[valid] * weights[valid]).sum().backward()
+    parameter = model.network.model.layers[0].self_attn.k_proj.weight  # gets its gradient through the cache
+    gradient, parameter.grad = parameter.grad, None
+    for i, (prompt, completion) in enumerate(zip((a, b, a), completions, strict=True)):
+        full = model.network(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        torch.testing.assert_close(shared[i, : len(completion)], full)
+        (full * weights[i, : len(completion)]).sum().backward()
+    torch.testing.assert_close(gradient, parameter.grad)
+
+
+def test_samples_come_from_the_model_and_end_where_it_ends_them(model: LanguageModel, sampler: Sampler) -> None:
+    with torch.no_grad():  # a model that says "7" first, then ends
+        model.network.lm_head.weight.zero_()
+        seven, end = sampler.tokenizer("7").input_ids[0], 0
+        model.network.model.norm.weight.fill_(1.0)
+        embedding = model.network.model.embed_tokens.weight
+        embedding.normal_(generator=torch.Generator().manual_seed(0))
+        model.network.lm_head.weight[end] = 100 * embedding[seven]
+        model.network.lm_head.weight[seven] = 0.1 * model.network.lm_head.weight[end].neg()
+    drawn = sampler.questions.draw(2)
+    samples = sampler.samples(model, drawn)
+    assert samples.sequences.ids.shape[0] == 2 * sampler.group
+    for row, mask in zip(samples.sequences.ids.tolist(), samples.sequences.mask.tolist(), strict=True):
+        tokens = row[: sum(mask)]
+        assert mask == [True] * sum(mask) + [False] * (len(mask) - sum(mask))
+        assert end not in tokens[:-1]
+        assert tokens[-1] == end or len(tokens) == sampler.max_new_tokens
+
+
+def test_same_seed_same_samples(model: LanguageModel, sampler: Sampler) -> None:
+    drawn = sampler.questions.draw(2)
+    first = sampler.samples(model, drawn)
+    sampler.generator.manual_seed(0)
+    assert sampler.samples(model, drawn).texts == first.texts
+    assert sampler.samples(model, drawn).texts != first.texts
+
+
+def test_advantages_of_tokens_are_the_sums_of_their_definition() -> None:
+    torch.manual_seed(2)
+    lengths = [5, 1, 3]
+    valid = torch.arange(5) < torch.tensor(lengths).unsqueeze(-1)
+    reward, value, penalty = torch.tensor([1.0, 0.0, 1.0]), torch.rand(3), torch.randn(3, 5)
+    found = token_advantages(valid, reward, torch.where(valid, penalty, 0.0), value)
+    for i, n in enumerate(lengths):
+        delta = [-penalty[i, t] + (reward[i] - value[i] if t == n - 1 else 0) for t in range(n)]
+        for t in range(5):
+            expected = sum(GAE_LAMBDA ** (k - t) * delta[k] for k in range(t, n))
+            assert found[i, t].item() == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_pairs_are_a_right_and_a_wrong_sample_of_one_question(samples: Samples) -> None:
+    ref_logp = torch.randn(samples.sequences.target.shape)
+    source = best_worst_pairs(samples, ref_logp)
+    # The second question's samples are all right, it has no preference. Best: the first right, worst: the last wrong.
+    rows = torch.tensor([1, 8, 3, 10])
+    assert torch.equal(source.sequences.target, samples.sequences.target[rows])
+    assert torch.equal(source.batch.ref_logp, ref_logp[rows])
+    assert torch.equal(source.sequences.prompt_of, torch.tensor([0, 1, 0, 1]))
+    assert source.data.startswith("2 best/worst pairs")
+
+
+def test_without_any_preference_pairs_are_ties_of_different_samples_and_say_so(samples: Samples) -> None:
+    nobody = Samples(samples.sequences, samples.texts, torch.zeros(12), samples.group)
+    source = best_worst_pairs(nobody, torch.zeros(samples.sequences.target.shape))
+    rows = torch.tensor([0, 4, 8, 3, 7, 11])
+    assert torch.equal(source.sequences.target, samples.sequences.target[rows])
+    assert source.data.startswith("3 ties (no preference)")
+
+
+def _sources(model: LanguageModel, sampler: Sampler, samples: Samples) -> list[Source]:
+    ref = model.log_probs(samples.sequences, PLAN)
+    old = torch.where(samples.sequences.target == uk.IGNORE, ref, ref + 0.2 * torch.randn(ref.shape))
+    gold = sampler.gold(model, sampler.questions.draw(3))
+    return [
+        gold_answers(gold),
+        accepted_samples(samples),
+        accepted_samples_of_policy(samples),
+        best_worst_pairs(samples, ref),
+        samples_with_advantages(samples, old, ref),
+        groups(samples, old, ref),
+    ]
+
+
+def test_the_six_sources_hold_what_their_algorithms_read(
+    model: LanguageModel, sampler: Sampler, samples: Samples
+) -> None:
+    sources = _sources(model, sampler, samples)
+    assert [s.algorithm for s in sources] == list(reference.LOSSES)
+    sft, rft, online, dpo, ppo, grpo = (s.batch for s in sources)
+    assert sft.advantage is None
+    assert torch.equal(rft.advantage, samples.verdicts)
+    assert torch.equal(online.advantage, samples.verdicts)
+    assert dpo.ref_logp is not None
+    assert ppo.advantage.shape == ppo.target.shape
+    assert torch.equal(grpo.advantage, uk.group_advantages(samples.verdicts, samples.group))
+    for batch in (ppo, grpo):
+        assert batch.old_logp is not None
+    gold_text = sampler.tokenizer.decode(sources[0].sequences.ids[0][sources[0].sequences.mask[0]])
+    assert "=" in gold_text
+    assert gold_text.endswith("<end>")
+    for source in sources:
+        with torch.no_grad():
+            logits = model.logits(source.sequences)
+        loss = uk.fused_loss(logits, source.batch, source.loss, plan=PLAN).loss
+        torch.testing.assert_close(loss, reference.loss(source.algorithm, logits, source.batch), rtol=1e-4, atol=1e-6)
+
+
+def test_ppo_advantages_hold_the_verdict_the_baseline_and_the_penalty(
+    model: LanguageModel, sampler: Sampler, samples: Samples
+) -> None:
+    ref = model.log_probs(samples.sequences, PLAN)
+    shift = 0.5
+    old = torch.where(samples.sequences.target == uk.IGNORE, ref, ref + shift)
+    advantage = samples_with_advantages(samples, old, ref).batch.advantage
+    last = samples.sequences.mask.sum(-1) - 1
+    baseline = [1 / 3, 0, 1 / 3, 1 / 3, 1, 1, 1, 1, 1 / 3, 2 / 3, 2 / 3, 1 / 3]  # mean verdict of the three others
+    expected = samples.verdicts - torch.tensor(baseline) - KL_IN_REWARD * shift
+    torch.testing.assert_close(advantage[torch.arange(12), last], expected)
+    assert (advantage[samples.sequences.target == uk.IGNORE] == 0).all()
+
+
+def test_a_step_in_several_passes_is_the_step_of_the_whole_batch(
+    folder: Path, sampler: Sampler, samples: Samples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def after_step(size: int) -> tuple[train.Step, Tensor]:
+        monkeypatch.setattr(train, "SEQUENCES_PER_PASS", size)
+        policy = load_model(locate(str(folder)), CPU, torch.float32)
+        source = _sources(policy, sampler, samples)[5]
+        optimizer = torch.optim.SGD(policy.network.parameters(), lr=0.1)
+        step = train.optimise(policy, optimizer, source.sequences, source.batch, source.loss, plan=PLAN)
+        assert optimizer.param_groups[0]["params"][0].grad is None
+        return step, policy.network.lm_head.weight.detach()
+
+    torch.manual_seed(3)
+    whole, weight = after_step(100)
+    torch.manual_seed(3)
+    parts, same_weight = after_step(5)  # 12 sequences: parts of 5, 5 and 2
+    torch.testing.assert_close(same_weight, weight)
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-4)
+    assert parts.grad_norm == pytest.approx(whole.grad_norm, rel=1e-4)
+    assert parts.metrics == pytest.approx(whole.metrics, rel=1e-4)
+    assert {"kl", "entropy"} <= set(whole.metrics)
+
+
+def test_comparison_passes_a_right_loss_and_fails_a_wrong_one(
+    model: LanguageModel, sampler: Sampler, samples: Samples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = _sources(model, sampler, samples)[5]
+    with torch.no_grad():
+        logits = model.logits(source.sequences)
+    steps: list[int] = []
+    row = compare(source, logits, PLAN, 2, lambda: steps.append(1))
+    assert len(steps) == steps_per_comparison(2)
+    assert not row.loss_check.failed
+    assert not row.grad_check.failed
+    assert row.tokens == int(samples.sequences.mask.sum())
+    assert set(row.time) == set(row.peak_bytes) == {FUSED, NAIVE}
+
+    wrong = Source(source.algorithm, uk.grpo(beta=0.02), source.data, source.sequences, source.batch)
+    row = compare(wrong, logits, PLAN, 2)
+    assert row.loss_check.failed
+    assert row.grad_check.failed
+
+    real = uk.fused_loss
+
+    def without_gradient_of_one_token(x: Tensor, *args: Any, **kwargs: Any) -> uk.LossOutput:
+        masked = torch.cat([x[:, :1].detach(), x[:, 1:]], 1)
+        return real(masked, *args, **kwargs)
+
+    monkeypatch.setattr(uk, "fused_loss", without_gradient_of_one_token)
+    row = compare(source, logits, PLAN, 2)
+    assert not row.loss_check.failed
+    assert row.grad_check.failed
+
+
+def _run(folder: Path, out: Path, *options: str) -> int:
+    small = ["--questions", "2", "--group", "3", "--max-new-tokens", "4", "--rounds", "2", "--steps", "1"]
+    where = ["--device", "cpu", "--backend", "eager", "--model", str(folder), "--out", str(out)]
+    return main(["demo", *where, *small, *options])
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_whole_demo(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str) -> None:
+    assert _run(folder, tmp_path / "new" / "out", "--dtype", dtype) == 0
+    shown = capsys.readouterr().out
+    for name in ("SFT", "RFT", "Online RFT", "DPO", "PPO", "GRPO", "GRPO step 1: loss"):
+        assert name in shown
+    assert (tmp_path / "new" / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
+    summary = json.loads((tmp_path / "new" / "out" / "summary.json").read_text())
+    assert list(summary) == ["model", "vocab", "backend", "rows", "grpo_steps"]
+    assert (summary["model"], summary["vocab"], summary["backend"]) == ("tiny", VOCAB, "eager")
+    numbers = ["tokens", "loss", "loss_error", "grad_error", "fused_s", "naive_s"]
+    sizes = ["fused_peak_bytes", "naive_peak_bytes"]
+    assert len(summary["rows"]) == 6
+    for row in summary["rows"]:
+        assert list(row) == ["algorithm", "equation", *numbers, *sizes]
+        assert all(isinstance(row[name], int | float) for name in numbers)
+        assert all(isinstance(row[name], int) for name in ("tokens", *sizes))
+        assert row["fused_s"] > 0
+    assert len(summary["grpo_steps"]) == 1
+    assert list(summary["grpo_steps"][0]) == ["loss", "reward", "kl"]
+
+
+def test_demo_fails_and_says_which_error_is_too_large(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = reference.ppo
+    monkeypatch.setitem(reference.LOSSES, "ppo", lambda logits, batch: 1.01 * real(logits, batch))
+    assert _run(folder, tmp_path) == 1
+    errors = capsys.readouterr().err.splitlines()[-1]
+    assert errors.startswith("unirl_kernels demo: PPO: ")
+    assert "PPO: gradient error" in errors
+    assert "exceeds its tolerance" in errors
+    assert "GRPO" not in errors
+
+
+def test_samples_of_a_padded_batch_are_scored_as_drawn(model: LanguageModel, sampler: Sampler) -> None:
+    """Log-probabilities of a sample do not depend on the other samples it is batched with."""
+    samples = sampler.samples(model, sampler.questions.draw(2))
+    together = model.log_probs(samples.sequences, PLAN)
+    for i in range(len(together)):
+        alone: Sequences = samples.sequences.select(torch.tensor([i]))
+        torch.testing.assert_close(model.log_probs(alone, PLAN)[0], together[i], rtol=1e-4, atol=1e-5)

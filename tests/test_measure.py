@@ -1,0 +1,59 @@
+"""Time and memory of calls."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import pytest
+import torch
+
+from unirl_kernels.measure import interleaved_times, peak_extra_bytes
+
+CPU = torch.device("cpu")
+MIB = 2**20
+
+
+def test_calls_are_interleaved_and_take_turns_in_being_first() -> None:
+    order: list[str] = []
+    calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    interleaved_times(calls, CPU, rounds=2, warmup=1)
+    assert order in (["b", "a", "a", "b", "b", "a"], ["a", "b", "b", "a", "a", "b"])
+
+
+def test_a_slow_call_takes_longer_and_its_bounds_hold_the_median() -> None:
+    times = interleaved_times({"slow": lambda: time.sleep(0.02), "fast": lambda: None}, CPU, rounds=5)
+    assert times["slow"].p20 <= times["slow"].median <= times["slow"].p80
+    assert times["slow"].median > 0.019 > times["fast"].median
+
+
+def test_progress_is_told_of_every_run_and_one_round_is_too_few() -> None:
+    steps: list[int] = []
+    interleaved_times({"a": lambda: None, "b": lambda: None}, CPU, rounds=3, after_call=lambda: steps.append(1))
+    assert len(steps) == 2 * (1 + 3)
+    with pytest.raises(ValueError, match="rounds must be at least 2, got 1"):
+        interleaved_times({"a": lambda: None}, CPU, rounds=1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak cannot be reset")
+@pytest.mark.parametrize("mib", [24, 96])  # malloc keeps a block of less than 32 MiB, once freed, for itself
+def test_peak_counts_what_a_call_frees_again_and_counts_it_every_time(mib: int) -> None:
+    def call() -> None:
+        torch.ones(mib * MIB // 2, dtype=torch.uint8)
+        torch.ones(mib * MIB, dtype=torch.uint8)
+
+    call()
+    for _ in range(3):
+        assert peak_extra_bytes(call, CPU) == pytest.approx(mib * MIB, abs=2 * MIB)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak cannot be reset")
+def test_peak_counts_the_result_and_not_what_was_there_before() -> None:
+    before = torch.ones(64 * MIB, dtype=torch.uint8)
+    peak = peak_extra_bytes(lambda: before[: 32 * MIB] + 1, CPU)
+    assert peak == pytest.approx(32 * MIB, abs=2 * MIB)
+
+
+def test_without_a_peak_that_can_be_reset_the_figure_is_a_lower_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unirl_kernels.measure._reset_peak", lambda: False)
+    assert 0 <= peak_extra_bytes(lambda: torch.ones(16 * MIB, dtype=torch.uint8), CPU) <= 18 * MIB

@@ -1,0 +1,193 @@
+"""One-pass loss and gradient, a row split over programs that keep their slice in registers: one read, one write.
+
+A program draws tickets; ticket t is slice t mod SLICES of row t div SLICES. It reads the slice, publishes the slice's
+sums, waits until all slices of the row are published, combines them in the order of the slices, and writes its part of
+the gradient from the exponentials that it still holds: one exp2 per logit.
+
+Progress: a program publishes before it waits, and draws the next ticket after the row is complete. So every row whose
+tickets are all drawn completes, at most one row is partly drawn, and its fewer than SLICES holders leave a slot to the
+others if at least SLICES programs are resident. Nothing requires all programs to be.
+
+Records need no fence: a word of 8 bytes holds one number and is 0 until it is published, so a reader either has it or
+waits. They also carry the target's logit: read from the row, it could be a gradient already when d_logits is logits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from unirl_kernels.backends.triton.gradient import coefficients, descend
+from unirl_kernels.backends.triton.scalar_math import LOG2E
+from unirl_kernels.backends.triton.statistics import (
+    FLOOR,
+    absent,
+    combine,
+    finish,
+    finite_base,
+    lane_sums,
+    rescaled,
+    row_factor,
+    start_of_row,
+    sweep,
+    unscaled,
+)
+from unirl_kernels.backends.triton.tiles import fill, is_column, load, store, whole_vectors
+from unirl_kernels.backends.triton.two_sweep import UNSPECIALIZED, row_fields, weighted
+
+WORDS = tl.constexpr(4)
+"""Numbers in a slice's record: maximum of u, s, sz, and u of the target (0 where it is in another slice)."""
+
+
+@triton.jit
+def publish(record: tl.tensor, top: tl.tensor, s: tl.tensor, sz: tl.tensor, u_y: tl.tensor) -> None:
+    """Write a record over zeros: each word is the bits of its number plus 1, hence not 0."""
+    word = tl.arange(0, WORDS)
+    value = tl.where(word == 0, top, tl.where(word == 1, s, tl.where(word == 2, sz, u_y)))
+    if top.dtype == tl.float64:
+        bits = value.to(tl.int64, bitcast=True)
+    else:
+        bits = value.to(tl.uint32, bitcast=True).to(tl.int64)
+    tl.atomic_or(record + word, bits + 1, sem="relaxed")
+
+
+@triton.jit
+def number(word: tl.tensor, COMPUTE: tl.constexpr) -> tl.tensor:
+    if COMPUTE == tl.float64:
+        return (word - 1).to(tl.float64, bitcast=True)
+    else:
+        return (word - 1).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def collect(records: tl.tensor, rate: tl.tensor, SLICES: tl.constexpr, PADDED: tl.constexpr) -> tuple:
+    """Wait for the records of a row and combine them: base, s, sz, u_y."""
+    i = tl.arange(0, PADDED)
+    at = records + i[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+    exists = tl.broadcast_to((i < SLICES)[:, None], PADDED, WORDS)
+    words = tl.load(at, mask=exists, other=1, volatile=True)
+    while tl.max(tl.max((words == 0).to(tl.int32), 1), 0) > 0:
+        words = tl.load(at, mask=exists, other=1, volatile=True)
+    even, odd = tl.split(tl.reshape(words, PADDED, 2, 2))
+    top, sz = tl.split(even)
+    s, u_y = tl.split(odd)
+    top = tl.where(i < SLICES, number(top, rate.dtype), float("-inf"))
+    base = finite_base(tl.max(top, 0))
+    s, sz = rescaled(base, top, number(s, rate.dtype), number(sz, rate.dtype), rate)
+    return base, tl.sum(s, 0), tl.sum(sz, 0), tl.sum(number(u_y, rate.dtype), 0)
+
+
+@triton.jit
+def from_held(
+    held: tl.tensor, shift: tl.tensor, common: tl.tensor, per_bit: tl.tensor, ENTROPY: tl.constexpr
+) -> tl.tensor:
+    """d_x of columns other than the target's: p (common + per_bit log2 p).
+
+    Held is e = p 2^-shift or, where log2 p is needed, its logarithm t: both would take twice the registers.
+    """
+    if ENTROPY:
+        log2_p = held + shift
+        return tl.exp2(log2_p) * (common + per_bit * tl.maximum(log2_p, FLOOR))
+    else:
+        return held * (tl.exp2(shift) * common)
+
+
+@triton.jit(do_not_specialize=[*UNSPECIALIZED, "scratch", "rows", "width"])
+def split_row(
+    logits: tl.tensor,  # [B, L, V]
+    d_logits: tl.tensor,  # [B, L, V]; may be logits
+    target: tl.tensor,  # [B, L], as all that follow
+    weight: tl.tensor,
+    advantage: tl.tensor,
+    old_logp: tl.tensor,
+    ref_logp: tl.tensor,
+    params: tl.tensor,  # [n_params] fp64
+    row_temperature: tl.tensor,
+    loss: tl.tensor,
+    logp: tl.tensor,
+    entropy: tl.tensor,
+    length: tl.int32,
+    size: tl.int32,
+    stride_b: tl.int64,
+    stride_l: tl.int64,
+    d_stride_b: tl.int64,
+    d_stride_l: tl.int64,
+    inner: tl.float64,
+    factor: tl.float64,
+    scratch: tl.tensor,  # [1 + B * L * SLICES, WORDS] int64, zeros: the next ticket, then the records
+    rows: tl.int32,  # B * L
+    width: tl.int32,  # columns of a slice, a multiple of VECTOR
+    OBJECTIVE: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    READOUT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    UNROLL: tl.constexpr,
+    SLICES: tl.constexpr,
+    PADDED: tl.constexpr,  # SLICES rounded up to a power of 2
+) -> None:
+    """Programs run until the tickets are used up; how many there are does not matter to the result."""
+    # Not under a softcap, whose slope would have to be kept too.
+    HELD: tl.constexpr = ALIGNED and READOUT != "softcap"
+    k = tl.full((), inner, COMPUTE)
+    ticket = tl.atomic_add(scratch, 1, sem="relaxed")
+    while ticket < rows.to(tl.int64) * SLICES:
+        row = (ticket // SLICES).to(tl.int32)
+        part = (ticket % SLICES).to(tl.int32)
+        count = tl.minimum(width, size - part * width)
+        y = tl.load(target + row)
+        d_x = start_of_row(d_logits, row, length, d_stride_b, d_stride_l) + part * width
+        if (y >= 0) & (y < size):
+            f = row_factor(factor, row_temperature, row, COMPUTE)
+            rate = f * LOG2E
+            x = start_of_row(logits, row, length, stride_b, stride_l) + part * width
+            here = y.to(tl.int32) - part * width
+            owns = (here >= 0) & (here < count)
+            u_y = unscaled(tl.load(x + here, mask=owns, other=0.0).to(COMPUTE), k, READOUT)
+            w, a, old, ref = row_fields(weight, advantage, old_logp, ref_logp, row, COMPUTE)
+            if HELD:
+                u = unscaled(load(x, 0, count, True, True, LANES, VECTOR, UNROLL).to(COMPUTE), k, READOUT)
+                u = tl.where(whole_vectors(count, 0, LANES, VECTOR, UNROLL), u, float("-inf"))
+                lane_top = tl.max(tl.max(u, 2), 0)
+                t = (u - finite_base(lane_top)[None, :, None]) * rate
+                e = tl.exp2(t)
+                lane_s, lane_sz = lane_sums(t, e)
+                base, s, sz = combine(lane_top, lane_s, lane_sz, rate)
+                held = t if ENTROPY else e
+            else:
+                base, s, sz = sweep(x, count, k, rate, READOUT, ALIGNED, LANES, VECTOR, UNROLL)
+            records = scratch + (1 + row.to(tl.int64) * SLICES) * WORDS
+            # A slice of -inf alone has base 0, which must not count as a maximum.
+            top = tl.where(s == 0, float("-inf"), base)
+            publish(records + part * WORDS, top, s, sz, tl.where(owns, u_y, 0.0))
+            row_base, row_s, row_sz, u_y = collect(records, rate, SLICES, PADDED)
+            ticket = tl.atomic_add(scratch, 1, sem="relaxed")
+            logp_y, h, lse = finish(row_base, row_s, row_sz, u_y, f)
+            loss_y, d_logp, d_entropy, d_lse = weighted(
+                OBJECTIVE, old_logp is None, params, w, a, old, ref, logp_y, h, lse
+            )
+            if part == 0:
+                tl.store(loss + row, loss_y)
+                tl.store(logp + row, logp_y)
+                tl.store(entropy + row, h)
+            at_target, common, per_bit = coefficients(u_y, logp_y, h, d_logp, d_entropy, d_lse, k, f, READOUT)
+            if HELD:
+                shift = tl.maximum((lane_top - row_base) * rate, FLOOR) - tl.log2(row_s)
+                g = from_held(held, shift[None, :, None], common, per_bit, ENTROPY)
+                if owns:
+                    g = tl.where(is_column(here, 0, LANES, VECTOR, UNROLL), at_target, g)
+                store(d_x, 0, count, g, True, LANES, VECTOR, UNROLL)
+            else:
+                # The slice is in the cache still; in registers its columns would not form the vectors to be stored.
+                descend(x, d_x, count, here, at_target, k, row_base, rate, tl.log2(row_s), common, per_bit,
+                        READOUT, ENTROPY, ALIGNED, LANES, VECTOR, UNROLL)  # fmt: skip
+        else:
+            nothing = absent(y, COMPUTE)
+            if part == 0:
+                tl.store(loss + row, nothing)
+                tl.store(logp + row, nothing)
+                tl.store(entropy + row, nothing)
+            fill(d_x, count, nothing, ALIGNED, LANES, VECTOR, UNROLL)
+            ticket = tl.atomic_add(scratch, 1, sem="relaxed")

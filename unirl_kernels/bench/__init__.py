@@ -1,0 +1,1 @@
+"""The bench: every kernel here and its peers on the same work, side by side, held against fp64 before being timed."""

@@ -1,0 +1,53 @@
+"""Copies of the same logits, so that no call finds them in a cache."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+CACHE_BYTES_IF_UNKNOWN = 2**25
+ALIGNMENT = 64
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+
+
+class Ring:
+    """Equal copies of a tensor, together at least twice as large as the last-level cache, handed out in turn.
+
+    Args:
+        source: contiguous; what each copy holds. Not written.
+    """
+
+    def __init__(self, source: Tensor) -> None:
+        self._source = source
+        step = ALIGNMENT // source.element_size()
+        self._size = -(-source.numel() // step) * step
+        least = 2 * last_level_cache_bytes(source.device)
+        self._count = max(2, -(-least // (self._size * source.element_size())))
+        self._memory = torch.empty(self._count * self._size, dtype=source.dtype, device=source.device)
+        self._next = 0
+        for _ in range(self._count):
+            self.restore(self.take())
+
+    def take(self) -> Tensor:
+        """The copy that was handed out longest ago. Its version counter is its own, so that writing another copy
+        does not look to autograd like writing this one."""
+        start = self._next * self._size
+        self._next = (self._next + 1) % self._count
+        return self._memory.data[start : start + self._source.numel()].view(self._source.shape)
+
+    def restore(self, copy: Tensor) -> None:
+        """Undo what was written into a copy."""
+        copy.copy_(self._source)
+
+
+@cache
+def last_level_cache_bytes(device: torch.device) -> int:
+    """Size of the largest cache in front of the memory of ``device``, bytes."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    sizes = [path.read_text().strip() for path in CACHES.glob("index*/size")]
+    return max((int(s[:-1]) * units[s[-1]] for s in sizes if s[-1:] in units), default=CACHE_BYTES_IF_UNKNOWN)

@@ -1,0 +1,80 @@
+"""What a measurement was made on and with."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from unirl_kernels import __version__, backends
+from unirl_kernels.bench.buffers import last_level_cache_bytes
+
+SOURCE = Path(__file__).parent
+
+
+def versions() -> dict[str, str]:
+    """Of Python, the package and what computes beneath it; a library that is not installed is left out."""
+    found = {"python": platform.python_version(), "torch": torch.__version__, "unirl_kernels": __version__}
+    for library in ("triton", "trl", "liger-kernel", "flash-linear-attention", "flash-attn", "quack-kernels"):
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware(device: torch.device) -> dict[str, str | int]:
+    """The processor, and the GPU where ``device`` is one."""
+    found: dict[str, str | int] = {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count() or 0,
+        "threads": torch.get_num_threads(),
+        "last_level_cache_bytes": last_level_cache_bytes(device),
+    }
+    if backends.unavailable("cpu", torch.device("cpu")) is None:
+        from unirl_kernels.backends import cpu
+
+        found["instruction_set"] = cpu.report()["instruction set"]
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "gpu": properties.name,
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+        }
+    return found
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    values = dict(line.split(":", 1) for line in reversed(lines) if ":" in line)
+    facts = {name.strip(): value.strip() for name, value in values.items()}
+    family = f" family {facts['cpu family']} model {facts['model']}" if "cpu family" in facts else ""
+    return facts.get("model name", platform.machine()) + family
+
+
+def commit() -> tuple[str, bool]:
+    """The checkout's commit and whether anything in it is changed; ``unknown`` outside of one."""
+    try:
+        name, changes = (_git(*arguments) for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain")))
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown", False
+    return name.strip(), bool(changes.strip())
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(SOURCE), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def now() -> str:
+    """UTC, to the second."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,91 @@
+"""Kernel variants and their peers side by side: time against the machine's floor, memory, errors against fp64."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+from unirl_kernels import reference
+from unirl_kernels.bench.work import DTYPES, FUSED, MODES
+from unirl_kernels.cli import CommandFailed
+
+HELP = "kernel variants and peers side by side: time against the floor, memory, errors"
+
+ROUNDS = {"cpu": 7, "cuda": 30}
+SIZE = (4096, 151936)
+SWEPT_SIZE = {"cpu": (128, 32000), "cuda": (4096, 151936)}
+"""Tokens and vocabulary: in a sweep, each stays what it is here while the other changes."""
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, got {text!r}")
+        return int(text)
+
+    return parse
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--loss", choices=tuple(reference.LOSSES), default="grpo", help="what is computed")
+    add("--mode", choices=tuple(MODES), default=FUSED, help="; ".join(f"{k}: {v}" for k, v in MODES.items()))
+    add("--tokens", type=_at_least(1), help=f"rows of logits; None: {SIZE[0]}, in a sweep {SWEPT_SIZE}")
+    add("--vocab", type=_at_least(2), help=f"columns of logits; None: {SIZE[1]}")
+    add("--dtype", choices=tuple(DTYPES), default="bf16", help="of the logits")
+    add("--device", help="cpu, cuda, cuda:1 ...; None: cuda where there is one, else cpu")
+    add("--kernels", type=_names, default=["all"], help="of this package: all, none, or names as cpu,triton/two_sweep")
+    add("--peers", type=_names, default=["all"], help="all, none, or names as eager,compile,trl")
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--overwrite", action="store_true", help="only gradients in the logits' memory")
+    place.add_argument("--fresh", action="store_true", help="only gradients in fresh memory")
+    add("--on-policy", action="store_true", help="no old log-probabilities: the ratio is 1")
+    add("--rounds", type=_at_least(2), help=f"timed calls of each; None: {ROUNDS}")
+    add("--no-memory", dest="memory", action="store_false", help="do not measure memory (a process per provider)")
+    add("--sweep", action="store_true", help="many vocabularies, then many numbers of tokens, for the plots")
+    add("--seed", type=_at_least(0), default=0, help="of the random logits")
+    add("--out", type=Path, metavar="FILE.json", help="where to save the results")
+    actions = parser.add_subparsers(metavar="plot | readme", help="of saved results; bare: measure")
+    plot = actions.add_parser("plot", help="draw saved results", description="Draw saved results.")
+    plot.add_argument("files", nargs="+", type=Path, metavar="FILE.json", help="saved results")
+    plot.add_argument("--folder", type=Path, default=Path("."), help="where the pictures go")
+    plot.set_defaults(run=run_plot)
+    readme = actions.add_parser(
+        "readme", help="renew the tables of a README", description="Renew the tables between bench markers."
+    )
+    readme.add_argument("--file", type=Path, default=Path("README.md"), help="the document")
+    readme.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="folder of the saved results")
+    readme.set_defaults(run=run_readme)
+
+
+def _need(*packages: str) -> None:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise CommandFailed(f"not installed: {', '.join(missing)}; get it with: pip install {' '.join(missing)}")
+
+
+def run(options: argparse.Namespace) -> int:
+    _need("rich")
+    from unirl_kernels.bench.run import run_bench
+
+    return run_bench(options)
+
+
+def run_plot(options: argparse.Namespace) -> int:
+    _need("matplotlib")
+    from unirl_kernels.bench.plot import plot
+
+    return plot(options.files, options.folder)
+
+
+def run_readme(options: argparse.Namespace) -> int:
+    _need("rich")
+    from unirl_kernels.bench.readme import renew
+
+    return renew(options.file, options.results)

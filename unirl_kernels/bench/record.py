@@ -1,0 +1,153 @@
+"""What a run of the bench found, as JSON; tables and plots are made from this and nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from unirl_kernels.bench.work import FUSED, MODES, Work
+from unirl_kernels.measure import Timing
+
+SCHEMA = 1
+
+OK, WRONG, FAILED = "ok", "wrong", "failed"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A provider's results.
+
+    Args:
+        name, kernel: of the provider.
+        overwrites: the gradient comes into the logits' memory.
+        status: ``OK``; ``WRONG``, an error exceeds its budget; ``FAILED``, it raised.
+        reasons: what is wrong or failed.
+        time: seconds of one call; None unless it is right.
+        peak_extra_bytes: memory of one call in a fresh process, on top of the logits; None where not measured.
+        logp_error, entropy_error: largest absolute error against fp64, nats; None where it gives none.
+        gradient_error: of the logits' gradient against fp64, relative L2.
+    """
+
+    name: str
+    kernel: str
+    overwrites: bool
+    status: str
+    reasons: Sequence[str] = ()
+    time: Timing | None = None
+    peak_extra_bytes: int | None = None
+    logp_error: float | None = None
+    entropy_error: float | None = None
+    gradient_error: float | None = None
+
+    @property
+    def key(self) -> str:
+        """Names it among all rows of a run."""
+        return key(self.name, self.kernel, self.overwrites)
+
+
+def key(name: str, kernel: str, overwrites: bool) -> str:
+    """A provider's name among all."""
+    return f"{name} {kernel}{' in place' if overwrites else ''}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """All providers on one piece of work.
+
+    Args:
+        work: the work.
+        floor_bytes: memory traffic that no kernel can do without.
+        rounds: timed calls of each provider.
+        copy: seconds of ``copy_`` of the logits, which reads and writes ``work.logits_bytes`` each.
+        sum: seconds of the sum of the logits.
+        rows: the providers that took part.
+        skipped: why others did not, by "provider kernel".
+    """
+
+    work: Work
+    floor_bytes: int
+    rounds: int
+    copy: Timing
+    sum: Timing
+    rows: Sequence[Row]
+    skipped: Mapping[str, str]
+
+    @property
+    def copy_bandwidth(self) -> float:
+        """Bytes per second, read and written."""
+        return 2 * self.work.logits_bytes / self.copy.median
+
+    @property
+    def floor_seconds(self) -> float:
+        """The time of the floor's traffic at the bandwidth of ``copy_``."""
+        return self.floor_bytes / self.copy_bandwidth
+
+    @property
+    def eager(self) -> Row | None:
+        """What speed-ups refer to: eager PyTorch, fp32 inside."""
+        return next((row for row in self.rows if row.name == "eager" and row.status == OK), None)
+
+    def speedup(self, row: Row) -> float | None:
+        """How many times faster than eager PyTorch."""
+        if row.time is None or self.eager is None or self.eager.time is None:
+            return None
+        return self.eager.time.median / row.time.median
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run of the bench: one piece of work or several.
+
+    Args:
+        date: ISO 8601, UTC.
+        commit: of the checkout, or ``unknown``.
+        dirty: whether the checkout had uncommitted changes.
+        versions: of Python, PyTorch, Triton, the package.
+        hardware: what it ran on.
+        runs: the results.
+    """
+
+    date: str
+    commit: str
+    dirty: bool
+    versions: Mapping[str, str]
+    hardware: Mapping[str, str | int]
+    runs: Sequence[Run]
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, allow_nan=False) + "\n")
+
+    @staticmethod
+    def load(path: Path) -> Record:
+        """Read a record.
+
+        Raises:
+            OSError: when the file cannot be read.
+            ValueError: when it is not a record of this schema.
+        """
+        try:
+            content = json.loads(path.read_text())
+            if (schema := content.pop("schema")) != SCHEMA:
+                raise ValueError(f"schema must be {SCHEMA}, got {schema}")
+            return Record(**content | {"runs": [_run(run) for run in content["runs"]]})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path.name} is not a record of the bench: {error}") from error
+
+
+def _run(content: dict[str, Any]) -> Run:
+    rows = [Row(**row | {"time": _timing(row["time"])}) for row in content["rows"]]
+    times = {name: Timing(**content[name]) for name in ("copy", "sum")}
+    return Run(**content | times | {"work": Work(**content["work"]), "rows": rows})
+
+
+def _timing(content: dict[str, float] | None) -> Timing | None:
+    return None if content is None else Timing(**content)
+
+
+def title(work: Work) -> str:
+    """What is computed, in words."""
+    what = f"{work.loss}: {MODES[work.mode]}" if work.mode == FUSED else MODES[work.mode]
+    return f"{what}; {work.tokens} × {work.vocab} {work.dtype}"

@@ -1,0 +1,122 @@
+"""The bench from beginning to end."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from unirl_kernels.bench import hardware
+from unirl_kernels.bench.measurement import Measurement
+from unirl_kernels.bench.options import ROUNDS, SIZE, SWEPT_SIZE
+from unirl_kernels.bench.providers import OURS, Provider, chosen
+from unirl_kernels.bench.record import OK, Record, Run
+from unirl_kernels.bench.table import remarks, terminal
+from unirl_kernels.bench.work import Work
+from unirl_kernels.cli import CommandFailed
+from unirl_kernels.demo.progress import Stages
+
+REPORT_WIDTH = 200
+"""Columns of a log file, so that the table's cells need no second line."""
+
+SWEPT_VOCABS = (1024, 4096, 16384, 49152, 128256, 151936, 262144)
+SWEPT_TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
+
+
+def run_bench(options: argparse.Namespace) -> int:
+    """Measure, show, save after each piece of work.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        CommandFailed: when something that was asked for cannot be had, or a kernel of this package is wrong.
+    """
+    device = _device(options.device)
+    rounds = options.rounds or ROUNDS[device.type]
+    works = [(work, _providers(work, options)) for work in _works(options, device)]
+    _make_writable(options.out)
+    console = Console()
+    if not console.is_terminal:
+        console.width = REPORT_WIDTH
+    runs: list[Run] = []
+    for work, providers in works:
+        run = _measured(work, providers, rounds, options.memory and not options.sweep, Stages(console))
+        runs.append(run)
+        console.print(terminal(run))
+        for remark in remarks(run):
+            console.print(remark, style="dim", markup=False, highlight=False, soft_wrap=True)
+        if options.out is not None:
+            _record(runs, device).save(options.out)
+    rows = [row for run in runs for row in run.rows if row.name == OURS and row.status != OK]
+    if rows:
+        raise CommandFailed("; ".join(f"{row.kernel} is {row.status}: {row.reasons[0]}" for row in rows))
+    return 0
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise CommandFailed(f"--device {name} is not available: {str(error).strip().splitlines()[0]}") from error
+    if device.type not in ROUNDS:
+        raise CommandFailed(f"--device must be of {', '.join(ROUNDS)}, got {name}")
+    return device
+
+
+def _works(options: argparse.Namespace, device: torch.device) -> Iterator[Work]:
+    """One piece of work, or those of the sweeps."""
+    tokens, vocab = SWEPT_SIZE[device.type] if options.sweep else SIZE
+    tokens, vocab = options.tokens or tokens, options.vocab or vocab
+    names = ("loss", "mode", "dtype", "on_policy", "seed")
+    try:
+        work = Work(tokens=tokens, vocab=vocab, device=str(device), **{name: getattr(options, name) for name in names})
+        if not options.sweep:
+            yield work
+            return
+        yield from (replace(work, vocab=n) for n in SWEPT_VOCABS)
+        yield from (replace(work, tokens=n) for n in SWEPT_TOKENS)
+    except ValueError as error:
+        raise CommandFailed(f"--{error}") from error
+
+
+def _providers(work: Work, options: argparse.Namespace) -> list[Provider]:
+    overwrite = True if options.overwrite else False if options.fresh else None
+    try:
+        return chosen(work, options.kernels, options.peers, overwrite)
+    except ValueError as error:
+        raise CommandFailed(str(error)) from error
+
+
+def _make_writable(out: Path | None) -> None:
+    if out is None:
+        return
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.touch()
+    except OSError as error:
+        raise CommandFailed(f"cannot write to --out {out}: {error.strerror}") from error
+
+
+def _measured(work: Work, providers: Sequence[Provider], rounds: int, memory: bool, stages: Stages) -> Run:
+    with stages.stage(f"Making logits, {work.tokens} × {work.vocab} {work.dtype}"):
+        measurement = Measurement(work, providers)
+    with stages.stage("Checking against fp64", len(providers)) as after_each:
+        measurement.check(after_each)
+    with stages.stage("Timing", measurement.calls(rounds)) as after_each:
+        copy, total = measurement.time(rounds, after_each)
+    if memory:
+        with stages.stage("Measuring memory", measurement.right) as after_each:
+            measurement.memory(after_each)
+    return measurement.run(rounds, copy, total)
+
+
+def _record(runs: Sequence[Run], device: torch.device) -> Record:
+    return Record(hardware.now(), *hardware.commit(), hardware.versions(), hardware.hardware(device), runs)
