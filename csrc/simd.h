@@ -18,7 +18,6 @@
 #endif
 
 #define UNIRL_ALWAYS_INLINE __attribute__((always_inline)) inline
-#define UNIRL_ALWAYS_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace unirl::cpu::UNIRL_ISA {
 

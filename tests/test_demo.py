@@ -162,11 +162,12 @@ def test_sequences_predict_every_token_of_the_completion_and_nothing_else() -> N
 
 
 def test_logits_of_shared_prompts_are_those_of_full_sequences(model: LanguageModel) -> None:
+    model.network.double()
     torch.manual_seed(1)
     texts = [torch.randint(1, VOCAB, (n,)).tolist() for n in (9, 5, 4, 6, 3)]
     (a, b), completions = texts[:2], texts[2:]
     sequences = lay_out(lay_out_prompts([a, b], CPU), completions, [0, 1, 0])
-    weights = torch.randn(3, sequences.target.shape[1], VOCAB)
+    weights = torch.randn(3, sequences.target.shape[1], VOCAB, dtype=torch.float64)
     valid = sequences.target != uk.IGNORE
     shared = model.logits(sequences)
     (shared[valid] * weights[valid]).sum().backward()
@@ -176,26 +177,40 @@ def test_logits_of_shared_prompts_are_those_of_full_sequences(model: LanguageMod
         full = model.network(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
         torch.testing.assert_close(shared[i, : len(completion)], full)
         (full * weights[i, : len(completion)]).sum().backward()
-    torch.testing.assert_close(gradient, parameter.grad)
+    # The model's norms compute in fp32 even here. Losing what comes through the cache would be an error of order 1.
+    torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_samples_come_from_the_model_and_end_where_it_ends_them(model: LanguageModel, sampler: Sampler) -> None:
-    with torch.no_grad():  # a model that says "7" first, then ends
-        model.network.lm_head.weight.zero_()
-        seven, end = sampler.tokenizer("7").input_ids[0], 0
-        model.network.model.norm.weight.fill_(1.0)
-        embedding = model.network.model.embed_tokens.weight
-        embedding.normal_(generator=torch.Generator().manual_seed(0))
-        model.network.lm_head.weight[end] = 100 * embedding[seven]
-        model.network.lm_head.weight[seven] = 0.1 * model.network.lm_head.weight[end].neg()
-    drawn = sampler.questions.draw(2)
-    samples = sampler.samples(model, drawn)
-    assert samples.sequences.ids.shape[0] == 2 * sampler.group
-    for row, mask in zip(samples.sequences.ids.tolist(), samples.sequences.mask.tolist(), strict=True):
-        tokens = row[: sum(mask)]
-        assert mask == [True] * sum(mask) + [False] * (len(mask) - sum(mask))
-        assert end not in tokens[:-1]
-        assert tokens[-1] == end or len(tokens) == sampler.max_new_tokens
+class _Scripted:
+    """A model that says what it was told to, token by token, and may end with either of two tokens."""
+
+    device = CPU
+    network = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[0, 9]))
+
+    def __init__(self, lines: list[list[int]]) -> None:
+        self._lines = lines
+        self.inputs: list[list[int]] = []
+
+    def read(self, prompts: Any) -> Any:
+        return SimpleNamespace(batch_select_indices=lambda rows: None)
+
+    def extend(self, cache: Any, inputs: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
+        spoken = len(self.inputs)
+        self.inputs.append(inputs.squeeze(-1).tolist())
+        said = torch.tensor([line[spoken] for line in self._lines])
+        return torch.nn.functional.one_hot(said, VOCAB).unsqueeze(1) * 100.0
+
+
+def test_completions_end_with_any_of_the_models_ends_or_when_they_are_too_long(sampler: Sampler) -> None:
+    lines = [[3, 4, 0, 7, 7, 7], [9, 7, 7, 7, 7, 7], [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 0]]
+    scripted = _Scripted(lines)
+    samples = sampler.samples(scripted, sampler.questions.draw(1))  # type: ignore[arg-type]
+    rows = zip(samples.sequences.ids, samples.sequences.mask, strict=True)
+    assert [row[mask].tolist() for row, mask in rows] == [[3, 4, 0], [9], [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 0]]
+    assert scripted.inputs[1:] == [list(said) for said in zip(*lines, strict=True)][:-1]
+
+    stopped = _Scripted([[0, 7], [0, 7], [1, 9], [0, 7]])  # nothing is drawn after the last end
+    assert sampler.samples(stopped, sampler.questions.draw(1)).sequences.ids.shape == (4, 2)  # type: ignore[arg-type]
 
 
 def test_same_seed_same_samples(model: LanguageModel, sampler: Sampler) -> None:
@@ -239,8 +254,12 @@ def test_without_any_preference_pairs_are_ties_of_different_samples_and_say_so(s
 
 
 def _sources(model: LanguageModel, sampler: Sampler, samples: Samples) -> list[Source]:
-    ref = model.log_probs(samples.sequences, PLAN)
-    old = torch.where(samples.sequences.target == uk.IGNORE, ref, ref + 0.2 * torch.randn(ref.shape))
+    """The six sources, for a policy that has moved since it drew the samples and further from the frozen model."""
+    logp = model.log_probs(samples.sequences, PLAN)
+    old, ref = (
+        torch.where(samples.sequences.target != uk.IGNORE, logp + size * torch.randn(logp.shape), 0.0)
+        for size in (0.2, 0.3)
+    )
     gold = sampler.gold(model, sampler.questions.draw(3))
     return [
         gold_answers(gold),
@@ -314,7 +333,7 @@ def test_a_step_in_several_passes_is_the_step_of_the_whole_batch(
 
 
 def test_comparison_passes_a_right_loss_and_fails_a_wrong_one(
-    model: LanguageModel, sampler: Sampler, samples: Samples, monkeypatch: pytest.MonkeyPatch
+    model: LanguageModel, sampler: Sampler, samples: Samples
 ) -> None:
     source = _sources(model, sampler, samples)[5]
     with torch.no_grad():
@@ -332,13 +351,22 @@ def test_comparison_passes_a_right_loss_and_fails_a_wrong_one(
     assert row.loss_check.failed
     assert row.grad_check.failed
 
+
+@pytest.mark.parametrize("place", ["token", "padding"])
+def test_comparison_sees_a_gradient_that_is_wrong_at_one_place(
+    model: LanguageModel, sampler: Sampler, samples: Samples, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    source = _sources(model, sampler, samples)[5]
+    with torch.no_grad():
+        logits = model.logits(source.sequences)
+    wrong = (source.batch.valid if place == "token" else ~source.batch.valid).nonzero()[0].tolist()
     real = uk.fused_loss
 
-    def without_gradient_of_one_token(x: Tensor, *args: Any, **kwargs: Any) -> uk.LossOutput:
-        masked = torch.cat([x[:, :1].detach(), x[:, 1:]], 1)
-        return real(masked, *args, **kwargs)
+    def with_a_wrong_gradient(x: Tensor, *args: Any, **kwargs: Any) -> uk.LossOutput:
+        x.register_hook(lambda gradient: gradient.index_put(torch.tensor(wrong).split(1), torch.tensor(1e-4)))
+        return real(x, *args, **kwargs)
 
-    monkeypatch.setattr(uk, "fused_loss", without_gradient_of_one_token)
+    monkeypatch.setattr(uk, "fused_loss", with_a_wrong_gradient)
     row = compare(source, logits, PLAN, 2)
     assert not row.loss_check.failed
     assert row.grad_check.failed
@@ -350,9 +378,8 @@ def _run(folder: Path, out: Path, *options: str) -> int:
     return main(["demo", *where, *small, *options])
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_whole_demo(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str) -> None:
-    assert _run(folder, tmp_path / "new" / "out", "--dtype", dtype) == 0
+def test_whole_demo(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(folder, tmp_path / "new" / "out") == 0
     shown = capsys.readouterr().out
     for name in ("SFT", "RFT", "Online RFT", "DPO", "PPO", "GRPO", "GRPO step 1: loss"):
         assert name in shown
@@ -377,12 +404,12 @@ def test_demo_fails_and_says_which_error_is_too_large(
 ) -> None:
     real = reference.ppo
     monkeypatch.setitem(reference.LOSSES, "ppo", lambda logits, batch: 1.01 * real(logits, batch))
-    assert _run(folder, tmp_path) == 1
+    assert _run(folder, tmp_path, "--dtype", "bf16", "--steps", "0") == 1
     errors = capsys.readouterr().err.splitlines()[-1]
     assert errors.startswith("unirl_kernels demo: PPO: ")
     assert "PPO: gradient error" in errors
     assert "exceeds its tolerance" in errors
-    assert "GRPO" not in errors
+    assert not any(f"{name}: " in errors for name in ("SFT", "RFT", "DPO", "GRPO"))  # right in bf16, too
 
 
 def test_samples_of_a_padded_batch_are_scored_as_drawn(model: LanguageModel, sampler: Sampler) -> None:

@@ -98,22 +98,30 @@ def _l2_sized_buffer(device: torch.device) -> torch.Tensor:
     return torch.empty(2 * size, dtype=torch.uint8, device=device)
 
 
-def peak_extra_bytes(call: Call, device: torch.device) -> int:
+def peak_extra_bytes(call: Call, device: torch.device, *, prepare: Call = lambda: None, repeats: int = 1) -> int:
     """Memory that a call needs at its peak, on top of what was in use before it; its result counts.
 
-    On CUDA the allocator's account. On the CPU the process's resident memory, so a page counts when it is first
-    written, whoever allocated it; accurate to about 100 kB. Run the call once before: the first run also creates
-    threads and loads code. Where the peak cannot be reset (outside Linux) the figure is a lower bound: what the call
-    needs beyond the highest peak of the process so far.
+    On CUDA the allocator's account. On the CPU the process's resident memory: a page counts when it is first written,
+    whoever allocated it, until it is given back to the system, which malloc does at once with blocks above 32 MiB.
+    Code that is read for the first time counts as well, a few MB in the first run, so the least of the runs is taken.
+    Where the peak cannot be reset (outside Linux) the figure is a lower bound: what the call needs beyond the
+    process's highest peak so far.
 
     Args:
         call: what to measure.
         device: where it computes.
+        prepare: called before each run; to free what an earlier run has kept.
+        repeats: runs.
 
     Returns:
         Bytes, at least 0.
     """
     gc.collect()
+    return min(_peak(call, device, prepare) for _ in range(repeats))
+
+
+def _peak(call: Call, device: torch.device, prepare: Call) -> int:
+    prepare()
     if device.type == "cuda":
         return _cuda_peak(call, device)
     _return_freed_memory()

@@ -17,8 +17,6 @@ constexpr int64_t LOGITS_PER_THREAD = 32768;
 // Rows per thread from which each thread takes whole rows: idle threads at the end then cost at most a quarter.
 constexpr int64_t ROWS_PER_THREAD = 4;
 
-constexpr GradientTerms<double> NOT_A_NUMBER = {NAN, NAN, NAN, NAN};
-
 // The target's logit, raw and mapped (see row_math.h).
 struct Target {
   double x, u;
@@ -101,8 +99,7 @@ class Pass {
       const void* const x = at(rows_.logits, row, rows_.target[row]);
       target = {kernels_.read(x), kernels_.u(x, readout)};
     }
-    const GradientTerms<double> terms = step_(row, readout, moments, target);
-    return valid ? terms : NOT_A_NUMBER;
+    return step_(row, readout, moments, target);
   }
 
   Moments<double> moments_of(int64_t row, int64_t segment) const {
@@ -166,9 +163,11 @@ struct Backward {
 
   GradientTerms<double> operator()(
       int64_t row, const Readout<double>& readout, const Moments<double>&, const Target& target) const {
-    const Statistics<double> statistics = {at.logp.get(row), at.entropy.get(row), at.lse.get(row)};
+    Statistics<double> statistics = {at.logp.get(row), at.entropy.get(row), at.lse.get(row)};
+    // As returned, lse has a last place of its own magnitude; from logp it has logp's, however large the logits are.
+    if (isfinite(statistics.logp)) statistics.lse = readout.kappa * target.u - statistics.logp;
     // The kernels take the reference in fp32: rounded here, its error is part of the terms.
-    const double reference = at.lse.get(row) / readout.kappa;
+    const double reference = statistics.lse / readout.kappa;
     return gradient_terms(
         statistics, {d.logp.get(row), d.entropy.get(row), d.lse.get(row)}, readout,
         at.lse.fp64 ? reference : static_cast<float>(reference), target.x);

@@ -23,20 +23,22 @@ class Ring:
     def __init__(self, source: Tensor) -> None:
         self._source = source
         step = ALIGNMENT // source.element_size()
-        self._size = -(-source.numel() // step) * step
-        least = 2 * last_level_cache_bytes(source.device)
-        self._count = max(2, -(-least // (self._size * source.element_size())))
-        self._memory = torch.empty(self._count * self._size, dtype=source.dtype, device=source.device)
+        size = -(-source.numel() // step) * step
+        count = max(2, -(-2 * last_level_cache_bytes(source.device) // (size * source.element_size())))
+        self._memory = torch.empty(count, size, dtype=source.dtype, device=source.device)
+        self._memory[:, : source.numel()] = source.flatten()
         self._next = 0
-        for _ in range(self._count):
-            self.restore(self.take())
+
+    def __len__(self) -> int:
+        """The number of copies."""
+        return len(self._memory)
 
     def take(self) -> Tensor:
         """The copy that was handed out longest ago. Its version counter is its own, so that writing another copy
         does not look to autograd like writing this one."""
-        start = self._next * self._size
-        self._next = (self._next + 1) % self._count
-        return self._memory.data[start : start + self._source.numel()].view(self._source.shape)
+        copy = self._memory.data[self._next, : self._source.numel()]
+        self._next = (self._next + 1) % len(self)
+        return copy.view(self._source.shape)
 
     def restore(self, copy: Tensor) -> None:
         """Undo what was written into a copy."""

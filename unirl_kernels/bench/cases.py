@@ -42,6 +42,13 @@ class Case:
             self._ring.restore(self._logits)
         self._prepare()
 
+    def logits_are_intact(self) -> bool:
+        """Whether the last call left the logits as they were; put right where it did not."""
+        intact = torch.equal(self._logits, self._inputs.logits)
+        if not intact:
+            self._ring.restore(self._logits)
+        return intact
+
     def _prepare(self) -> None:
         self._logits = self._ring.take()
         self._run = _RUNS[self._inputs.work.mode](self._function, self._inputs, self._logits)

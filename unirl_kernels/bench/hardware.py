@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 import subprocess
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -59,6 +60,32 @@ def _cpu_model() -> str:
     facts = {name.strip(): value.strip() for name, value in values.items()}
     family = f" family {facts['cpu family']} model {facts['model']}" if "cpu family" in facts else ""
     return facts.get("model name", platform.machine()) + family
+
+
+class Elsewhere:
+    """How busy other processes keep the processor, from the moment this is made."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float, float] | None:
+        """Seconds: of the clock, of all processors at work, and of those for this process."""
+        try:
+            line = Path("/proc/stat").read_text().splitlines()[0]
+        except OSError:
+            return None
+        user, nice, system, _, _, irq, softirq, steal = map(int, line.split()[1:9])
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return time.monotonic(), busy, sum(os.times()[:2])
+
+    def share(self) -> float | None:
+        """Of all processors' time, 0 to 1; None where the system does not tell."""
+        end = self._now()
+        if self._start is None or end is None:
+            return None
+        elapsed, busy, own = (b - a for a, b in zip(self._start, end, strict=True))
+        return min(1.0, max(0.0, (busy - own) / (elapsed * (os.cpu_count() or 1))))
 
 
 def commit() -> tuple[str, bool]:

@@ -10,12 +10,13 @@ import torch
 
 from unirl_kernels.bench.buffers import Ring
 from unirl_kernels.bench.cases import Case, copy_call, sum_call
+from unirl_kernels.bench.hardware import Elsewhere
 from unirl_kernels.bench.memory import peak_in_fresh_process
 from unirl_kernels.bench.providers import Provider, Skipped
 from unirl_kernels.bench.record import FAILED, OK, WRONG, Row, Run
 from unirl_kernels.bench.truth import Truth
 from unirl_kernels.bench.work import Inputs, Work
-from unirl_kernels.measure import Timing, interleaved_times
+from unirl_kernels.measure import interleaved_times
 
 COPY, SUM = "copy_", "sum"
 Step = Callable[[], object]
@@ -35,7 +36,8 @@ class Measurement:
         self.ring = Ring(self.inputs.logits)
         self.rows: dict[str, Row] = {}
         self.skipped: dict[str, str] = {}
-        self._cases: dict[str, Case] = {}
+        self.cases: dict[str, Case] = {}
+        """Those that passed ``check``."""
 
     def check(self, after_each: Step) -> None:
         """Let each provider do the work once, and hold it against fp64."""
@@ -53,10 +55,15 @@ class Measurement:
 
     def _checked(self, provider: Provider, truth: Truth) -> Row:
         case = Case(provider.bind(self.inputs), self.inputs, self.ring, provider.overwrites)
-        found = truth.check(*case())
-        case.renew()
+        try:
+            found = truth.check(*case())
+        finally:
+            intact = case.logits_are_intact()
+            case.renew()
+        if not (intact or provider.overwrites):
+            found.problems.append("logits: overwritten where a fresh gradient was asked for")
         if not found.problems:
-            self._cases[provider.key] = case
+            self.cases[provider.key] = case
         return Row(
             provider.name,
             provider.kernel,
@@ -68,8 +75,8 @@ class Measurement:
             *(_number(x) for x in (found.logp_error, found.entropy_error, found.gradient_error)),
         )
 
-    def time(self, rounds: int, after_each: Step) -> tuple[Timing, Timing]:
-        """Time those that are right; the times of ``copy_`` and of the sum."""
+    def time(self, rounds: int, after_each: Step) -> Run:
+        """Time those that are right."""
         called: list[Case] = []
 
         def noted(case: Case) -> Callable[[], object]:
@@ -85,35 +92,32 @@ class Measurement:
             after_each()
 
         calls = {COPY: copy_call(self.ring), SUM: sum_call(self.ring)}
-        calls |= {key: noted(case) for key, case in self._cases.items()}
-        device = torch.device(self.work.device)
-        times = interleaved_times(calls, device, rounds=rounds, after_call=after_call)
-        for key in self._cases:
+        calls |= {key: noted(case) for key, case in self.cases.items()}
+        elsewhere = Elsewhere()
+        times = interleaved_times(calls, torch.device(self.work.device), rounds=rounds, after_call=after_call)
+        for key in self.cases:
             self.rows[key] = replace(self.rows[key], time=times[key])
-        return times[COPY], times[SUM]
+        share, floor, rows = elsewhere.share(), self.work.floor_bytes, list(self.rows.values())
+        return Run(self.work, floor, rounds, share, times[COPY], times[SUM], rows, self.skipped)
 
     def calls(self, rounds: int) -> int:
         """How often ``time`` calls ``after_each``."""
-        return (2 + len(self._cases)) * (1 + rounds)
+        return (2 + len(self.cases)) * (1 + rounds)
 
-    def memory(self, after_each: Step) -> None:
-        """Measure the memory of those that are right. Frees what this process holds for the work."""
-        right = list(self._cases)
-        self._cases.clear()
+    def memory(self, run: Run, after_each: Step) -> Run:
+        """Measure the memory of those that are right, and add it to their rows. Frees what the work holds here."""
+        self.cases.clear()
         del self.ring, self.inputs
-        for provider in self.providers:
-            if provider.key in right:
-                peak = peak_in_fresh_process(provider, self.work)
-                self.rows[provider.key] = replace(self.rows[provider.key], peak_extra_bytes=peak)
+        if torch.device(self.work.device).type == "cuda":
+            torch.cuda.empty_cache()
+        providers = {provider.key: provider for provider in self.providers}
+        rows = []
+        for row in run.rows:
+            if row.status == OK:
+                row = replace(row, peak_extra_bytes=peak_in_fresh_process(providers[row.key], self.work))
                 after_each()
-
-    @property
-    def right(self) -> int:
-        """How many providers passed ``check``."""
-        return len(self._cases)
-
-    def run(self, rounds: int, copy: Timing, total: Timing) -> Run:
-        return Run(self.work, self.work.floor_bytes, rounds, copy, total, list(self.rows.values()), self.skipped)
+            rows.append(row)
+        return replace(run, rows=rows)
 
 
 def _number(x: float | None) -> float | None:

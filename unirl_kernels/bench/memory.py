@@ -15,7 +15,8 @@ import torch
 
 from unirl_kernels.bench.buffers import Ring
 from unirl_kernels.bench.cases import Case
-from unirl_kernels.bench.providers import Provider, chosen
+from unirl_kernels.bench.providers import Provider
+from unirl_kernels.bench.selection import chosen
 from unirl_kernels.bench.work import Inputs, Work
 from unirl_kernels.measure import peak_extra_bytes
 

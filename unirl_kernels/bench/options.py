@@ -36,7 +36,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--loss", choices=tuple(reference.LOSSES), default="grpo", help="what is computed")
     add("--mode", choices=tuple(MODES), default=FUSED, help="; ".join(f"{k}: {v}" for k, v in MODES.items()))
-    add("--tokens", type=_at_least(1), help=f"rows of logits; None: {SIZE[0]}, in a sweep {SWEPT_SIZE}")
+    swept = ", ".join(f"{tokens} × {vocab} ({device})" for device, (tokens, vocab) in SWEPT_SIZE.items())
+    add("--tokens", type=_at_least(1), help=f"rows of logits; None: {SIZE[0]}")
     add("--vocab", type=_at_least(2), help=f"columns of logits; None: {SIZE[1]}")
     add("--dtype", choices=tuple(DTYPES), default="bf16", help="of the logits")
     add("--device", help="cpu, cuda, cuda:1 ...; None: cuda where there is one, else cpu")
@@ -46,19 +47,26 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     place.add_argument("--overwrite", action="store_true", help="only gradients in the logits' memory")
     place.add_argument("--fresh", action="store_true", help="only gradients in fresh memory")
     add("--on-policy", action="store_true", help="no old log-probabilities: the ratio is 1")
-    add("--rounds", type=_at_least(2), help=f"timed calls of each; None: {ROUNDS}")
-    add("--no-memory", dest="memory", action="store_false", help="do not measure memory (a process per provider)")
-    add("--sweep", action="store_true", help="many vocabularies, then many numbers of tokens, for the plots")
+    add(
+        "--rounds",
+        type=_at_least(2),
+        help=f"timed calls of each; None: {ROUNDS['cpu']} on a CPU, {ROUNDS['cuda']} on a GPU",
+    )
+    memory = "peak memory, each in a process of its own; never in a sweep"
+    add("--memory", action=argparse.BooleanOptionalAction, default=True, help=memory)
+    add("--sweep", action="store_true", help=f"change the vocabulary, then the tokens, each from {swept}")
     add("--seed", type=_at_least(0), default=0, help="of the random logits")
     add("--out", type=Path, metavar="FILE.json", help="where to save the results")
-    actions = parser.add_subparsers(metavar="plot | readme", help="of saved results; bare: measure")
-    plot = actions.add_parser("plot", help="draw saved results", description="Draw saved results.")
+    actions = parser.add_subparsers(metavar="[plot | readme]", help="of saved results; bare: measure")
+    defaults = argparse.ArgumentDefaultsHelpFormatter
+    plot = actions.add_parser(
+        "plot", help="draw saved results", description="Draw saved results.", formatter_class=defaults
+    )
     plot.add_argument("files", nargs="+", type=Path, metavar="FILE.json", help="saved results")
     plot.add_argument("--folder", type=Path, default=Path("."), help="where the pictures go")
     plot.set_defaults(run=run_plot)
-    readme = actions.add_parser(
-        "readme", help="renew the tables of a README", description="Renew the tables between bench markers."
-    )
+    renews = "renew the tables between bench markers"
+    readme = actions.add_parser("readme", help=renews, description=f"{renews}.", formatter_class=defaults)
     readme.add_argument("--file", type=Path, default=Path("README.md"), help="the document")
     readme.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="folder of the saved results")
     readme.set_defaults(run=run_readme)

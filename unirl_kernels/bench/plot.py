@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
 from unirl_kernels.bench.providers import OURS
-from unirl_kernels.bench.record import Record, Row, Run, title
+from unirl_kernels.bench.record import Record, Row, Run, three_digits, title
 from unirl_kernels.cli import CommandFailed
 
 if TYPE_CHECKING:
@@ -40,7 +41,9 @@ def plot(files: Sequence[Path], folder: Path) -> int:
                 draw_sweeps(sweeps).savefig(folder / f"{file.stem}-sweep.png")
             for n, run in enumerate(run for run in runs if run not in swept):
                 draw_run(run).savefig(folder / f"{file.stem}{f'-{n + 1}' if n else ''}.png")
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise CommandFailed(f"{error.filename}: {error.strerror}") from error
+    except ValueError as error:
         raise CommandFailed(str(error)) from error
     return 0
 
@@ -108,7 +111,9 @@ def _draw_bars(
     values = [value(row) for row in rows]
     axes.barh(range(len(rows)), values, height=0.62, color=[colors[row.key] for row in rows])
     for i, x in enumerate(values):
-        axes.annotate(f"{x:.3g}", (x, i), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, color=INK)
+        axes.annotate(
+            three_digits(x), (x, i), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, color=INK
+        )
     _style(axes, name, unit, "")
     axes.set_yticks(range(len(rows)), [row.key for row in rows], fontsize=8)
     axes.set_ylim(len(rows) - 0.4, -0.9)
@@ -123,8 +128,11 @@ def _draw_errors(axes: Axes, rows: Sequence[Row], colors: dict[str, str]) -> Non
     of_gradient = any(row.gradient_error is not None for row in rows)
     name = "gradient error, relative L2" if of_gradient else "log-probability error, nats"
     _style(axes, "Error against fp64, against time", "ms", name)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(FormatStrFormatter("%g"))
 
 
 def _median(row: Row) -> float:

@@ -24,7 +24,9 @@ def renew(document: Path, results: Path) -> int:
     try:
         text = document.read_text()
         document.write_text(renewed(text, results))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise CommandFailed(f"{error.filename}: {error.strerror}") from error
+    except ValueError as error:
         raise CommandFailed(str(error)) from error
     return 0
 

@@ -61,6 +61,7 @@ class Run:
         work: the work.
         floor_bytes: memory traffic that no kernel can do without.
         rounds: timed calls of each provider.
+        elsewhere: share of the processors' time that other processes took while this was timed; None unknown.
         copy: seconds of ``copy_`` of the logits, which reads and writes ``work.logits_bytes`` each.
         sum: seconds of the sum of the logits.
         rows: the providers that took part.
@@ -70,6 +71,7 @@ class Run:
     work: Work
     floor_bytes: int
     rounds: int
+    elsewhere: float | None
     copy: Timing
     sum: Timing
     rows: Sequence[Row]
@@ -138,7 +140,7 @@ class Record:
 
 
 def _run(content: dict[str, Any]) -> Run:
-    rows = [Row(**row | {"time": _timing(row["time"])}) for row in content["rows"]]
+    rows = [Row(**row | {"reasons": tuple(row["reasons"]), "time": _timing(row["time"])}) for row in content["rows"]]
     times = {name: Timing(**content[name]) for name in ("copy", "sum")}
     return Run(**content | times | {"work": Work(**content["work"]), "rows": rows})
 
@@ -147,7 +149,12 @@ def _timing(content: dict[str, float] | None) -> Timing | None:
     return None if content is None else Timing(**content)
 
 
+def three_digits(x: float) -> str:
+    """``x`` >= 0 with three significant digits and no exponent; what rounds to nothing at two decimals is 0."""
+    return f"{x:.0f}" if x >= 100 else f"{x:.3g}" if x >= 0.01 else "0"
+
+
 def title(work: Work) -> str:
     """What is computed, in words."""
     what = f"{work.loss}: {MODES[work.mode]}" if work.mode == FUSED else MODES[work.mode]
-    return f"{what}; {work.tokens} × {work.vocab} {work.dtype}"
+    return f"{what}; {work.tokens} × {work.vocab} {work.dtype}{', on policy' if work.on_policy else ''}"

@@ -13,8 +13,9 @@ from rich.console import Console
 from unirl_kernels.bench import hardware
 from unirl_kernels.bench.measurement import Measurement
 from unirl_kernels.bench.options import ROUNDS, SIZE, SWEPT_SIZE
-from unirl_kernels.bench.providers import OURS, Provider, chosen
+from unirl_kernels.bench.providers import OURS, Provider
 from unirl_kernels.bench.record import OK, Record, Run
+from unirl_kernels.bench.selection import chosen
 from unirl_kernels.bench.table import remarks, terminal
 from unirl_kernels.bench.work import Work
 from unirl_kernels.cli import CommandFailed
@@ -111,11 +112,11 @@ def _measured(work: Work, providers: Sequence[Provider], rounds: int, memory: bo
     with stages.stage("Checking against fp64", len(providers)) as after_each:
         measurement.check(after_each)
     with stages.stage("Timing", measurement.calls(rounds)) as after_each:
-        copy, total = measurement.time(rounds, after_each)
+        run = measurement.time(rounds, after_each)
     if memory:
-        with stages.stage("Measuring memory", measurement.right) as after_each:
-            measurement.memory(after_each)
-    return measurement.run(rounds, copy, total)
+        with stages.stage("Measuring memory", len(measurement.cases)) as after_each:
+            run = measurement.memory(run, after_each)
+    return run
 
 
 def _record(runs: Sequence[Run], device: torch.device) -> Record:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from rich.table import Table
 
 from unirl_kernels.bench.providers import OURS
-from unirl_kernels.bench.record import OK, Row, Run, title
+from unirl_kernels.bench.record import OK, Row, Run, three_digits, title
 from unirl_kernels.measure import Timing
 
 LEFT = ("provider", "kernel", "gradient")
@@ -27,13 +27,15 @@ CAPTION = (
     "errors against fp64: logp largest, nats; gradient relative L2"
 )
 BLANK = ""
+QUIET = 0.05
+"""Share of the processors' time that others may take without a word."""
 
 
 def cells(run: Run, row: Row) -> list[str]:
     """A provider's line, without markup. One that is wrong or failed gets no credit for its time."""
     median, middle, percent, faster = BLANK, BLANK, BLANK, BLANK
     if row.time is not None:
-        median, middle = _ms(row.time), f"{row.time.p20 * 1e3:.3g} – {row.time.p80 * 1e3:.3g}"
+        median, middle = _ms(row.time), _middle(row.time)
         percent = f"{100 * run.floor_seconds / row.time.median:.0f}"
         speedup = run.speedup(row)
         faster = BLANK if speedup is None else f"{speedup:.1f}"
@@ -45,7 +47,7 @@ def cells(run: Run, row: Row) -> list[str]:
         ("in place" if row.overwrites else "fresh") if run.work.has_gradient else BLANK,
         median,
         middle,
-        f"{run.floor_bytes / 1e6:.3g}",
+        three_digits(run.floor_bytes / 1e6),
         percent,
         faster,
         BLANK if row.peak_extra_bytes is None else f"{row.peak_extra_bytes / 1e6:.0f}",
@@ -58,15 +60,19 @@ def baselines(run: Run) -> list[list[str]]:
     """What the machine does at best: a read and a write, and a read."""
     times = (("copy_", run.copy, 2), ("sum", run.sum, 1))
     return [
-        ["torch", name, BLANK, _ms(time), f"{time.p20 * 1e3:.3g} – {time.p80 * 1e3:.3g}"]
-        + [f"{n * run.work.logits_bytes / 1e6:.3g}", f"{100 * n * run.copy.median / (2 * time.median):.0f}"]
+        ["torch", name, BLANK, _ms(time), _middle(time)]
+        + [three_digits(n * run.work.logits_bytes / 1e6), f"{100 * n * run.copy.median / (2 * time.median):.0f}"]
         + [BLANK] * 4
         for name, time, n in times
     ]
 
 
 def _ms(time: Timing) -> str:
-    return f"{time.median * 1e3:.3g}" if time.median < 1 else f"{time.median * 1e3:.0f}"
+    return three_digits(time.median * 1e3)
+
+
+def _middle(time: Timing) -> str:
+    return f"{three_digits(time.p20 * 1e3)} – {three_digits(time.p80 * 1e3)}"
 
 
 def _error(x: float | None) -> str:
@@ -90,12 +96,16 @@ def terminal(run: Run) -> Table:
 
 
 def remarks(run: Run) -> list[str]:
-    """Why providers are wrong, failed or skipped, one line each; those skipped for the same reason share one."""
+    """Why providers are wrong, failed or skipped, one line each (those skipped for the same reason share one), and
+    whether the machine was busy with something else."""
     lines = [f"{row.status}: {row.key}: {row.reasons[0]}" for row in run.rows if row.status != OK]
     reasons: dict[str, list[str]] = {}
     for name, reason in run.skipped.items():
         reasons.setdefault(reason, []).append(name)
-    return lines + [f"skipped: {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+    lines += [f"skipped: {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+    if run.elsewhere is not None and run.elsewhere > QUIET:
+        lines.append(f"noisy: other processes took {100 * run.elsewhere:.0f} % of the processors' time meanwhile")
+    return lines
 
 
 def markdown(run: Run) -> str:

@@ -46,6 +46,22 @@ def locate(model: str | None) -> Location:
         return _in_folder(path)
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise CommandFailed(f"--model {model}: no such folder")
+    return _on_hub(model)
+
+
+def _on_hub(model: str) -> Location:
+    # Asked here once: without a network transformers would retry, and complain, for a minute.
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        if try_to_load_from_cache(model, "config.json") is None:
+            HfApi().model_info(model, timeout=10)
+    except Exception as error:
+        reason = _first_line(error)
+        raise CommandFailed(
+            f"--model {model}: no such folder, and the Hugging Face hub does not give it ({reason}); "
+            f"get a model with: {HOW_TO_GET}"
+        ) from error
     return Location(model, None, model)
 
 
@@ -159,7 +175,7 @@ def load_model(location: Location, device: torch.device, dtype: torch.dtype) -> 
     from transformers import AutoModelForCausalLM
 
     try:
-        network = AutoModelForCausalLM.from_pretrained(
+        network: Any = AutoModelForCausalLM.from_pretrained(
             location.folder_or_hub_id, dtype=torch.float32, **_gguf_argument(location)
         )
     except Exception as error:
@@ -172,5 +188,8 @@ def _gguf_argument(location: Location) -> dict[str, str]:
 
 
 def _reason(location: Location, what: str, error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"cannot load the {what} of {location.name}: {lines[0]}; get a model with: {HOW_TO_GET}"
+    return f"cannot load the {what} of {location.name}: {_first_line(error)}; get a model with: {HOW_TO_GET}"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

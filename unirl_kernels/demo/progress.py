@@ -7,7 +7,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 
 class Stages:
@@ -18,9 +26,11 @@ class Stages:
 
     @contextmanager
     def stage(self, title: str, total: int | None = None) -> Iterator[Callable[[], None]]:
-        """Show a stage while it runs; yields what to call after each of its ``total`` steps."""
+        """Show a stage while it runs; yields what to call after each of its ``total`` steps, if they can be counted."""
         start = time.perf_counter()
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        columns: list[ProgressColumn] = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn()]
+        if total is not None:
+            columns.append(MofNCompleteColumn())
         hidden = not self.console.is_terminal  # a log file gets the line alone
         with Progress(*columns, TimeElapsedColumn(), console=self.console, transient=True, disable=hidden) as progress:
             task = progress.add_task(title, total=total)

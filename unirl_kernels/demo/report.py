@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Table
 
@@ -124,13 +124,15 @@ def save_picture(result: Result, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 8), dpi=150, layout="constrained", facecolor="white")
-    (errors, time), (memory, steps) = figure.subplots(2, 2)
-    _draw_errors(errors, result.rows)
+    axes = figure.subplot_mosaic([["errors", "time"], ["memory", "reward"], ["memory", "kl"]], height_ratios=[2, 1, 1])
+    _draw_errors(axes["errors"], result.rows)
     ms = [(row.time[FUSED].median * 1e3, row.time[NAIVE].median * 1e3) for row in result.rows]
     mb = [(row.peak_bytes[FUSED] / 1e6, row.peak_bytes[NAIVE] / 1e6) for row in result.rows]
-    _draw_bars(time, "Time of loss and gradient", "ms", result.rows, ms)
-    _draw_bars(memory, "Peak memory beyond the logits", "MB", result.rows, mb)
-    _draw_steps(steps, result.grpo_steps)
+    _draw_bars(axes["time"], "Time of loss and gradient", "ms", result.rows, ms)
+    _draw_bars(axes["memory"], "Peak memory beyond the logits", "MB", result.rows, mb)
+    _draw_steps(axes["reward"], "GRPO: reward", ACCENT, [s.reward for s in result.grpo_steps])
+    _draw_steps(axes["kl"], "GRPO: KL to the frozen model", WARM, [s.step.metrics["kl"] for s in result.grpo_steps])
+    axes["kl"].set_xlabel("step", color=INK)
     figure.suptitle(
         f"Six objectives on the logits of {result.model}   V = {result.vocab}, backend {result.backend}",
         x=0.01,
@@ -142,7 +144,7 @@ def save_picture(result: Result, path: Path) -> None:
     figure.savefig(path)
 
 
-def _style(axes: Axes, title: str, grid: str) -> None:
+def _style(axes: Axes, title: str, grid: Literal["x", "y"]) -> None:
     axes.set_title(title, loc="left", fontsize=11, color=INK)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(MUTED)
@@ -152,26 +154,18 @@ def _style(axes: Axes, title: str, grid: str) -> None:
 
 
 def _draw_errors(axes: Axes, rows: Sequence[Row]) -> None:
-    """For each algorithm the two errors, as points below the tolerance that bounds them."""
+    """For each algorithm the two errors, each with the tolerance that bounds it."""
     least = 1e-12  # a log scale has no zero
     for shift, color, name in ((-0.16, ACCENT, "loss"), (0.16, WARM, "gradient")):
         checks = [row.loss_check if name == "loss" else row.grad_check for row in rows]
         places = [i + shift for i in range(len(rows))]
         values = [max(check.error, least) for check in checks]
         axes.scatter(values, places, color=color, s=42, label=name, zorder=3)
-        axes.scatter(
-            [check.tolerance for check in checks],
-            places,
-            color=color,
-            marker="|",
-            s=120,
-            label=f"{name}, tolerance",
-            zorder=3,
-        )
-    _style(axes, "Error against the fp64 oracle (loss absolute, gradient relative L2)", "x")
+        axes.scatter([check.tolerance for check in checks], places, color=color, marker="|", s=120, zorder=3)
+    _style(axes, "Error (dot) and tolerance (bar), against fp64", "x")
     axes.set_xscale("log")
     _label_rows(axes, rows)
-    axes.legend(frameon=False, fontsize=8, ncols=2, loc="best")
+    _legend(axes)
 
 
 def _draw_bars(axes: Axes, title: str, unit: str, rows: Sequence[Row], pairs: Sequence[tuple[float, float]]) -> None:
@@ -182,7 +176,7 @@ def _draw_bars(axes: Axes, title: str, unit: str, rows: Sequence[Row], pairs: Se
         axes.barh([i + shift for i in range(len(rows))], values, height=0.36, color=color, label=name)
     for i, pair in enumerate(pairs):
         axes.annotate(
-            f"{pair[0]:.3g} {unit}   {_times(pair)} less" if _times(pair) else f"{pair[0]:.3g} {unit}",
+            f"{pair[0]:.3g} {unit}   naive {_times(pair)}",
             (pair[0], i - 0.19),
             xytext=(5, 0),
             textcoords="offset points",
@@ -194,7 +188,7 @@ def _draw_bars(axes: Axes, title: str, unit: str, rows: Sequence[Row], pairs: Se
     axes.set_xlabel(unit, color=INK)
     axes.set_xlim(0, 1.15 * max(max(p) for p in pairs))
     _label_rows(axes, rows)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    _legend(axes)
 
 
 def _label_rows(axes: Axes, rows: Sequence[Row]) -> None:
@@ -202,20 +196,35 @@ def _label_rows(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_ylim(len(rows) - 0.4, -0.6)
 
 
-def _draw_steps(axes: Axes, steps: Sequence[GrpoStep]) -> None:
-    _style(axes, "GRPO steps", "y")
-    if not steps:
-        axes.text(0.5, 0.5, "none (--steps 0)", ha="center", transform=axes.transAxes, color=MUTED)
-        return
-    numbers = range(1, len(steps) + 1)
-    axes.plot(numbers, [s.reward for s in steps], "o-", color=ACCENT, label="reward (mean verdict)")
+def _legend(axes: Axes) -> None:
+    """Beside the title, where no data can lie."""
+    axes.legend(
+        frameon=False,
+        fontsize=8,
+        ncols=2,
+        columnspacing=1.0,
+        handletextpad=0.4,
+        loc="lower right",
+        bbox_to_anchor=(1.0, 0.99),
+        borderaxespad=0.2,
+    )
+
+
+def _draw_steps(axes: Axes, title: str, color: str, values: Sequence[float]) -> None:
+    _style(axes, title, "y")
+    numbers = range(1, len(values) + 1)
+    axes.plot(numbers, values, "o-", color=color)
+    for number, value in zip(numbers, values, strict=True):
+        axes.annotate(
+            f"{value:.3f}",
+            (number, value),
+            xytext=(0, 7),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+            color=INK,
+        )
     axes.set_xticks(numbers)
-    axes.set_xlabel("step", color=INK)
-    axes.set_ylim(0, 1)
-    right = axes.twinx()
-    right.plot(numbers, [s.step.metrics["kl"] for s in steps], "s--", color=WARM, label="KL to the frozen model")
-    right.spines[["top", "right", "left", "bottom"]].set_visible(False)
-    right.tick_params(colors=WARM, length=0)
-    right.set_ylim(bottom=0)
-    lines = [*axes.get_lines(), *right.get_lines()]
-    axes.legend(lines, [str(line.get_label()) for line in lines], frameon=False, fontsize=8, loc="upper left")
+    axes.set_ylim(0, 1.35 * max(values, default=0) or 1)
+    if not values:
+        axes.text(0.5, 0.5, "no steps", ha="center", transform=axes.transAxes, color=MUTED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -53,9 +54,12 @@ def run_demo(options: argparse.Namespace) -> int:
     console = Console()
     if not console.is_terminal:
         console.width = REPORT_WIDTH
-    demo = Demo(options, device, plan, location, Stages(console))
-    rows = list(demo.compare_all())
-    result = Result(location.name, demo.vocab, plan.backend or "", rows, list(demo.grpo_steps()))
+    try:
+        demo = Demo(options, device, plan, location, Stages(console))
+        rows = list(demo.compare_all())
+        result = Result(location.name, demo.vocab, plan.backend or "", rows, list(demo.grpo_steps()))
+    except torch.OutOfMemoryError as error:
+        raise CommandFailed(f"{device} is out of memory; try fewer --questions or a smaller --group") from error
     with demo.stages.stage("Drawing the picture"):
         save_picture(result, out / "demo.png")
         save_summary(result, out / "summary.json")
@@ -72,7 +76,7 @@ def _device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.ones(1, device=device).item()  # not every device that exists computes
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CommandFailed(f"--device {name} is not available: {reason}") from error
@@ -89,8 +93,8 @@ def _backend(device: torch.device, name: str | None) -> str:
 def _writable(out: Path) -> Path:
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / "summary.json"
-        probe.touch()
+        with tempfile.TemporaryFile(dir=out):
+            pass
     except OSError as error:
         raise CommandFailed(f"cannot write to --out {out}: {error.strerror}") from error
     return out

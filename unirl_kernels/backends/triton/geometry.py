@@ -45,10 +45,10 @@ VECTORS_IN_FLIGHT = 4
 
 SPLIT_MAX_WARPS = 4
 HELD_ELEMENTS = 64
-"""Split rows: 8192 columns of a row in the registers of 128 threads, four such programs per multiprocessor."""
+"""Split rows: 8192 columns of a row in the registers of 128 threads."""
 
-HELD_REGISTERS = {1: 128, 2: 128, 4: 168, 8: 255}
-"""Registers a thread of ``split_row`` may use, by element size in bytes: no spills, 64 to 96 KiB of logits held."""
+HELD_ELEMENTS_SOFTCAP = 32
+"""tanh takes registers of its own."""
 
 RESIDENT_WARPS = 16
 """Warps of ``split_row`` that share a multiprocessor. More would queue until the tickets are used up."""
@@ -72,11 +72,27 @@ def tile(dtype: torch.dtype, vocab: int, warp_size: int = 32) -> Tile:
     return _fill(dtype, vocab, warp_size, MAX_WARPS, VECTORS_IN_FLIGHT)
 
 
-def slice_tile(dtype: torch.dtype, vocab: int, warp_size: int = 32) -> Tile:
-    """The tile that holds a slice of a row, or the row."""
-    vector = VECTOR_BYTES // dtype.itemsize
-    held = HELD_ELEMENTS if dtype.itemsize <= 4 else HELD_ELEMENTS // 8
-    return _fill(dtype, vocab, warp_size, SPLIT_MAX_WARPS, held // vector)
+def slice_tile(dtype: torch.dtype, vocab: int, readout: str, warp_size: int = 32) -> Tile:
+    """The tile that holds a slice of a row, or the row, for a kind of readout."""
+    held = HELD_ELEMENTS_SOFTCAP if readout == "softcap" else HELD_ELEMENTS
+    if dtype == torch.float64:
+        held //= 8
+    return _fill(dtype, vocab, warp_size, SPLIT_MAX_WARPS, held * dtype.itemsize // VECTOR_BYTES)
+
+
+def held_registers(dtype: torch.dtype, capability: tuple[int, int], *, plain: bool) -> int:
+    """Registers that a thread of ``split_row`` may use: the fewest without spills (Triton 3.6 to 3.9).
+
+    128 let four programs share a multiprocessor, 168 three: 64 KiB of bf16 logits or 96 KiB of fp32 in registers.
+
+    Args:
+        dtype: of the logits.
+        capability: of the device.
+        plain: whether rows are aligned and the loss has no gradient with respect to the entropy.
+    """
+    if dtype.itemsize == 2:
+        return 128 if plain and capability < (10, 0) else 168
+    return 168 if plain else 232
 
 
 def _fill(dtype: torch.dtype, vocab: int, warp_size: int, max_warps: int, unroll: int) -> Tile:

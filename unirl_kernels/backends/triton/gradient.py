@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from unirl_kernels.backends.triton.kernel import kernel
 from unirl_kernels.backends.triton.scalar_math import LN2, LOG2E, exp, expm1
 from unirl_kernels.backends.triton.statistics import FLOOR, absent, row_factor, start_of_row, unscaled
 from unirl_kernels.backends.triton.tiles import fill, fringe, head_and_body, is_column, load, store
@@ -50,6 +51,16 @@ def coefficients(
 
 
 @triton.jit
+def from_log2(log2_p: tl.tensor, common: tl.tensor, per_bit: tl.tensor, ENTROPY: tl.constexpr) -> tl.tensor:
+    """p (common + per_bit log2 p): d_x at x = 0 of a column that is not the target's."""
+    p = tl.exp2(log2_p)
+    if ENTROPY:
+        return p * (common + per_bit * tl.maximum(log2_p, FLOOR))
+    else:
+        return p * common
+
+
+@triton.jit
 def elementwise(
     x: tl.tensor,
     inner: tl.tensor,
@@ -61,15 +72,9 @@ def elementwise(
     READOUT: tl.constexpr,
     ENTROPY: tl.constexpr,
 ) -> tl.tensor:
-    """d_x of columns other than the target's: p (common + per_bit log2 p), with log2 p = (u - base) rate - shift."""
+    """d_x of columns other than the target's, with log2 p = (u - base) rate - shift."""
     u = unscaled(x, inner, READOUT)
-    log2_p = (u - base) * rate - shift
-    p = tl.exp2(log2_p)
-    if ENTROPY:
-        d_x = p * (common + per_bit * tl.maximum(log2_p, FLOOR))
-    else:
-        d_x = p * common
-    return slope(u, d_x, READOUT)
+    return slope(u, from_log2((u - base) * rate - shift, common, per_bit, ENTROPY), READOUT)
 
 
 @triton.jit
@@ -147,9 +152,7 @@ def write_row(
     if (d_logp == 0) & (d_entropy == 0) & (d_lse == 0):
         fill(d_row, size, d_logp, ALIGNED, LANES, VECTOR, UNROLL)
     else:
-        at_target, common, per_bit = coefficients(
-            u_y, logp, entropy, d_logp, d_entropy, d_lse, inner, factor, READOUT
-        )
+        at_target, common, per_bit = coefficients(u_y, logp, entropy, d_logp, d_entropy, d_lse, inner, factor, READOUT)
         descend(row, d_row, size, target, at_target, inner, base, factor * LOG2E, shift, common, per_bit,
                 READOUT, ENTROPY, ALIGNED, LANES, VECTOR, UNROLL)  # fmt: skip
 
@@ -163,13 +166,7 @@ def optional(field: tl.tensor, row: tl.tensor, otherwise: tl.tensor) -> tl.tenso
         return tl.load(field + row).to(otherwise.dtype)
 
 
-UNSPECIALIZED = [
-    *("logits", "d_logits", "target", "row_temperature", "logp", "entropy", "lse", "d_logp", "d_entropy", "d_lse"),
-    *("length", "size", "stride_b", "stride_l", "d_stride_b", "d_stride_l"),
-]
-
-
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@kernel
 def backward(
     logits: tl.tensor,  # [B, L, V]
     d_logits: tl.tensor,  # [B, L, V]; may be logits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,6 +23,9 @@ from unirl_kernels.program import OUTPUTS, ZERO
 from unirl_kernels.program.ir import HEADER
 
 WARP_SIZE = 64 if torch.version.hip else 32
+OPTIONS = {"enable_fp_fusion": True}
+"""Products and sums in one operation, as (u - base) rate - shift; Triton 3.10 announces to stop doing so by default."""
+
 SCALE_PROGRAMS = 1024
 """Programs that multiply a gradient: enough to fill a device, few enough to cost microseconds when the factor is 1."""
 
@@ -35,7 +38,7 @@ def token_stats(logits: Tensor, target: Tensor, readout: ReadoutArgs) -> RowStat
         with torch.cuda.device_of(logits):
             statistics[target.numel(),](
                 logits, target, readout.row_temperature, *stats, *logits.shape[1:], *logits.stride()[:2], inner, factor,
-                READOUT=kind, **_constants(shape, logits), num_warps=shape.num_warps,
+                READOUT=kind, **_constants(shape, logits), num_warps=shape.num_warps, **OPTIONS,
             )  # fmt: skip
     return stats
 
@@ -50,7 +53,7 @@ def token_stats_backward(
             backward[target.numel(),](
                 logits, d_logits, target, readout.row_temperature, *stats, *gradients, *logits.shape[1:],
                 *logits.stride()[:2], *d_logits.stride()[:2], inner, factor,
-                READOUT=kind, **_constants(shape, logits, d_logits), num_warps=shape.num_warps,
+                READOUT=kind, **_constants(shape, logits, d_logits), num_warps=shape.num_warps, **OPTIONS,
             )  # fmt: skip
 
 
@@ -83,22 +86,29 @@ def _two_sweep(
     arguments: tuple[Any, ...], constants: dict[str, Any], logits: Tensor, d_logits: Tensor, rows: int
 ) -> None:
     shape = geometry.tile(logits.dtype, logits.shape[-1], WARP_SIZE)
-    two_sweep[rows,](*arguments, **constants, **_constants(shape, logits, d_logits), num_warps=shape.num_warps)
+    two_sweep[rows,](
+        *arguments, **constants, **_constants(shape, logits, d_logits), num_warps=shape.num_warps, **OPTIONS
+    )
 
 
 def _split_row(
     arguments: tuple[Any, ...], constants: dict[str, Any], logits: Tensor, d_logits: Tensor, rows: int
 ) -> None:
     vocab = logits.shape[-1]
-    shape = geometry.slice_tile(logits.dtype, vocab, WARP_SIZE)
+    shape = geometry.slice_tile(logits.dtype, vocab, constants["READOUT"], WARP_SIZE)
     if triton.knobs.runtime.interpret:
         shape = geometry.whole_row(shape, vocab)
     slices, width = geometry.slices(shape, vocab)
     scratch = _scratch(rows * slices, logits.device)
-    resident = _multiprocessors(logits.device) * (geometry.RESIDENT_WARPS // shape.num_warps)
-    options = {} if torch.version.hip else {"maxnreg": geometry.HELD_REGISTERS[logits.dtype.itemsize]}
+    device = _device(logits.device)
+    resident = device.multiprocessors * (geometry.RESIDENT_WARPS // shape.num_warps)
+    tile_constants = _constants(shape, logits, d_logits)
+    options: dict[str, Any] = dict(OPTIONS)
+    if device.is_nvidia:
+        plain = tile_constants["ALIGNED"] and not constants["ENTROPY"]
+        options["maxnreg"] = geometry.held_registers(logits.dtype, device.capability, plain=plain)
     split_row[min(rows * slices, resident),](
-        *arguments, scratch, rows, width, **constants, **_constants(shape, logits, d_logits), SLICES=slices,
+        *arguments, scratch, rows, width, **constants, **tile_constants, SLICES=slices,
         PADDED=triton.next_power_of_2(slices), num_warps=shape.num_warps, **options,
     )  # fmt: skip
 
@@ -119,13 +129,23 @@ def scale_(x: Tensor, factor: Tensor) -> None:
     rows = x.shape[0] * x.shape[1]
     with torch.cuda.device_of(x):
         scale[min(rows, SCALE_PROGRAMS),](
-            x, factor, rows, *x.shape[1:], *x.stride()[:2], **_constants(shape, x), num_warps=shape.num_warps
-        )
+            x, factor, rows, *x.shape[1:], *x.stride()[:2],
+            **_constants(shape, x), num_warps=shape.num_warps, **OPTIONS,
+        )  # fmt: skip
+
+
+class Device(NamedTuple):
+    multiprocessors: int
+    capability: tuple[int, int]
+    is_nvidia: bool
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+def _device(device: torch.device) -> Device:
+    if device.type != "cuda":
+        return Device(1, (0, 0), False)
+    properties = torch.cuda.get_device_properties(device)
+    return Device(properties.multi_processor_count, (properties.major, properties.minor), not torch.version.hip)
 
 
 def _row(logits: Tensor, target: Tensor) -> Tensor:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from unirl_kernels.backends.triton.kernel import kernel
 from unirl_kernels.backends.triton.statistics import start_of_row
 from unirl_kernels.backends.triton.tiles import fringe, head_and_body, load, store
 
-UNSPECIALIZED = ["x", "factor", "rows", "length", "size", "stride_b", "stride_l"]
 
-
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@kernel
 def scale(
     x: tl.tensor,  # [B, L, V]
     factor: tl.tensor,  # one element

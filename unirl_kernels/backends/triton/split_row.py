@@ -17,23 +17,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from unirl_kernels.backends.triton.gradient import coefficients, descend
+from unirl_kernels.backends.triton.gradient import coefficients, descend, from_log2
+from unirl_kernels.backends.triton.kernel import kernel
 from unirl_kernels.backends.triton.scalar_math import LOG2E
 from unirl_kernels.backends.triton.statistics import (
     FLOOR,
     absent,
-    combine,
     finish,
     finite_base,
     lane_sums,
     rescaled,
     row_factor,
     start_of_row,
-    sweep,
     unscaled,
 )
-from unirl_kernels.backends.triton.tiles import fill, is_column, load, store, whole_vectors
-from unirl_kernels.backends.triton.two_sweep import UNSPECIALIZED, row_fields, weighted
+from unirl_kernels.backends.triton.tiles import fill, is_below, is_column, load, store, whole_vectors
+from unirl_kernels.backends.triton.two_sweep import row_fields, weighted
 
 WORDS = tl.constexpr(4)
 """Numbers in a slice's record: maximum of u, s, sz, and u of the target (0 where it is in another slice)."""
@@ -53,14 +52,18 @@ def publish(record: tl.tensor, top: tl.tensor, s: tl.tensor, sz: tl.tensor, u_y:
 
 @triton.jit
 def number(word: tl.tensor, COMPUTE: tl.constexpr) -> tl.tensor:
-    if COMPUTE == tl.float64:
-        return (word - 1).to(tl.float64, bitcast=True)
+    """Inverse of what ``publish`` writes."""
+    bits = word - 1
+    if COMPUTE.primitive_bitwidth == 64:
+        return bits.to(COMPUTE, bitcast=True)
     else:
-        return (word - 1).to(tl.int32).to(tl.float32, bitcast=True)
+        return bits.to(tl.int32).to(COMPUTE, bitcast=True)
 
 
 @triton.jit
-def collect(records: tl.tensor, rate: tl.tensor, SLICES: tl.constexpr, PADDED: tl.constexpr) -> tuple:
+def collect(
+    records: tl.tensor, rate: tl.tensor, SLICES: tl.constexpr, PADDED: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """Wait for the records of a row and combine them: base, s, sz, u_y."""
     i = tl.arange(0, PADDED)
     at = records + i[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
@@ -78,21 +81,28 @@ def collect(records: tl.tensor, rate: tl.tensor, SLICES: tl.constexpr, PADDED: t
 
 
 @triton.jit
-def from_held(
-    held: tl.tensor, shift: tl.tensor, common: tl.tensor, per_bit: tl.tensor, ENTROPY: tl.constexpr
-) -> tl.tensor:
-    """d_x of columns other than the target's: p (common + per_bit log2 p).
-
-    Held is e = p 2^-shift or, where log2 p is needed, its logarithm t: both would take twice the registers.
-    """
-    if ENTROPY:
-        log2_p = held + shift
-        return tl.exp2(log2_p) * (common + per_bit * tl.maximum(log2_p, FLOOR))
+def slice_exponents(
+    x: tl.tensor,
+    count: tl.tensor,
+    inner: tl.tensor,
+    rate: tl.tensor,
+    READOUT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    UNROLL: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Maximum of u over a slice, and t = (u - maximum) rate of its columns, -inf beyond them."""
+    u = unscaled(load(x, 0, count, True, ALIGNED, LANES, VECTOR, UNROLL).to(rate.dtype), inner, READOUT)
+    if ALIGNED:
+        u = tl.where(whole_vectors(count, 0, LANES, VECTOR, UNROLL), u, float("-inf"))
     else:
-        return held * (tl.exp2(shift) * common)
+        u = tl.where(is_below(count, 0, LANES, VECTOR, UNROLL), u, float("-inf"))
+    top = tl.max(tl.max(tl.max(u, 2), 0), 0)
+    return top, (u - finite_base(top)) * rate
 
 
-@triton.jit(do_not_specialize=[*UNSPECIALIZED, "scratch", "rows", "width"])
+@kernel
 def split_row(
     logits: tl.tensor,  # [B, L, V]
     d_logits: tl.tensor,  # [B, L, V]; may be logits
@@ -101,7 +111,7 @@ def split_row(
     advantage: tl.tensor,
     old_logp: tl.tensor,
     ref_logp: tl.tensor,
-    params: tl.tensor,  # [n_params] fp64
+    parameters: tl.tensor,  # [n_params] fp64; "params" is a name that Triton's launcher takes for itself
     row_temperature: tl.tensor,
     loss: tl.tensor,
     logp: tl.tensor,
@@ -147,42 +157,41 @@ def split_row(
             owns = (here >= 0) & (here < count)
             u_y = unscaled(tl.load(x + here, mask=owns, other=0.0).to(COMPUTE), k, READOUT)
             w, a, old, ref = row_fields(weight, advantage, old_logp, ref_logp, row, COMPUTE)
-            if HELD:
-                u = unscaled(load(x, 0, count, True, True, LANES, VECTOR, UNROLL).to(COMPUTE), k, READOUT)
-                u = tl.where(whole_vectors(count, 0, LANES, VECTOR, UNROLL), u, float("-inf"))
-                lane_top = tl.max(tl.max(u, 2), 0)
-                t = (u - finite_base(lane_top)[None, :, None]) * rate
-                e = tl.exp2(t)
-                lane_s, lane_sz = lane_sums(t, e)
-                base, s, sz = combine(lane_top, lane_s, lane_sz, rate)
-                held = t if ENTROPY else e
-            else:
-                base, s, sz = sweep(x, count, k, rate, READOUT, ALIGNED, LANES, VECTOR, UNROLL)
+            top, t = slice_exponents(x, count, k, rate, READOUT, ALIGNED, LANES, VECTOR, UNROLL)
+            e = tl.exp2(t)
+            lane_s, lane_sz = lane_sums(t, e)
             records = scratch + (1 + row.to(tl.int64) * SLICES) * WORDS
-            # A slice of -inf alone has base 0, which must not count as a maximum.
-            top = tl.where(s == 0, float("-inf"), base)
-            publish(records + part * WORDS, top, s, sz, tl.where(owns, u_y, 0.0))
+            publish(records + part * WORDS, top, tl.sum(lane_s, 0), tl.sum(lane_sz, 0), tl.where(owns, u_y, 0.0))
             row_base, row_s, row_sz, u_y = collect(records, rate, SLICES, PADDED)
             ticket = tl.atomic_add(scratch, 1, sem="relaxed")
             logp_y, h, lse = finish(row_base, row_s, row_sz, u_y, f)
             loss_y, d_logp, d_entropy, d_lse = weighted(
-                OBJECTIVE, old_logp is None, params, w, a, old, ref, logp_y, h, lse
+                OBJECTIVE, old_logp is None, parameters, w, a, old, ref, logp_y, h, lse
             )
             if part == 0:
                 tl.store(loss + row, loss_y)
                 tl.store(logp + row, logp_y)
                 tl.store(entropy + row, h)
             at_target, common, per_bit = coefficients(u_y, logp_y, h, d_logp, d_entropy, d_lse, k, f, READOUT)
+            shift = tl.log2(row_s) - tl.maximum((top - row_base) * rate, FLOOR)
+            if not ENTROPY:
+                # e is known, and p = e 2^-shift.
+                common *= tl.exp2(-shift)
+                shift = tl.full((), 0.0, COMPUTE)
             if HELD:
-                shift = tl.maximum((lane_top - row_base) * rate, FLOOR) - tl.log2(row_s)
-                g = from_held(held, shift[None, :, None], common, per_bit, ENTROPY)
+                if ENTROPY:
+                    # From t, not from e as well: both would take twice the registers.
+                    g = from_log2(t - shift, common, per_bit, ENTROPY)
+                else:
+                    g = e * common
                 if owns:
                     g = tl.where(is_column(here, 0, LANES, VECTOR, UNROLL), at_target, g)
                 store(d_x, 0, count, g, True, LANES, VECTOR, UNROLL)
             else:
-                # The slice is in the cache still; in registers its columns would not form the vectors to be stored.
-                descend(x, d_x, count, here, at_target, k, row_base, rate, tl.log2(row_s), common, per_bit,
-                        READOUT, ENTROPY, ALIGNED, LANES, VECTOR, UNROLL)  # fmt: skip
+                # From the cache: in registers the columns do not form the vectors to be stored, or the slope is gone.
+                # By half tiles, for shifting takes registers too.
+                descend(x, d_x, count, here, at_target, k, finite_base(top), rate, shift, common, per_bit,
+                        READOUT, ENTROPY, ALIGNED, LANES, VECTOR, UNROLL // 2)  # fmt: skip
         else:
             nothing = absent(y, COMPUTE)
             if part == 0:

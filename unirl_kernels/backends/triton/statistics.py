@@ -13,15 +13,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from unirl_kernels.backends.triton.kernel import kernel
 from unirl_kernels.backends.triton.scalar_math import LN2, LOG2E, divide, tanh
 from unirl_kernels.backends.triton.tiles import is_below, load
 from unirl_kernels.batch import IGNORE as IGNORED_TARGET
 
 IGNORE = tl.constexpr(IGNORED_TARGET)
-UNSPECIALIZED = [
-    *("logits", "target", "row_temperature", "logp", "entropy", "lse"),
-    *("length", "size", "stride_b", "stride_l"),
-]
 FLOOR = tl.constexpr(-1e4)
 """Stands in for -inf as an exponent where 0 * -inf would be NaN; 2^FLOOR is 0 in fp64 too."""
 
@@ -44,7 +41,9 @@ def finite_base(top: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def rescaled(base: tl.tensor, top: tl.tensor, s: tl.tensor, sz: tl.tensor, rate: tl.tensor) -> tuple:
+def rescaled(
+    base: tl.tensor, top: tl.tensor, s: tl.tensor, sz: tl.tensor, rate: tl.tensor
+) -> tuple[tl.tensor, tl.tensor]:
     """Sums relative to ``top``, made relative to ``base``."""
     shift = tl.maximum((top - base) * rate, FLOOR)
     keep = tl.exp2(shift)
@@ -58,7 +57,9 @@ def lane_sums(t: tl.tensor, e: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
 
 
 @triton.jit
-def accumulate(u: tl.tensor, top: tl.tensor, s: tl.tensor, sz: tl.tensor, rate: tl.tensor) -> tuple:
+def accumulate(
+    u: tl.tensor, top: tl.tensor, s: tl.tensor, sz: tl.tensor, rate: tl.tensor
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Add a tile to the sums of each lane. One maximum and one rescaling per lane and tile, not per element."""
     new_top = tl.maximum(top, tl.max(tl.max(u, 2), 0))
     base = finite_base(new_top)
@@ -69,7 +70,7 @@ def accumulate(u: tl.tensor, top: tl.tensor, s: tl.tensor, sz: tl.tensor, rate: 
 
 
 @triton.jit
-def combine(top: tl.tensor, s: tl.tensor, sz: tl.tensor, rate: tl.tensor) -> tuple:
+def combine(top: tl.tensor, s: tl.tensor, sz: tl.tensor, rate: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Sums of all lanes relative to the row's maximum: base, s, sz."""
     base = finite_base(tl.max(top, 0))
     s, sz = rescaled(base, top, s, sz, rate)
@@ -87,7 +88,7 @@ def sweep(
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
     UNROLL: tl.constexpr,
-) -> tuple:
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Sums over ``size`` columns of a row: base, s, sz."""
     TILE: tl.constexpr = LANES * VECTOR * UNROLL
     top = tl.full((LANES,), float("-inf"), rate.dtype)
@@ -106,7 +107,9 @@ def sweep(
 
 
 @triton.jit
-def finish(base: tl.tensor, s: tl.tensor, sz: tl.tensor, u_y: tl.tensor, factor: tl.tensor) -> tuple:
+def finish(
+    base: tl.tensor, s: tl.tensor, sz: tl.tensor, u_y: tl.tensor, factor: tl.tensor
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """logp, entropy, lse of a row from its sums."""
     log_s = tl.log(s)
     return (u_y - base) * factor - log_s, log_s - divide(sz * LN2, s), base * factor + log_s
@@ -135,7 +138,7 @@ def start_of_row(
     return x + (row // length).to(tl.int64) * stride_b + (row % length).to(tl.int64) * stride_l
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@kernel
 def statistics(
     logits: tl.tensor,  # [B, L, V]
     target: tl.tensor,  # [B, L]

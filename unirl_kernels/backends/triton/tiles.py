@@ -3,8 +3,9 @@
 Which thread sums which column decides the bits of the result, so it must not depend on where the row happens to lie in
 memory. A row that does not start at a multiple of 16 bytes is therefore read as the aligned 16-byte granules that it
 overlaps, two for each vector, and shifted into place: loads stay 128 bits wide, and lane i still holds the columns
-that it holds in an aligned row. Stores need no such care (gradients are elementwise): they follow the alignment of the
-memory that is written.
+that it holds in an aligned row. Such a read may touch up to 14 bytes beside the row, within the 16 that hold its first
+or last element: memory of that tensor or padding of its allocation, shifted out unseen. Stores need no such care
+(gradients are elementwise): they follow the alignment of the memory that is written.
 """
 
 from __future__ import annotations
@@ -173,7 +174,9 @@ def store(
 
 
 @triton.jit
-def head_and_body(row: tl.tensor, size: tl.tensor, ALIGNED: tl.constexpr, VECTOR: tl.constexpr) -> tuple:
+def head_and_body(
+    row: tl.tensor, size: tl.tensor, ALIGNED: tl.constexpr, VECTOR: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
     """Columns before the first multiple of 16 bytes in ``row``, and columns in whole vectors from there."""
     if ALIGNED:
         return 0, size
@@ -185,7 +188,7 @@ def head_and_body(row: tl.tensor, size: tl.tensor, ALIGNED: tl.constexpr, VECTOR
 
 
 @triton.jit
-def fringe(head: tl.tensor, body: tl.tensor, size: tl.tensor, VECTOR: tl.constexpr) -> tuple:
+def fringe(head: tl.tensor, body: tl.tensor, size: tl.tensor, VECTOR: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """[2 VECTOR] int32 and bool: the columns that lie in no aligned vector, before and behind the body."""
     i = tl.arange(0, 2 * VECTOR)
     columns = tl.where(i < VECTOR, i, head + body + i - VECTOR)

@@ -10,14 +10,10 @@ import triton
 import triton.language as tl
 
 from unirl_kernels.backends.triton.gradient import optional, write_row
+from unirl_kernels.backends.triton.kernel import kernel
 from unirl_kernels.backends.triton.scalar_math import LOG2E
 from unirl_kernels.backends.triton.statistics import absent, finish, row_factor, start_of_row, sweep, unscaled
 from unirl_kernels.backends.triton.tiles import fill
-
-UNSPECIALIZED = [
-    *("logits", "d_logits", "target", "weight", "advantage", "old_logp", "ref_logp", "params", "row_temperature"),
-    *("loss", "logp", "entropy", "length", "size", "stride_b", "stride_l", "d_stride_b", "d_stride_l"),
-]
 
 
 @triton.jit
@@ -55,7 +51,7 @@ def weighted(
     return w * loss, w * d_logp, w * d_entropy, w * d_lse
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@kernel
 def two_sweep(
     logits: tl.tensor,  # [B, L, V]
     d_logits: tl.tensor,  # [B, L, V]; may be logits
@@ -64,7 +60,7 @@ def two_sweep(
     advantage: tl.tensor,
     old_logp: tl.tensor,
     ref_logp: tl.tensor,
-    params: tl.tensor,  # [n_params] fp64
+    parameters: tl.tensor,  # [n_params] fp64; "params" is a name that Triton's launcher takes for itself
     row_temperature: tl.tensor,
     loss: tl.tensor,
     logp: tl.tensor,
@@ -98,7 +94,7 @@ def two_sweep(
         base, s, sz = sweep(x, size, k, f * LOG2E, READOUT, ALIGNED, LANES, VECTOR, UNROLL)
         logp_y, h, lse = finish(base, s, sz, u_y, f)
         loss_y, d_logp, d_entropy, d_lse = weighted(
-            OBJECTIVE, old_logp is None, params, w, a, old, ref, logp_y, h, lse
+            OBJECTIVE, old_logp is None, parameters, w, a, old, ref, logp_y, h, lse
         )
         tl.store(loss + row, loss_y)
         tl.store(logp + row, logp_y)

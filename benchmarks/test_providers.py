@@ -1,0 +1,67 @@
+"""Every kernel and peer on small work, for pytest-benchmark: ``make bench``.
+
+``python -m unirl_kernels bench`` compares them side by side, on work of a realistic size; these are for watching one
+of them from one commit to the next (``--benchmark-save``, ``--benchmark-compare``).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+
+from unirl_kernels.bench.cases import copy_call
+from unirl_kernels.bench.measurement import Measurement
+from unirl_kernels.bench.providers import OURS, Provider
+from unirl_kernels.bench.record import FAILED, OK
+from unirl_kernels.bench.selection import chosen
+from unirl_kernels.bench.work import FORWARD_BACKWARD, FUSED, STATS, Work
+from unirl_kernels.measure import interleaved_times
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WORKS = [
+    Work(mode=mode, tokens=64, vocab=32000, dtype=dtype, device=DEVICE)
+    for mode in (FUSED, STATS, FORWARD_BACKWARD)
+    for dtype in ("fp32", "bf16")
+]
+ROUNDS = 5
+PAIRS = [
+    pytest.param(work, provider, id=f"{work.mode}-{work.dtype}-{provider.key}".replace(" ", "-"))
+    for work in WORKS
+    for provider in chosen(work, ["all"], ["all"])
+]
+
+
+@lru_cache(maxsize=1)
+def copy_bandwidth(work: Work) -> float:
+    """Bytes per second, read and written, of ``copy_`` of the work's logits."""
+    calls = {"copy_": copy_call(Measurement(work, []).ring)}
+    time = interleaved_times(calls, torch.device(work.device), rounds=ROUNDS)["copy_"]
+    return 2 * work.logits_bytes / time.median
+
+
+@pytest.mark.parametrize(("work", "provider"), PAIRS)
+def test_provider(work: Work, provider: Provider, benchmark: Any) -> None:
+    """The time of one that is right; a wrong one of ours fails, a wrong peer is skipped."""
+    measurement = Measurement(work, [provider])
+    measurement.check(lambda: None)
+    for reason in measurement.skipped.values():
+        pytest.skip(reason)
+    row = measurement.rows[provider.key]
+    if row.status != OK:
+        (pytest.fail if provider.name == OURS or row.status == FAILED else pytest.skip)(f"{row.status}: {row.reasons}")
+    bandwidth = copy_bandwidth(work)
+    case = measurement.cases[provider.key]
+
+    def run() -> None:
+        case()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.group = f"{work.mode} {work.tokens} x {work.vocab} {work.dtype}"
+    benchmark.pedantic(run, setup=case.renew, rounds=ROUNDS, warmup_rounds=1)
+    benchmark.extra_info["floor_bytes"] = work.floor_bytes
+    benchmark.extra_info["copy_bandwidth"] = bandwidth
+    benchmark.extra_info["fraction_of_copy"] = work.floor_bytes / bandwidth / benchmark.stats.stats.median

@@ -1,0 +1,73 @@
+"""What Triton would key a compiled kernel on, for batches that must share one. See ``cubins --keys``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+
+import unirl_kernels as uk
+from unirl_kernels.backends import ReadoutArgs, RowFields, RowGradients, RowStats
+from unirl_kernels.backends.triton import launch
+from unirl_kernels.program import trace
+
+BACKEND = make_backend(GPUTarget("cuda", 90, 32))
+KERNELS = ("statistics", "backward", "two_sweep", "split_row", "scale")
+
+
+class Recorder:
+    """Stands in for a kernel: binds the arguments as the kernel would, and keeps the key."""
+
+    def __init__(self, kernel: Any, keys: set[str]) -> None:
+        self._bind = create_function_from_signature(kernel.signature, kernel.params, BACKEND)
+        self._keys = keys
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self._record
+
+    def _record(self, *args: Any, **kwargs: Any) -> None:
+        _, specialization, options = self._bind(*args, **kwargs, debug=False)
+        self._keys.add(repr((specialization, sorted(options.items()))))
+
+
+def _logits(*shape: int) -> Tensor:
+    """Memory that is never touched."""
+    return torch.empty(shape, dtype=torch.bfloat16)
+
+
+def step(logits: Tensor, beta: float, readout: ReadoutArgs, offset: int = 0) -> None:
+    """Everything that is launched in a training step. ``offset`` moves the per-row tensors in memory."""
+
+    def row(dtype: torch.dtype = torch.float32) -> Tensor:
+        n = logits.shape[0] * logits.shape[1]
+        return torch.ones(n + offset, dtype=dtype)[offset:].view(logits.shape[:2])
+
+    found = trace(uk.grpo(0.2, beta).objective)
+    target, params = row(torch.int64), torch.tensor(found.params, dtype=torch.float64)
+    stats, gradients = RowStats(row(), row(), row()), RowGradients(row(), None, None)
+    launch.token_stats(logits, target, readout)
+    launch.token_stats_backward(logits, target, stats, gradients, readout, logits)
+    fields = RowFields(row(), row(), row(), row())
+    for kernel in launch.LAUNCHES:
+        launch.fused_loss(logits, target, fields, readout, found.program.encode(), params, logits, kernel)
+    launch.scale_(logits, torch.ones(()))
+
+
+def keys() -> dict[str, list[str]]:
+    """Per kernel, the keys of: few and many tokens, other L, other scalars, other strides and places in memory."""
+    found: dict[str, set[str]] = {name: set() for name in KERNELS}
+    for name in KERNELS:
+        setattr(launch, name, Recorder(getattr(launch, name), found[name]))
+    plain = ReadoutArgs(1.0, None, 1.0, None)
+    step(_logits(1, 1, 20000), 0.04, plain)
+    step(_logits(1, 1, 20000), 0.5, ReadoutArgs(0.5, None, 0.7, None))
+    step(_logits(3, 16, 20000), 0.04, plain, offset=1)
+    step(_logits(2, 17, 20000)[:, :-1], 0.04, plain, offset=3)
+    step(_logits(7, 160, 20008)[..., :-8], 0.04, plain)
+    step(_logits(1, 1, 2**31 + 80000).as_strided((2, 3, 20000), (2**31 + 16, 20000, 1)), 0.04, plain)
+    return {name: sorted(values) for name, values in found.items()}

@@ -1,0 +1,41 @@
+"""Which providers take part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from unirl_kernels.bench.kernels import ours
+from unirl_kernels.bench.peers import PEERS
+from unirl_kernels.bench.providers import Provider
+from unirl_kernels.bench.work import Work
+
+
+def chosen(work: Work, kernels: Sequence[str], peers: Sequence[str], overwrite: bool | None = None) -> list[Provider]:
+    """The providers that take part, ours first.
+
+    Args:
+        work: the work.
+        kernels: of ours: ``all``, ``none``, or names such as ``cpu`` and ``cpu/rows``.
+        peers: ``all``, ``none``, or names in ``peers.PEERS``.
+        overwrite: True only those that overwrite the logits, False only those that do not, None both.
+
+    Raises:
+        ValueError: when there is none of a name.
+    """
+    providers = [p for p in ours(work) if _named(kernels, p.kernel, p.kernel.split("/")[0])]
+    providers += [p for p in PEERS if _named(peers, p.name)]
+    known = {
+        "kernels": {n for p in ours(work) for n in (p.kernel, p.kernel.split("/")[0])},
+        "peers": {p.name for p in PEERS},
+    }
+    for option, names in (("kernels", kernels), ("peers", peers)):
+        if unknown := set(names) - known[option] - {"all", "none"}:
+            expected = ", ".join(("all", "none", *sorted(known[option])))
+            raise ValueError(f"--{option} must be among {expected}, got {sorted(unknown)[0]!r}")
+    if overwrite is None or not work.has_gradient:
+        return [p for p in providers if work.has_gradient or not p.overwrites]
+    return [p for p in providers if p.overwrites == overwrite]
+
+
+def _named(names: Sequence[str], *of: str) -> bool:
+    return "all" in names or bool(set(names) & set(of))
