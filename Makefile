@@ -5,6 +5,7 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 TRITON ?= triton==3.7.1
 OUT    ?= gpu-check
+WORKERS ?= 2
 PY      = $(VENV)/bin/python
 SOURCES = setup.py $(shell find csrc -type f)
 
@@ -31,7 +32,7 @@ demo: setup
 	$(PY) -m unirl_kernels demo $(ARGS)
 
 test: lint types
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: setup
 	$(PY) -m ruff check .

@@ -93,14 +93,10 @@ UNIRL_INLINE Real evaluate(Op op, Real x, Real y, Real z) {
   return Real(NAN);
 }
 
-// Run a program on one row's inputs; params holds program.n_params numbers.
+// Run a program whose inputs and params are the first registers; there is room for MAX_REGISTERS.
 template <class Real>
-UNIRL_INLINE void run_program(
-    const Program& program, const Real (&inputs)[N_INPUTS], const double* params, Real (&outputs)[N_OUTPUTS]) {
-  Real registers[MAX_REGISTERS];
-  int next = 0;
-  for (int i = 0; i < N_INPUTS; ++i) registers[next++] = inputs[i];
-  for (int i = 0; i < program.n_params; ++i) registers[next++] = Real(params[i]);
+UNIRL_INLINE void run_instructions(const Program& program, Real* registers, Real (&outputs)[N_OUTPUTS]) {
+  int next = N_INPUTS + program.n_params;
   for (int i = 0; i < program.n_instructions; ++i) {
     const Instruction& instruction = program.instructions[i];
     Real operands[3];
@@ -110,6 +106,16 @@ UNIRL_INLINE void run_program(
   for (int i = 0; i < N_OUTPUTS; ++i) {
     outputs[i] = program.outputs[i] == ZERO ? Real(0) : registers[program.outputs[i]];
   }
+}
+
+// Run a program on one row's inputs; params holds program.n_params numbers.
+template <class Real>
+UNIRL_INLINE void run_program(
+    const Program& program, const Real (&inputs)[N_INPUTS], const double* params, Real (&outputs)[N_OUTPUTS]) {
+  Real registers[MAX_REGISTERS];
+  for (int i = 0; i < N_INPUTS; ++i) registers[i] = inputs[i];
+  for (int i = 0; i < program.n_params; ++i) registers[N_INPUTS + i] = Real(params[i]);
+  run_instructions(program, registers, outputs);
 }
 
 }  // namespace unirl

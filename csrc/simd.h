@@ -23,13 +23,13 @@ namespace unirl::cpu::UNIRL_ISA {
 
 typedef float F32 __attribute__((vector_size(UNIRL_SIMD_BYTES)));
 typedef double F64 __attribute__((vector_size(UNIRL_SIMD_BYTES)));
-typedef int32_t I32 __attribute__((vector_size(UNIRL_SIMD_BYTES)));
 typedef uint32_t U32 __attribute__((vector_size(UNIRL_SIMD_BYTES)));
 typedef uint16_t U16Half __attribute__((vector_size(UNIRL_SIMD_BYTES / 2)));
 
 constexpr int LANES = UNIRL_SIMD_BYTES / 4;
-// Vectors that are computed abreast. An exponential is a chain of fifteen operations; with four chains side by side
-// the scheduler of a Zen 5 core stays busy (bf16 gradient 7.5 Glogit/s, 6.2 with two, 2026-11).
+
+// Vectors that are computed abreast. An exponential is a chain of fifteen operations; four chains side by side keep
+// the schedulers of a Zen 5 core busy (bf16 gradient 7.5 Glogit/s, with two 6.3; benchmarks/NOTES.md).
 constexpr int VECTORS = 4;
 constexpr int STEP = VECTORS * LANES;
 
@@ -40,7 +40,7 @@ struct Block {
 
 UNIRL_ALWAYS_INLINE F32 splat(float x) { return x - F32{}; }
 
-// Memory of any alignment and type. (With memcpy, GCC 12 keeps the vectors of 64 bytes on the stack: 1.4 times slower.)
+// Memory of any alignment and type. (With memcpy, GCC 12 keeps vectors of 64 bytes on the stack: a sixth slower.)
 template <class Vector>
 struct Unaligned {
   typedef Vector Type __attribute__((aligned(1), may_alias));

@@ -117,6 +117,15 @@ def test_target_of_probability_zero(place: Place) -> None:
     assert torch.isfinite(stats.logp[1])
 
 
+def test_target_of_a_probability_that_underflows(place: Place) -> None:
+    """p_y = e^-200 is 0 in fp32, and the gradient at the target is still that of -log p_y: -1."""
+    leaf = torch.tensor([[200.0, 0.0, -1.0]], device=place.device).requires_grad_()
+    stats = uk.token_stats(leaf, torch.tensor([1], device=place.device), plan=place.plan())
+    (gradient,) = torch.autograd.grad(-stats.logp.sum(), leaf)
+    assert stats.logp.item() == pytest.approx(-200)
+    torch.testing.assert_close(gradient.cpu(), torch.tensor([[1.0, -1.0, 0.0]]))
+
+
 def test_not_a_number_is_visible_and_stays_in_its_row(place: Place) -> None:
     for value in (float("nan"), float("inf")):
         logits = torch.randn(3, 65)

@@ -161,6 +161,32 @@ def test_certain_target(dtype: torch.dtype, kernel: str) -> None:
     assert error < (2**-8 if dtype == torch.bfloat16 else 2e-5), "1 - p_y is 1e-2, its rounding in fp32 6e-6 of that"
 
 
+def test_one_minus_p_keeps_its_digits() -> None:
+    """d_logits of the target is 1 - p_y, to relative accuracy, when logp is: here 1 - p_y is about 1e-9."""
+    rows = make_rows(64, spread=0.1)
+    rows.logits.scatter_(-1, rows.target.unsqueeze(-1), 25.0)
+    log_p = torch.log_softmax(rows.logits.double(), -1).gather(-1, rows.target.unsqueeze(-1))
+    stats = BACKEND.token_stats(rows.logits, rows.target, PLAIN)._replace(logp=log_p.squeeze(-1).float())
+    d_logits = BACKEND.empty_gradient(rows.logits)
+    g = RowGradients(torch.ones(1, 2, device=DEVICE), None, None)
+    BACKEND.token_stats_backward(rows.logits, rows.target, stats, g, PLAIN, d_logits)
+    truth = -torch.expm1(log_p)
+    assert truth.max() < 1e-8
+    assert (d_logits.gather(-1, rows.target.unsqueeze(-1)) / truth - 1).abs().max() < 1e-6
+
+
+def test_target_at_minus_infinity() -> None:
+    rows = make_rows(300)
+    rows.logits.scatter_(-1, rows.target.unsqueeze(-1), -torch.inf)
+    stats = BACKEND.token_stats(rows.logits, rows.target, PLAIN)
+    assert (stats.logp == -torch.inf).all()
+    d_logits = BACKEND.empty_gradient(rows.logits)
+    g = RowGradients(torch.ones(1, 2, device=DEVICE), None, None)
+    BACKEND.token_stats_backward(rows.logits, rows.target, stats, g, PLAIN, d_logits)
+    assert not d_logits.gather(-1, rows.target.unsqueeze(-1)).any()
+    torch.testing.assert_close(d_logits, -torch.softmax(rows.logits, -1), rtol=1e-5, atol=1e-9)
+
+
 @KERNELS
 def test_ignored_and_impossible_targets(kernel: str) -> None:
     rows = make_rows(77, shape=(2, 3))

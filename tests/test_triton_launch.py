@@ -8,11 +8,14 @@ import sys
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from tests.triton_rows import BACKEND, DEVICE, OBJECTIVES, PLAIN, READOUTS, Rows, check, make_rows, run
 from unirl_kernels.backends import RowFields
 from unirl_kernels.backends.triton import geometry
+from unirl_kernels.backends.triton.tiles import head_and_body
 from unirl_kernels.batch import IGNORE
 
 KERNELS = pytest.mark.parametrize("kernel", BACKEND.KERNELS)
@@ -96,6 +99,29 @@ def test_split_rows(vocab: int, readout: str, objective: str, monkeypatch: pytes
     assert not split[3][0, 2].any()
     if args.softcap is None:
         assert not split[3][0, 1, :3000].any()
+
+
+@triton.jit
+def parts(x: tl.tensor, size: tl.tensor, out: tl.tensor, VECTOR: tl.constexpr) -> None:
+    head, body = head_and_body(x, size, False, VECTOR)
+    tl.store(out, head)
+    tl.store(out + 1, body)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_bodies_are_aligned(dtype: torch.dtype) -> None:
+    """The interpreter stores vectors anywhere; a GPU does not."""
+    vector = 16 // dtype.itemsize
+    memory = torch.empty(200, dtype=dtype, device=DEVICE)
+    for start in range(2 * vector):
+        for size in (1, vector - 1, vector, 50):
+            out = torch.empty(2, dtype=torch.int32, device=DEVICE)
+            parts[(1,)](memory[start:], size, out, vector)
+            head, body = out.tolist()
+            assert 0 <= head <= min(size, vector - 1)
+            assert body % vector == 0
+            assert size - vector < head + body <= size
+            assert body == 0 or memory[start + head :].data_ptr() % 16 == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)

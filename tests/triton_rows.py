@@ -40,7 +40,7 @@ READOUTS = {
     "negative_scale": ReadoutArgs(-1.5, None, 1.0, None),
     "softcap": ReadoutArgs(1.0, 5.0, 1.0, None),
     "negative_softcap": ReadoutArgs(-0.5, 30.0, 1.3, None),
-    "row_temperature": ReadoutArgs(1.0, None, 1.0, TEMPERATURES),
+    "row_temperature": ReadoutArgs(1.0, None, 9.0, TEMPERATURES),
     "row_temperature_softcap": ReadoutArgs(2.0, 8.0, 1.0, TEMPERATURES),
 }
 

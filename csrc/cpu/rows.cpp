@@ -26,6 +26,7 @@ struct Target {
 //   static constexpr bool READS    whether it wants the first sweep's moments
 //   static constexpr bool WRITES   whether its terms are for the second sweep
 //   GradientTerms<double> operator()(int64_t row, readout, moments, target) const
+//   void skip(int64_t row) const   what an ignored row returns
 template <class Step>
 class Pass {
  public:

@@ -16,6 +16,8 @@ from unirl_kernels import __version__, backends
 from unirl_kernels.bench.buffers import last_level_cache_bytes
 
 SOURCE = Path(__file__).parent
+COMPUTING = (":/unirl_kernels", ":/csrc", ":/setup.py")
+"""What of the checkout decides on a measurement."""
 
 
 def versions() -> dict[str, str]:
@@ -89,9 +91,9 @@ class Elsewhere:
 
 
 def commit() -> tuple[str, bool]:
-    """The checkout's commit and whether anything in it is changed; ``unknown`` outside of one."""
+    """The checkout's commit and whether its code is changed; ``unknown`` outside of one."""
     try:
-        name, changes = (_git(*arguments) for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain")))
+        name, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--", *COMPUTING)
     except (OSError, subprocess.CalledProcessError):
         return "unknown", False
     return name.strip(), bool(changes.strip())

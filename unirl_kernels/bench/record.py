@@ -106,7 +106,7 @@ class Record:
     Args:
         date: ISO 8601, UTC.
         commit: of the checkout, or ``unknown``.
-        dirty: whether the checkout had uncommitted changes.
+        dirty: whether the code in the checkout had uncommitted changes.
         versions: of Python, PyTorch, Triton, the package.
         hardware: what it ran on.
         runs: the results.

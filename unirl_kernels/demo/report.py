@@ -162,7 +162,8 @@ def _draw_errors(axes: Axes, rows: Sequence[Row]) -> None:
         values = [max(check.error, least) for check in checks]
         axes.scatter(values, places, color=color, s=42, label=name, zorder=3)
         axes.scatter([check.tolerance for check in checks], places, color=color, marker="|", s=120, zorder=3)
-    _style(axes, "Error (dot) and tolerance (bar), against fp64", "x")
+    axes.scatter([], [], color=MUTED, marker="|", s=120, label="tolerance")
+    _style(axes, "Error against fp64", "x")
     axes.set_xscale("log")
     _label_rows(axes, rows)
     _legend(axes)
@@ -201,7 +202,7 @@ def _legend(axes: Axes) -> None:
     axes.legend(
         frameon=False,
         fontsize=8,
-        ncols=2,
+        ncols=3,
         columnspacing=1.0,
         handletextpad=0.4,
         loc="lower right",

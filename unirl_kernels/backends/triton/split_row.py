@@ -142,10 +142,10 @@ def split_row(
     # Not under a softcap, whose slope would have to be kept too.
     HELD: tl.constexpr = ALIGNED and READOUT != "softcap"
     k = tl.full((), inner, COMPUTE)
-    ticket = tl.atomic_add(scratch, 1, sem="relaxed")
-    while ticket < rows.to(tl.int64) * SLICES:
-        row = (ticket // SLICES).to(tl.int32)
-        part = (ticket % SLICES).to(tl.int32)
+    ticket = tl.atomic_add(scratch, 1, sem="relaxed").to(tl.int32)
+    while ticket < rows * SLICES:
+        row = ticket // SLICES
+        part = ticket % SLICES
         count = tl.minimum(width, size - part * width)
         y = tl.load(target + row)
         d_x = start_of_row(d_logits, row, length, d_stride_b, d_stride_l) + part * width
@@ -155,15 +155,16 @@ def split_row(
             x = start_of_row(logits, row, length, stride_b, stride_l) + part * width
             here = y.to(tl.int32) - part * width
             owns = (here >= 0) & (here < count)
+            # 0 in the other slices: u(0) = 0, and the sum over slices is the target's.
             u_y = unscaled(tl.load(x + here, mask=owns, other=0.0).to(COMPUTE), k, READOUT)
             w, a, old, ref = row_fields(weight, advantage, old_logp, ref_logp, row, COMPUTE)
             top, t = slice_exponents(x, count, k, rate, READOUT, ALIGNED, LANES, VECTOR, UNROLL)
             e = tl.exp2(t)
             lane_s, lane_sz = lane_sums(t, e)
             records = scratch + (1 + row.to(tl.int64) * SLICES) * WORDS
-            publish(records + part * WORDS, top, tl.sum(lane_s, 0), tl.sum(lane_sz, 0), tl.where(owns, u_y, 0.0))
+            publish(records + part * WORDS, top, tl.sum(lane_s, 0), tl.sum(lane_sz, 0), u_y)
             row_base, row_s, row_sz, u_y = collect(records, rate, SLICES, PADDED)
-            ticket = tl.atomic_add(scratch, 1, sem="relaxed")
+            ticket = tl.atomic_add(scratch, 1, sem="relaxed").to(tl.int32)
             logp_y, h, lse = finish(row_base, row_s, row_sz, u_y, f)
             loss_y, d_logp, d_entropy, d_lse = weighted(
                 OBJECTIVE, old_logp is None, parameters, w, a, old, ref, logp_y, h, lse
@@ -173,10 +174,12 @@ def split_row(
                 tl.store(logp + row, logp_y)
                 tl.store(entropy + row, h)
             at_target, common, per_bit = coefficients(u_y, logp_y, h, d_logp, d_entropy, d_lse, k, f, READOUT)
-            shift = tl.log2(row_s) - tl.maximum((top - row_base) * rate, FLOOR)
-            if not ENTROPY:
-                # e is known, and p = e 2^-shift.
-                common *= tl.exp2(-shift)
+            # e_j is 2^t_j, relative to the slice; p_j = e_j 2^lag / s, relative to the row.
+            lag = tl.maximum((top - row_base) * rate, FLOOR)
+            if ENTROPY:
+                shift = tl.log2(row_s) - lag
+            else:
+                common *= tl.exp2(lag) / row_s
                 shift = tl.full((), 0.0, COMPUTE)
             if HELD:
                 if ENTROPY:
@@ -199,4 +202,4 @@ def split_row(
                 tl.store(logp + row, nothing)
                 tl.store(entropy + row, nothing)
             fill(d_x, count, nothing, ALIGNED, LANES, VECTOR, UNROLL)
-            ticket = tl.atomic_add(scratch, 1, sem="relaxed")
+            ticket = tl.atomic_add(scratch, 1, sem="relaxed").to(tl.int32)

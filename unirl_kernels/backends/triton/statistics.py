@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from unirl_kernels.backends.triton.kernel import kernel
-from unirl_kernels.backends.triton.scalar_math import LN2, LOG2E, divide, tanh
+from unirl_kernels.backends.triton.scalar_math import LN2, LOG2E, tanh
 from unirl_kernels.backends.triton.tiles import is_below, load
 from unirl_kernels.batch import IGNORE as IGNORED_TARGET
 
@@ -112,7 +112,7 @@ def finish(
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """logp, entropy, lse of a row from its sums."""
     log_s = tl.log(s)
-    return (u_y - base) * factor - log_s, log_s - divide(sz * LN2, s), base * factor + log_s
+    return (u_y - base) * factor - log_s, log_s - sz * LN2 / s, base * factor + log_s
 
 
 @triton.jit
@@ -121,7 +121,7 @@ def row_factor(factor: tl.tensor, row_temperature: tl.tensor, row: tl.tensor, CO
     if row_temperature is None:
         return tl.full((), factor, COMPUTE)
     else:
-        return divide(tl.full((), factor, COMPUTE), tl.load(row_temperature + row).to(COMPUTE))
+        return tl.full((), factor, COMPUTE) / tl.load(row_temperature + row).to(COMPUTE)
 
 
 @triton.jit
