@@ -44,12 +44,9 @@ types: setup
 bench: setup
 	$(PY) -m pytest benchmarks --benchmark-only $(ARGS)
 
-# With the interpreter's own torch and Triton, no environment and no network: build, then the tests on the GPU.
+# With the interpreter's own torch and Triton: no environment is made, nothing is fetched.
 gpu-check:
-	mkdir -p $(OUT)
-	UNIRL_BUILD=auto $(PYTHON) setup.py -q build_ext --inplace
-	$(PYTHON) -m unirl_kernels doctor
-	$(PYTHON) -m pytest --junitxml=$(OUT)/tests.xml $(ARGS)
+	benchmarks/gpu-check $(PYTHON) $(OUT)
 
 clean:
 	rm -rf $(VENV) build *.egg-info unirl_kernels/_C*.so
