@@ -31,8 +31,9 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 demo: setup
 	$(PY) -m unirl_kernels demo $(ARGS)
 
+# Passive: threads of two workers that wait for each other by spinning take the cores from the ones that work.
 test: lint types
-	$(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: setup
 	$(PY) -m ruff check .
