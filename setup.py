@@ -49,8 +49,9 @@ def extension(mode: str) -> dict[str, Any]:
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    cpp = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp") if x86 or p.name not in X86_UNITS)
-    cuda = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cu"))
+    units = sorted(p.relative_to(ROOT) for p in (ROOT / "csrc").rglob("*.c*") if x86 or p.name not in X86_UNITS)
+    cpp = [str(p) for p in units if "cuda" not in p.parts]
+    cuda = [str(p) for p in units if "cuda" in p.parts]
     reason = "UNIRL_BUILD=cpu" if mode == "cpu" else cuda_missing(cuda)
     if mode == "cuda" and reason:
         raise SystemExit(f"UNIRL_BUILD=cuda: {reason}")

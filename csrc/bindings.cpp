@@ -3,10 +3,7 @@
 #include <ATen/ops/from_blob.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <optional>
-#include <sstream>
-#include <stdexcept>
-
+#include "arguments.h"
 #include "cpu/dispatch.h"
 #include "cpu/memory.h"
 #include "cpu/rows.h"
@@ -19,15 +16,13 @@ using at::Tensor;
 using cpu::Column;
 using cpu::Format;
 using cpu::Matrix;
-using OptionalTensor = std::optional<Tensor>;
-
-template <class... Parts>
-void require(bool holds, const Parts&... parts) {
-  if (holds) return;
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::invalid_argument(message.str());
-}
+using unirl::FusedRows;
+using unirl::OptionalTensor;
+using unirl::ReadoutArgs;
+using unirl::RowFields;
+using unirl::RowGradients;
+using unirl::RowStats;
+using unirl::require;
 
 Format format_of(const Tensor& logits) {
   switch (logits.scalar_type()) {
@@ -64,13 +59,6 @@ Column column(const OptionalTensor& x, const Tensor& logits, const char* name) {
   require_per_row(*x, logits, fp64 ? at::kDouble : at::kFloat, name);
   return {x->data_ptr(), fp64};
 }
-
-// The named tuples of unirl_kernels/backends, in the order of their fields.
-using ReadoutArgs = std::tuple<double, std::optional<double>, double, OptionalTensor>;
-using RowStats = std::tuple<Tensor, Tensor, Tensor>;
-using RowGradients = std::tuple<OptionalTensor, OptionalTensor, OptionalTensor>;
-using RowFields = std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor>;
-using FusedRows = std::tuple<Tensor, Tensor, Tensor>;
 
 cpu::Rows rows(const Tensor& logits, const Tensor& target, int64_t ignore, const ReadoutArgs& readout) {
   const auto& [scale, softcap, temperature, row_temperature] = readout;
@@ -169,4 +157,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("MAX_PARAMS") = unirl::MAX_PARAMS;
   m.attr("MAX_INSTRUCTIONS") = unirl::MAX_INSTRUCTIONS;
   m.attr("SEGMENT") = cpu::SEGMENT;
+#ifdef UNIRL_WITH_CUDA
+  unirl::bind_cuda(m);
+#endif
 }

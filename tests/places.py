@@ -8,7 +8,7 @@ import torch
 
 from tests.cases import LossCase, Shape
 from unirl_kernels import Plan
-from unirl_kernels.backends import COMPOSED, load
+from unirl_kernels.backends import COMPOSED, load, unavailable
 
 INTERPRETED = not torch.cuda.is_available()
 INTERPRETED_LOGITS = 350_000
@@ -48,3 +48,5 @@ def _kernels(backend: str, device: str) -> list[Place]:
 PLACES = [*_kernels("eager", "cpu"), *_kernels("cpu", "cpu"), *_kernels("triton", "cpu" if INTERPRETED else "cuda")]
 if not INTERPRETED:
     PLACES += _kernels("eager", "cuda")
+    if unavailable("cuda", torch.device("cuda")) is None:
+        PLACES += _kernels("cuda", "cuda")

@@ -91,7 +91,7 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "unknown backend": (
         lambda: uk.token_stats(LOGITS, T, plan=uk.Plan(backend="gpu")),
         ValueError,
-        "backend must be one of cpu, triton, eager, got 'gpu'",
+        "backend must be one of cpu, triton, cuda, eager, got 'gpu'",
     ),
     "unknown kernel": (
         lambda: uk.token_stats(LOGITS, T, plan=uk.Plan(backend="eager", kernel="fast")),

@@ -84,7 +84,7 @@ def test_wrong_options(capsys: pytest.CaptureFixture[str], arguments: Sequence[s
         (["--device", "teapot"], "--device teapot is not available"),
         (["--device", "meta"], "--device meta is not available"),
         (["--device", "cuda:99"], "--device cuda:99 is not available"),
-        (["--backend", "abacus"], "backend must be one of cpu, triton, eager, got 'abacus'"),
+        (["--backend", "abacus"], "backend must be one of cpu, triton, cuda, eager, got 'abacus'"),
         (["--out", "{tmp}/text/out"], "cannot write to --out"),
     ],
 )

@@ -1,6 +1,6 @@
 """The compile gate: kernels compiled for GPUs that are not here stay within the committed budgets.
 
-Budgets hold for the Triton version that they were written with; another one must only do without spills and keep its
+Budgets hold for the Triton version that they were written with; another one may spill a few scalars, and must keep its
 wide accesses. ``python -m tests.cubins --write`` writes them anew. By default one dtype stands for all on three of the
 four architectures; ``UNIRL_COMPILE_GATE=full`` compiles every variant.
 """
@@ -43,7 +43,7 @@ def measured() -> dict[str, Any]:
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_budget(variant: Variant, measured: dict[str, Any]) -> None:
     used, budget = measured[str(variant)], COMMITTED[str(variant)]
-    assert used["spilled"] == 0
+    assert used["spilled"] <= (0 if triton.__version__ == COMMITTED["triton"] else 64)
     assert used["wide_loads"] > 0
     assert used["wide_stores"] > 0 or variant.kernel == "statistics"
     if triton.__version__ == COMMITTED["triton"]:

@@ -27,7 +27,7 @@ ARROWS = {
 }
 """What each layer may import of the package. Drivers on top (cli, demo, doctor, ...) use everything."""
 
-BACKENDS = ("eager", "cpu", "triton")
+BACKENDS = ("eager", "cpu", "triton", "cuda")
 
 
 def imports(path: Path) -> set[str]:

@@ -150,14 +150,6 @@ def test_scale(dtype: torch.dtype, factor: float) -> None:
         assert torch.equal(x._base, base), "wrote beside the rows"
 
 
-def test_defaults_name_kernels() -> None:
-    for capability in ((8, 0), (9, 0), (10, 0)):
-        for dtype in (torch.bfloat16, torch.float32):
-            for vocab in (1, 32000, 262208):
-                assert geometry.default_kernel(capability, dtype, vocab) in BACKEND.KERNELS
-    assert geometry.default_kernel((8, 0), torch.float32, 1) == BACKEND.KERNELS[0]
-
-
 PROBE = """
 import torch
 from unirl_kernels.backends import load

@@ -235,11 +235,12 @@ def _fields(reads: frozenset[str], batch: Batch, logits: Tensor) -> list[Tensor 
 
 
 def _readout(readout: Readout, logits: Tensor, target: Tensor) -> tuple[object, ...]:
+    """A readout as the operators take it: scale, softcap, temperature, temperature per row."""
     temperature = readout.temperature
-    if isinstance(temperature, Tensor):
-        if temperature.shape != target.shape:
-            raise ValueError(f"temperature must have shape {tuple(target.shape)}, got {tuple(temperature.shape)}")
-        if temperature.device != logits.device:
-            raise ValueError(f"temperature must be on {logits.device} like logits, got {temperature.device}")
-        temperature = _places(temperature).to(_row_dtype(logits))
-    return tuple(ops.readout_args(readout.scale, readout.softcap, temperature))
+    if not isinstance(temperature, Tensor):
+        return readout.scale, readout.softcap, float(temperature), None
+    if temperature.shape != target.shape:
+        raise ValueError(f"temperature must have shape {tuple(target.shape)}, got {tuple(temperature.shape)}")
+    if temperature.device != logits.device:
+        raise ValueError(f"temperature must be on {logits.device} like logits, got {temperature.device}")
+    return readout.scale, readout.softcap, 1.0, _places(temperature).to(_row_dtype(logits))

@@ -6,7 +6,6 @@ kernel, which were chosen before; it never chooses and never falls back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -259,10 +258,3 @@ def consume(logits: Tensor) -> None:
     torch.autograd.graph.increment_version(logits)
     if not torch.compiler.is_compiling():
         logits.data = logits.new_empty(0)
-
-
-def readout_args(scale: float, softcap: float | None, temperature: float | Tensor) -> Sequence[Any]:
-    """A readout as the operators take it."""
-    if isinstance(temperature, Tensor):
-        return scale, softcap, 1.0, temperature
-    return scale, softcap, float(temperature), None

@@ -103,6 +103,7 @@ class Backend(Protocol):
 MODULES = {
     "cpu": "unirl_kernels.backends.cpu",
     "triton": "unirl_kernels.backends.triton",
+    "cuda": "unirl_kernels.backends.cuda",
     "eager": "unirl_kernels.backends.eager",
 }
 """Backends in the order of preference."""
@@ -162,11 +163,7 @@ def _best(device: torch.device) -> str:
         if reason is None:
             break
         reasons[name] = reason
-    native = {"cpu": "cpu", "cuda": "triton"}.get(device.type)
-    if native in reasons:
-        warnings.warn(
-            f"unirl_kernels takes the slow backend {name!r} on {device}: {native!r} cannot run ({reasons[native]})",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+    if name == "eager":
+        why = "; ".join(f"{backend}: {reason}" for backend, reason in reasons.items())
+        warnings.warn(f"unirl_kernels takes the slow backend 'eager' on {device} ({why})", RuntimeWarning, stacklevel=4)
     return name

@@ -1,4 +1,4 @@
-"""Launch shapes and default kernels: the one place where measurements change something.
+"""Launch shapes and the order of kernels: the one place where measurements change something.
 
 They depend on architecture, dtype and V alone, never on the number of rows: the order in which a row is summed follows
 from them, and a row is to have the same bits in every batch.
@@ -12,28 +12,6 @@ import torch
 
 KERNELS = ("two_sweep", "split_row")
 """One-pass kernels, the default first."""
-
-
-class Default(NamedTuple):
-    """A line of the table of defaults: from this compute capability, element size and vocabulary on, this kernel."""
-
-    capability: tuple[int, int]
-    itemsize: int
-    vocab: int
-    kernel: str
-
-
-DEFAULTS = (Default((0, 0), 1, 1, "two_sweep"),)
-"""The first line that applies decides. ``split_row`` gets a line where a GPU has shown it to be faster."""
-
-
-def default_kernel(capability: tuple[int, int], dtype: torch.dtype, vocab: int) -> str:
-    """The one-pass kernel to use on a device of that compute capability."""
-    return next(
-        line.kernel
-        for line in DEFAULTS
-        if capability >= line.capability and dtype.itemsize >= line.itemsize and vocab >= line.vocab
-    )
 
 
 VECTOR_BYTES = 16
@@ -81,9 +59,10 @@ def slice_tile(dtype: torch.dtype, vocab: int, readout: str, warp_size: int = 32
 
 
 def held_registers(dtype: torch.dtype, capability: tuple[int, int], *, plain: bool) -> int:
-    """Registers that a thread of ``split_row`` may use: the fewest without spills (Triton 3.6 to 3.9).
+    """Registers that a thread of ``split_row`` may use: few enough for 3 or 4 programs, without spills.
 
-    128 let four programs share a multiprocessor, 168 three: 64 KiB of bf16 logits or 96 KiB of fp32 in registers.
+    At 128 four programs share a multiprocessor, at 168 three: 64 KiB of bf16 logits or 96 KiB of fp32 in registers.
+    Triton 3.7 and 3.9 spill nothing then, 3.6 up to 34 bytes.
 
     Args:
         dtype: of the logits.

@@ -1,0 +1,278 @@
+// One row by one cluster of blocks: each keeps its slice in shared memory between the two sweeps, so that the logits
+// are read once and the gradient is written once.
+//
+// A block sums its slice while it arrives, tells all blocks of the cluster, and after one cluster barrier knows the row
+// as well as they do: each runs the scalar part again, by one thread, and writes its slice of the gradient.
+#pragma once
+
+#include <cooperative_groups.h>
+
+#include "partial_sums.h"
+#include "rows.h"
+#include "slice.h"
+
+namespace unirl::cuda {
+
+constexpr int WARP = 32;
+constexpr int WARPS = THREADS / WARP;
+constexpr unsigned ALL_LANES = 0xffffffffu;
+
+// The target's logit, raw and mapped (see row_math.h).
+struct Target {
+  float x, u;
+};
+
+// What a block tells the others.
+struct Part {
+  Moments<double> moments;
+  float x_target;  // where the target is in its slice
+};
+
+struct Exchange {
+  Part parts[MAX_CLUSTER];
+  Moments<double> warps[WARPS];
+  Readout<double> readout;
+  GradientTerms<float> terms;
+  float registers[MAX_REGISTERS];
+};
+
+inline __device__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+inline __device__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// u and du/dv of a logit.
+template <bool CAPPED>
+struct Map {
+  Readout<float> readout;
+
+  __device__ explicit Map(const Readout<double>& of)
+      : readout{static_cast<float>(of.gain), static_cast<float>(of.kappa), CAPPED} {}
+  __device__ float u(float x) const { return to_u(readout, x); }
+  __device__ float slope(float x) const {
+    if (!CAPPED) return 1;
+    // As in row_math.h, with the exponential and the division of the hardware.
+    const float w = fast_exp2(static_cast<float>(-2 * LOG2E) * fabsf(readout.gain * x));
+    return __fdividef(4 * w, (1 + w) * (1 + w));
+  }
+};
+
+// Sums of WIDTH lanes' parts, in all lanes; always in the same order.
+template <int WIDTH>
+__device__ Moments<double> combine(const Moments<double>& mine, const Exponent& exponent) {
+  float m = static_cast<float>(mine.m);
+  for (int step = WIDTH / 2; step > 0; step /= 2) m = max_or_nan(m, __shfl_xor_sync(ALL_LANES, m, step));
+  Moments<double> sum = relative_to(m, mine, exponent);
+  for (int step = WIDTH / 2; step > 0; step /= 2) {
+    sum.s += __shfl_xor_sync(ALL_LANES, sum.s, step);
+    sum.sz += __shfl_xor_sync(ALL_LANES, sum.sz, step);
+  }
+  return sum;
+}
+
+template <bool CAPPED, class Format>
+__device__ Moments<float> sweep(const Slice<Format>& slice, const Map<CAPPED>& map, const Exponent& exponent) {
+  constexpr int N = Format::N;
+  Moments<float> at = no_moments();
+  int i = threadIdx.x;
+#pragma unroll 1
+  for (int group = 0; group < COPY_GROUPS; ++group) {
+    wait_for_copies(COPY_GROUPS - 1 - group);
+    __syncthreads();
+    for (const int end = slice.vectors_after(group); i < end; i += THREADS) {
+      float u[N];
+      slice.load(i * N, u);
+      for (float& x : u) x = map.u(x);
+      accumulate(at, u, exponent);
+    }
+  }
+  // The logits of the row's last vector that is not whole go to the thread whose vector it is.
+  if (i == slice.n / N) {
+    for (int k = i * N; k < slice.n; ++k) accumulate(at, {map.u(slice[k])}, exponent);
+  }
+  return at;
+}
+
+// Tells all blocks of the cluster this block's part. Warps have to be in step; warp 0 returns after the barrier.
+template <class Format>
+__device__ void tell(
+    Exchange& exchange, const Slice<Format>& slice, int target, Moments<float> mine, const Exponent& exponent) {
+  const auto cluster = cooperative_groups::this_cluster();
+  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+  const Moments<double> of_warp = combine<WARP>(widen(mine), exponent);
+  if (lane == 0) exchange.warps[warp] = of_warp;
+  __syncthreads();
+  cluster_wait();  // for all to have started: their memory may now be written
+  if (warp == 0) {
+    Part part{combine<WARPS>(exchange.warps[lane % WARPS], exponent), 0};
+    if (target >= 0 && target < slice.n) part.x_target = slice[target];
+    if (lane < cluster.num_blocks()) {
+      *cluster.map_shared_rank(&exchange.parts[cluster.block_rank()], lane) = part;
+    }
+  }
+  __syncwarp();
+  // From here on no block touches another's memory, so that it may end whenever it likes.
+  cluster_arrive();
+  cluster_wait();
+}
+
+// Moments of the row, from what all blocks told. For all lanes of a warp.
+inline __device__ Moments<double> of_row(const Exchange& exchange, int blocks, const Exponent& exponent) {
+  const int rank = threadIdx.x % MAX_CLUSTER;
+  return combine<MAX_CLUSTER>(rank < blocks ? exchange.parts[rank].moments : widen(no_moments()), exponent);
+}
+
+// Terms in fp32, for the double functions would cost a block in five its registers. What fp32 cannot hold is the
+// difference between lse and the reference: that is taken before.
+inline __device__ GradientTerms<float> terms_at(
+    float reference,
+    const Statistics<double>& at,
+    const Coefficients<float>& d,
+    const Readout<double>& readout,
+    float x_target) {
+  const Statistics<float> relative = {
+      static_cast<float>(at.logp), static_cast<float>(at.entropy),
+      static_cast<float>(at.lse - readout.kappa * reference)};
+  const Readout<float> narrow = {static_cast<float>(readout.gain), static_cast<float>(readout.kappa), readout.capped};
+  GradientTerms<float> terms = gradient_terms(relative, d, narrow, 0.0f, x_target);
+  terms.reference = reference;
+  return terms;
+}
+
+template <class Format>
+__device__ typename Format::Storage* start_of(const Matrix& matrix, const Rows& rows, int64_t row, int column) {
+  const int64_t offset = row / rows.length * matrix.batch_stride + row % rows.length * matrix.token_stride + column;
+  return static_cast<typename Format::Storage*>(matrix.data) + offset;
+}
+
+// A Step is what stands between the two sweeps of a row:
+//   static constexpr bool READS    whether it wants the first sweep's moments
+//   static constexpr bool WRITES   whether its terms are for the second sweep
+//   void prepare(registers) const  by all threads, while the logits arrive
+//   GradientTerms<float> operator()(row, leads, readout, moments, target, registers) const
+//       by one thread of each block; the one that leads returns the row's values
+//   void absent(row, value) const  what a row returns that is not read
+template <class Format, bool CAPPED, class Step>
+__global__ void __launch_bounds__(THREADS, CAPPED ? CAPPED_BLOCKS_PER_SM : BLOCKS_PER_SM) cluster_rows(
+    const __grid_constant__ Rows rows,
+    const __grid_constant__ Matrix d_logits,
+    const __grid_constant__ int width,
+    const __grid_constant__ Step step) {
+  typedef typename Format::Storage Storage;
+  extern __shared__ __align__(VECTOR_BYTES) unsigned char memory[];
+  __shared__ Exchange exchange;
+  const auto cluster = cooperative_groups::this_cluster();
+  const int blocks = cluster.num_blocks(), rank = cluster.block_rank();
+  const int row = blockIdx.x / blocks;
+  const bool leads = rank == 0 && threadIdx.x == 0;
+  const int begin = rank * width;
+  const int n = max(0, min(width, static_cast<int>(rows.vocab) - begin));
+  const int64_t y = rows.target[row];
+  // The same for all blocks of the cluster, so that none waits for a peer that has gone.
+  if (y < 0 || y >= rows.vocab) {
+    const float value = y == rows.ignore ? 0.0f : NAN;
+    if (leads) step.absent(row, value);
+    if (Step::WRITES) {
+      store<Format>(start_of<Format>(d_logits, rows, row, begin), n, [=](int, auto& of) {
+        for (float& x : of) x = value;
+      });
+    }
+    return;
+  }
+  const int target = static_cast<int>(y) - begin;  // in this block's slice, or not
+  cluster_arrive();
+  const Storage* const x = start_of<Format>(rows.logits, rows, row, begin);
+  const Slice<Format> slice(memory, x, n);
+  slice.copy(x);
+  if (threadIdx.x == 0) {
+    exchange.readout = make_readout(
+        rows.scale, rows.softcap, rows.row_temperature == nullptr ? rows.temperature : rows.row_temperature[row]);
+  }
+  step.prepare(exchange.registers);
+  __syncthreads();
+  const Map<CAPPED> map(exchange.readout);
+  const Exponent exponent = make_exponent(exchange.readout.kappa);
+  Moments<float> mine = no_moments();
+  if (Step::READS) {
+    mine = sweep(slice, map, exponent);
+  } else {
+    wait_for_copies(0);
+  }
+  tell(exchange, slice, target, mine, exponent);
+  if (threadIdx.x < WARP) {
+    const Moments<double> moments = of_row(exchange, blocks, exponent);
+    if (threadIdx.x == 0) {
+      const float x_y = exchange.parts[(target + begin) / width].x_target;
+      exchange.terms = step(row, leads, exchange.readout, moments, {x_y, map.u(x_y)}, exchange.registers);
+    }
+  }
+  if (!Step::WRITES) return;
+  __syncthreads();
+  const GradientTerms<float> terms = exchange.terms;
+  store<Format>(start_of<Format>(d_logits, rows, row, begin), n, [&](int k, auto& of) {
+    constexpr int N = sizeof of / sizeof *of;
+    if constexpr (N == 1) {
+      of[0] = slice[k];
+    } else {
+      slice.load(k, of);
+    }
+    for (float& x : of) {
+      const float d = difference(map.u(x), terms.reference, exponent);
+      x = fast_exp2(exponent.rate * d) * (d * terms.linear + terms.constant) * map.slope(x);
+    }
+    if (target >= k && target < k + N) {
+      for (int i = 0; i < N; ++i) of[i] = target == k + i ? terms.target : of[i];
+    }
+  });
+}
+
+// The kernel's launch; what went wrong, empty if nothing did.
+template <class Format, bool CAPPED, class Step>
+std::string launch(const Rows& rows, const Matrix& d_logits, const Step& step, cudaStream_t stream) {
+  const int64_t n_rows = rows.batch * rows.length, bytes = sizeof(typename Format::Storage);
+  const Geometry cut = geometry(rows.vocab, bytes);
+  if (cut.cluster == 0) {
+    return "kernel 'cluster' keeps a row in the shared memory of " + std::to_string(MAX_CLUSTER) +
+           " blocks: logits of this dtype must have V <= " + std::to_string(max_vocab(bytes)) + ", got " +
+           std::to_string(rows.vocab) + "; Plan(backend='triton') takes any V";
+  }
+  if (n_rows == 0) return "";
+  if (n_rows * cut.cluster > INT32_MAX) {
+    return "kernel 'cluster' takes at most " + std::to_string(INT32_MAX / cut.cluster) + " rows of this V, got " +
+           std::to_string(n_rows);
+  }
+  const auto kernel = cluster_rows<Format, CAPPED, Step>;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(n_rows * cut.cluster));
+  config.blockDim = dim3(THREADS);
+  config.dynamicSmemBytes = cut.width * bytes + Slice<Format>::SLACK;
+  config.stream = stream;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cut.cluster;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  const int memory = static_cast<int>(config.dynamicSmemBytes);
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, memory);
+  if (error == cudaSuccess && cut.cluster > PORTABLE_CLUSTER) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  }
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, rows, d_logits, cut.width, step);
+  return error == cudaSuccess ? "" : std::string("kernel 'cluster' does not start: ") + cudaGetErrorString(error);
+}
+
+template <class Step>
+std::string launch(const Rows& rows, const Matrix& d_logits, const Step& step, cudaStream_t stream) {
+  const bool capped = rows.softcap > 0;
+  const auto run = [&](auto format) {
+    typedef decltype(format) F;
+    return capped ? launch<F, true>(rows, d_logits, step, stream) : launch<F, false>(rows, d_logits, step, stream);
+  };
+  switch (rows.format) {
+    case Format::FP32: return run(Float32());
+    case Format::BF16: return run(BFloat16());
+    case Format::FP16: return run(Float16());
+  }
+  return "unknown format of logits";
+}
+
+}  // namespace unirl::cuda

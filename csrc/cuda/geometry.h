@@ -1,0 +1,52 @@
+// How a row is cut up: slices for the blocks of a cluster, vectors of 16 bytes for their threads. The cut depends on V
+// and the format alone, so that a row's bits do too.
+#pragma once
+
+#include <stdint.h>
+
+namespace unirl::cuda {
+
+constexpr int THREADS = 256;
+constexpr int VECTOR_BYTES = 16;
+constexpr int MAX_CLUSTER = 16;       // blocks; needs the attribute for sizes that are not portable
+constexpr int PORTABLE_CLUSTER = 8;
+constexpr int COPY_GROUPS = 4;        // of a slice's copies; while one is summed the next ones land
+
+// Blocks that share a multiprocessor, as far as their registers go: 48, or 64 for the longer code of a softcap.
+constexpr int BLOCKS_PER_SM = 5;
+constexpr int CAPPED_BLOCKS_PER_SM = 4;
+
+// Five blocks of 40 KiB, or three of 72 KiB, share the 228 KiB of a multiprocessor: enough for some to load and store
+// while others wait for their peers. (Computed; sizes between them are to be measured on a device.)
+constexpr int64_t GOOD_SLICE = 40 << 10;
+constexpr int64_t FAIR_SLICE = 72 << 10;
+// 227 KiB are a block's limit; the rest is for the exchange between blocks.
+constexpr int64_t MAX_SLICE = 224 << 10;
+
+struct Geometry {
+  int cluster;  // blocks of a row
+  int width;    // logits of a slice, whole vectors; the last slice may be shorter
+};
+
+// Logits of a slice when a row of vocab logits is cut for a cluster.
+inline int64_t slice_width(int64_t vocab, int cluster, int64_t logit_bytes) {
+  const int64_t vector = VECTOR_BYTES / logit_bytes;
+  const int64_t vectors = (vocab + vector - 1) / vector;
+  return (vectors + cluster - 1) / cluster * vector;
+}
+
+// The smallest portable cluster with good slices, else the largest portable one if they are fair. cluster 0: the row
+// does not fit any.
+inline Geometry geometry(int64_t vocab, int64_t logit_bytes) {
+  const auto bytes = [&](int cluster) { return slice_width(vocab, cluster, logit_bytes) * logit_bytes; };
+  int cluster = 1;
+  while (cluster < PORTABLE_CLUSTER && bytes(cluster) > GOOD_SLICE) cluster *= 2;
+  if (bytes(cluster) > FAIR_SLICE) cluster = MAX_CLUSTER;
+  if (bytes(cluster) > MAX_SLICE) return {0, 0};
+  return {cluster, static_cast<int>(slice_width(vocab, cluster, logit_bytes))};
+}
+
+// Most logits that a row may have.
+inline int64_t max_vocab(int64_t logit_bytes) { return MAX_CLUSTER * (MAX_SLICE / logit_bytes); }
+
+}  // namespace unirl::cuda

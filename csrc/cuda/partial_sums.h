@@ -1,0 +1,84 @@
+// The arithmetic of the first sweep: a thread's running sums, and their combination by lanes, warps and ranks. For the
+// host too, where a model of the kernel is checked against fp64 (tests/cluster_model.cpp).
+#pragma once
+
+#include <math.h>
+
+#include "../row_math.h"
+
+namespace unirl::cuda {
+
+constexpr double LOG2E = 1.4426950408889634;
+
+// 2^t; on the device to 2 ulp, and 0 below 2^-126.
+UNIRL_INLINE float fast_exp2(float t) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(t));
+  return result;
+#else
+  return exp2f(t);
+#endif
+}
+
+// The larger one; NaN where either is, so that a NaN among the logits reaches the sums.
+UNIRL_INLINE float max_or_nan(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+#else
+  return a > b || a != a ? a : b;
+#endif
+}
+
+// e^(kappa d) = 2^(rate d). Below floor it is 0; a difference of -inf is raised to it, for 0 times -inf is NaN.
+struct Exponent {
+  float rate, floor;
+};
+
+UNIRL_INLINE Exponent make_exponent(double kappa) {
+  const double rate = kappa * LOG2E;
+  return {static_cast<float>(rate), static_cast<float>(-127 / rate)};
+}
+
+UNIRL_INLINE float difference(float u, float reference, const Exponent& exponent) {
+  return max_or_nan(u - reference, exponent.floor);
+}
+
+// A part of -inf logits alone has no finite maximum; relative to 0 its sums are exact zeros.
+UNIRL_INLINE float finite_reference(float m) { return m == -INFINITY ? 0.0f : m; }
+
+UNIRL_INLINE Moments<float> no_moments() { return {-INFINITY, 0, 0}; }
+
+// Take N logits into a thread's sums. The sums are rescaled once for all of them: one exponential more per vector, not
+// one per logit.
+template <int N>
+UNIRL_INLINE void accumulate(Moments<float>& at, const float (&u)[N], const Exponent& exponent) {
+  float m = at.m;
+  for (int k = 0; k < N; ++k) m = max_or_nan(m, u[k]);
+  if (m != at.m) {
+    const float shift = difference(at.m, m, exponent);
+    const float w = fast_exp2(exponent.rate * shift);
+    at = {m, w * at.s, w * (at.sz + at.s * shift)};
+  }
+  const float reference = finite_reference(m);
+  for (int k = 0; k < N; ++k) {
+    const float d = difference(u[k], reference, exponent);
+    const float e = fast_exp2(exponent.rate * d);
+    at.s += e;
+    at.sz += e * d;
+  }
+}
+
+// Sums in double: in fp32 a part that holds the maximum's 1 would swallow the others' 1e-9.
+UNIRL_INLINE Moments<double> widen(const Moments<float>& at) { return {at.m, at.s, at.sz}; }
+
+// A part's sums relative to m, the largest of all parts' maxima. Then those of all parts add up.
+UNIRL_INLINE Moments<double> relative_to(float m, const Moments<double>& part, const Exponent& exponent) {
+  const float shift = difference(static_cast<float>(part.m), finite_reference(m), exponent);
+  const double w = fast_exp2(exponent.rate * shift);
+  return {m, w * part.s, w * (part.sz + part.s * shift)};
+}
+
+}  // namespace unirl::cuda

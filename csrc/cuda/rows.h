@@ -1,0 +1,81 @@
+// The operations of the CUDA backend, on plain device memory. The conventions are those of unirl_kernels/backends.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <stdint.h>
+
+#include <string>
+
+#include "../program.h"
+
+namespace unirl::cuda {
+
+enum class Format : int { FP32, BF16, FP16 };
+
+inline int64_t bytes_of(Format format) { return format == Format::FP32 ? 4 : 2; }
+
+// [batch, length, vocab]; strides in elements, that of the last dimension is 1.
+struct Matrix {
+  void* data;
+  int64_t batch_stride, token_stride;
+};
+
+// Columns have a value per row. Where a pointer is null, its values are those that the comments say.
+struct Rows {
+  Format format;
+  int64_t batch, length, vocab;
+  Matrix logits;
+  const int64_t* target;
+  int64_t ignore;  // the target of rows that are not read
+  double scale, softcap;  // softcap 0: none
+  double temperature;
+  const float* row_temperature;  // null: temperature
+};
+
+struct StatisticsColumns {
+  float *logp, *entropy, *lse;
+};
+
+struct GradientColumns {
+  const float *logp, *entropy, *lse;  // null: zero
+};
+
+struct FieldColumns {
+  const float *weight, *advantage, *old_logp, *ref_logp;  // null: zero, but for old_logp the row's own logp
+};
+
+struct FusedColumns {
+  float *loss, *logp, *entropy;
+};
+
+// Each enqueues its work on the stream and returns what went wrong, empty if nothing did.
+std::string token_stats(const Rows& rows, const StatisticsColumns& out, cudaStream_t stream);
+
+std::string token_stats_backward(
+    const Rows& rows,
+    const StatisticsColumns& at,
+    const GradientColumns& d,
+    const Matrix& d_logits,
+    cudaStream_t stream);
+
+// params: program.n_params numbers in device memory.
+std::string fused_loss(
+    const Rows& rows,
+    const FieldColumns& fields,
+    const Program& program,
+    const double* params,
+    const Matrix& d_logits,
+    const FusedColumns& out,
+    cudaStream_t stream);
+
+// x *= factor[0], for x as described by Matrix.
+std::string scale(
+    const Matrix& x,
+    Format format,
+    int64_t batch,
+    int64_t length,
+    int64_t vocab,
+    const float* factor,
+    cudaStream_t stream);
+
+}  // namespace unirl::cuda
