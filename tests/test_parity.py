@@ -30,7 +30,7 @@ def parametrized(*triples: tuple[Place, LossCase, Shape]) -> pytest.MarkDecorato
 
 def run(place: Place, loss: LossCase, shape: Shape, **choices: bool) -> None:
     logits, batch = make_case(shape, loss, place.device)
-    check(fused(logits, batch, loss.make(), place.plan(**choices)), logits, batch, loss)
+    check(fused(logits, batch, loss.make(), place.plan(**choices)), logits, batch, loss, place.interpreted)
 
 
 @parametrized(*((place, *case) for place in PLACES for case in cases(place)))
@@ -53,7 +53,7 @@ def test_on_policy(place: Place, loss: LossCase, shape: Shape) -> None:
     """Without old_logp the ratio is 1 and its gradient is not lost."""
     logits, batch = make_case(shape, loss, place.device)
     batch = uk.Batch(batch.target, batch.advantage, None, batch.ref_logp)
-    check(fused(logits, batch, loss.make(), place.plan()), logits, batch, loss)
+    check(fused(logits, batch, loss.make(), place.plan()), logits, batch, loss, place.interpreted)
 
 
 def test_advantage_per_token(place: Place) -> None:
@@ -62,7 +62,7 @@ def test_advantage_per_token(place: Place) -> None:
         logits, batch = make_case(shape, loss, place.device)
         advantage = torch.randn(batch.target.shape).to(place.device)
         batch = uk.Batch(batch.target, advantage, batch.old_logp, batch.ref_logp, batch.cu_seqlens)
-        check(fused(logits, batch, loss.make(), place.plan()), logits, batch, loss)
+        check(fused(logits, batch, loss.make(), place.plan()), logits, batch, loss, place.interpreted)
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=str)

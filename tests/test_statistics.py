@@ -8,6 +8,7 @@ from torch import Tensor
 
 import unirl_kernels as uk
 from tests.cases import BY_NAME, SHAPES, Shape, make_case
+from tests.parity import as_stored
 from tests.places import Place
 from unirl_kernels import reference
 from unirl_kernels.accuracy import violations
@@ -58,7 +59,9 @@ def compare(shape: Shape, place: Place, readout: dict[str, object], **temperatur
     for name, g, p, t, c in zip(stats._fields, got, plain, truth, peak, strict=False):
         assert g.dtype == torch.float32
         assert not (problems := violations(g, p, t, condition=c)), f"{name}: {problems}"
-    problems = violations(got[3], plain[3].to(logits.dtype), truth[3], condition=2 * condition)
+    problems = violations(
+        got[3], as_stored(plain[3], logits.dtype, place.interpreted), truth[3], condition=2 * condition
+    )
     assert not problems, f"gradient: {problems}"
     assert not got[3][batch.target == uk.IGNORE].any()
 

@@ -64,6 +64,10 @@ def _cpu_model() -> str:
     return facts.get("model name", platform.machine()) + family
 
 
+COUNTABLE_SECONDS = 0.5
+"""The system counts processor time in hundredths of a second."""
+
+
 class Elsewhere:
     """How busy other processes keep the processor, from the moment this is made."""
 
@@ -82,11 +86,14 @@ class Elsewhere:
         return time.monotonic(), busy, sum(os.times()[:2])
 
     def share(self) -> float | None:
-        """Of all processors' time, 0 to 1; None where the system does not tell."""
+        """Of all processors' time, 0 to 1; None where the system does not tell, or counts too coarsely for so short
+        a time."""
         end = self._now()
         if self._start is None or end is None:
             return None
         elapsed, busy, own = (b - a for a, b in zip(self._start, end, strict=True))
+        if elapsed < COUNTABLE_SECONDS:
+            return None
         return min(1.0, max(0.0, (busy - own) / (elapsed * (os.cpu_count() or 1))))
 
 

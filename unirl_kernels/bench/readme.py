@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from unirl_kernels.bench.record import Record, title
-from unirl_kernels.bench.table import markdown
+from unirl_kernels.bench.table import QUIET, markdown
 from unirl_kernels.cli import CommandFailed
 
 MARKED = re.compile(r"(?P<open><!-- bench:(?P<name>\S+) -->\n).*?(?P<close><!-- /bench -->)", re.DOTALL)
@@ -54,5 +54,8 @@ def section(file: Path) -> str:
     record = Record.load(file)
     tables = [f"**{title(run.work)}**\n\n{markdown(run)}\n" for run in record.runs]
     machine = record.hardware.get("gpu") or f"{record.hardware['cpu']}, {record.hardware['threads']} threads"
-    made = f"{machine}; torch {record.versions['torch']}; {record.date[:10]}, commit {record.commit[:10]}"
-    return "\n".join([*tables, f"{made}. Medians of {record.runs[0].rounds} interleaved rounds.\n"])
+    changed = " with uncommitted changes" if record.dirty else ""
+    made = f"{machine}; torch {record.versions['torch']}; {record.date[:10]}, commit {record.commit[:10]}{changed}"
+    busiest = max(run.elsewhere or 0 for run in record.runs)
+    others = f"; other processes took up to {100 * busiest:.0f} % of the processors' time" if busiest > QUIET else ""
+    return "\n".join([*tables, f"{made}. Medians of {record.runs[0].rounds} interleaved rounds{others}.\n"])

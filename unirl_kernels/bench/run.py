@@ -24,7 +24,7 @@ from unirl_kernels.demo.progress import Stages
 REPORT_WIDTH = 200
 """Columns of a log file, so that the table's cells need no second line."""
 
-SWEPT_VOCABS = (1024, 4096, 16384, 49152, 128256, 151936, 262144)
+SWEPT_VOCABS = (1024, 4096, 16384, 49152, 151936, 262144)
 SWEPT_TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 
 
