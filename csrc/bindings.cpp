@@ -128,14 +128,13 @@ void fused_loss(const Tensor& logits, const Tensor& target, int64_t ignore, cons
   cpu::fused_loss(of, from, program, values, gradient, to);
 }
 
-// Contiguous memory like x. What is smaller than a huge page comes from PyTorch's allocator.
-Tensor empty_gradient(const Tensor& x) {
+// Contiguous memory. What is smaller than a huge page comes from PyTorch's allocator.
+Tensor empty(const std::vector<int64_t>& shape, at::ScalarType dtype) {
   constexpr size_t HUGE_PAGE = size_t(2) << 20;
-  const size_t bytes = x.numel() * x.element_size();
-  const auto options = at::TensorOptions().dtype(x.scalar_type());
-  if (bytes < HUGE_PAGE) return at::empty(x.sizes(), options);
+  const size_t bytes = c10::multiply_integers(shape) * c10::elementSize(dtype);
+  if (bytes < HUGE_PAGE) return at::empty(shape, dtype);
   const cpu::Block block = cpu::allocate(bytes);
-  return at::from_blob(block.memory, x.sizes(), [block](void*) { cpu::release(block); }, options);
+  return at::from_blob(block.memory, shape, [block](void*) { cpu::release(block); }, dtype);
 }
 
 }  // namespace
@@ -148,7 +147,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("readout"), py::arg("stats"), py::arg("gradients"), py::arg("d_logits"));
   m.def("fused_loss", &fused_loss, py::arg("logits"), py::arg("target"), py::arg("ignore"), py::arg("readout"),
         py::arg("fields"), py::arg("code"), py::arg("params"), py::arg("d_logits"), py::arg("out"));
-  m.def("empty_gradient", &empty_gradient, py::arg("x"));
+  m.def("empty", &empty, py::arg("shape"), py::arg("dtype"));
   m.def("limit_kept_bytes", &cpu::limit_kept_bytes, py::arg("bytes"));
   m.def("kept_bytes", &cpu::kept_bytes);
   m.def("instruction_set", &cpu::instruction_set);

@@ -71,7 +71,7 @@ def fields_of(logits: Tensor, target: Tensor) -> RowFields:
 
 
 def fused(logits: Tensor, target: Tensor, fields: RowFields, d_logits: Tensor | None = None) -> list[Tensor]:
-    d_logits = cpu.empty_gradient(logits) if d_logits is None else d_logits
+    d_logits = cpu.empty(logits.shape, logits.dtype, logits.device) if d_logits is None else d_logits
     rows = cpu.fused_loss(logits, target, fields, IDENTITY, GRPO.program.encode(), PARAMS, d_logits, "rows")
     return [*rows, d_logits]
 
@@ -102,7 +102,7 @@ def test_statistics_and_gradient(readout: str, dtype: torch.dtype) -> None:
         plain, d_plain = naive(logits.to(row_dtype(dtype)), target, args, weights)
         stats = cpu.token_stats(logits, target, typed)
         gradients = RowGradients(*weights.to(row_dtype(dtype)))
-        d_logits = cpu.empty_gradient(logits)
+        d_logits = cpu.empty(logits.shape, logits.dtype, logits.device)
         cpu.token_stats_backward(logits, target, stats, gradients, typed, d_logits)
         scale = truth[2].abs().max().item()
         for name, x, p, t in zip(stats._fields, stats, plain, truth, strict=True):
@@ -230,7 +230,7 @@ def test_bits_are_the_row_s_own(dtype: torch.dtype) -> None:
         for a, b in zip((*whole, *stats, reference), (*got, *before, d_x), strict=True):
             assert torch.equal(a[:, rows], b)
 
-    reference = cpu.empty_gradient(logits)
+    reference = cpu.empty(logits.shape, logits.dtype, logits.device)
     cpu.token_stats_backward(logits, target, stats, gradients, IDENTITY, reference)
     for threads in (1, 2):
         torch.set_num_threads(threads)
@@ -269,7 +269,7 @@ def test_masked_logits(scale: float, dtype: torch.dtype) -> None:
     logits[0] = logits[0].masked_fill(~kept, -scale * torch.inf)
     weights = torch.randn(3, 1, 4, dtype=row_dtype(dtype))
     stats = cpu.token_stats(logits, target, readout)
-    d_logits = cpu.empty_gradient(logits)
+    d_logits = cpu.empty(logits.shape, logits.dtype, logits.device)
     cpu.token_stats_backward(logits, target, stats, RowGradients(*weights), readout, d_logits)
     assert not d_logits[0][~kept].any()
     for row in range(4):

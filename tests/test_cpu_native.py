@@ -99,22 +99,22 @@ def test_tensors_are_checked() -> None:
 def test_gradient_memory_is_reused_and_released() -> None:
     cpu.release_memory()
     large = torch.empty(1, 16, 2**18)
-    first = cpu.empty_gradient(large)
+    first = cpu.empty(large.shape, large.dtype, large.device)
     assert first.is_contiguous()
     assert (first.shape, first.dtype) == (large.shape, large.dtype)
     place = first.data_ptr()
     assert place % 2**21 == 0
     del first
-    smaller = cpu.empty_gradient(large[:, :9])
+    smaller = cpu.empty(large[:, :9].shape, large.dtype, large.device)
     assert smaller.data_ptr() == place
     assert native.kept_bytes() == 0
     del smaller
-    larger = cpu.empty_gradient(torch.empty(1, 17, 2**18))
+    larger = cpu.empty((1, 17, 2**18), torch.float32, large.device)
     assert native.kept_bytes() == 0, "what is too small goes back before new memory is taken"
     del larger
     assert cpu.release_memory() == 18 * 2**20
     native.limit_kept_bytes(2**20)
-    assert cpu.empty_gradient(large) is not None
+    assert cpu.empty(large.shape, large.dtype, large.device) is not None
     assert native.kept_bytes() == 0
     cpu.release_memory()
 

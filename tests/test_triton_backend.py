@@ -69,7 +69,7 @@ def test_statistics_and_their_gradients(readout: str, vocab: int, dtype: torch.d
     truth = naive(rows.logits.double(), *args)
     plain = naive(rows.logits.to(torch.promote_types(dtype, torch.float32)), *args)
     stats = BACKEND.token_stats(rows.logits, rows.target, READOUTS[readout])
-    d_logits = BACKEND.empty_gradient(rows.logits)
+    d_logits = BACKEND.empty(rows.logits.shape, rows.logits.dtype, rows.logits.device)
     BACKEND.token_stats_backward(rows.logits, rows.target, stats, gradients, READOUTS[readout], d_logits)
     condition = max(1.0, truth[3].abs().max().item())
     for name, got, at in zip((*stats._fields, "d_logits"), (*stats, d_logits), (1, 2, 3, 4), strict=True):
@@ -82,7 +82,10 @@ def test_missing_gradients_are_zero() -> None:
     g = torch.randn(1, 2, device=DEVICE)
     zero = torch.zeros_like(g)
     for some, all_three in (((g, None, None), (g, zero, zero)), ((None, None, g), (zero, zero, g))):
-        sparse, full = BACKEND.empty_gradient(rows.logits), BACKEND.empty_gradient(rows.logits)
+        sparse, full = (
+            BACKEND.empty(rows.logits.shape, rows.logits.dtype, rows.logits.device),
+            BACKEND.empty(rows.logits.shape, rows.logits.dtype, rows.logits.device),
+        )
         BACKEND.token_stats_backward(rows.logits, rows.target, stats, RowGradients(*some), PLAIN, sparse)
         BACKEND.token_stats_backward(rows.logits, rows.target, stats, RowGradients(*all_three), PLAIN, full)
         torch.testing.assert_close(sparse, full, rtol=1e-6, atol=1e-9)
@@ -97,7 +100,7 @@ def test_backward_far_from_zero() -> None:
     results = []
     for x in (shifted, shifted.double()):
         stats = BACKEND.token_stats(x, rows.target, PLAIN)
-        results.append(BACKEND.empty_gradient(x))
+        results.append(BACKEND.empty(x.shape, x.dtype, x.device))
         BACKEND.token_stats_backward(x, rows.target, stats, g, PLAIN, results[-1])
     assert (results[0] - results[1]).norm() < 2e-6 * results[1].norm()
 
@@ -167,7 +170,7 @@ def test_one_minus_p_keeps_its_digits() -> None:
     rows.logits.scatter_(-1, rows.target.unsqueeze(-1), 25.0)
     log_p = torch.log_softmax(rows.logits.double(), -1).gather(-1, rows.target.unsqueeze(-1))
     stats = BACKEND.token_stats(rows.logits, rows.target, PLAIN)._replace(logp=log_p.squeeze(-1).float())
-    d_logits = BACKEND.empty_gradient(rows.logits)
+    d_logits = BACKEND.empty(rows.logits.shape, rows.logits.dtype, rows.logits.device)
     g = RowGradients(torch.ones(1, 2, device=DEVICE), None, None)
     BACKEND.token_stats_backward(rows.logits, rows.target, stats, g, PLAIN, d_logits)
     truth = -torch.expm1(log_p)
@@ -180,7 +183,7 @@ def test_target_at_minus_infinity() -> None:
     rows.logits.scatter_(-1, rows.target.unsqueeze(-1), -torch.inf)
     stats = BACKEND.token_stats(rows.logits, rows.target, PLAIN)
     assert (stats.logp == -torch.inf).all()
-    d_logits = BACKEND.empty_gradient(rows.logits)
+    d_logits = BACKEND.empty(rows.logits.shape, rows.logits.dtype, rows.logits.device)
     g = RowGradients(torch.ones(1, 2, device=DEVICE), None, None)
     BACKEND.token_stats_backward(rows.logits, rows.target, stats, g, PLAIN, d_logits)
     assert not d_logits.gather(-1, rows.target.unsqueeze(-1)).any()

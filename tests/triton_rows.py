@@ -100,7 +100,7 @@ def run(
     """loss, logp, entropy and d_logits by a kernel."""
     traced = trace(OBJECTIVES[objective])
     params = torch.tensor(traced.params, dtype=torch.float64, device=DEVICE)
-    d_logits = BACKEND.empty_gradient(rows.logits) if d_logits is None else d_logits
+    d_logits = BACKEND.empty(rows.logits.shape, rows.logits.dtype, rows.logits.device) if d_logits is None else d_logits
     code = traced.program.encode()
     out = BACKEND.fused_loss(rows.logits, rows.target, rows.fields, readout, code, params, d_logits, kernel)
     return (*out, d_logits)

@@ -64,7 +64,7 @@ def _token_stats(logits: Tensor, target: Tensor, *args: Any) -> tuple[Tensor, Te
 
 
 def _token_stats_backward(logits: Tensor, *args: Any) -> Tensor:
-    d_logits = load(args[-1]).empty_gradient(logits)
+    d_logits = load(args[-1]).empty(logits.shape, logits.dtype, logits.device)
     _write_stats_gradient(logits, d_logits, *args)
     return d_logits
 
@@ -79,7 +79,7 @@ def _write_stats_gradient(logits: Tensor, d_logits: Tensor, target: Tensor, *arg
 
 
 def _fused_loss(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    d_logits = load(args[-2]).empty_gradient(logits)
+    d_logits = load(args[-2]).empty(logits.shape, logits.dtype, logits.device)
     return (*_write_fused(logits, d_logits, *args), d_logits)
 
 

@@ -7,7 +7,8 @@ A backend module offers
     token_stats            statistics of each row, one read of the logits
     token_stats_backward   gradient of the logits from gradients of the statistics, one read and one write
     fused_loss             statistics, objective and gradient of each row, one read and one write
-    empty_gradient         uninitialised memory for a gradient
+    empty                  uninitialised memory for a vocabulary-sized tensor
+    release_memory         give back what ``empty`` keeps for reuse, where it keeps any
     scale_                 multiply a gradient by a scalar, free where the scalar is 1
 
 with the signatures of ``Backend``. Shapes throughout: logits [B, L, V] with any strides and the last one 1;
@@ -95,7 +96,9 @@ class Backend(Protocol):
         kernel: str,
     ) -> FusedRows: ...
 
-    def empty_gradient(self, logits: Tensor) -> Tensor: ...
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor: ...
+
+    def release_memory(self) -> int: ...
 
     def scale_(self, x: Tensor, factor: Tensor) -> None: ...
 

@@ -2,7 +2,7 @@
 
 Environment, read when the backend is first used:
     UNIRL_CPU_ISA           avx512, avx2 or baseline: the instruction set, instead of the widest that the machine has
-    UNIRL_CPU_CACHE_BYTES   most bytes of freed gradients to keep for reuse, see ``empty_gradient``; 0 keeps none
+    UNIRL_CPU_CACHE_BYTES   most bytes of freed gradients to keep for reuse, see ``empty``; 0 keeps none
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def fused_loss(
     return rows
 
 
-def empty_gradient(logits: Tensor) -> Tensor:
-    """Uninitialised memory for a gradient: contiguous, of the logits' shape and dtype.
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised contiguous memory for a gradient, or for anything else of the vocabulary's size.
 
     Fresh memory from the system costs more than the whole loss, for it is zeroed page by page at the first touch
     (benchmarks/NOTES.md has figures). Gradients of 2 MiB and more therefore lie on huge pages, and freed ones are kept
@@ -104,7 +104,7 @@ def empty_gradient(logits: Tensor) -> Tensor:
     Nothing is kept on top of new memory: when no kept gradient is large enough, all of them go back to the system
     before more is taken. ``release_memory`` gives them back at once.
     """
-    return _native().empty_gradient(logits)
+    return _native().empty(shape, dtype)
 
 
 def release_memory() -> int:

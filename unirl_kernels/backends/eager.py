@@ -97,8 +97,12 @@ def fused_loss(
     return FusedRows(loss, stats.logp, stats.entropy)
 
 
-def empty_gradient(logits: Tensor) -> Tensor:
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def release_memory() -> int:
+    return 0
 
 
 def scale_(x: Tensor, factor: Tensor) -> None:

@@ -107,8 +107,8 @@ def compare(
 
 def _release_kept_memory(plan: uk.Plan) -> None:
     """Memory that a backend keeps for the next gradient would hide that a gradient needs it."""
-    if plan.backend is not None and (release := getattr(backends.load(plan.backend), "release_memory", None)):
-        release()
+    if plan.backend is not None:
+        backends.load(plan.backend).release_memory()
 
 
 def _with_gradient(loss: Tensor, leaf: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,8 +16,9 @@ from unirl_kernels.backends.triton.geometry import KERNELS
 
 __all__ = [
     "KERNELS",
-    "empty_gradient",
+    "empty",
     "fused_loss",
+    "release_memory",
     "scale_",
     "token_stats",
     "token_stats_backward",
@@ -75,8 +76,12 @@ def fused_loss(
     return launch.fused_loss(logits, target, fields, readout, code, params, d_logits, kernel)
 
 
-def empty_gradient(logits: Tensor) -> Tensor:
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def release_memory() -> int:
+    return 0
 
 
 def scale_(x: Tensor, factor: Tensor) -> None:
