@@ -22,7 +22,8 @@ ARROWS = {
     "recipes": {"objectives"},
     "backends": {"backends", "program", "batch"},
     "ops": {"backends", "batch"},
-    "api": {"ops", "backends", "objectives", "batch", "plan", "readout"},
+    "head": {"head", "ops", "objectives", "backends", "batch"},
+    "api": {"api", "head", "ops", "backends", "objectives", "batch", "plan", "readout"},
     "explain": {"objectives", "program", "backends"},
 }
 """What each layer may import of the package. Drivers on top (cli, demo, doctor, ...) use everything."""

@@ -1,7 +1,14 @@
 """Fused kernels for the loss head of LLM post-training: SFT, RFT, Online RFT, DPO, PPO, GRPO and your own objective."""
 
 from unirl_kernels._version import __version__
-from unirl_kernels.api import LossOutput, TokenStats, fused_loss, token_stats
+from unirl_kernels.api import (
+    LossOutput,
+    TokenStats,
+    fused_linear_loss,
+    fused_loss,
+    linear_token_stats,
+    token_stats,
+)
 from unirl_kernels.batch import IGNORE, Batch, group_advantages, shift_targets
 from unirl_kernels.explain import explain
 from unirl_kernels.objectives import FixedLength, Loss, PairMean, SequenceMean, TokenMean
@@ -26,9 +33,11 @@ __all__ = [
     "__version__",
     "dpo",
     "explain",
+    "fused_linear_loss",
     "fused_loss",
     "group_advantages",
     "grpo",
+    "linear_token_stats",
     "online_rft",
     "ppo",
     "rft",

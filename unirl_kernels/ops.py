@@ -16,24 +16,24 @@ from unirl_kernels.backends import ReadoutArgs, RowFields, RowGradients, RowStat
 from unirl_kernels.batch import IGNORE
 
 _LIB = torch.library.Library("unirl", "DEF")
-_READOUT = "float scale, float? softcap, float temperature, Tensor? row_temperature"
-_FIELDS = "Tensor weight, Tensor? advantage, Tensor? old_logp, Tensor? ref_logp"
-_STATS = "Tensor logp, Tensor entropy, Tensor lse"
-_GRADIENTS = "Tensor? d_logp, Tensor? d_entropy, Tensor? d_lse"
-_PROGRAM = "str program, Tensor params, str backend, str kernel"
+READOUT = "float scale, float? softcap, float temperature, Tensor? row_temperature"
+FIELDS = "Tensor weight, Tensor? advantage, Tensor? old_logp, Tensor? ref_logp"
+STATS = "Tensor logp, Tensor entropy, Tensor lse"
+GRADIENTS = "Tensor? d_logp, Tensor? d_entropy, Tensor? d_lse"
+PROGRAM = "str program, Tensor params, str backend, str kernel"
 
-_LIB.define(f"token_stats(Tensor logits, Tensor target, {_READOUT}, str backend) -> (Tensor, Tensor, Tensor)")
+_LIB.define(f"token_stats(Tensor logits, Tensor target, {READOUT}, str backend) -> (Tensor, Tensor, Tensor)")
 _LIB.define(
-    f"token_stats_backward(Tensor logits, Tensor target, {_STATS}, {_GRADIENTS}, {_READOUT}, str backend) -> Tensor"
+    f"token_stats_backward(Tensor logits, Tensor target, {STATS}, {GRADIENTS}, {READOUT}, str backend) -> Tensor"
 )
 _LIB.define(
-    f"token_stats_backward_(Tensor(a!) logits, Tensor target, {_STATS}, {_GRADIENTS}, {_READOUT}, str backend) -> ()"
+    f"token_stats_backward_(Tensor(a!) logits, Tensor target, {STATS}, {GRADIENTS}, {READOUT}, str backend) -> ()"
 )
 _LIB.define(
-    f"fused_loss(Tensor logits, Tensor target, {_FIELDS}, {_READOUT}, {_PROGRAM}) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"fused_loss(Tensor logits, Tensor target, {FIELDS}, {READOUT}, {PROGRAM}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _LIB.define(
-    f"fused_loss_(Tensor(a!) logits, Tensor target, {_FIELDS}, {_READOUT}, {_PROGRAM}) -> (Tensor, Tensor, Tensor)"
+    f"fused_loss_(Tensor(a!) logits, Tensor target, {FIELDS}, {READOUT}, {PROGRAM}) -> (Tensor, Tensor, Tensor)"
 )
 _LIB.define("scale_(Tensor(a!) x, Tensor factor, str backend) -> ()")
 
@@ -47,7 +47,7 @@ OPERATORS = (
 )
 
 
-def _check_targets(target: Tensor, vocab: int) -> None:
+def check_targets(target: Tensor, vocab: int) -> None:
     """On an accelerator reading the values would wait for the device; there such rows become NaN instead."""
     if target.device.type != "cpu":
         return
@@ -59,7 +59,7 @@ def _check_targets(target: Tensor, vocab: int) -> None:
 
 def _token_stats(logits: Tensor, target: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *readout, backend = args
-    _check_targets(target, logits.shape[-1])
+    check_targets(target, logits.shape[-1])
     return tuple(load(backend).token_stats(logits, target, ReadoutArgs(*readout)))  # type: ignore[return-value]
 
 
@@ -93,7 +93,7 @@ def _write_fused(logits: Tensor, d_logits: Tensor, target: Tensor, *args: Any) -
         ReadoutArgs(*args[4:8]),
         args[8:],
     )
-    _check_targets(target, logits.shape[-1])
+    check_targets(target, logits.shape[-1])
     rows = load(backend).fused_loss(logits, target, fields, readout, _code(program), params, d_logits, kernel)
     return rows.loss.sum(), rows.logp, rows.entropy
 
@@ -151,16 +151,16 @@ def _(x: Tensor, factor: Tensor, backend: str) -> None:
     return None
 
 
-def _refuse_double_backward() -> None:
+def refuse_double_backward() -> None:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             "unirl_kernels gradients cannot be differentiated again: call backward without create_graph=True"
         )
 
 
-def _scaled(d_logits: Tensor, factor: Tensor, backend: str) -> Tensor:
+def scaled(d_logits: Tensor, factor: Tensor, backend: str) -> Tensor:
     """d_logits * factor; in place unless the graph is kept, for then d_logits is needed again."""
-    _refuse_double_backward()
+    refuse_double_backward()
     traced = type(d_logits) is not Tensor or torch.compiler.is_compiling()
     if traced or torch._C._autograd._get_current_graph_task_keep_graph():
         return d_logits * factor
@@ -177,7 +177,7 @@ def _save_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor,
 
 
 def _stats_gradient(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    _refuse_double_backward()
+    refuse_double_backward()
     *tensors, row_temperature = ctx.saved_tensors
     gradients = tuple(None if g is None else g.contiguous() for g in gradients)
     args = (*tensors, *gradients, *ctx.scalars, row_temperature, ctx.backend)
@@ -194,7 +194,7 @@ def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, 
 
 
 def _loss_gradient(ctx: Any, d_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    _refuse_double_backward()
+    refuse_double_backward()
     (d_logits,) = ctx.saved_tensors
     return (None if d_loss is None else d_logits * d_loss), *[None] * 13
 
@@ -218,7 +218,7 @@ class OverwritingStats(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        _refuse_double_backward()
+        refuse_double_backward()
         logits, *tensors, row_temperature = ctx.saved_tensors
         d_logits = logits.data
         gradients = tuple(None if g is None else g.contiguous() for g in gradients)
@@ -250,7 +250,7 @@ class OnePass(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         (d_logits,) = ctx.saved_tensors
-        return None, (None if d_loss is None else _scaled(d_logits, d_loss, ctx.backend)), *[None] * 13
+        return None, (None if d_loss is None else scaled(d_logits, d_loss, ctx.backend)), *[None] * 13
 
 
 def consume(logits: Tensor) -> None:

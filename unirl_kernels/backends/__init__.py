@@ -7,6 +7,7 @@ A backend module offers
     token_stats            statistics of each row, one read of the logits
     token_stats_backward   gradient of the logits from gradients of the statistics, one read and one write
     fused_loss             statistics, objective and gradient of each row, one read and one write
+    products               the matrix products of a linear head
     empty                  uninitialised memory for a vocabulary-sized tensor
     release_memory         give back what ``empty`` keeps for reuse, where it keeps any
     scale_                 multiply a gradient by a scalar, free where the scalar is 1
@@ -27,6 +28,8 @@ from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
+
+from unirl_kernels.backends.products import Products
 
 
 class ReadoutArgs(NamedTuple):
@@ -95,6 +98,8 @@ class Backend(Protocol):
         d_logits: Tensor,  # [B, L, V], written; may be ``logits`` itself
         kernel: str,
     ) -> FusedRows: ...
+
+    def products(self, weight: Tensor, dtype: torch.dtype) -> Products: ...
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor: ...
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from unirl_kernels.backends import FusedRows, ReadoutArgs, RowFields, RowGradients, RowStats
+from unirl_kernels.backends.products import Products, products_of_torch
 from unirl_kernels.batch import IGNORE
 
 KERNELS = ("rows",)
@@ -93,6 +94,10 @@ def fused_loss(
     rows = FusedRows(*(_per_row(logits, target) for _ in FusedRows._fields))
     _native().fused_loss(logits, target, IGNORE, readout, fields, code, params, d_logits, rows)
     return rows
+
+
+def products(weight: Tensor, dtype: torch.dtype) -> Products:
+    return products_of_torch(weight, dtype)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from unirl_kernels.backends import FusedRows, ReadoutArgs, RowFields, RowGradients, RowStats
+from unirl_kernels.backends.products import Products, products_of_torch
 from unirl_kernels.batch import IGNORE
 from unirl_kernels.program import Program, evaluate
 
@@ -95,6 +96,10 @@ def fused_loss(
     loss, *gradients = (torch.where(used, x * fields.weight, torch.zeros_like(x)) for x in outputs)
     token_stats_backward(logits, target, stats, RowGradients(*gradients), readout, d_logits)
     return FusedRows(loss, stats.logp, stats.entropy)
+
+
+def products(weight: Tensor, dtype: torch.dtype) -> Products:
+    return products_of_torch(weight, dtype)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from unirl_kernels.objectives.aggregate import Aggregation, PairMean, SequenceMean
+from unirl_kernels.objectives.tokens import Tokens
 from unirl_kernels.program import Traced, UnsupportedOperation, trace
 
 SCOPES = ("token", "sequence", "pair")
@@ -94,6 +95,24 @@ class Loss:
         if self._traced is None:
             raise ValueError(f"a {self.scope}-scope objective has no scalar program")
         return self._traced
+
+    def composed(self, tokens: Tokens, weights: Tensor) -> Tensor:
+        """The loss as plain PyTorch, 0-dim: the sum of the objective's values times their weights.
+
+        Args:
+            tokens: the statistics of each place, and the batch's fields.
+            weights: of each token or pair, as the aggregation gives them.
+
+        Raises:
+            ValueError: when the objective does not return one value per token or pair.
+        """
+        values = self.objective(tokens)
+        weights = weights.reshape(-1).to(values.dtype)
+        if values.shape != weights.shape:
+            unit = "pair" if self.scope == "pair" else "token"
+            raise ValueError(f"objective must return one loss per {unit}, {len(weights)}, got {tuple(values.shape)}")
+        # Ignored places weigh 0, but 0 * inf would not be 0.
+        return torch.where(weights == 0, torch.zeros_like(values), values * weights).sum()
 
     def params(self, device: torch.device) -> Tensor:
         """[n_params] float64: the program's parameters on ``device``."""

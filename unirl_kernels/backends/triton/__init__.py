@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from unirl_kernels.backends import FusedRows, ReadoutArgs, RowFields, RowGradients, RowStats
+from unirl_kernels.backends.products import Products, products_of_torch
 from unirl_kernels.backends.triton.geometry import KERNELS
 
 __all__ = [
     "KERNELS",
     "empty",
     "fused_loss",
+    "products",
     "release_memory",
     "scale_",
     "token_stats",
@@ -74,6 +76,10 @@ def fused_loss(
     from unirl_kernels.backends.triton import launch
 
     return launch.fused_loss(logits, target, fields, readout, code, params, d_logits, kernel)
+
+
+def products(weight: Tensor, dtype: torch.dtype) -> Products:
+    return products_of_torch(weight, dtype)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,0 +1,7 @@
+"""What users call: checks the arguments, chooses backend and kernel, composes the operators. No mathematics."""
+
+from unirl_kernels.api.linear import fused_linear_loss, linear_token_stats
+from unirl_kernels.api.logits import fused_loss, token_stats
+from unirl_kernels.api.outputs import LossOutput, TokenStats
+
+__all__ = ["LossOutput", "TokenStats", "fused_linear_loss", "fused_loss", "linear_token_stats", "token_stats"]

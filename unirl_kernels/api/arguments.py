@@ -1,0 +1,104 @@
+"""What operators take, made from what users give."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from unirl_kernels.backends import COMPOSED, Choice, choose
+from unirl_kernels.batch import Batch
+from unirl_kernels.objectives import Loss
+from unirl_kernels.plan import Plan
+from unirl_kernels.readout import Readout
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_numbers(name: str, value: object) -> None:
+    """Raise a ``TypeError`` that names the argument unless it is a tensor of a dtype that kernels compute on."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name} must be one of {', '.join(map(name_of, DTYPES))}, got {name_of(value.dtype)}")
+
+
+def check_device(name: str, value: Tensor, device: torch.device, like: str) -> None:
+    if value.device != device:
+        raise ValueError(f"{name} must be on {device} like {like}, got {value.device}")
+
+
+def check_places(name: str, value: Tensor, target: Tensor, last: str) -> None:
+    """Raise a ``ValueError`` unless the shape is target's, and one dimension more, called ``last``."""
+    if target.dim() not in (1, 2) or value.dim() != target.dim() + 1 or value.shape[:-1] != target.shape:
+        expected = ", ".join(str(n) for n in target.shape)
+        raise ValueError(f"{name} must have shape ({expected}, {last}), got {tuple(value.shape)}")
+
+
+def places(per_token: Tensor) -> Tensor:
+    """[B, L] of either layout; the packed one is B = 1."""
+    return (per_token if per_token.dim() == 2 else per_token.unsqueeze(0)).contiguous()
+
+
+def row_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What is computed in: fp32, or fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def kernel_of(loss: Loss, plan: Plan, device: torch.device) -> Choice:
+    """Backend and kernel that compute a loss; the kernel is ``composed`` for what looks beyond single tokens.
+
+    Raises:
+        UnsupportedOperation: when the objective uses what a one-pass kernel cannot run.
+        ValueError: when a one-pass kernel is named for an objective that needs another.
+    """
+    choice = choose(device, plan.backend, plan.kernel)
+    if loss.scope != "token":
+        if plan.kernel not in (None, COMPOSED):
+            raise ValueError(f"kernel must be {COMPOSED!r} for a {loss.scope}-scope objective, got {plan.kernel!r}")
+        return Choice(choice.backend, COMPOSED)
+    if choice.kernel != COMPOSED:
+        loss.traced  # noqa: B018  must not pass where no gradient is wanted
+    return choice
+
+
+def row_weights(loss: Loss, batch: Batch, dtype: torch.dtype) -> Tensor:
+    return places(loss.aggregation.weights(batch)).to(dtype)
+
+
+def row_fields(reads: frozenset[str], batch: Batch, dtype: torch.dtype) -> Sequence[Tensor | None]:
+    """advantage, old_logp, ref_logp as [B, L], where the objective reads them.
+
+    Raises:
+        ValueError: when it reads one that the batch lacks.
+    """
+    found: list[Tensor | None] = []
+    for name in ("advantage", "old_logp", "ref_logp"):
+        value: Tensor | None = getattr(batch, name) if name in reads else None
+        if value is None:
+            if name in reads and name != "old_logp":
+                raise ValueError(f"the objective reads {name}, but batch.{name} is None")
+            found.append(None)
+            continue
+        if value.shape != batch.target.shape:
+            value = batch.per_token(value)
+        found.append(places(value).to(dtype))
+    return found
+
+
+def readout_arguments(
+    readout: Readout, target: Tensor, dtype: torch.dtype
+) -> tuple[float, float | None, float, Tensor | None]:
+    """A readout as the operators take it: scale, softcap, temperature, temperature per row."""
+    temperature = readout.temperature
+    if not isinstance(temperature, Tensor):
+        return readout.scale, readout.softcap, float(temperature), None
+    if temperature.shape != target.shape:
+        raise ValueError(f"temperature must have shape {tuple(target.shape)}, got {tuple(temperature.shape)}")
+    check_device("temperature", temperature, target.device, "target")
+    return readout.scale, readout.softcap, 1.0, places(temperature).to(dtype)

@@ -1,0 +1,207 @@
+"""Levels 1 and 2 on hidden states and the weight of a linear head: the logits exist in chunks only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from unirl_kernels.api.arguments import (
+    check_device,
+    check_numbers,
+    check_places,
+    kernel_of,
+    name_of,
+    readout_arguments,
+    row_fields,
+    row_weights,
+)
+from unirl_kernels.api.outputs import LossOutput, TokenStats
+from unirl_kernels.backends import COMPOSED, choose
+from unirl_kernels.batch import Batch, check_dtype
+from unirl_kernels.head import ComposedLinear, Composition, Group, Head, OnePassLinear, by_units
+from unirl_kernels.objectives import Loss, Tokens
+from unirl_kernels.plan import Plan
+from unirl_kernels.readout import Readout
+
+
+def linear_token_stats(
+    hidden: Tensor,  # [B, L, D] or [T, D]
+    weight: Tensor,  # [V, D]
+    target: Tensor,  # [B, L] or [T]
+    *,
+    bias: Tensor | None = None,  # [V]
+    readout: Readout = Readout(),
+    plan: Plan = Plan(),
+) -> TokenStats:
+    """``token_stats`` of the logits hidden W^T + b, which are never formed as a whole.
+
+        lse = log sum_j e^{z_j}        logp = z_y - lse        H = lse - sum_j p_j z_j,        p = softmax(z)
+
+    One matrix product, in tiles of tokens by vocabulary that are not kept; the backward makes the logits again and
+    takes three.
+
+    Args:
+        hidden: [B, L, D] or [T, D]; float32, bfloat16 or float16 (float64 for checks). Under autocast the products
+            have operands of its dtype; their results are float32 in any case.
+        weight: [V, D], of hidden's dtype.
+        target: [B, L] or [T] int64 in [0, V), or ``IGNORE``: such a token is left out of the products, and gets zero
+            gradient.
+        bias: [V], of weight's dtype, or None.
+        readout: how logits become a distribution.
+        plan: how the machine computes it; ``max_chunk_bytes`` bounds the memory for logits.
+
+    Returns:
+        ``TokenStats``, differentiable in hidden, weight and bias.
+
+    Raises:
+        TypeError, ValueError: when an argument does not fit, naming it, what was expected and what came.
+        IndexError: when a target is outside the vocabulary (on the CPU; on an accelerator its row becomes NaN).
+        RuntimeError: when the named backend cannot run here.
+    """
+    head = _head(hidden, weight, bias, target, plan)
+    readout_args = _readout(readout, target, head)
+    stats = torch.ops.unirl.linear_token_stats(
+        head.hidden, weight, bias, target.reshape(-1), *readout_args, head.backend, head.dtype, plan.max_chunk_bytes
+    )
+    return TokenStats(*(x.view(target.shape) for x in stats))
+
+
+def fused_linear_loss(
+    hidden: Tensor,  # [B, L, D] or [T, D]
+    weight: Tensor,  # [V, D]
+    batch: Batch,
+    loss: Loss,
+    *,
+    bias: Tensor | None = None,  # [V]
+    readout: Readout = Readout(),
+    plan: Plan = Plan(),
+) -> LossOutput:
+    """``fused_loss`` of the logits hidden W^T + b, which are never formed as a whole.
+
+    Logits exist for a chunk of tokens at a time, in float32, are replaced by their gradient in one pass, and give the
+    gradients of hidden states, weight and bias at once: three matrix products in all. An objective of sequence or pair
+    scope takes as many where its sequences or pairs fit a chunk, and four (statistics first) where one does not or
+    under ``torch.compile``; ``explain`` says which. Gradients that nothing requires are not computed.
+
+    Args:
+        hidden: [B, L, D] or [T, D], as ``batch.target`` is laid out; float32, bfloat16 or float16 (float64 for
+            checks). Under autocast the products have operands of its dtype; their results, the logits and the sum of
+            the weight's gradient over the chunks are float32 in any case.
+        weight: [V, D], of hidden's dtype.
+        batch: what to learn from. Ignored tokens are left out of the products.
+        loss: objective and aggregation.
+        bias: [V], of weight's dtype, or None.
+        readout: how logits become a distribution.
+        plan: how the machine computes it; ``max_chunk_bytes`` bounds the memory for logits.
+
+    Returns:
+        ``LossOutput``, its loss differentiable in hidden, weight and bias.
+
+    Raises:
+        TypeError, ValueError: when an argument does not fit, naming it, what was expected and what came; when the
+            objective reads a field that the batch lacks, or uses an operation that the kernel cannot run.
+        IndexError: when a target is outside the vocabulary (on the CPU; on an accelerator its row becomes NaN).
+        RuntimeError: when the named backend cannot run here.
+    """
+    head = _head(hidden, weight, bias, batch.target, plan)
+    kernel = kernel_of(loss, plan, hidden.device).kernel
+    if any(_wanted(head)):
+        if kernel != COMPOSED:
+            return _one_pass(head, batch, loss, readout, plan, kernel)
+        if groups := _groups(head, batch, loss, plan):
+            composition = Composition(
+                batch, loss, groups, _readout(readout, batch.target, head), head.dtype, head.backend
+            )
+            return _output(ComposedLinear.apply(head.hidden, weight, bias, composition), batch, loss)
+    stats = linear_token_stats(hidden, weight, batch.target, bias=bias, readout=readout, plan=plan)
+    value = loss.composed(Tokens(batch, *stats), loss.aggregation.weights(batch))
+    return LossOutput(value, stats.logp.detach(), stats.entropy.detach(), batch, loss)
+
+
+def _one_pass(head: Head, batch: Batch, loss: Loss, readout: Readout, plan: Plan, kernel: str) -> LossOutput:
+    traced = loss.traced
+    weights, fields = row_weights(loss, batch, head.row_dtype), row_fields(traced.reads, batch, head.row_dtype)
+    rows = (None if x is None else x.reshape(-1) for x in (batch.target, weights, *fields))
+    program = (traced.code, loss.params(head.weight.device), head.backend, kernel)
+    how = (head.dtype, plan.max_chunk_bytes, _wanted(head))
+    args = (*rows, *_readout(readout, batch.target, head), *program, *how)
+    return _output(OnePassLinear.apply(head.hidden, head.weight, head.bias, *args), batch, loss)
+
+
+def _groups(head: Head, batch: Batch, loss: Loss, plan: Plan) -> Sequence[Group] | None:
+    """What to work on together; None where that cannot be, and the statistics of all tokens have to come first."""
+    if torch.compiler.is_compiling():  # it cannot follow an objective inside an autograd function
+        return None
+    return by_units(batch, loss.scope, head.rows_per_chunk(plan.max_chunk_bytes))
+
+
+def _output(values: tuple[Tensor, Tensor, Tensor], batch: Batch, loss: Loss) -> LossOutput:
+    value, logp, entropy = values
+    shape = batch.target.shape
+    return LossOutput(value, logp.view(shape), entropy.view(shape), batch, loss)
+
+
+def _wanted(head: Head) -> list[bool]:
+    inputs = (head.hidden, head.weight, head.bias)
+    return [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
+
+
+def _readout(readout: Readout, target: Tensor, head: Head) -> tuple[object, ...]:
+    *scalars, temperature = readout_arguments(readout, target, head.row_dtype)
+    return *scalars, None if temperature is None else temperature.reshape(-1)
+
+
+def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, plan: Plan) -> Head:
+    """The head, its hidden states as [T, D], with every argument checked."""
+    check_dtype("target", target, torch.int64)
+    for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if value is not None:
+            _check_whole(name, value)
+            check_numbers(name, value)
+            check_device(name, value, target.device, "target")
+    check_places("hidden", hidden, target, "D")
+    _check_shapes(hidden, weight, bias)
+    dtype = _operand_dtype(hidden, weight, bias)
+    backend = choose(hidden.device, plan.backend, None).backend
+    head = Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias, dtype, backend)
+    head.rows_per_chunk(plan.max_chunk_bytes)
+    return head
+
+
+def _check_whole(name: str, value: object) -> None:
+    """Raise unless the tensor is all there: a piece of one looks like a small head."""
+    if hasattr(value, "full_tensor"):
+        raise ValueError(
+            f"{name} must be a whole tensor, got a DTensor: compute the loss in the forward of the module that holds "
+            f"the parameter, where FSDP2 has gathered it, or pass {name}.full_tensor()"
+        )
+    if hasattr(value, "ds_id") and getattr(value, "numel", lambda: 1)() == 0:
+        raise ValueError(
+            f"{name} must be a whole tensor, got a parameter that ZeRO-3 has partitioned: gather it around forward "
+            "and backward with deepspeed.zero.GatheredParameters"
+        )
+
+
+def _check_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    d = hidden.shape[-1]
+    if weight.dim() != 2 or weight.shape[1] != d:
+        hint = "; it looks transposed" if weight.dim() == 2 and weight.shape[0] == d else ""
+        raise ValueError(f"weight must have shape (V, {d}) for hidden of D = {d}, got {tuple(weight.shape)}{hint}")
+    if 0 in weight.shape:
+        raise ValueError(f"weight must have at least one row and column, got shape {tuple(weight.shape)}")
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+
+
+def _operand_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
+    """Of the products' operands: autocast's where it is on, else that of hidden, which all must have."""
+    if torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in (hidden.dtype, weight.dtype):
+        return torch.get_autocast_dtype(hidden.device.type)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and value.dtype != hidden.dtype:
+            raise ValueError(
+                f"{name} must be {name_of(hidden.dtype)} like hidden unless autocast is on, got {name_of(value.dtype)}"
+            )
+    return hidden.dtype

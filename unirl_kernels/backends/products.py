@@ -1,0 +1,118 @@
+"""The three matrix products of a linear head, with fp32 results whatever the operands are (fp64 for fp64).
+
+    logits = hidden W^T + b        d_hidden = d_logits W        d_W = d_logits^T hidden
+
+Results are never rounded to 16 bits: logits that were have lost up to 0.06 of a log-probability.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+SLICE_BYTES = 2**24
+"""Of the weight in fp32, where a device cannot multiply 16-bit operands into fp32."""
+
+
+class Products(Protocol):
+    """The products of one weight. ``hidden`` is [n, D] in the operands' dtype; results are fp32."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Memory that the logits of one token take, with what the products make of their gradient."""
+        ...
+
+    def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """Write [n, V] = hidden W^T + b."""
+        ...
+
+    def d_hidden(self, d_logits: Tensor) -> Tensor:
+        """[n, D] = d_logits W."""
+        ...
+
+    def add_d_weight(self, d_logits: Tensor, hidden: Tensor, total: Tensor, first: bool) -> None:
+        """Add d_logits^T hidden to [V, D]; write it there the first time."""
+        ...
+
+
+def products_of_torch(weight: Tensor, dtype: torch.dtype) -> Products:
+    """Products by torch's own matrix multiplication.
+
+    Args:
+        weight: [V, D].
+        dtype: of the operands.
+    """
+    # fp16 has no room for the gradients of single tokens: 1e-8 is 0.
+    return Mixed(weight.to(dtype)) if weight.is_cuda and dtype == torch.bfloat16 else Widened(weight, dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Mixed:
+    """Products of a device that multiplies 16-bit operands into fp32 results. Gradients of logits are rounded first."""
+
+    weight: Tensor  # [V, D] of the operands' dtype
+
+    @property
+    def row_bytes(self) -> int:
+        return (4 + self.weight.itemsize) * self.weight.shape[0]
+
+    def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        if bias is None:
+            torch.mm(hidden, self.weight.t(), out_dtype=torch.float32, out=out)
+        else:
+            torch.addmm(bias.to(torch.float32), hidden, self.weight.t(), out_dtype=torch.float32, out=out)
+
+    def d_hidden(self, d_logits: Tensor) -> Tensor:
+        return torch.mm(d_logits.to(self.weight.dtype), self.weight, out_dtype=torch.float32)
+
+    def add_d_weight(self, d_logits: Tensor, hidden: Tensor, total: Tensor, first: bool) -> None:
+        d_logits = d_logits.to(self.weight.dtype).t()
+        torch.addmm(total, d_logits, hidden, beta=0 if first else 1, out_dtype=torch.float32, out=total)
+
+
+@dataclass(frozen=True, eq=False)
+class Widened:
+    """Products of fp32 or fp64 operands; 16-bit ones are converted, a slice of the vocabulary at a time."""
+
+    weight: Tensor  # [V, D]
+    dtype: torch.dtype
+
+    @property
+    def row_bytes(self) -> int:
+        return self.weight.shape[0] * self._wide_dtype.itemsize
+
+    @property
+    def _wide_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.dtype, torch.float32)
+
+    def _wide(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype).to(self._wide_dtype)
+
+    def _slices(self) -> Iterator[tuple[slice, Tensor]]:
+        vocab, d = self.weight.shape
+        converted = not self.weight.dtype == self.dtype == self._wide_dtype
+        step = max(1, SLICE_BYTES // (4 * d)) if converted else vocab
+        for start in range(0, vocab, step):
+            rows = slice(start, min(start + step, vocab))
+            yield rows, self._wide(self.weight[rows])
+
+    def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        hidden = self._wide(hidden)
+        for rows, weight in self._slices():
+            if bias is None:
+                torch.mm(hidden, weight.t(), out=out[:, rows])
+            else:
+                torch.addmm(bias[rows].to(out.dtype), hidden, weight.t(), out=out[:, rows])
+
+    def d_hidden(self, d_logits: Tensor) -> Tensor:
+        total = d_logits.new_zeros(d_logits.shape[0], self.weight.shape[1])
+        for rows, weight in self._slices():
+            total.addmm_(d_logits[:, rows], weight)
+        return total
+
+    def add_d_weight(self, d_logits: Tensor, hidden: Tensor, total: Tensor, first: bool) -> None:
+        total.addmm_(d_logits.t(), self._wide(hidden), beta=0 if first else 1)

@@ -1,0 +1,101 @@
+"""An objective as plain PyTorch on the statistics of whole sequences or pairs, a chunk of them at a time.
+
+Its gradient is formed from the logits that gave the statistics: three products, where statistics first and logits once
+more in the backward take four.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unirl_kernels.batch import Batch
+from unirl_kernels.head.chunks import Group
+from unirl_kernels.head.sweep import Gradients, Head, Wanted, sweep
+from unirl_kernels.objectives import Loss, Tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Composition:
+    """What is computed of a head's logits.
+
+    Args:
+        batch, loss: of the whole.
+        groups: what is worked on together; no unit of the loss's scope reaches across two.
+        readout: scale, softcap, temperature, temperature per row [T] or None.
+        dtype: of the products' operands.
+        backend: name of the one that computes.
+    """
+
+    batch: Batch
+    loss: Loss
+    groups: Sequence[Group]
+    readout: Sequence[Any]
+    dtype: torch.dtype
+    backend: str
+
+
+def composed(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, composition: Composition, wanted: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor, Gradients]:
+    """Loss, logp [T], entropy [T] and ``Gradients`` of a composition.
+
+    Args:
+        hidden: [T, D].
+        weight: [V, D].
+        bias: [V] or None.
+        composition: what is computed.
+        wanted: which gradients.
+    """
+    head = Head(hidden, weight, bias, composition.dtype, composition.backend)
+    *scalars, row_temperature = composition.readout
+    loss, groups, backend = composition.loss, composition.groups, composition.backend
+    target = composition.batch.target.reshape(-1)
+    weights = loss.aggregation.weights(composition.batch).reshape(-1)
+    logp, entropy = (hidden.new_zeros(target.shape, dtype=head.row_dtype) for _ in range(2))
+    values = []
+
+    def work(logits: Tensor, k: int) -> None:
+        group, chunk = groups[k], groups[k].chunk
+        temperature = None if row_temperature is None else chunk.row(row_temperature)
+        args = (*scalars, temperature, backend)
+        stats = torch.ops.unirl.token_stats(logits, chunk.row(target), *args)
+        of_units = weights[slice(*group.units)] if loss.scope == "pair" else chunk.take(weights)
+        value, d_stats = _differentiated(loss, _part(composition.batch, group), stats, of_units)
+        torch.ops.unirl.token_stats_backward_(logits, chunk.row(target), *stats, *d_stats, *args)
+        values.append(value)
+        for whole, part in zip((logp, entropy), stats, strict=False):
+            chunk.put(whole, part.squeeze(0))
+
+    with torch.autocast(hidden.device.type, enabled=False):
+        gradients = sweep(head, [group.chunk for group in groups], work, Wanted(*wanted))
+    total = torch.stack(values).sum() if values else logp.new_zeros(())
+    return total.to(head.row_dtype), logp, entropy, gradients
+
+
+def _differentiated(
+    loss: Loss, batch: Batch, stats: Sequence[Tensor], weights: Tensor
+) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """The loss of a part, and its gradient with respect to the statistics, [1, n] each."""
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in stats]
+        value = loss.composed(Tokens(batch, *leaves), weights)
+        if not value.requires_grad:
+            return value, [None] * 3
+        return value.detach(), torch.autograd.grad(value, leaves, allow_unused=True)
+
+
+def _part(batch: Batch, group: Group) -> Batch:
+    """The group's sequences as a packed batch of the tokens that count."""
+    device = batch.target.device
+    cu_seqlens = torch.tensor([0, *group.lengths]).cumsum(0).to(device, torch.int32)
+    advantage = batch.advantage
+    if advantage is not None and advantage.shape != batch.target.shape:
+        advantage = batch.per_token(advantage)
+    optional = (advantage, batch.old_logp, batch.ref_logp)
+    advantage, old_logp, ref_logp = (None if x is None else group.chunk.take(x.reshape(-1)) for x in optional)
+    return Batch(group.chunk.take(batch.target.reshape(-1)), advantage, old_logp, ref_logp, cu_seqlens)

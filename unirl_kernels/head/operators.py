@@ -1,0 +1,131 @@
+"""The operators of linear heads, ``torch.ops.unirl.linear_token_stats`` and ``fused_linear_loss``.
+
+Hidden states are [T, D] and per-row tensors [T]. ``dtype`` is that of the products' operands; ``wanted`` says which of
+d_hidden, d_weight, d_bias are computed, and the others have no elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unirl_kernels import ops
+from unirl_kernels.head.chunks import Chunk, by_tokens
+from unirl_kernels.head.statistics import statistics
+from unirl_kernels.head.sweep import Gradients, Head, Wanted, kept_dtype, sweep
+
+LIBRARY = torch.library.Library("unirl", "FRAGMENT")
+_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target"
+_HOW = "ScalarType dtype, int? max_chunk_bytes"
+
+LIBRARY.define(f"linear_token_stats({_HEAD}, {ops.READOUT}, str backend, {_HOW}) -> (Tensor, Tensor, Tensor)")
+LIBRARY.define(
+    f"linear_token_stats_backward({_HEAD}, {ops.STATS}, {ops.GRADIENTS}, {ops.READOUT}, str backend, {_HOW}, "
+    "bool[3] wanted) -> (Tensor, Tensor, Tensor)"
+)
+LIBRARY.define(
+    f"fused_linear_loss({_HEAD}, {ops.FIELDS}, {ops.READOUT}, {ops.PROGRAM}, {_HOW}, bool[3] wanted)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+OPERATORS = ("linear_token_stats", "linear_token_stats_backward", "fused_linear_loss")
+
+
+def _without_autocast(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """Autocast would convert the operands of the products again."""
+
+    @wraps(operator)
+    def run(hidden: Tensor, *args: Any) -> Any:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return operator(hidden, *args)
+
+    return run
+
+
+def _rows_of(chunk: Chunk, *tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else chunk.row(x) for x in tensors]
+
+
+@_without_autocast
+def _linear_token_stats(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    *readout, backend, dtype, max_chunk_bytes = args
+    ops.check_targets(target, weight.shape[0])
+    return statistics(Head(hidden, weight, bias, dtype, backend), target, readout, max_chunk_bytes)
+
+
+@_without_autocast
+def _linear_token_stats_backward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *args: Any
+) -> Gradients:
+    stats, gradients, (*scalars, row_temperature), how = args[:3], args[3:6], args[6:10], args[10:]
+    backend, dtype, max_chunk_bytes, wanted = how
+    head = Head(hidden, weight, bias, dtype, backend)
+    chunks = by_tokens(target, head.rows_per_chunk(max_chunk_bytes))
+
+    def work(logits: Tensor, k: int) -> None:
+        rows = _rows_of(chunks[k], target, *stats, *gradients, row_temperature)
+        torch.ops.unirl.token_stats_backward_(logits, *rows[:-1], *scalars, rows[-1], backend)
+
+    return sweep(head, chunks, work, Wanted(*wanted))
+
+
+@_without_autocast
+def _fused_linear_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    fields, (*scalars, row_temperature), program, how = args[:4], args[4:8], args[8:12], args[12:]
+    dtype, max_chunk_bytes, wanted = how
+    ops.check_targets(target, weight.shape[0])
+    head = Head(hidden, weight, bias, dtype, backend=program[2])
+    chunks = by_tokens(target, head.rows_per_chunk(max_chunk_bytes))
+    losses = []
+    logp, entropy = (hidden.new_zeros(target.shape, dtype=head.row_dtype) for _ in range(2))
+
+    def work(logits: Tensor, k: int) -> None:
+        rows = _rows_of(chunks[k], target, *fields, row_temperature)
+        loss, *stats = torch.ops.unirl.fused_loss_(logits, *rows[:-1], *scalars, rows[-1], *program)
+        losses.append(loss)
+        for whole, part in zip((logp, entropy), stats, strict=True):
+            chunks[k].put(whole, part.squeeze(0))
+
+    gradients = sweep(head, chunks, work, Wanted(*wanted))
+    loss = torch.stack(losses).sum() if losses else logp.new_zeros(())
+    return loss, logp, entropy, *gradients
+
+
+for _name in OPERATORS:
+    LIBRARY.impl(_name, globals()[f"_{_name}"], "CompositeExplicitAutograd")
+
+
+def _rows(target: Tensor, dtype: torch.dtype) -> Tensor:
+    return target.new_empty(target.shape, dtype=torch.promote_types(dtype, torch.float32))
+
+
+def _gradients_like(hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: list[bool]) -> tuple[Tensor, ...]:
+    vocab, d = weight.shape
+    d_hidden = hidden.new_empty(hidden.shape[0] if wanted[0] else 0, d, dtype=kept_dtype(hidden))
+    d_weight = weight.new_empty(vocab if wanted[1] else 0, d, dtype=kept_dtype(weight))
+    d_bias = weight.new_empty(vocab if wanted[2] else 0, dtype=kept_dtype(weight if bias is None else bias))
+    return d_hidden, d_weight, d_bias
+
+
+@torch.library.register_fake("unirl::linear_token_stats", lib=LIBRARY)
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return _rows(target, args[-2]), _rows(target, args[-2]), _rows(target, args[-2])
+
+
+@torch.library.register_fake("unirl::linear_token_stats_backward", lib=LIBRARY)
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return _gradients_like(hidden, weight, bias, args[-1])
+
+
+@torch.library.register_fake("unirl::fused_linear_loss", lib=LIBRARY)
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    row = _rows(target, args[-3])
+    return row.new_empty(()), row, _rows(target, args[-3]), *_gradients_like(hidden, weight, bias, args[-1])

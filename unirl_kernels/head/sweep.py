@@ -1,0 +1,110 @@
+"""Chunk after chunk: logits, something done to them in place, and the gradients of what made them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from unirl_kernels.backends import Backend, load
+from unirl_kernels.backends.products import Products
+from unirl_kernels.head.chunks import Chunk, rows_per_chunk
+
+
+class Wanted(NamedTuple):
+    """Which gradients are wanted; what nobody asks for is not computed."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class Gradients(NamedTuple):
+    """Those not wanted have no elements."""
+
+    hidden: Tensor  # [T, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor  # [V]
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """What makes logits.
+
+    Args:
+        hidden: [T, D].
+        weight: [V, D].
+        bias: [V] or None.
+        dtype: of the products' operands.
+        backend: name of the one that multiplies, and whose row kernels work on the logits.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    dtype: torch.dtype
+    backend: str
+
+    @property
+    def row_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def kernels(self) -> Backend:
+        return load(self.backend)
+
+    @cached_property
+    def products(self) -> Products:
+        return self.kernels.products(self.weight, self.dtype)
+
+    def rows_per_chunk(self, max_chunk_bytes: int | None) -> int:
+        return rows_per_chunk(self.products.row_bytes, self.weight.device, max_chunk_bytes)
+
+    def empty(self, *shape: int) -> Tensor:
+        """Uninitialised memory of the rows' dtype."""
+        return self.kernels.empty(shape, self.row_dtype, self.weight.device)
+
+
+def sweep(head: Head, chunks: Sequence[Chunk], work: Callable[[Tensor, int], None], wanted: Wanted) -> Gradients:
+    """Make the logits of each chunk, let ``work`` replace them by their gradient, and form the gradients from it.
+
+    Three products per token in all, two or one where fewer gradients are wanted.
+
+    Args:
+        head: what makes the logits.
+        chunks: of the T tokens.
+        work: gets the logits of a chunk, [1, n, V] fp32 (fp64 for fp64), and its number; leaves their gradient there.
+        wanted: which gradients.
+
+    Returns:
+        ``Gradients`` in the dtypes of hidden states, weight and bias, but fp32 for fp16, which holds the gradients of
+        single tokens only after a loss scale; zero at tokens in no chunk.
+    """
+    vocab, d = head.weight.shape
+    d_hidden = head.hidden.new_zeros(head.hidden.shape[0] if wanted.hidden else 0, d, dtype=kept_dtype(head.hidden))
+    d_weight = head.empty(vocab if wanted.weight else 0, d)
+    d_bias = head.weight.new_zeros(vocab if wanted.bias else 0, dtype=head.row_dtype)
+    logits_of_largest = head.empty(max((chunk.n for chunk in chunks), default=0), vocab)
+    for k, chunk in enumerate(chunks):
+        hidden, logits = chunk.take(head.hidden).to(head.dtype), logits_of_largest[: chunk.n]
+        head.products.logits(hidden, head.bias, logits)
+        work(logits.unsqueeze(0), k)
+        if wanted.hidden:
+            chunk.put(d_hidden, head.products.d_hidden(logits))
+        if wanted.weight:
+            head.products.add_d_weight(logits, hidden, d_weight, first=k == 0)
+        if wanted.bias:
+            d_bias += logits.sum(0)
+    if not chunks:
+        d_weight.zero_()
+    d_bias = d_bias if head.bias is None else d_bias.to(kept_dtype(head.bias))
+    return Gradients(d_hidden, d_weight.to(kept_dtype(head.weight)), d_bias)
+
+
+def kept_dtype(x: Tensor) -> torch.dtype:
+    """Of the gradient of x until it has been multiplied by the loss scale."""
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
