@@ -166,8 +166,3 @@ def make_case(shape: Shape, loss: LossCase, device: str = "cpu", seed: int = 0) 
     advantage = (torch.arange(n) % 2).float() if loss.verdicts else torch.randn(n) + (torch.arange(n) % 2) * 2 - 1
     tensors = (target, advantage, old_logp, ref_logp, cu_seqlens)
     return logits.to(device), uk.Batch(*(None if x is None else x.to(device) for x in tensors))
-
-
-def in_fp64(batch: uk.Batch) -> uk.Batch:
-    values = (batch.advantage, batch.old_logp, batch.ref_logp)
-    return uk.Batch(batch.target, *(None if x is None else x.double() for x in values), batch.cu_seqlens)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 import unirl_kernels as uk
-from tests.cases import LossCase, in_fp64
+from tests.cases import LossCase
 from unirl_kernels import reference
-from unirl_kernels.accuracy import violations
+from unirl_kernels.accuracy import condition_of, violations
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,10 @@ def check(got: Result, logits: Tensor, batch: uk.Batch, loss: LossCase, interpre
     Plain PyTorch gets the logits in fp32 and its gradient is rounded to their dtype: in bf16 it would be so wrong
     that twice its error says nothing.
     """
-    truth = naive(logits.double(), in_fp64(batch), loss)
+    truth = naive(logits.double(), batch, loss)
     plain = naive(logits.float(), batch, loss)
     lse = torch.logsumexp(logits.double(), -1).abs().max().item() if logits.numel() else 1.0
-    size = max(truth.loss.abs().item(), 1e-30)
-    condition = max(lse, 1.0) * max(1.0, 1 / size)
+    condition = max(lse, 1.0) * condition_of(truth.loss)
     problems = violations(got.loss.view(1), plain.loss.view(1), truth.loss.view(1), condition=condition)
     assert not problems, f"loss {got.loss.item()} against {truth.loss.item()}: {problems}"
     assert got.d_logits.dtype == logits.dtype

@@ -80,7 +80,7 @@ def test_truth_is_the_oracle(loss: str) -> None:
     """The gate computes loss and gradient by parts, so that they fit into memory."""
     inputs = Inputs.make(replace(SMALL, loss=loss))
     truth = Truth(inputs)
-    logits, batch = inputs.logits.double(), inputs.exact_batch()
+    logits, batch = inputs.logits.double(), inputs.batch
     torch.testing.assert_close(truth.loss[torch.float64], reference.loss(loss, logits, batch), rtol=1e-12, atol=0)
     expected = reference.gradient(loss, logits, batch).flatten(0, 1)[truth.rows]
     torch.testing.assert_close(truth._gradient(False, torch.float64), expected, rtol=1e-10, atol=1e-14)

@@ -82,7 +82,7 @@ def test_wrong_options(capsys: pytest.CaptureFixture[str], arguments: Sequence[s
         (["--model", "{tmp}/torn.gguf"], "cannot load the tokenizer of torn"),
         (["--model", "{tmp}/hollow"], "cannot load the tokenizer of hollow"),
         (["--device", "teapot"], "--device teapot is not available"),
-        (["--device", "meta"], "--device meta is not available"),
+        (["--device", "meta"], "--device must be of cpu, cuda, got meta"),
         (["--device", "cuda:99"], "--device cuda:99 is not available"),
         (["--backend", "abacus"], "backend must be one of cpu, triton, cuda, eager, got 'abacus'"),
         (["--out", "{tmp}/text/out"], "cannot write to --out"),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import unirl_kernels as uk
-from unirl_kernels.accuracy import violations
+from unirl_kernels.accuracy import condition_of, violations
 from unirl_kernels.backends import ReadoutArgs, RowFields, RowGradients, RowStats, cpu, eager
 from unirl_kernels.program import trace
 
@@ -106,8 +106,8 @@ def test_statistics_and_gradient(readout: str, dtype: torch.dtype) -> None:
         cpu.token_stats_backward(logits, target, stats, gradients, typed, d_logits)
         scale = truth[2].abs().max().item()
         for name, x, p, t in zip(stats._fields, stats, plain, truth, strict=True):
-            condition = max(1.0, scale / max(t.abs().max().item(), 1e-30))
-            assert not (problems := violations(x, p, t, condition=condition)), f"V = {vocab}, {name}: {problems}"
+            problems = violations(x, p, t, condition=condition_of(t, scale))
+            assert not problems, f"V = {vocab}, {name}: {problems}"
         problems = violations(d_logits, d_plain.to(dtype), d_truth, condition=max(1.0, scale))
         assert not problems, f"V = {vocab}, gradient: {problems}"
 

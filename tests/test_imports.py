@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,8 @@ ARROWS = {
 }
 """What each layer may import of the package. Drivers on top (cli, demo, doctor, ...) use everything."""
 
+COMMANDS = ("bench", "demo", "doctor")
+
 BACKENDS = ("eager", "cpu", "triton", "cuda")
 
 
@@ -36,11 +39,16 @@ def imports(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
-            of_package = node.module == "unirl_kernels"
-            found |= {f"{node.module}.{a.name}" for a in node.names} if of_package else {node.module}
+            found |= {_module(node.module, alias.name) for alias in node.names}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
     return {name.removeprefix("unirl_kernels.") for name in found if name.startswith("unirl_kernels.")}
+
+
+def _module(package: str, name: str) -> str:
+    """What ``from package import name`` loads: a module of that name where there is one."""
+    path = PACKAGE.parent.joinpath(*package.split("."), name)
+    return f"{package}.{name}" if path.is_dir() or path.with_suffix(".py").exists() else package
 
 
 def files(layer: str) -> list[Path]:
@@ -59,6 +67,19 @@ def test_backends_do_not_import_one_another() -> None:
         for path in files(f"backends/{backend}"):
             others = {f"backends.{other}" for other in BACKENDS if other != backend}
             assert not others & {".".join(name.split(".")[:2]) for name in imports(path)}, path
+
+
+def test_commands_do_not_import_one_another() -> None:
+    for command in COMMANDS:
+        for path in files(command):
+            assert not {name.split(".")[0] for name in imports(path)} & {*COMMANDS} - {command}, path
+
+
+def test_no_import_goes_round_in_a_circle() -> None:
+    """Imports inside of functions count, too."""
+    paths = {path: path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py")}
+    names = {path: ".".join(name.parts).removesuffix(".__init__") for path, name in paths.items()}
+    graphlib.TopologicalSorter({name: imports(path) for path, name in names.items()}).prepare()
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unirl_kernels.accuracy import violations
+from unirl_kernels.accuracy import condition_of, violations
 from unirl_kernels.backends import ReadoutArgs, RowFields, load
 from unirl_kernels.program import trace
 
@@ -108,8 +108,7 @@ def run(
 
 def check(got: Tensor, plain: Tensor, truth: Tensor, what: str, condition: float = 1.0) -> None:
     """``plain`` is naive fp32 (fp64 for fp64 logits), rounded to the dtype of ``got``."""
-    size = truth[truth.isfinite()].abs().max().clamp(min=1e-30).item()
-    relative = 1.0 if what == "d_logits" else max(1.0, 1 / size)
+    relative = 1.0 if what == "d_logits" else condition_of(truth)
     problems = violations(got, plain.to(got.dtype), truth, condition=condition * relative)
     assert not problems, f"{what}: {problems}"
 

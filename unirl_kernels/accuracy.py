@@ -56,6 +56,25 @@ def error(x: Tensor, truth: Tensor) -> Error:
     )
 
 
+def condition_of(truth: Tensor, scale: float = 1.0) -> float:
+    """How much larger than a result the values are that it is computed from, at least 1.
+
+    Args:
+        truth: the result, float64.
+        scale: size of the intermediate values; for a log-probability |lse|, of which the target's logit is subtracted.
+
+    Returns:
+        What ``budget`` and ``violations`` take as ``condition``.
+    """
+    return max(1.0, scale / max(_peak(truth), 1e-30))
+
+
+def _peak(truth: Tensor) -> float:
+    """max |truth| where it is finite; 0 where it never is."""
+    finite = truth[torch.isfinite(truth)]
+    return finite.abs().max().item() if len(finite) else 0.0
+
+
 def budget(plain: Tensor, truth: Tensor, *, ulps: float = 8.0, condition: float = 1.0) -> Error:
     """The error allowed: twice that of ``plain``, and ``ulps`` units of rounding.
 
@@ -63,15 +82,12 @@ def budget(plain: Tensor, truth: Tensor, *, ulps: float = 8.0, condition: float 
         plain: what eager PyTorch computes; its dtype is the result's dtype.
         truth: float64, the same shape.
         ulps: units of rounding that pass in any case (``plain`` may be lucky).
-        condition: factor from rounding of an intermediate value to an error of the result, >= 1; for a
-            log-probability |lse| / |logp|, for instance.
+        condition: factor from rounding of an intermediate value to an error of the result, >= 1; see ``condition_of``.
     """
     reached = error(plain, truth)
     rounding = ulps * torch.finfo(plain.dtype).eps * max(1.0, condition)
-    finite = truth[torch.isfinite(truth)]
-    peak = finite.abs().max().item() if len(finite) else 0.0
     return Error(
-        2 * reached.largest + rounding * peak, 2 * reached.relative + rounding, 2 * abs(reached.bias) + rounding
+        2 * reached.largest + rounding * _peak(truth), 2 * reached.relative + rounding, 2 * abs(reached.bias) + rounding
     )
 
 

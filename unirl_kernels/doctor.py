@@ -16,6 +16,7 @@ import torch
 
 from unirl_kernels import backends
 from unirl_kernels._version import __version__
+from unirl_kernels.machine import processor
 
 HELP = "what is available here, and why the rest is not"
 
@@ -73,7 +74,7 @@ def _versions() -> list[tuple[str, str]]:
 
 
 def _devices() -> list[tuple[str, str]]:
-    cpu = f"{_processor()}; {os.cpu_count()} logical cores, {torch.get_num_threads()} threads used"
+    cpu = f"{processor()}; {os.cpu_count()} logical cores, {torch.get_num_threads()} threads used"
     found = [("cpu", cpu)]
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
@@ -85,17 +86,6 @@ def _devices() -> list[tuple[str, str]]:
             )
         )
     return found
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:  # not Linux
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _backend(device: torch.device, name: str) -> tuple[str, str, str, str]:

@@ -4,7 +4,8 @@ Full log-softmax, gather, a Python loop over the sequences, autograd. Nothing he
 or the kernels, so agreement tests both. Give it fp64 logits and it is the truth the package is held to; give it
 fp32 or bf16 logits and it is what people write by hand.
 
-Every function reads ``batch`` by attribute: target, advantage, old_logp, ref_logp, cu_seqlens.
+Every function reads ``batch`` by attribute: target, advantage, old_logp, ref_logp, cu_seqlens. The fp32 fields of a
+batch need no conversion: beside fp64 logits they are exact values of an fp64 computation.
 """
 
 from __future__ import annotations

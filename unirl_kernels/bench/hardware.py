@@ -14,6 +14,7 @@ import torch
 
 from unirl_kernels import __version__, backends
 from unirl_kernels.bench.buffers import last_level_cache_bytes
+from unirl_kernels.machine import processor
 
 SOURCE = Path(__file__).parent
 COMPUTING = (":/unirl_kernels", ":/csrc", ":/setup.py")
@@ -34,7 +35,7 @@ def versions() -> dict[str, str]:
 def hardware(device: torch.device) -> dict[str, str | int]:
     """The processor, and the GPU where ``device`` is one."""
     found: dict[str, str | int] = {
-        "cpu": _cpu_model(),
+        "cpu": processor(),
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
         "last_level_cache_bytes": last_level_cache_bytes(device),
@@ -51,17 +52,6 @@ def hardware(device: torch.device) -> dict[str, str | int]:
             "memory_bytes": properties.total_memory,
         }
     return found
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    values = dict(line.split(":", 1) for line in reversed(lines) if ":" in line)
-    facts = {name.strip(): value.strip() for name, value in values.items()}
-    family = f" family {facts['cpu family']} model {facts['model']}" if "cpu family" in facts else ""
-    return facts.get("model name", platform.machine()) + family
 
 
 COUNTABLE_SECONDS = 0.5

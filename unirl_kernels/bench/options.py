@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 
 from unirl_kernels import reference
+from unirl_kernels.bench.defaults import ROUNDS, SIZE, SWEPT_SIZE
 from unirl_kernels.bench.work import DTYPES, FUSED, MODES
-from unirl_kernels.cli import CommandFailed
+from unirl_kernels.options import DEVICE_HELP, at_least, need
 
 HELP = "kernel variants and peers side by side: time against the floor, memory, errors"
-
-ROUNDS = {"cpu": 7, "cuda": 30}
-SIZE = (4096, 151936)
-SWEPT_SIZE = {"cpu": (128, 32000), "cuda": (4096, 151936)}
-"""Tokens and vocabulary: in a sweep, each stays what it is here while the other changes."""
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, got {text!r}")
-        return int(text)
-
-    return parse
 
 
 def _names(text: str) -> list[str]:
@@ -37,10 +22,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--loss", choices=tuple(reference.LOSSES), default="grpo", help="what is computed")
     add("--mode", choices=tuple(MODES), default=FUSED, help="; ".join(f"{k}: {v}" for k, v in MODES.items()))
     swept = ", ".join(f"{tokens} × {vocab} ({device})" for device, (tokens, vocab) in SWEPT_SIZE.items())
-    add("--tokens", type=_at_least(1), help=f"rows of logits; None: {SIZE[0]}")
-    add("--vocab", type=_at_least(2), help=f"columns of logits; None: {SIZE[1]}")
+    add("--tokens", type=at_least(1), help=f"rows of logits; None: {SIZE[0]}")
+    add("--vocab", type=at_least(2), help=f"columns of logits; None: {SIZE[1]}")
     add("--dtype", choices=tuple(DTYPES), default="bf16", help="of the logits")
-    add("--device", help="cpu, cuda, cuda:1 ...; None: cuda where there is one, else cpu")
+    add("--device", help=DEVICE_HELP)
     add("--kernels", type=_names, default=["all"], help="of this package: all, none, or names as cpu,triton/two_sweep")
     add("--peers", type=_names, default=["all"], help="all, none, or names as eager,compile,trl")
     place = parser.add_mutually_exclusive_group()
@@ -49,13 +34,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--on-policy", action="store_true", help="no old log-probabilities: the ratio is 1")
     add(
         "--rounds",
-        type=_at_least(2),
+        type=at_least(2),
         help=f"timed calls of each; None: {ROUNDS['cpu']} on a CPU, {ROUNDS['cuda']} on a GPU",
     )
     memory = "peak memory, each in a process of its own; never in a sweep"
     add("--memory", action=argparse.BooleanOptionalAction, default=True, help=memory)
     add("--sweep", action="store_true", help=f"change the vocabulary, then the tokens, each from {swept}")
-    add("--seed", type=_at_least(0), default=0, help="of the random logits")
+    add("--seed", type=at_least(0), default=0, help="of the random logits")
     add("--out", type=Path, metavar="FILE.json", help="where to save the results")
     actions = parser.add_subparsers(metavar="[plot | readme]", help="of saved results; bare: measure")
     defaults = argparse.ArgumentDefaultsHelpFormatter
@@ -72,28 +57,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     readme.set_defaults(run=run_readme)
 
 
-def _need(*packages: str) -> None:
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise CommandFailed(f"not installed: {', '.join(missing)}; get it with: pip install {' '.join(missing)}")
-
-
 def run(options: argparse.Namespace) -> int:
-    _need("rich")
+    need({"rich": "rich"})
     from unirl_kernels.bench.run import run_bench
 
     return run_bench(options)
 
 
 def run_plot(options: argparse.Namespace) -> int:
-    _need("matplotlib")
+    need({"matplotlib": "matplotlib"})
     from unirl_kernels.bench.plot import plot
 
     return plot(options.files, options.folder)
 
 
 def run_readme(options: argparse.Namespace) -> int:
-    _need("rich")
+    need({"rich": "rich"})
     from unirl_kernels.bench.readme import renew
 
     return renew(options.file, options.results)

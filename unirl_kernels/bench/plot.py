@@ -8,19 +8,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
 from unirl_kernels.bench.providers import OURS
 from unirl_kernels.bench.record import Record, Row, Run, three_digits, title
 from unirl_kernels.cli import CommandFailed
+from unirl_kernels.picture import ACCENT, INK, WARM, new_figure, note, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-INK, MUTED, GRID = "#1d2733", "#9aa5b1", "#e4e7eb"
-OURS_COLORS = ("#0b7a75", "#12b5ac", "#06423f", "#5fd0c8")
-PEER_COLORS = ("#d1495b", "#edae49", "#00798c", "#66507d", "#8d6a4f", "#30638e", "#b56576", "#6a994e")
+OURS_COLORS = (ACCENT, "#12b5ac", "#06423f", "#5fd0c8")
+PEER_COLORS = (WARM, "#edae49", "#00798c", "#66507d", "#8d6a4f", "#30638e", "#b56576", "#6a994e")
 LEAST_SWEPT = 3
 """Works that differ in one size alone form a sweep from this many on."""
 
@@ -63,7 +63,8 @@ def _sweeps(runs: Sequence[Run], axis: str) -> Iterable[list[Run]]:
 def draw_sweeps(sweeps: dict[str, list[list[Run]]]) -> Figure:
     """Time against vocabulary and against tokens, the floor drawn."""
     panels = [(axis, group) for axis, groups in sweeps.items() for group in groups]
-    figure, axes = _figure(len(panels), 6.2, 5)
+    figure = new_figure(6.2 * len(panels), 5)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
     colors = _colors(run for _, group in panels for run in group)
     for panel, (axis, group) in zip(axes, panels, strict=True):
         _draw_sweep(panel, axis, group, colors)
@@ -76,14 +77,14 @@ def _draw_sweep(axes: Axes, axis: str, runs: Sequence[Run], colors: dict[str, st
     for key, color in colors.items():
         rows = [next((row for row in run.rows if row.key == key), None) for run in runs]
         points = [(n, row.time) for n, row in zip(sizes, rows, strict=True) if row is not None and row.time is not None]
-        style = "o-" if key.startswith(OURS) else "s--"
-        axes.plot([n for n, _ in points], [t.median * 1e3 for _, t in points], style, color=color, label=key, ms=4)
+        marks = "o-" if key.startswith(OURS) else "s--"
+        axes.plot([n for n, _ in points], [t.median * 1e3 for _, t in points], marks, color=color, label=key, ms=4)
     floors = [run.floor_seconds * 1e3 for run in runs]
     axes.plot(sizes, floors, color=INK, lw=1.2, ls=":", label="floor, at the bandwidth of copy_")
     work = runs[0].work
     fixed = f"T = {work.tokens}" if axis == "vocab" else f"V = {work.vocab}"
     names = {"vocab": "vocabulary, V", "tokens": "tokens, T"}
-    _style(axes, f"{work.loss}, {work.mode}, {work.dtype}, {fixed}", names[axis], "ms")
+    style(axes, f"{work.loss}, {work.mode}, {work.dtype}, {fixed}", names[axis], "ms")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(sizes, [str(n) for n in sizes], rotation=45, fontsize=8)
@@ -93,8 +94,8 @@ def _draw_sweep(axes: Axes, axis: str, runs: Sequence[Run], colors: dict[str, st
 def draw_run(run: Run) -> Figure:
     """Time with the floor drawn, memory, and error against time."""
     right = sorted((row for row in run.rows if row.time is not None), key=_median)
-    figure, axes = _figure(3, 5.2, 1.6 + 0.36 * max(6, len(right)))
-    figure.suptitle(title(run.work), x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
+    figure = new_figure(3 * 5.2, 1.6 + 0.36 * max(6, len(right)), title(run.work))
+    axes = figure.subplots(1, 3)
     colors = _colors([run])
     _draw_bars(axes[0], "Time", "ms", right, colors, lambda row: _median(row) * 1e3)
     axes[0].axvline(run.floor_seconds * 1e3, color=INK, lw=1.2, ls=":")
@@ -111,10 +112,8 @@ def _draw_bars(
     values = [value(row) for row in rows]
     axes.barh(range(len(rows)), values, height=0.62, color=[colors[row.key] for row in rows])
     for i, x in enumerate(values):
-        axes.annotate(
-            three_digits(x), (x, i), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, color=INK
-        )
-    _style(axes, name, unit, "")
+        note(axes, three_digits(x), (x, i), "right")
+    style(axes, name, unit)
     axes.set_yticks(range(len(rows)), [row.key for row in rows], fontsize=8)
     axes.set_ylim(len(rows) - 0.4, -0.9)
     axes.set_xlim(0, 1.15 * max(values, default=1) or 1)
@@ -127,7 +126,7 @@ def _draw_errors(axes: Axes, rows: Sequence[Row], colors: dict[str, str]) -> Non
             axes.scatter(_median(row) * 1e3, error, color=colors[row.key], s=46, zorder=3)
     of_gradient = any(row.gradient_error is not None for row in rows)
     name = "gradient error, relative L2" if of_gradient else "log-probability error, nats"
-    _style(axes, "Error against fp64, against time", "ms", name)
+    style(axes, "Error against fp64, against time", "ms", name)
     for axis in (axes.xaxis, axes.yaxis):
         axis.axes.set(**{f"{axis.axis_name}scale": "log"})
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -145,19 +144,3 @@ def _colors(runs: Iterable[Run]) -> dict[str, str]:
     keys = list(dict.fromkeys(row.key for run in runs for row in run.rows if row.time is not None))
     ours, peers = itertools.cycle(OURS_COLORS), itertools.cycle(PEER_COLORS)
     return {key: next(ours if key.startswith(OURS) else peers) for key in keys}
-
-
-def _figure(columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(width * columns, height), dpi=150, layout="constrained", facecolor="white")
-    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
-
-
-def _style(axes: Axes, name: str, x: str, y: str) -> None:
-    axes.set_title(name, loc="left", fontsize=10, color=INK)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(MUTED)
-    axes.tick_params(colors=INK, length=0)
-    axes.grid(color=GRID)
-    axes.set_axisbelow(True)
-    axes.set_xlabel(x, color=INK)
-    axes.set_ylabel(y, color=INK)

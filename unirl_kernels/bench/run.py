@@ -8,24 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from unirl_kernels.bench import hardware
+from unirl_kernels.bench.defaults import ROUNDS, SIZE, SWEPT_SIZE, SWEPT_TOKENS, SWEPT_VOCABS
 from unirl_kernels.bench.measurement import Measurement
-from unirl_kernels.bench.options import ROUNDS, SIZE, SWEPT_SIZE
 from unirl_kernels.bench.providers import OURS, Provider
 from unirl_kernels.bench.record import OK, Record, Run
 from unirl_kernels.bench.selection import chosen
 from unirl_kernels.bench.table import remarks, terminal
 from unirl_kernels.bench.work import Work
 from unirl_kernels.cli import CommandFailed
-from unirl_kernels.demo.progress import Stages
-
-REPORT_WIDTH = 200
-"""Columns of a log file, so that the table's cells need no second line."""
-
-SWEPT_VOCABS = (1024, 4096, 16384, 49152, 151936, 262144)
-SWEPT_TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
+from unirl_kernels.options import usable_device
+from unirl_kernels.terminal import Stages, open_console
 
 
 def run_bench(options: argparse.Namespace) -> int:
@@ -37,13 +31,11 @@ def run_bench(options: argparse.Namespace) -> int:
     Raises:
         CommandFailed: when something that was asked for cannot be had, or a kernel of this package is wrong.
     """
-    device = _device(options.device)
+    device = usable_device(options.device)
     rounds = options.rounds or ROUNDS[device.type]
     works = [(work, _providers(work, options)) for work in _works(options, device)]
     _make_writable(options.out)
-    console = Console()
-    if not console.is_terminal:
-        console.width = REPORT_WIDTH
+    console = open_console()
     runs: list[Run] = []
     for work, providers in works:
         run = _measured(work, providers, rounds, options.memory and not options.sweep, Stages(console))
@@ -57,19 +49,6 @@ def run_bench(options: argparse.Namespace) -> int:
     if rows:
         raise CommandFailed("; ".join(f"{row.kernel} is {row.status}: {row.reasons[0]}" for row in rows))
     return 0
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise CommandFailed(f"--device {name} is not available: {str(error).strip().splitlines()[0]}") from error
-    if device.type not in ROUNDS:
-        raise CommandFailed(f"--device must be of {', '.join(ROUNDS)}, got {name}")
-    return device
 
 
 def _works(options: argparse.Namespace, device: torch.device) -> Iterator[Work]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import unirl_kernels as uk
 from unirl_kernels import reference
-from unirl_kernels.accuracy import error, violations
+from unirl_kernels.accuracy import condition_of, error, violations
 from unirl_kernels.bench.work import FUSED, Inputs, Values, log_probs
 
 CHECKED_BYTES = 2**26
@@ -75,17 +75,14 @@ class Truth:
         exact, plain = self.logp[torch.float64], self.logp[torch.float32]
         if values.logp is not None:
             logp = torch.where(self.inputs.used, values.logp.detach(), 0)
-            condition = max(1.0, self.lse / max(exact.abs().max().item(), 1e-30))
-            check.logp_error, _ = check.hold("logp", logp, plain, exact, condition)
+            check.logp_error, _ = check.hold("logp", logp, plain, exact, condition_of(exact, self.lse))
         if values.entropy is not None:
             got = torch.where(self.checked_target != uk.IGNORE, values.entropy.detach().flatten()[self.rows], 0)
             exact, plain = self.entropy[torch.float64], self.entropy[torch.float32]
-            condition = max(1.0, self.lse / max(exact.abs().max().item(), 1e-30))
-            check.entropy_error, _ = check.hold("entropy", got, plain, exact, condition)
+            check.entropy_error, _ = check.hold("entropy", got, plain, exact, condition_of(exact, self.lse))
         if values.loss is not None:
             exact, plain = (self.loss[d].view(1) for d in (torch.float64, torch.float32))
-            condition = self.lse * max(1.0, 1 / max(exact.abs().item(), 1e-30))
-            check.hold("loss", values.loss.detach().view(1), plain, exact, condition)
+            check.hold("loss", values.loss.detach().view(1), plain, exact, self.lse * condition_of(exact))
         if gradient is not None:
             self._check_gradient(check, gradient, values.entropy is not None)
         return check
@@ -99,9 +96,6 @@ class Truth:
         if bool(got[self.checked_target == uk.IGNORE].any()):
             check.problems.append("gradient: an ignored row is not zero")
 
-    def _batch(self, dtype: torch.dtype) -> uk.Batch:
-        return self.inputs.exact_batch() if dtype == torch.float64 else self.inputs.batch
-
     @cached_property
     def loss(self) -> dict[torch.dtype, Tensor]:
         """The loss of the whole batch: that of two words of which the target has the probability it has here."""
@@ -109,7 +103,7 @@ class Truth:
         losses = {}
         for dtype, logp in self.logp.items():
             others = torch.log(-torch.expm1(logp.clamp(max=-torch.finfo(dtype).tiny)))
-            batch = self._batch(dtype)
+            batch = self.inputs.batch
             two = uk.Batch(target, batch.advantage, batch.old_logp, batch.ref_logp)
             losses[dtype] = reference.loss(algorithm, torch.stack([logp, others], -1), two)
         return losses
@@ -139,7 +133,7 @@ class Truth:
         inputs = self.inputs
         if inputs.work.mode != FUSED:
             return inputs.d_logp.flatten()[self.rows].to(dtype)
-        gc = reference.coefficients(inputs.work.loss, self.logp[dtype], self._batch(dtype))
+        gc = reference.coefficients(inputs.work.loss, self.logp[dtype], inputs.batch)
         units = inputs.batch.n_sequences // (2 if inputs.work.loss == "dpo" else 1)
         length = inputs.batch.per_token(inputs.batch.lengths).flatten()
         return (-gc / (units * length.clamp(min=1)))[self.rows]

@@ -175,11 +175,6 @@ class Inputs:
         weights = loss.aggregation.weights(self.batch).reshape(-1)
         return Values((values * weights.to(values.dtype)).sum(), logp)
 
-    def exact_batch(self) -> uk.Batch:
-        """The batch in float64."""
-        values = {name: getattr(self.batch, name) for name in ("advantage", "old_logp", "ref_logp")}
-        return replace(self.batch, **{name: x.double() for name, x in values.items() if x is not None})
-
 
 def log_probs(logits: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
     """log pi(o_t), [B, L], in ``dtype`` arithmetic, a few rows at a time."""

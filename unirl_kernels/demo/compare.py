@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 import unirl_kernels as uk
 from unirl_kernels import backends, reference
-from unirl_kernels.accuracy import Error, budget, error
+from unirl_kernels.accuracy import Error, budget, condition_of, error
 from unirl_kernels.demo.sources import Source
 from unirl_kernels.measure import Timing, interleaved_times, peak_extra_bytes
 
@@ -122,15 +122,14 @@ def _checks(
 ) -> tuple[float, Check, Check]:
     """The fused loss, its error, and the error of its gradient."""
     exact = leaf.detach().double().requires_grad_()
-    true_loss, true_gradient = _with_gradient(reference.loss(source.algorithm, exact, _double(source.batch)), exact)
+    true_loss, true_gradient = _with_gradient(reference.loss(source.algorithm, exact, source.batch), exact)
     true_gradient = _at_tokens(true_gradient, source.batch)
     del exact
     after_step()
     naive_loss, naive_gradient = _with_gradient(reference.loss(source.algorithm, leaf.float(), source.batch), leaf)
     naive_gradient = _at_tokens(naive_gradient, source.batch)
     # Losses of tokens are of order 1 and cancel where advantages do: an ulp is one of 1, not of what is left.
-    condition = 1 / max(abs(true_loss.item()), 1e-30)
-    loss_budget = budget(naive_loss, true_loss, ulps=ULPS, condition=condition)
+    loss_budget = budget(naive_loss, true_loss, ulps=ULPS, condition=condition_of(true_loss))
     gradient_budget = budget(naive_gradient.float(), true_gradient, ulps=ULPS)
     del naive_gradient
     after_step()
@@ -153,8 +152,3 @@ def _at_tokens(gradient: Tensor, batch: uk.Batch) -> Tensor:
     """[tokens, V]: the rows of the valid tokens; NaN when another row is not exactly zero."""
     stray = gradient[~batch.valid].any()
     return torch.where(stray, torch.nan, gradient[batch.valid])
-
-
-def _double(batch: uk.Batch) -> uk.Batch:
-    fields = {name: getattr(batch, name) for name in ("advantage", "old_logp", "ref_logp")}
-    return replace(batch, **{name: x.double() for name, x in fields.items() if x is not None})

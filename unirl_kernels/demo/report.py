@@ -6,18 +6,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from unirl_kernels.demo.compare import FUSED, NAIVE, Check, Row
 from unirl_kernels.demo.train import Step
+from unirl_kernels.picture import ACCENT, MUTED, WARM, new_figure, note, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-INK, MUTED, ACCENT, GRID = "#1d2733", "#9aa5b1", "#0b7a75", "#e4e7eb"
-WARM = "#d1495b"
 
 
 @dataclass(frozen=True)
@@ -121,36 +119,18 @@ def _times(pair: tuple[float, float]) -> str:
 
 def save_picture(result: Result, path: Path) -> None:
     """Errors, time, memory and GRPO steps, as one PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 8), dpi=150, layout="constrained", facecolor="white")
+    title = f"Six objectives on the logits of {result.model}   V = {result.vocab}, backend {result.backend}"
+    figure = new_figure(12, 8, title)
     axes = figure.subplot_mosaic([["errors", "time"], ["memory", "reward"], ["memory", "kl"]], height_ratios=[2, 1, 1])
     _draw_errors(axes["errors"], result.rows)
     ms = [(row.time[FUSED].median * 1e3, row.time[NAIVE].median * 1e3) for row in result.rows]
     mb = [(row.peak_bytes[FUSED] / 1e6, row.peak_bytes[NAIVE] / 1e6) for row in result.rows]
     _draw_bars(axes["time"], "Time of loss and gradient", "ms", result.rows, ms)
     _draw_bars(axes["memory"], "Peak memory beyond the logits", "MB", result.rows, mb)
-    _draw_steps(axes["reward"], "GRPO: reward", ACCENT, [s.reward for s in result.grpo_steps])
-    _draw_steps(axes["kl"], "GRPO: KL to the frozen model", WARM, [s.step.metrics["kl"] for s in result.grpo_steps])
-    axes["kl"].set_xlabel("step", color=INK)
-    figure.suptitle(
-        f"Six objectives on the logits of {result.model}   V = {result.vocab}, backend {result.backend}",
-        x=0.01,
-        ha="left",
-        fontsize=13,
-        fontweight="bold",
-        color=INK,
-    )
+    kl = [s.step.metrics["kl"] for s in result.grpo_steps]
+    _draw_steps(axes["reward"], "GRPO: reward", "", ACCENT, [s.reward for s in result.grpo_steps])
+    _draw_steps(axes["kl"], "GRPO: KL to the frozen model", "step", WARM, kl)
     figure.savefig(path)
-
-
-def _style(axes: Axes, title: str, grid: Literal["x", "y"]) -> None:
-    axes.set_title(title, loc="left", fontsize=11, color=INK)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(MUTED)
-    axes.tick_params(colors=INK, length=0)
-    axes.grid(axis=grid, color=GRID)
-    axes.set_axisbelow(True)
 
 
 def _draw_errors(axes: Axes, rows: Sequence[Row]) -> None:
@@ -163,7 +143,7 @@ def _draw_errors(axes: Axes, rows: Sequence[Row]) -> None:
         axes.scatter(values, places, color=color, s=42, label=name, zorder=3)
         axes.scatter([check.tolerance for check in checks], places, color=color, marker="|", s=120, zorder=3)
     axes.scatter([], [], color=MUTED, marker="|", s=120, label="tolerance")
-    _style(axes, "Error against fp64", "x")
+    style(axes, "Error against fp64", grid="x")
     axes.set_xscale("log")
     _label_rows(axes, rows)
     _legend(axes)
@@ -176,17 +156,8 @@ def _draw_bars(axes: Axes, title: str, unit: str, rows: Sequence[Row], pairs: Se
     ):
         axes.barh([i + shift for i in range(len(rows))], values, height=0.36, color=color, label=name)
     for i, pair in enumerate(pairs):
-        axes.annotate(
-            f"{pair[0]:.3g} {unit}   naive {_times(pair)}",
-            (pair[0], i - 0.19),
-            xytext=(5, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-            color=INK,
-        )
-    _style(axes, title, "x")
-    axes.set_xlabel(unit, color=INK)
+        note(axes, f"{pair[0]:.3g} {unit}   naive {_times(pair)}", (pair[0], i - 0.19), "right")
+    style(axes, title, unit, grid="x")
     axes.set_xlim(0, 1.15 * max(max(p) for p in pairs))
     _label_rows(axes, rows)
     _legend(axes)
@@ -211,20 +182,12 @@ def _legend(axes: Axes) -> None:
     )
 
 
-def _draw_steps(axes: Axes, title: str, color: str, values: Sequence[float]) -> None:
-    _style(axes, title, "y")
+def _draw_steps(axes: Axes, title: str, x: str, color: str, values: Sequence[float]) -> None:
+    style(axes, title, x, grid="y")
     numbers = range(1, len(values) + 1)
     axes.plot(numbers, values, "o-", color=color)
     for number, value in zip(numbers, values, strict=True):
-        axes.annotate(
-            f"{value:.3f}",
-            (number, value),
-            xytext=(0, 7),
-            textcoords="offset points",
-            ha="center",
-            fontsize=8,
-            color=INK,
-        )
+        note(axes, f"{value:.3f}", (number, value), "above")
     axes.set_xticks(numbers)
     axes.set_ylim(0, 1.35 * max(values, default=0) or 1)
     if not values:

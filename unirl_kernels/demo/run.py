@@ -10,14 +10,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 import unirl_kernels as uk
 from unirl_kernels import backends
 from unirl_kernels.cli import CommandFailed
 from unirl_kernels.demo.compare import Row, compare, steps_per_comparison
 from unirl_kernels.demo.model import LanguageModel, Location, load_model, load_tokenizer, locate
-from unirl_kernels.demo.progress import Stages
 from unirl_kernels.demo.questions import Question, Questions
 from unirl_kernels.demo.report import GrpoStep, Result, save_picture, save_summary, table
 from unirl_kernels.demo.sampling import Sampler, Samples
@@ -31,11 +29,11 @@ from unirl_kernels.demo.sources import (
     samples_with_advantages,
 )
 from unirl_kernels.demo.train import Step, optimise, passes
+from unirl_kernels.options import usable_device
+from unirl_kernels.terminal import Stages, open_console
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WARM_UP_STEPS = 2
-REPORT_WIDTH = 160
-"""Columns of a log file, so that the table's cells need no second line."""
 
 
 def run_demo(options: argparse.Namespace) -> int:
@@ -47,13 +45,11 @@ def run_demo(options: argparse.Namespace) -> int:
     Raises:
         CommandFailed: when something that it needs cannot be had.
     """
-    device = _device(options.device)
+    device = usable_device(options.device)
     plan = uk.Plan(_backend(device, options.backend))
     out = _writable(options.out)
     location = locate(options.model)
-    console = Console()
-    if not console.is_terminal:
-        console.width = REPORT_WIDTH
+    console = open_console()
     try:
         demo = Demo(options, device, plan, location, Stages(console))
         rows = list(demo.compare_all())
@@ -69,18 +65,6 @@ def run_demo(options: argparse.Namespace) -> int:
     if exceeded := result.exceeded():
         raise CommandFailed("; ".join(exceeded))
     return 0
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.ones(1, device=device).item()  # not every device that exists computes
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CommandFailed(f"--device {name} is not available: {reason}") from error
-    return device
 
 
 def _backend(device: torch.device, name: str | None) -> str:

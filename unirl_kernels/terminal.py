@@ -1,4 +1,4 @@
-"""Shows what the demo is doing: a bar while it lasts, a line when it is done."""
+"""What a long command shows: a bar for each of its stages while it lasts, a line when it is done."""
 
 from __future__ import annotations
 
@@ -16,6 +16,17 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+
+LOG_WIDTH = 200
+"""Columns of a log file, so that the cells of a table need no second line."""
+
+
+def open_console() -> Console:
+    """The terminal, or the log file in its place."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = LOG_WIDTH
+    return console
 
 
 class Stages:
