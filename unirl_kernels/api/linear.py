@@ -154,7 +154,7 @@ def _readout(readout: Readout, target: Tensor, head: Head) -> tuple[object, ...]
 
 
 def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, plan: Plan) -> Head:
-    """The head, its hidden states as [T, D], with every argument checked."""
+    """The head, its hidden states as [T, D], with its arguments checked."""
     check_dtype("target", target, torch.int64)
     for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if value is not None:
@@ -165,9 +165,7 @@ def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, p
     _check_shapes(hidden, weight, bias)
     dtype = _operand_dtype(hidden, weight, bias)
     backend = choose(hidden.device, plan.backend, None).backend
-    head = Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias, dtype, backend)
-    head.rows_per_chunk(plan.max_chunk_bytes)
-    return head
+    return Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias, dtype, backend)
 
 
 def _check_whole(name: str, value: object) -> None:

@@ -19,7 +19,7 @@ from unirl_kernels.head.statistics import statistics
 from unirl_kernels.head.sweep import Gradients, Head, Wanted, kept_dtype, sweep
 
 LIBRARY = torch.library.Library("unirl", "FRAGMENT")
-_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target"
+_HEAD = "Tensor hidden, Tensor head_weight, Tensor? bias, Tensor target"
 _HOW = "ScalarType dtype, int? max_chunk_bytes"
 
 LIBRARY.define(f"linear_token_stats({_HEAD}, {ops.READOUT}, str backend, {_HOW}) -> (Tensor, Tensor, Tensor)")
@@ -56,7 +56,9 @@ def _linear_token_stats(
 ) -> tuple[Tensor, Tensor, Tensor]:
     *readout, backend, dtype, max_chunk_bytes = args
     ops.check_targets(target, weight.shape[0])
-    return statistics(Head(hidden, weight, bias, dtype, backend), target, readout, max_chunk_bytes)
+    head = Head(hidden, weight, bias, dtype, backend)
+    head.rows_per_chunk(max_chunk_bytes)  # what the backward would refuse is refused here
+    return statistics(head, target, readout, max_chunk_bytes)
 
 
 @_without_autocast
