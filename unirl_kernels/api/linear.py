@@ -13,6 +13,7 @@ from unirl_kernels.api.arguments import (
     check_places,
     kernel_of,
     name_of,
+    places,
     readout_arguments,
     row_fields,
     row_weights,
@@ -61,10 +62,9 @@ def linear_token_stats(
         RuntimeError: when the named backend cannot run here.
     """
     head = _head(hidden, weight, bias, target, plan)
-    readout_args = _readout(readout, target, head)
-    stats = torch.ops.unirl.linear_token_stats(
-        head.hidden, weight, bias, target.reshape(-1), *readout_args, head.backend, head.dtype, plan.max_chunk_bytes
-    )
+    rows = (places(target), *readout_arguments(readout, target, head.row_dtype))
+    how = (head.backend, head.dtype, plan.max_chunk_bytes)
+    stats = torch.ops.unirl.linear_token_stats(head.hidden, weight, bias, *rows, *how)
     return TokenStats(*(x.view(target.shape) for x in stats))
 
 
@@ -111,9 +111,8 @@ def fused_linear_loss(
         if kernel != COMPOSED:
             return _one_pass(head, batch, loss, readout, plan, kernel)
         if groups := _groups(head, batch, loss, plan):
-            composition = Composition(
-                batch, loss, groups, _readout(readout, batch.target, head), head.dtype, head.backend
-            )
+            readout_args = readout_arguments(readout, batch.target, head.row_dtype)
+            composition = Composition(batch, loss, groups, readout_args, head.dtype, head.backend)
             return _output(ComposedLinear.apply(head.hidden, weight, bias, composition), batch, loss)
     stats = linear_token_stats(hidden, weight, batch.target, bias=bias, readout=readout, plan=plan)
     value = loss.composed(Tokens(batch, *stats), loss.aggregation.weights(batch))
@@ -123,10 +122,10 @@ def fused_linear_loss(
 def _one_pass(head: Head, batch: Batch, loss: Loss, readout: Readout, plan: Plan, kernel: str) -> LossOutput:
     traced = loss.traced
     weights, fields = row_weights(loss, batch, head.row_dtype), row_fields(traced.reads, batch, head.row_dtype)
-    rows = (None if x is None else x.reshape(-1) for x in (batch.target, weights, *fields))
     program = (traced.code, loss.params(head.weight.device), head.backend, kernel)
     how = (head.dtype, plan.max_chunk_bytes, _wanted(head))
-    args = (*rows, *_readout(readout, batch.target, head), *program, *how)
+    rows = (places(batch.target), weights, *fields, *readout_arguments(readout, batch.target, head.row_dtype))
+    args = (*rows, *program, *how)
     return _output(OnePassLinear.apply(head.hidden, head.weight, head.bias, *args), batch, loss)
 
 
@@ -146,11 +145,6 @@ def _output(values: tuple[Tensor, Tensor, Tensor], batch: Batch, loss: Loss) -> 
 def _wanted(head: Head) -> list[bool]:
     inputs = (head.hidden, head.weight, head.bias)
     return [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
-
-
-def _readout(readout: Readout, target: Tensor, head: Head) -> tuple[object, ...]:
-    *scalars, temperature = readout_arguments(readout, target, head.row_dtype)
-    return *scalars, None if temperature is None else temperature.reshape(-1)
 
 
 def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, plan: Plan) -> Head:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unirl_kernels import ops
 from unirl_kernels.batch import Batch
 from unirl_kernels.head.chunks import Group
 from unirl_kernels.head.sweep import Gradients, Head, Wanted, sweep
@@ -26,7 +27,7 @@ class Composition:
     Args:
         batch, loss: of the whole.
         groups: what is worked on together; no unit of the loss's scope reaches across two.
-        readout: scale, softcap, temperature, temperature per row [T] or None.
+        readout: scale, softcap, temperature, temperature per row [B, L] or None.
         dtype: of the products' operands.
         backend: name of the one that computes.
     """
@@ -51,6 +52,7 @@ def composed(
         composition: what is computed.
         wanted: which gradients.
     """
+    ops.check_targets(composition.batch.target, weight.shape[0])
     head = Head(hidden, weight, bias, composition.dtype, composition.backend)
     *scalars, row_temperature = composition.readout
     loss, groups, backend = composition.loss, composition.groups, composition.backend
@@ -61,7 +63,7 @@ def composed(
 
     def work(logits: Tensor, k: int) -> None:
         group, chunk = groups[k], groups[k].chunk
-        temperature = None if row_temperature is None else chunk.row(row_temperature)
+        temperature = None if row_temperature is None else chunk.row(row_temperature.reshape(-1))
         args = (*scalars, temperature, backend)
         stats = torch.ops.unirl.token_stats(logits, chunk.row(target), *args)
         of_units = weights[slice(*group.units)] if loss.scope == "pair" else chunk.take(weights)

@@ -1,7 +1,7 @@
 """The operators of linear heads, ``torch.ops.unirl.linear_token_stats`` and ``fused_linear_loss``.
 
-Hidden states are [T, D] and per-row tensors [T]. ``dtype`` is that of the products' operands; ``wanted`` says which of
-d_hidden, d_weight, d_bias are computed, and the others have no elements.
+Hidden states are [T, D] and per-row tensors [B, L], with B * L = T. ``dtype`` is that of the products' operands;
+``wanted`` says which of d_hidden, d_weight, d_bias are computed, and the others have no elements.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from unirl_kernels import ops
+from unirl_kernels.backends import RowStats
 from unirl_kernels.head.chunks import Chunk, by_tokens
 from unirl_kernels.head.statistics import statistics
 from unirl_kernels.head.sweep import Gradients, Head, Wanted, kept_dtype, sweep
@@ -47,18 +48,19 @@ def _without_autocast(operator: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _rows_of(chunk: Chunk, *tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if x is None else chunk.row(x) for x in tensors]
+    return [None if x is None else chunk.row(x.reshape(-1)) for x in tensors]
 
 
 @_without_autocast
-def _linear_token_stats(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *args: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _linear_token_stats(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *args: Any) -> RowStats:
     *readout, backend, dtype, max_chunk_bytes = args
     ops.check_targets(target, weight.shape[0])
     head = Head(hidden, weight, bias, dtype, backend)
     head.rows_per_chunk(max_chunk_bytes)  # what the backward would refuse is refused here
-    return statistics(head, target, readout, max_chunk_bytes)
+    *scalars, row_temperature = readout
+    temperature = None if row_temperature is None else row_temperature.reshape(-1)
+    stats = statistics(head, target.reshape(-1), (*scalars, temperature), max_chunk_bytes)
+    return RowStats(*(x.view(target.shape) for x in stats))
 
 
 @_without_autocast
@@ -68,7 +70,7 @@ def _linear_token_stats_backward(
     stats, gradients, (*scalars, row_temperature), how = args[:3], args[3:6], args[6:10], args[10:]
     backend, dtype, max_chunk_bytes, wanted = how
     head = Head(hidden, weight, bias, dtype, backend)
-    chunks = by_tokens(target, head.rows_per_chunk(max_chunk_bytes))
+    chunks = by_tokens(target.reshape(-1), head.rows_per_chunk(max_chunk_bytes))
 
     def work(logits: Tensor, k: int) -> None:
         rows = _rows_of(chunks[k], target, *stats, *gradients, row_temperature)
@@ -85,9 +87,9 @@ def _fused_linear_loss(
     dtype, max_chunk_bytes, wanted = how
     ops.check_targets(target, weight.shape[0])
     head = Head(hidden, weight, bias, dtype, backend=program[2])
-    chunks = by_tokens(target, head.rows_per_chunk(max_chunk_bytes))
+    chunks = by_tokens(target.reshape(-1), head.rows_per_chunk(max_chunk_bytes))
     losses = []
-    logp, entropy = (hidden.new_zeros(target.shape, dtype=head.row_dtype) for _ in range(2))
+    logp, entropy = (hidden.new_zeros(target.numel(), dtype=head.row_dtype) for _ in range(2))
 
     def work(logits: Tensor, k: int) -> None:
         rows = _rows_of(chunks[k], target, *fields, row_temperature)
@@ -98,7 +100,7 @@ def _fused_linear_loss(
 
     gradients = sweep(head, chunks, work, Wanted(*wanted))
     loss = torch.stack(losses).sum() if losses else logp.new_zeros(())
-    return loss, logp, entropy, *gradients
+    return loss, logp.view(target.shape), entropy.view(target.shape), *gradients
 
 
 for _name in OPERATORS:
