@@ -25,6 +25,7 @@ ARROWS = {
     "ops": {"backends", "batch"},
     "head": {"head", "ops", "objectives", "backends", "batch"},
     "api": {"api", "head", "ops", "backends", "objectives", "batch", "plan", "readout"},
+    "integrations": {"integrations", "api", "objectives", "batch", "plan", "readout"},
     "explain": {"objectives", "program", "backends"},
 }
 """What each layer may import of the package. Drivers on top (cli, demo, doctor, ...) use everything."""

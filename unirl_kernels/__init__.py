@@ -11,6 +11,7 @@ from unirl_kernels.api import (
 )
 from unirl_kernels.batch import IGNORE, Batch, group_advantages, shift_targets
 from unirl_kernels.explain import explain
+from unirl_kernels.integrations.heads import HeadParameters, head_parameters
 from unirl_kernels.objectives import FixedLength, Loss, PairMean, SequenceMean, TokenMean
 from unirl_kernels.plan import Plan
 from unirl_kernels.program import UnsupportedOperation
@@ -21,6 +22,7 @@ __all__ = [
     "IGNORE",
     "Batch",
     "FixedLength",
+    "HeadParameters",
     "Loss",
     "LossOutput",
     "PairMean",
@@ -37,6 +39,7 @@ __all__ = [
     "fused_loss",
     "group_advantages",
     "grpo",
+    "head_parameters",
     "linear_token_stats",
     "online_rft",
     "ppo",

@@ -33,6 +33,20 @@ def check_device(name: str, value: Tensor, device: torch.device, like: str) -> N
         raise ValueError(f"{name} must be on {device} like {like}, got {value.device}")
 
 
+def check_whole(name: str, value: object) -> None:
+    """Raise a ``ValueError`` unless a tensor is all there: a piece of a parameter looks like a small one."""
+    if hasattr(value, "full_tensor"):
+        raise ValueError(
+            f"{name} must be a whole tensor, got a DTensor: compute the loss in the forward of the module that holds "
+            "the parameter, where FSDP2 has gathered it, or pass its full_tensor()"
+        )
+    if hasattr(value, "ds_id") and isinstance(value, Tensor) and value.numel() == 0:
+        raise ValueError(
+            f"{name} must be a whole tensor, got one that ZeRO-3 has partitioned: gather it around forward and "
+            "backward with deepspeed.zero.GatheredParameters"
+        )
+
+
 def check_places(name: str, value: Tensor, target: Tensor, last: str) -> None:
     """Raise a ``ValueError`` unless the shape is target's, and one dimension more, called ``last``."""
     if target.dim() not in (1, 2) or value.dim() != target.dim() + 1 or value.shape[:-1] != target.shape:

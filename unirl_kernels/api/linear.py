@@ -11,6 +11,7 @@ from unirl_kernels.api.arguments import (
     check_device,
     check_numbers,
     check_places,
+    check_whole,
     kernel_of,
     name_of,
     places,
@@ -152,7 +153,7 @@ def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, p
     check_dtype("target", target, torch.int64)
     for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if value is not None:
-            _check_whole(name, value)
+            check_whole(name, value)
             check_numbers(name, value)
             check_device(name, value, target.device, "target")
     check_places("hidden", hidden, target, "D")
@@ -160,20 +161,6 @@ def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, p
     dtype = _operand_dtype(hidden, weight, bias)
     backend = choose(hidden.device, plan.backend, None).backend
     return Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias, dtype, backend)
-
-
-def _check_whole(name: str, value: object) -> None:
-    """Raise unless the tensor is all there: a piece of one looks like a small head."""
-    if hasattr(value, "full_tensor"):
-        raise ValueError(
-            f"{name} must be a whole tensor, got a DTensor: compute the loss in the forward of the module that holds "
-            f"the parameter, where FSDP2 has gathered it, or pass {name}.full_tensor()"
-        )
-    if hasattr(value, "ds_id") and getattr(value, "numel", lambda: 1)() == 0:
-        raise ValueError(
-            f"{name} must be a whole tensor, got a parameter that ZeRO-3 has partitioned: gather it around forward "
-            "and backward with deepspeed.zero.GatheredParameters"
-        )
 
 
 def _check_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
