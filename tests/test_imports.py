@@ -26,7 +26,7 @@ ARROWS = {
     "head": {"head", "ops", "objectives", "backends", "batch"},
     "api": {"api", "head", "ops", "backends", "objectives", "batch", "plan", "readout"},
     "integrations": {"integrations", "api", "objectives", "batch", "plan", "readout"},
-    "explain": {"objectives", "program", "backends"},
+    "explain": {"head", "objectives", "program", "backends", "batch", "plan"},
 }
 """What each layer may import of the package. Drivers on top (cli, demo, doctor, ...) use everything."""
 

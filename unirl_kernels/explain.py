@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from unirl_kernels.backends import COMPOSED, MODULES, load, unavailable
+from unirl_kernels.backends import COMPOSED, MODULES, choose, load, unavailable
 from unirl_kernels.backends.triton.lowering import source
+from unirl_kernels.batch import Batch
+from unirl_kernels.head import Head, by_units
 from unirl_kernels.objectives import Loss
+from unirl_kernels.plan import Plan
 from unirl_kernels.program import STATISTICS, UnsupportedOperation
 from unirl_kernels.program.formula import formula
 from unirl_kernels.program.graph import derivative
@@ -46,13 +50,17 @@ class Explanation:
     __repr__ = __str__
 
 
-def explain(loss: Loss) -> Explanation:
+def explain(
+    loss: Loss, *, batch: Batch | None = None, weight: Tensor | None = None, plan: Plan = Plan()
+) -> Explanation:
     """What a loss is, what was derived from it, and what would run.
 
         GC = -d loss / d logp                    Shao et al. 2024 (arXiv:2402.03300v3), eq. 1
 
     Args:
         loss: objective and aggregation.
+        batch, weight: of a linear head, to see how ``fused_linear_loss`` would cut the batch into chunks.
+        plan: how the machine would compute it.
 
     Returns:
         ``Explanation``; print it.
@@ -77,8 +85,26 @@ def explain(loss: Loss) -> Explanation:
             schedule = f"one pass: {n} scalar operations per row inside the kernel (one read, one write)."
         except UnsupportedOperation as error:
             schedule = f"only with Plan(kernel='composed'): {error}"
-    schedule += f"\naggregation: {loss.aggregation}"
+    schedule += f"\nlinear head: {_linear(loss, batch, weight, plan)}\naggregation: {loss.aggregation}"
     return Explanation(_row(loss), schedule, coefficient, function, _backends(loss))
+
+
+def _linear(loss: Loss, batch: Batch | None, weight: Tensor | None, plan: Plan) -> str:
+    """How many matrix products a linear head takes, and why."""
+    apart = "four matrix products (statistics first, the logits once more in the backward)"
+    if batch is None or weight is None:
+        if loss.scope == "token":
+            return "three matrix products, a chunk of tokens at a time."
+        return (
+            f"three matrix products where each {loss.scope} fits a chunk, else\n{apart}. Give batch and weight to see."
+        )
+    backend = choose(weight.device, plan.backend, plan.kernel).backend
+    rows = Head(weight, weight, None, weight.dtype, backend).rows_per_chunk(plan.max_chunk_bytes)
+    groups = by_units(batch, loss.scope, rows)
+    if groups is None:
+        return f"{apart}:\na {loss.scope} is longer than a chunk of {rows} tokens."
+    longest = max((group.chunk.n for group in groups), default=0)
+    return f"three matrix products; chunks: {len(groups)}, of at most {longest} tokens ({rows} would fit)."
 
 
 def _row(loss: Loss) -> str:

@@ -10,11 +10,13 @@ class Plan:
     """Choices of the machine. They never change a value beyond rounding.
 
     Args:
-        backend: ``cpu``, ``triton`` or ``eager``; None takes the best that runs on the logits' device.
+        backend: ``cpu``, ``triton``, ``cuda`` or ``eager``; None takes the best that runs on the logits' device.
         kernel: the backend's kernel, or ``composed`` (statistics, then the objective under autograd, then the
             gradient: runs any objective); None takes the default of the backend.
-        overwrite_logits: put the gradient into the logits' memory. Using the logits afterwards raises.
-        max_chunk_bytes: memory for the logits of one chunk in the linear heads, bytes, > 0.
+        overwrite_logits: put the gradient into the logits' memory. Using the logits afterwards raises. Linear heads
+            do so with their own in any case.
+        max_chunk_bytes: linear heads' memory for the logits of one chunk of tokens, bytes, > 0; at least one token
+            must fit. None: 256 MiB on a CPU, 2 GiB elsewhere.
 
     Raises:
         ValueError: when ``max_chunk_bytes`` is not positive.

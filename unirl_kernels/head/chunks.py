@@ -83,6 +83,14 @@ def by_tokens(target: Tensor, most: int) -> list[Chunk]:
     ]
 
 
+def without_ignored(hidden: Tensor, target: Tensor) -> Tensor:
+    """Hidden states, [T, D], that chunks may take: zeros at ignored tokens where ``by_tokens`` has to include those.
+
+    Their logits' gradients are zeros, and 0 * NaN would not be 0 in that of the weight.
+    """
+    return hidden.masked_fill((target == IGNORE).unsqueeze(-1), 0) if _is_recorded(target) else hidden
+
+
 def _is_recorded(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 

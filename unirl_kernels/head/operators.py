@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unirl_kernels import ops
 from unirl_kernels.backends import RowStats
-from unirl_kernels.head.chunks import Chunk, by_tokens
+from unirl_kernels.head.chunks import Chunk, by_tokens, without_ignored
 from unirl_kernels.head.statistics import statistics
 from unirl_kernels.head.sweep import Gradients, Head, Wanted, kept_dtype, sweep
 
@@ -69,7 +69,7 @@ def _linear_token_stats_backward(
 ) -> Gradients:
     stats, gradients, (*scalars, row_temperature), how = args[:3], args[3:6], args[6:10], args[10:]
     backend, dtype, max_chunk_bytes, wanted = how
-    head = Head(hidden, weight, bias, dtype, backend)
+    head = Head(without_ignored(hidden, target.reshape(-1)), weight, bias, dtype, backend)
     chunks = by_tokens(target.reshape(-1), head.rows_per_chunk(max_chunk_bytes))
 
     def work(logits: Tensor, k: int) -> None:
@@ -86,7 +86,7 @@ def _fused_linear_loss(
     fields, (*scalars, row_temperature), program, how = args[:4], args[4:8], args[8:12], args[12:]
     dtype, max_chunk_bytes, wanted = how
     ops.check_targets(target, weight.shape[0])
-    head = Head(hidden, weight, bias, dtype, backend=program[2])
+    head = Head(without_ignored(hidden, target.reshape(-1)), weight, bias, dtype, backend=program[2])
     chunks = by_tokens(target.reshape(-1), head.rows_per_chunk(max_chunk_bytes))
     losses = []
     logp, entropy = (hidden.new_zeros(target.numel(), dtype=head.row_dtype) for _ in range(2))
