@@ -127,8 +127,7 @@ UNIRL_INLINE GradientTerms<Real> gradient_terms(
   const Real p = exp(at.logp);
   Real target = d.logp * -expm1(at.logp);
   if (p != 0) target += p * (d.lse - (d.entropy == 0 ? Real(0) : d.entropy * (at.logp + at.entropy)));
-  // A target masked by -inf gets no gradient, like every other masked logit.
-  terms.target = at.logp == Real(-INFINITY) ? Real(0) : target * slope(readout, x_target);
+  terms.target = target * slope(readout, x_target);
   return terms;
 }
 

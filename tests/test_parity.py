@@ -65,6 +65,19 @@ def test_advantage_per_token(place: Place) -> None:
         check(fused(logits, batch, loss.make(), place.plan()), logits, batch, loss, place.interpreted)
 
 
+@pytest.mark.parametrize("loss", ["sft", "ppo"])
+def test_target_that_is_masked(loss: str, place: Place) -> None:
+    """Probability 0: an infinite loss or a ratio of 0, and the gradient of log_softmax and gather."""
+    case = BY_NAME[loss]
+    logits, batch = make_case(SHAPES[0], case, place.device)
+    first = tuple(batch.valid.nonzero()[0].tolist())
+    logits[(*first, batch.target[first])] = float("-inf")
+    got = fused(logits, batch, case.make(), place.plan())
+    check(got, logits, batch, case, place.interpreted)
+    assert bool(got.loss.isinf()) == (loss == "sft")
+    assert bool(got.d_logits[first].any()) == (loss == "sft")
+
+
 @pytest.mark.parametrize("loss", LOSSES, ids=str)
 def test_gradient_is_equation_1(loss: LossCase) -> None:
     """The oracle's autograd agrees with its coefficients typed in from equations (4), (7), (11) and (15)."""

@@ -108,13 +108,39 @@ def test_masked_words(dtype: torch.dtype, place: Place) -> None:
     assert not gradient.any()
 
 
-def test_target_of_probability_zero(place: Place) -> None:
-    logits = torch.randn(2, 33)
-    logits[0, 5] = float("-inf")
-    stats = uk.token_stats(logits.to(place.device), torch.tensor([5, 5]).to(place.device), plan=place.plan())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_target_that_is_masked(scale: float, dtype: torch.dtype, place: Place) -> None:
+    """Its log-probability is -inf, its gradient that of log_softmax and gather: d_logp, and -d_logp p_j elsewhere."""
+    logits = torch.randn(2, 33).to(dtype)
+    logits[0, [5, 9]] = float("-inf")
+    target, d_logp, d_lse = torch.tensor([5, 5]), torch.tensor([-0.7, 0.3]), torch.tensor([0.2, -0.4])
+    leaf = logits.double().requires_grad_()
+    logp, entropy, lse = oracle(leaf, target, scale=scale)  # plain log_softmax and gather
+    (expected,) = torch.autograd.grad((d_logp * logp + d_lse * lse).sum(), leaf)
+    assert expected[0, 5].item() == pytest.approx(scale * -0.7)
+
+    leaf = logits.to(place.device).requires_grad_()
+    stats = uk.token_stats(leaf, target.to(place.device), readout=uk.Readout(scale=scale), plan=place.plan())
+    value = (d_logp.to(place.device) * stats.logp + d_lse.to(place.device) * stats.lse).sum()
+    (gradient,) = torch.autograd.grad(value, leaf)
     assert stats.logp[0].item() == float("-inf")
-    assert torch.isfinite(stats.entropy).all()
-    assert torch.isfinite(stats.logp[1])
+    for got, truth in zip(stats, (logp, entropy, lse), strict=True):
+        torch.testing.assert_close(got.cpu().double(), truth, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(gradient.cpu(), expected.to(dtype))
+
+
+def test_entropy_of_a_row_whose_target_is_masked(place: Place) -> None:
+    """It does not depend on the target, nor does its gradient."""
+    logits = torch.randn(1, 33)
+    logits[0, 5] = float("-inf")
+    results = []
+    for y in (5, 6):
+        leaf = logits.to(place.device).requires_grad_()
+        stats = uk.token_stats(leaf, torch.tensor([y]).to(place.device), plan=place.plan())
+        results.append(torch.autograd.grad(stats.entropy.sum(), leaf)[0])
+    torch.testing.assert_close(*results)
+    assert results[0][0, 5] == 0
 
 
 def test_target_of_a_probability_that_underflows(place: Place) -> None:

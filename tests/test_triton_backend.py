@@ -178,18 +178,6 @@ def test_one_minus_p_keeps_its_digits() -> None:
     assert (d_logits.gather(-1, rows.target.unsqueeze(-1)) / truth - 1).abs().max() < 1e-6
 
 
-def test_target_at_minus_infinity() -> None:
-    rows = make_rows(300)
-    rows.logits.scatter_(-1, rows.target.unsqueeze(-1), -torch.inf)
-    stats = BACKEND.token_stats(rows.logits, rows.target, PLAIN)
-    assert (stats.logp == -torch.inf).all()
-    d_logits = BACKEND.empty(rows.logits.shape, rows.logits.dtype, rows.logits.device)
-    g = RowGradients(torch.ones(1, 2, device=DEVICE), None, None)
-    BACKEND.token_stats_backward(rows.logits, rows.target, stats, g, PLAIN, d_logits)
-    assert not d_logits.gather(-1, rows.target.unsqueeze(-1)).any()
-    torch.testing.assert_close(d_logits, -torch.softmax(rows.logits, -1), rtol=1e-5, atol=1e-9)
-
-
 @KERNELS
 def test_ignored_and_impossible_targets(kernel: str) -> None:
     rows = make_rows(77, shape=(2, 3))

@@ -15,7 +15,9 @@ A backend module offers
 with the signatures of ``Backend``. Shapes throughout: logits [B, L, V] with any strides and the last one 1;
 everything per row [B, L] and contiguous. The packed layout is B = 1. Statistics and fields are fp32, fp64 for
 fp64 logits. A row whose target is ``IGNORE`` is not read: its statistics and loss are 0, its gradient exact zeros.
-A row whose target is otherwise outside [0, V) gets NaN everywhere.
+A row whose target is otherwise outside [0, V) gets NaN everywhere. A logit of -inf is a word that cannot come: its
+probability and its gradient are 0. As a target it has log-probability -inf and what autograd gives log_softmax and
+gather: d_logp (1 - p_y) = d_logp at the target itself, -d_logp p_j elsewhere.
 """
 
 from __future__ import annotations

@@ -73,8 +73,7 @@ def token_stats_backward(
     at_target = -d_logp * torch.expm1(stats.logp) + d_lse * p_y
     at_target -= d_entropy * torch.where(p_y == 0, p_y, p_y * (stats.logp + stats.entropy))
     d_z.scatter_(-1, target.clamp(0, vocab - 1).unsqueeze(-1), at_target.unsqueeze(-1))
-    d_x = torch.where(torch.isneginf(z), torch.zeros_like(d_z), d_z * slope)
-    d_logits.copy_(_masked(d_x, target.unsqueeze(-1), vocab))
+    d_logits.copy_(_masked(d_z * slope, target.unsqueeze(-1), vocab))
 
 
 def fused_loss(

@@ -38,15 +38,11 @@ def coefficients(
     factor: tl.tensor,
     READOUT: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """d_x of the target, and for the other columns d_x = p (common + per_bit log2 p) at x = 0.
-
-    A target at -inf gets 0 like every logit there.
-    """
+    """d_x of the target, and for the other columns d_x = p (common + per_bit log2 p) at x = 0."""
     # dz/dx at x = 0: du/dx is 1, or -1 for a negative scale, or the slope of tanh's argument.
     outer = factor * inner
     surprise = d_lse - d_entropy * (tl.maximum(logp, FLOOR) + entropy)
-    d_z = exp(logp) * surprise - d_logp * expm1(logp)
-    at_target = tl.where(u_y == float("-inf"), 0.0, d_z * slope(u_y, outer, READOUT))
+    at_target = (exp(logp) * surprise - d_logp * expm1(logp)) * slope(u_y, outer, READOUT)
     return at_target, outer * (d_lse - d_logp - d_entropy * entropy), -outer * d_entropy * LN2
 
 
