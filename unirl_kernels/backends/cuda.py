@@ -6,7 +6,6 @@ thousand logits in fp32 and 1.8 million in 16 bits. fp64 logits are for the eage
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
@@ -14,9 +13,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends import FusedRows, ReadoutArgs, RowFields, RowGradients, RowStats
+from unirl_kernels.backends.native import RowKernels, extension
 from unirl_kernels.backends.products import Products, products_of_torch
-from unirl_kernels.batch import IGNORE
 
 KERNELS = ("cluster",)
 
@@ -44,49 +42,14 @@ def _native() -> ModuleType:
     Raises:
         ImportError: when the extension is not built, or was built without CUDA.
     """
-    try:
-        native = importlib.import_module("unirl_kernels._C")
-    except ImportError as error:
-        raise ImportError(f"the native extension is not built or does not load ({error})") from error
+    native = extension()
     if not hasattr(native, "cuda"):
         raise ImportError("the native extension is built without CUDA (UNIRL_BUILD=cuda says why, see setup.py)")
     return native.cuda
 
 
-def _per_row(logits: Tensor, target: Tensor) -> Tensor:
-    return torch.empty(target.shape, dtype=torch.float32, device=logits.device)
-
-
-def token_stats(logits: Tensor, target: Tensor, readout: ReadoutArgs) -> RowStats:
-    stats = RowStats(*(_per_row(logits, target) for _ in RowStats._fields))
-    _native().token_stats(logits, target, IGNORE, readout, stats)
-    return stats
-
-
-def token_stats_backward(
-    logits: Tensor,
-    target: Tensor,
-    stats: RowStats,
-    gradients: RowGradients,
-    readout: ReadoutArgs,
-    d_logits: Tensor,
-) -> None:
-    _native().token_stats_backward(logits, target, IGNORE, readout, stats, gradients, d_logits)
-
-
-def fused_loss(
-    logits: Tensor,
-    target: Tensor,
-    fields: RowFields,
-    readout: ReadoutArgs,
-    code: Sequence[int],
-    params: Tensor,
-    d_logits: Tensor,
-    kernel: str,
-) -> FusedRows:
-    rows = FusedRows(*(_per_row(logits, target) for _ in FusedRows._fields))
-    _native().fused_loss(logits, target, IGNORE, readout, fields, code, params, d_logits, rows)
-    return rows
+_rows = RowKernels(_native)
+token_stats, token_stats_backward, fused_loss = _rows.token_stats, _rows.token_stats_backward, _rows.fused_loss
 
 
 def products(weight: Tensor, dtype: torch.dtype) -> Products:

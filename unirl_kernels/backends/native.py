@@ -1,0 +1,72 @@
+"""What ``csrc`` is compiled to, behind the functions that a backend offers."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from unirl_kernels.backends import FusedRows, ReadoutArgs, RowFields, RowGradients, RowStats
+from unirl_kernels.batch import IGNORE
+
+
+def extension() -> ModuleType:
+    """The native extension.
+
+    Raises:
+        ImportError: when it is not built or does not load.
+    """
+    try:
+        return importlib.import_module("unirl_kernels._C")
+    except ImportError as error:
+        raise ImportError(f"the native extension is not built or does not load ({error})") from error
+
+
+class RowKernels:
+    """``token_stats``, ``token_stats_backward`` and ``fused_loss`` of one part of the extension.
+
+    Args:
+        part: gives that part; asked at each call, so that a backend can be imported where it does not load.
+    """
+
+    def __init__(self, part: Callable[[], ModuleType]) -> None:
+        self._part = part
+
+    def token_stats(self, logits: Tensor, target: Tensor, readout: ReadoutArgs) -> RowStats:
+        stats = RowStats(*(_per_row(logits, target) for _ in RowStats._fields))
+        self._part().token_stats(logits, target, IGNORE, readout, stats)
+        return stats
+
+    def token_stats_backward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        stats: RowStats,
+        gradients: RowGradients,
+        readout: ReadoutArgs,
+        d_logits: Tensor,
+    ) -> None:
+        self._part().token_stats_backward(logits, target, IGNORE, readout, stats, gradients, d_logits)
+
+    def fused_loss(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        fields: RowFields,
+        readout: ReadoutArgs,
+        code: Sequence[int],
+        params: Tensor,
+        d_logits: Tensor,
+        kernel: str,
+    ) -> FusedRows:
+        rows = FusedRows(*(_per_row(logits, target) for _ in FusedRows._fields))
+        self._part().fused_loss(logits, target, IGNORE, readout, fields, code, params, d_logits, rows)
+        return rows
+
+
+def _per_row(logits: Tensor, target: Tensor) -> Tensor:
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return torch.empty(target.shape, dtype=dtype, device=logits.device)
