@@ -1,0 +1,282 @@
+"""Linear heads: cases, and what holds their losses and gradients against the oracle."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import unirl_kernels as uk
+from tests.cases import BY_NAME, LossCase, Shape, make_target
+from tests.places import Place
+from unirl_kernels import reference
+from unirl_kernels.accuracy import condition_of, violations
+from unirl_kernels.backends import load
+from unirl_kernels.objectives import Tokens
+
+WIDTH = 12
+RAGGED = Shape("ragged", "a sequence of no tokens, prompts and padding", (3, 1, 0, 4), 37)
+PACKED = replace(RAGGED, name="packed", packed=True)
+NOTHING = Shape("nothing", "every token ignored", (0, 0), 37)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LOSSES = [BY_NAME[name] for name in ("sft", "rft", "online_rft", "dpo", "ppo", "grpo", "dpo_mean", "grpo_token_mean")]
+
+
+@dataclass(frozen=True, eq=False)
+class LinearHead:
+    """Operands of a head, as a caller has them, and the batch."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    batch: uk.Batch
+
+    @property
+    def operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.hidden, self.weight, self.bias
+
+    def to(self, dtype: torch.dtype) -> LinearHead:
+        operands = (None if x is None else x.detach().to(dtype) for x in self.operands)
+        return LinearHead(*operands, self.batch)
+
+    @property
+    def used(self) -> LinearHead:
+        """With zeros where hidden states are of ignored tokens: what the oracle gets."""
+        hidden = self.hidden.masked_fill(~self.batch.valid.unsqueeze(-1), 0)
+        return LinearHead(hidden, self.weight, self.bias, self.batch)
+
+
+class Result(NamedTuple):
+    loss: Tensor
+    d_hidden: Tensor | None
+    d_weight: Tensor | None
+    d_bias: Tensor | None
+    logp: Tensor
+    entropy: Tensor
+
+
+GRADIENTS = ("d_hidden", "d_weight", "d_bias")
+
+
+@dataclass(frozen=True)
+class CustomCase:
+    """An objective of one's own, with its oracle: loss of logits, in their dtype, and batch."""
+
+    name: str
+    make: Callable[[], uk.Loss]
+    oracle: Callable[[Tensor, uk.Batch], Tensor]
+    verdicts: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class SequenceRatio:
+    """GSPO's clipped ratio of whole sequences (Zheng et al. 2025, arXiv:2507.18071, eq. 5), and an entropy bonus."""
+
+    scope = "sequence"
+
+    def __call__(self, t: Tokens) -> Tensor:
+        ratio = t.to_tokens(torch.exp(t.sequence_mean(t.logp - t.old_logp)))
+        surrogate = torch.minimum(ratio * t.advantage, ratio.clamp(0.9, 1.1) * t.advantage)
+        return -surrogate - 0.01 * t.to_tokens(t.sequence_mean(t.entropy))
+
+
+def sequence_ratio(logits: Tensor, batch: uk.Batch) -> Tensor:
+    logp, entropy = reference.log_probs(logits, batch.target).reshape(-1), reference.entropy(logits).reshape(-1)
+    total = logp.new_zeros(())
+    tokens = reference.sequences(batch)
+    for o, advantage in zip(tokens, batch.advantage, strict=True):
+        if len(o):
+            ratio = torch.exp((logp[o] - batch.old_logp.reshape(-1)[o]).sum() / len(o))
+            surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.9, 1.1) * advantage)
+            total = total - (surrogate + 0.01 * entropy[o].sum() / len(o)) / len(tokens)
+    return total
+
+
+SEQUENCE_SCOPE = CustomCase("sequence_ratio", lambda: uk.Loss(SequenceRatio()), sequence_ratio)
+
+
+def make_head(
+    shape: Shape, loss: LossCase | CustomCase, dtype: torch.dtype = torch.float32, *, bias: bool = True, seed: int = 0
+) -> LinearHead:
+    """A head whose logits look like a trained model's; garbage wherever a token is ignored."""
+    torch.manual_seed(seed)
+    target, cu_seqlens = make_target(shape)
+    weight = torch.randn(shape.vocab, WIDTH)
+    hidden = torch.randn(*target.shape, WIDTH) * 0.6
+    sure = torch.randint(0, 6, (*target.shape, 1)) / WIDTH
+    hidden = (hidden + sure * weight[target.clamp(min=0)]).to(dtype)
+    weight = weight.to(dtype)
+    head_bias = torch.randn(shape.vocab).to(dtype) if bias else None
+    exact = hidden.double() @ weight.double().t() + (0 if head_bias is None else head_bias.double())
+    logp = reference.log_probs(exact, target).float()
+    old_logp, ref_logp = logp + 0.3 * torch.randn(logp.shape), logp + 0.2 * torch.randn(logp.shape)
+    ignored = target == uk.IGNORE
+    old_logp[ignored], ref_logp[ignored] = float("nan"), float("inf")
+    hidden[ignored] = float("nan")
+    hidden[..., 0][ignored] = float("inf")
+    n = len(shape.lengths)
+    advantage = (torch.arange(n) % 2).float() if loss.verdicts else torch.randn(n) + (torch.arange(n) % 2) * 2 - 1
+    return LinearHead(hidden, weight, head_bias, uk.Batch(target, advantage, old_logp, ref_logp, cu_seqlens))
+
+
+def budget(head: LinearHead, tokens: int | None, backend: str) -> int | None:
+    """``max_chunk_bytes`` for chunks of that many tokens; None for all in one."""
+    if tokens is None:
+        return None
+    return tokens * load(backend).products(head.weight, head.hidden.dtype).row_bytes
+
+
+def plan_of(place: Place, head: LinearHead, tokens: int | None) -> uk.Plan:
+    return replace(place.plan(), max_chunk_bytes=budget(head, tokens, place.backend))
+
+
+def leaves_of(head: LinearHead, frozen: Sequence[str] = ()) -> list[Tensor | None]:
+    names = ("hidden", "weight", "bias")
+    found = zip(names, head.operands, strict=True)
+    return [None if x is None else x.detach().clone().requires_grad_(name not in frozen) for name, x in found]
+
+
+def gradients_of(value: Tensor, leaves: Sequence[Tensor | None], **how: bool) -> list[Tensor | None]:
+    """Gradients of the leaves that want one, None for the others."""
+    wanted = [x for x in leaves if x is not None and x.requires_grad]
+    found = iter(torch.autograd.grad(value, wanted, **how))
+    return [next(found) if x is not None and x.requires_grad else None for x in leaves]
+
+
+def fused(
+    head: LinearHead,
+    loss: uk.Loss,
+    plan: uk.Plan = uk.Plan(),
+    readout: uk.Readout = uk.Readout(),
+    frozen: Sequence[str] = (),
+) -> Result:
+    """Loss and gradients by the package."""
+    hidden, weight, bias = leaves = leaves_of(head, frozen)
+    out = uk.fused_linear_loss(hidden, weight, head.batch, loss, bias=bias, readout=readout, plan=plan)
+    return Result(out.loss.detach(), *gradients_of(out.loss, leaves), out.logp, out.entropy)
+
+
+def naive(head: LinearHead, loss: LossCase | CustomCase, readout: dict[str, Any]) -> Result:
+    """Loss and gradients by the oracle on the whole logits, in the dtype of the head."""
+    hidden, weight, bias = leaves = leaves_of(head)
+    batch = head.batch
+    logits = reference.apply_readout(hidden @ weight.t() + (0 if bias is None else bias), **readout)
+    logp, entropy = reference.log_probs(logits, batch.target), reference.entropy(logits)
+    if isinstance(loss, CustomCase):
+        value = loss.oracle(logits, batch)
+    else:
+        value = reference.loss(loss.algorithm, logits, batch, **loss.hyper)
+    if not value.requires_grad:  # no token at all
+        gradients = [None if x is None else torch.zeros_like(x) for x in leaves]
+    else:
+        gradients = gradients_of(value, leaves, materialize_grads=True)
+    return Result(value.detach(), *gradients, logp.detach(), torch.where(batch.valid, entropy.detach(), 0))
+
+
+def check(
+    got: Result,
+    head: LinearHead,
+    loss: LossCase | CustomCase,
+    **readout: Any,
+) -> None:
+    """Assert that loss, statistics and gradients are within budget, and exactly zero where tokens are ignored.
+
+    Plain PyTorch gets the operands in fp32 and its gradients are rounded to their dtype.
+    """
+    exact = {name: x.double() if isinstance(x, Tensor) else x for name, x in readout.items()}
+    truth, plain = naive(head.used.to(torch.float64), loss, exact), naive(head.used.to(torch.float32), loss, readout)
+    size = max(1.0, largest_lse(head, exact))
+    for name, condition in (
+        ("loss", size * condition_of(truth.loss)),
+        ("logp", condition_of(truth.logp, size)),
+        ("entropy", condition_of(truth.entropy, size)),
+    ):
+        x, p, t = (getattr(result, name).reshape(-1) for result in (got, plain, truth))
+        assert not (problems := violations(x, p, t, condition=condition)), f"{name}: {problems}"
+    check_gradients(got, plain, truth, head, condition=size)
+
+
+def check_gradients(got: Result, plain: Result, truth: Result, head: LinearHead, *, condition: float) -> None:
+    for name, operand in zip(GRADIENTS, head.operands, strict=True):
+        x, p, t = (getattr(result, name) for result in (got, plain, truth))
+        if operand is None or x is None:
+            assert x is None, f"{name} of nothing"
+            continue
+        assert x.dtype == operand.dtype, f"{name} is {x.dtype}"
+        assert not (problems := violations(x, p.to(x.dtype).to(p.dtype), t, condition=condition)), f"{name}: {problems}"
+    if got.d_hidden is not None:
+        assert not got.d_hidden[~head.batch.valid].any(), "an ignored token has a gradient"
+
+
+def largest_lse(head: LinearHead, readout: dict[str, Any]) -> float:
+    """The largest |log sum exp|, what rounding of logits is relative to."""
+    hidden, weight, bias = head.used.to(torch.float64).operands
+    logits = reference.apply_readout(hidden @ weight.t() + (0 if bias is None else bias), **readout)
+    return torch.logsumexp(logits, -1).abs().max().item()
+
+
+class Count:
+    """How often each product was taken, and of how many rows."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, list[int]] = {"logits": [], "d_hidden": [], "add_d_weight": []}
+
+    def calls(self, name: str) -> int:
+        return len(self.rows[name])
+
+    def per_token(self, tokens: int) -> dict[str, float]:
+        return {name: sum(rows) / tokens for name, rows in self.rows.items()}
+
+
+@contextmanager
+def changed_products(monkeypatch: pytest.MonkeyPatch, backend: str, change: Callable[[Any], Any]) -> Iterator[None]:
+    """Products of a backend replaced by what ``change`` makes of them."""
+    module = load(backend)
+    original = module.products
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "products", lambda *args: change(original(*args)))
+        yield
+
+
+class Wrapped:
+    """Products that hand everything on."""
+
+    def __init__(self, products: Any) -> None:
+        self.products = products
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.products, name)
+
+
+@contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch, backend: str) -> Iterator[Count]:
+    count = Count()
+
+    class Counting(Wrapped):
+        def logits(self, hidden: Tensor, *args: Any, **kwargs: Any) -> None:
+            count.rows["logits"].append(len(hidden))
+            self.products.logits(hidden, *args, **kwargs)
+
+        def d_hidden(self, d_logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            count.rows["d_hidden"].append(len(d_logits))
+            return self.products.d_hidden(d_logits, *args, **kwargs)
+
+        def add_d_weight(self, d_logits: Tensor, *args: Any, **kwargs: Any) -> None:
+            count.rows["add_d_weight"].append(len(d_logits))
+            self.products.add_d_weight(d_logits, *args, **kwargs)
+
+    with changed_products(monkeypatch, backend, Counting):
+        yield count
+
+
+def ends_of(batch: uk.Batch) -> list[int]:
+    """Valid tokens up to the end of each sequence."""
+    return list(itertools.accumulate(len(o) for o in reference.sequences(batch)))
