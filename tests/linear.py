@@ -14,10 +14,10 @@ from torch import Tensor
 
 import unirl_kernels as uk
 from tests.cases import BY_NAME, LossCase, Shape, make_target
-from tests.places import Place
+from tests.places import PLACES, Place
 from unirl_kernels import reference
 from unirl_kernels.accuracy import condition_of, violations
-from unirl_kernels.backends import load
+from unirl_kernels.backends import COMPOSED, load
 from unirl_kernels.objectives import Tokens
 
 WIDTH = 12
@@ -26,6 +26,9 @@ PACKED = replace(RAGGED, name="packed", packed=True)
 NOTHING = Shape("nothing", "every token ignored", (0, 0), 37)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOSSES = [BY_NAME[name] for name in ("sft", "rft", "online_rft", "dpo", "ppo", "grpo", "dpo_mean", "grpo_token_mean")]
+
+
+NATIVE = [place for place in PLACES if not place.interpreted]
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +105,16 @@ def sequence_ratio(logits: Tensor, batch: uk.Batch) -> Tensor:
 
 SEQUENCE_SCOPE = CustomCase("sequence_ratio", lambda: uk.Loss(SequenceRatio()), sequence_ratio)
 
+SCOPES = [BY_NAME["grpo"], BY_NAME["dpo"], SEQUENCE_SCOPE]
+CHUNKED = (3, 5)
+"""Tokens per chunk: one that no pair fits, one that every pair and sequence fits."""
+
+
+def of(places: list[Place], losses: list[LossCase | CustomCase]) -> pytest.MarkDecorator:
+    """Every loss on every place; objectives that look beyond single tokens are composed."""
+    found = [(p, loss) for p in places for loss in losses if p.kernel == COMPOSED or loss.make().scope == "token"]
+    return pytest.mark.parametrize(("place", "loss"), found, ids=str)
+
 
 def make_head(
     shape: Shape, loss: LossCase | CustomCase, dtype: torch.dtype = torch.float32, *, bias: bool = True, seed: int = 0
@@ -164,6 +177,12 @@ def fused(
     return Result(out.loss.detach(), *gradients_of(out.loss, leaves), out.logp, out.entropy)
 
 
+def loss_of(head: LinearHead, leaves: list[Tensor | None], loss: LossCase | CustomCase, tokens: int | None) -> Tensor:
+    hidden, weight, bias = leaves
+    plan = uk.Plan(max_chunk_bytes=budget(head, tokens, "cpu"))
+    return uk.fused_linear_loss(hidden, weight, head.batch, loss.make(), bias=bias, plan=plan).loss
+
+
 def naive(head: LinearHead, loss: LossCase | CustomCase, readout: dict[str, Any]) -> Result:
     """Loss and gradients by the oracle on the whole logits, in the dtype of the head."""
     hidden, weight, bias = leaves = leaves_of(head)
@@ -207,7 +226,7 @@ def check(
 def check_gradients(got: Result, plain: Result, truth: Result, head: LinearHead, *, condition: float) -> None:
     for name, operand in zip(GRADIENTS, head.operands, strict=True):
         x, p, t = (getattr(result, name) for result in (got, plain, truth))
-        if operand is None or x is None:
+        if operand is None or x is None:  # frozen
             assert x is None, f"{name} of nothing"
             continue
         assert x.dtype == operand.dtype, f"{name} is {x.dtype}"
@@ -224,16 +243,14 @@ def largest_lse(head: LinearHead, readout: dict[str, Any]) -> float:
 
 
 class Count:
-    """How often each product was taken, and of how many rows."""
+    """Logits made, and logits whose gradient was multiplied."""
 
     def __init__(self) -> None:
-        self.rows: dict[str, list[int]] = {"logits": [], "d_hidden": [], "add_d_weight": []}
+        self.logits = {"logits": 0, "d_hidden": 0, "add_d_weight": 0}
 
-    def calls(self, name: str) -> int:
-        return len(self.rows[name])
-
-    def per_token(self, tokens: int) -> dict[str, float]:
-        return {name: sum(rows) / tokens for name, rows in self.rows.items()}
+    def products(self, logits: int) -> dict[str, float]:
+        """How many products of each kind were taken of that many logits."""
+        return {name: n / logits for name, n in self.logits.items()}
 
 
 @contextmanager
@@ -261,17 +278,17 @@ def counted(monkeypatch: pytest.MonkeyPatch, backend: str) -> Iterator[Count]:
     count = Count()
 
     class Counting(Wrapped):
-        def logits(self, hidden: Tensor, *args: Any, **kwargs: Any) -> None:
-            count.rows["logits"].append(len(hidden))
-            self.products.logits(hidden, *args, **kwargs)
+        def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
+            count.logits["logits"] += out.numel()
+            self.products.logits(hidden, bias, out)
 
-        def d_hidden(self, d_logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            count.rows["d_hidden"].append(len(d_logits))
-            return self.products.d_hidden(d_logits, *args, **kwargs)
+        def d_hidden(self, d_logits: Tensor) -> Tensor:
+            count.logits["d_hidden"] += d_logits.numel()
+            return self.products.d_hidden(d_logits)
 
-        def add_d_weight(self, d_logits: Tensor, *args: Any, **kwargs: Any) -> None:
-            count.rows["add_d_weight"].append(len(d_logits))
-            self.products.add_d_weight(d_logits, *args, **kwargs)
+        def add_d_weight(self, d_logits: Tensor, hidden: Tensor, total: Tensor, first: bool) -> None:
+            count.logits["add_d_weight"] += d_logits.numel()
+            self.products.add_d_weight(d_logits, hidden, total, first)
 
     with changed_products(monkeypatch, backend, Counting):
         yield count

@@ -13,6 +13,7 @@ from tests.cases import BY_NAME, LossCase, Shape
 from tests.linear import (
     DTYPES,
     LOSSES,
+    NATIVE,
     NOTHING,
     PACKED,
     RAGGED,
@@ -23,6 +24,7 @@ from tests.linear import (
     ends_of,
     fused,
     make_head,
+    of,
     plan_of,
 )
 from tests.places import PLACES, Place
@@ -36,7 +38,6 @@ CHUNKS = (1, 2, 3, 4, 5, 7, None)
 one (4); pairs of 3 and 5 tokens, too long for a chunk (1 to 4), each in one of its own (5, 7), both in one (None)."""
 
 ALL = [*LOSSES, SEQUENCE_SCOPE]
-NATIVE = [place for place in PLACES if not place.interpreted]
 INTERPRETED = [place for place in PLACES if place.interpreted]
 READOUTS = {
     "temperature": {"temperature": 0.7},
@@ -44,12 +45,6 @@ READOUTS = {
     "scale": {"scale": 0.25},
     "everything": {"temperature": 1.3, "softcap": 5.0, "scale": 0.5},
 }
-
-
-def of(places: list[Place], losses: list[LossCase | CustomCase]) -> pytest.MarkDecorator:
-    """Every loss on every place; objectives that look beyond single tokens are composed."""
-    found = [(p, loss) for p in places for loss in losses if p.kernel == COMPOSED or loss.make().scope == "token"]
-    return pytest.mark.parametrize(("place", "loss"), found, ids=str)
 
 
 def run(
