@@ -7,7 +7,6 @@ Environment, read when the backend is first used:
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Sequence
 from functools import cache
@@ -16,9 +15,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends import FusedRows, ReadoutArgs, RowFields, RowGradients, RowStats
+from unirl_kernels.backends.native import RowKernels, extension
 from unirl_kernels.backends.products import Products, products_of_torch
-from unirl_kernels.batch import IGNORE
 
 KERNELS = ("rows",)
 
@@ -44,10 +42,7 @@ def _native() -> ModuleType:
         ImportError: when the extension is not built.
         RuntimeError, ValueError: when the environment asks for what cannot be.
     """
-    try:
-        native = importlib.import_module("unirl_kernels._C")
-    except ImportError as error:
-        raise ImportError(f"the native extension is not built or does not load ({error})") from error
+    native = extension()
     native.instruction_set()
     native.limit_kept_bytes(_cache_bytes())
     return native
@@ -60,40 +55,8 @@ def _cache_bytes() -> int:
     return int(text)
 
 
-def _per_row(logits: Tensor, target: Tensor) -> Tensor:
-    return torch.empty(target.shape, dtype=torch.promote_types(logits.dtype, torch.float32))
-
-
-def token_stats(logits: Tensor, target: Tensor, readout: ReadoutArgs) -> RowStats:
-    stats = RowStats(*(_per_row(logits, target) for _ in RowStats._fields))
-    _native().token_stats(logits, target, IGNORE, readout, stats)
-    return stats
-
-
-def token_stats_backward(
-    logits: Tensor,
-    target: Tensor,
-    stats: RowStats,
-    gradients: RowGradients,
-    readout: ReadoutArgs,
-    d_logits: Tensor,
-) -> None:
-    _native().token_stats_backward(logits, target, IGNORE, readout, stats, gradients, d_logits)
-
-
-def fused_loss(
-    logits: Tensor,
-    target: Tensor,
-    fields: RowFields,
-    readout: ReadoutArgs,
-    code: Sequence[int],
-    params: Tensor,
-    d_logits: Tensor,
-    kernel: str,
-) -> FusedRows:
-    rows = FusedRows(*(_per_row(logits, target) for _ in FusedRows._fields))
-    _native().fused_loss(logits, target, IGNORE, readout, fields, code, params, d_logits, rows)
-    return rows
+_rows = RowKernels(_native)
+token_stats, token_stats_backward, fused_loss = _rows.token_stats, _rows.token_stats_backward, _rows.fused_loss
 
 
 def products(weight: Tensor, dtype: torch.dtype) -> Products:
