@@ -147,7 +147,7 @@ def test_target_outside_the_vocabulary(bad: int, place: Place) -> None:
     leaf = torch.randn(3, 5, device=place.device).requires_grad_()
     batch = uk.Batch(target, cu_seqlens=torch.tensor([0, 3], dtype=torch.int32, device=place.device))
     if place.device == "cpu":
-        with pytest.raises(IndexError, match=rf"target must lie in \[0, 5\) or be -100, got {bad} at \(0, 1\)"):
+        with pytest.raises(IndexError, match=rf"target must lie in \[0, 5\) or be -100, got {bad} at \(1,\)"):
             uk.fused_loss(leaf, batch, uk.sft(), plan=place.plan())
         return
     out = uk.fused_loss(leaf, batch, uk.sft(), plan=place.plan())

@@ -85,6 +85,20 @@ class Batch:
         return self.target.shape[0] if self.cu_seqlens is None else self.cu_seqlens.numel() - 1
 
     @property
+    def n_pairs(self) -> int:
+        """S / 2, for losses of pairs.
+
+        Raises:
+            ValueError: when the number of sequences is odd.
+        """
+        if self.n_sequences % 2:
+            raise ValueError(
+                "target must hold an even number of sequences, the chosen and then the rejected, "
+                f"got {self.n_sequences}"
+            )
+        return self.n_sequences // 2
+
+    @property
     def offsets(self) -> Tensor:
         """[S + 1] int64: sequence s holds the flat tokens offsets[s] to offsets[s + 1]."""
         if self.cu_seqlens is not None:

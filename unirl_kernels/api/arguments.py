@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from unirl_kernels import ops
 from unirl_kernels.backends import COMPOSED, Choice, choose
 from unirl_kernels.batch import Batch
 from unirl_kernels.objectives import Loss
@@ -20,12 +21,13 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_numbers(name: str, value: object) -> None:
-    """Raise a ``TypeError`` that names the argument unless it is a tensor of a dtype that kernels compute on."""
+def check_numbers(name: str, value: object) -> Tensor:
+    """The value, if it is a tensor of a dtype that kernels compute on; else a ``TypeError`` that names the argument."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} must be one of {', '.join(map(name_of, DTYPES))}, got {name_of(value.dtype)}")
+    return value
 
 
 def check_device(name: str, value: Tensor, device: torch.device, like: str) -> None:
@@ -52,6 +54,12 @@ def check_places(name: str, value: Tensor, target: Tensor, last: str) -> None:
     if target.dim() not in (1, 2) or value.dim() != target.dim() + 1 or value.shape[:-1] != target.shape:
         expected = ", ".join(str(n) for n in target.shape)
         raise ValueError(f"{name} must have shape ({expected}, {last}), got {tuple(value.shape)}")
+
+
+def check_targets(target: Tensor, vocab: int) -> None:
+    """As the operators do, but by its place in the layout that the user gave; a compiler leaves it to them."""
+    if not torch.compiler.is_compiling():
+        ops.check_targets(target, vocab)
 
 
 def places(per_token: Tensor) -> Tensor:

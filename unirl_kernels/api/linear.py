@@ -11,6 +11,7 @@ from unirl_kernels.api.arguments import (
     check_device,
     check_numbers,
     check_places,
+    check_targets,
     check_whole,
     kernel_of,
     name_of,
@@ -151,15 +152,17 @@ def _wanted(head: Head) -> list[bool]:
 def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, plan: Plan) -> Head:
     """The head, its hidden states as [T, D], with its arguments checked."""
     check_dtype("target", target, torch.int64)
-    for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if value is not None:
-            check_whole(name, value)
-            check_numbers(name, value)
-            check_device(name, value, target.device, "target")
+    inputs: dict[str, object] = {"hidden": hidden, "weight": weight}
+    if bias is not None:
+        inputs["bias"] = bias
+    for name, value in inputs.items():
+        check_whole(name, value)
+        check_device(name, check_numbers(name, value), target.device, "target")
     check_places("hidden", hidden, target, "D")
     _check_shapes(hidden, weight, bias)
+    check_targets(target, weight.shape[0])
     dtype = _operand_dtype(hidden, weight, bias)
-    backend = choose(hidden.device, plan.backend, None).backend
+    backend = choose(hidden.device, plan.backend, plan.kernel).backend
     return Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias, dtype, backend)
 
 

@@ -10,6 +10,7 @@ from unirl_kernels.api.arguments import (
     check_device,
     check_numbers,
     check_places,
+    check_targets,
     kernel_of,
     places,
     readout_arguments,
@@ -131,6 +132,7 @@ def _check_logits(logits: Tensor, target: Tensor) -> None:
     if logits.stride(-1) != 1 and logits.shape[-1] != 1:
         raise ValueError(f"logits must be contiguous in the last dimension, got strides {logits.stride()}")
     check_device("target", target, logits.device, "logits")
+    check_targets(target, logits.shape[-1])
 
 
 def _check_overwritable(logits: Tensor) -> None:

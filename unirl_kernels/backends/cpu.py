@@ -104,5 +104,75 @@ def report() -> dict[str, str]:
         "instruction set": native.instruction_set(),
         "compiled": ", ".join(native.compiled_instruction_sets()),
         "threads": str(torch.get_num_threads()),
+        "products": _products(native),
         "gradient memory kept": f"{native.kept_bytes()} of at most {_cache_bytes()} bytes",
     }
+
+
+def _products(native: ModuleType) -> str:
+    words = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        if reason := native.products_unavailable(dtype):
+            return f"none: {reason}"
+        words.append(f"{str(dtype).removeprefix('torch.')} in {native.product_arithmetic(dtype)}")
+    return ", ".join(words)
+
+
+def products_unavailable(dtype: torch.dtype) -> str:
+    """Why this machine has no products below for a weight of this dtype; empty where it has them."""
+    return _native().products_unavailable(dtype)
+
+
+def product_arithmetic(dtype: torch.dtype) -> str:
+    """Which numbers the products below multiply where the weight has this dtype; their sums are fp32 in any case.
+
+    Returns:
+        "bf16", to which gradients of logits are rounded, or "fp32", to which 16-bit factors are widened.
+    """
+    return _native().product_arithmetic(dtype)
+
+
+def logits_product(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out_tv = sum_d hidden_td weight_vd + bias_v, the logits of a linear head in fp32.
+
+    The bits of a row depend on neither the other rows nor the number of threads; so for the two products below.
+
+    Args:
+        hidden: [n, D]; float32, bfloat16 or float16, any strides.
+        weight: [V, D], the same dtype, any strides.
+        bias: [V], any floating dtype, or None.
+        out: [n, V], float32, any row stride; overwritten.
+
+    Raises:
+        ValueError: for arguments that are not so, or a dtype that ``products_unavailable`` names.
+    """
+    _native().logits_product(hidden, weight, None if bias is None else bias.float().contiguous(), out)
+
+
+def hidden_gradient_product(d_logits: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out_td = sum_v d_logits_tv weight_vd, the gradient of ``hidden`` in fp32.
+
+    Args:
+        d_logits: [n, V], float32, any strides. Rounded to bf16 where ``product_arithmetic`` says so.
+        weight: [V, D]; float32, bfloat16 or float16, any strides.
+        out: [n, D], float32, any row stride; overwritten.
+
+    Raises:
+        ValueError: as for ``logits_product``.
+    """
+    _native().hidden_gradient_product(d_logits, weight, out)
+
+
+def weight_gradient_product(d_logits: Tensor, hidden: Tensor, total: Tensor, accumulate: bool) -> None:
+    """total_vd = sum_t d_logits_tv hidden_td, the gradient of ``weight`` in fp32, or added to ``total``.
+
+    Args:
+        d_logits: [n, V], float32, any strides. Rounded to bf16 where ``product_arithmetic`` says so.
+        hidden: [n, D]; float32, bfloat16 or float16, any strides.
+        total: [V, D], float32, any row stride.
+        accumulate: whether the sum is added to what ``total`` holds, or replaces it.
+
+    Raises:
+        ValueError: as for ``logits_product``.
+    """
+    _native().weight_gradient_product(d_logits, hidden, total, accumulate)

@@ -42,7 +42,7 @@ def token_stats(logits: Tensor, target: Tensor, readout: ReadoutArgs) -> RowStat
     vocab = logits.shape[-1]
     # Not torch.logsumexp: a row with an infinite logit has no distribution, and must say so.
     peak = z.amax(-1)
-    lse = peak + torch.log(torch.exp(z - peak.unsqueeze(-1)).sum(-1))
+    lse = torch.where(peak == -torch.inf, peak, peak + torch.log(torch.exp(z - peak.unsqueeze(-1)).sum(-1)))
     logp = z.gather(-1, target.clamp(0, vocab - 1).unsqueeze(-1)).squeeze(-1) - lse
     log_p = z - lse.unsqueeze(-1)
     p = log_p.exp()

@@ -123,6 +123,9 @@ def by_units(batch: Batch, scope: str, most: int) -> list[Group] | None:
         batch: the batch.
         scope: of the loss; single tokens may be cut apart anywhere.
         most: tokens per chunk.
+
+    Raises:
+        ValueError: when the sequences of a loss of pairs are odd in number.
     """
     if scope == "token":
         return [Group(chunk, [chunk.n], (0, 0)) for chunk in by_tokens(batch.target.reshape(-1), most)]
@@ -131,8 +134,7 @@ def by_units(batch: Batch, scope: str, most: int) -> list[Group] | None:
     ends = torch.tensor(lengths).cumsum(0).tolist()
     units: list[tuple[int, ...]] = [(s,) for s in range(len(lengths))]
     if scope == "pair":
-        half = len(lengths) // 2
-        units = [(s, half + s) for s in range(half)]
+        units = [(s, batch.n_pairs + s) for s in range(batch.n_pairs)]
     sizes = [sum(lengths[s] for s in unit) for unit in units]
     if max(sizes, default=0) > most:
         return None

@@ -28,9 +28,9 @@ def statistics(head: Head, target: Tensor, readout: Sequence[Any], max_chunk_byt
         max_chunk_bytes: memory for a tile; None for the default.
     """
     *scalars, row_temperature = readout
-    chunks = by_tokens(target, TOKENS_OF_TILE)
-    logits_of_row = chunk_bytes(head.weight.device, max_chunk_bytes) // (TOKENS_OF_TILE * head.row_dtype.itemsize)
-    width = min(max(1, logits_of_row), head.weight.shape[0])
+    logits = max(1, chunk_bytes(head.weight.device, max_chunk_bytes) // head.row_dtype.itemsize)
+    chunks = by_tokens(target, min(TOKENS_OF_TILE, logits))
+    width = min(max(1, logits // TOKENS_OF_TILE), head.weight.shape[0])
     tile = head.empty(max((chunk.n for chunk in chunks), default=0) * width)
     results = RowStats(*(head.hidden.new_zeros(target.shape, dtype=head.row_dtype) for _ in RowStats._fields))
     for chunk in chunks:
@@ -55,10 +55,12 @@ def _across(head: Head, hidden: Tensor, target: Tensor, tile: Tensor, width: int
         inside = (target >= start) & (target < words.stop)
         place = torch.where(ignored, IGNORE, torch.where(inside, target - start, 0))
         logp, entropy, lse = (x.squeeze(0) for x in torch.ops.unirl.token_stats(logits[None], place[None], *args))
-        piece = RowStats(torch.where(inside, logp, -torch.inf), entropy, lse)
+        # In a piece of -inf throughout nothing has a distribution; in the row such a target has probability 0.
+        piece = RowStats(torch.where(inside & (lse != -torch.inf), logp, -torch.inf), entropy, lse)
         merged = piece if merged is None else _merge(merged, piece)
     assert merged is not None
     known = (target >= 0) & (target < vocab)
+    merged = merged._replace(logp=torch.where(merged.lse == -torch.inf, torch.nan, merged.logp))
     values = (torch.where(known, x, torch.nan) for x in merged)
     return RowStats(*(torch.where(ignored, 0.0, x) for x in values))
 

@@ -76,10 +76,5 @@ class Tokens:
         Raises:
             ValueError: when the number of sequences is odd.
         """
-        if self._batch.n_sequences % 2:
-            raise ValueError(
-                "target must hold an even number of sequences, the chosen and then the rejected, "
-                f"got {self._batch.n_sequences}"
-            )
-        chosen, rejected = x.chunk(2)
-        return chosen, rejected
+        n = self._batch.n_pairs
+        return x[:n], x[n:]
