@@ -18,7 +18,7 @@ from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "none", "cpu", "cuda")
-X86_UNITS = ("avx512.cpp", "avx2.cpp")
+X86_UNITS = ("avx512.cpp", "avx2.cpp", "panels_avx512.cpp", "panels_avx512_bf16.cpp", "panels_avx2.cpp")
 """Units for x86 alone; each names its own instruction set in a pragma, so that all share one set of flags."""
 
 COMPILE = ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]

@@ -6,6 +6,7 @@
 #include "arguments.h"
 #include "cpu/dispatch.h"
 #include "cpu/memory.h"
+#include "cpu/products.h"
 #include "cpu/rows.h"
 #include "program_code.h"
 
@@ -24,8 +25,8 @@ using unirl::RowGradients;
 using unirl::RowStats;
 using unirl::require;
 
-Format format_of(const Tensor& logits) {
-  switch (logits.scalar_type()) {
+Format format_of(at::ScalarType dtype) {
+  switch (dtype) {
     case at::kFloat: return Format::FP32;
     case at::kBFloat16: return Format::BF16;
     case at::kHalf: return Format::FP16;
@@ -33,7 +34,7 @@ Format format_of(const Tensor& logits) {
     default: break;
   }
   throw std::invalid_argument("logits must be float32, bfloat16, float16 or float64, got " +
-                              std::string(c10::toString(logits.scalar_type())));
+                              std::string(c10::toString(dtype)));
 }
 
 Matrix matrix(const Tensor& x, const Tensor& logits, const char* name) {
@@ -63,7 +64,7 @@ Column column(const OptionalTensor& x, const Tensor& logits, const char* name) {
 cpu::Rows rows(const Tensor& logits, const Tensor& target, int64_t ignore, const ReadoutArgs& readout) {
   const auto& [scale, softcap, temperature, row_temperature] = readout;
   cpu::Rows rows;
-  rows.format = format_of(logits);
+  rows.format = format_of(logits.scalar_type());
   rows.logits = matrix(logits, logits, "logits");
   rows.batch = logits.size(0);
   rows.length = logits.size(1);
@@ -128,6 +129,93 @@ void fused_loss(const Tensor& logits, const Tensor& target, int64_t ignore, cons
   cpu::fused_loss(of, from, program, values, gradient, to);
 }
 
+std::string products_unavailable(at::ScalarType dtype) {
+  if (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf) {
+    return cpu::products_unavailable(format_of(dtype));
+  }
+  return "products take Float, BFloat16 or Half, not " + std::string(c10::toString(dtype));
+}
+
+std::string product_arithmetic(at::ScalarType dtype) {
+  return cpu::multiplied_as(format_of(dtype)) == Format::BF16 ? "bf16" : "fp32";
+}
+
+void require_matrix(const Tensor& x, int64_t rows, int64_t columns, const char* shape, const char* name) {
+  require(x.device().is_cpu() && x.layout() == at::kStrided, name, " must be a dense tensor on the cpu, got ",
+          x.layout(), " on ", x.device());
+  require(x.dim() == 2 && x.size(0) == rows && x.size(1) == columns, name, " must have shape ", shape, " = [", rows,
+          ", ", columns, "], got ", x.sizes());
+}
+
+void require_float(const Tensor& x, const char* name) {
+  require(x.scalar_type() == at::kFloat, name, " must be Float, got ", x.scalar_type());
+}
+
+// A matrix that a product is written to.
+void require_result(const Tensor& x, int64_t rows, int64_t columns, const char* shape, const char* name) {
+  require_matrix(x, rows, columns, shape, name);
+  require_float(x, name);
+  require(columns <= 1 || x.stride(1) == 1, name, " must have stride 1 in its last dimension, got ", x.stride(1));
+  require(rows <= 1 || x.stride(0) >= columns, name, " must have rows that do not overlap, got strides ", x.strides());
+}
+
+// The factor whose dtype decides how a product runs.
+void require_factor(const Tensor& x, const char* name) {
+  require(x.dim() == 2, name, " must have two dimensions, got ", x.sizes());
+  const std::string reason = products_unavailable(x.scalar_type());
+  require(reason.empty(), name, " must have a product on this machine: ", reason);
+}
+
+cpu::Slice slice(const Tensor& x, int64_t lanes, int64_t depth) {
+  return {format_of(x.scalar_type()), x.data_ptr(), x.stride(lanes), x.stride(depth), x.size(lanes), x.size(depth)};
+}
+
+void multiply(const cpu::Slice& rows, const cpu::Slice& columns, const float* bias, bool add, const Tensor& result) {
+  const cpu::Product product = {rows, columns, bias, add, result.data_ptr<float>(), result.stride(0)};
+  const py::gil_scoped_release no_gil;
+  cpu::multiply(product);
+}
+
+void logits_product(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, const Tensor& out) {
+  require_factor(weight, "weight");
+  require(hidden.dim() == 2, "hidden must have two dimensions, got ", hidden.sizes());
+  const int64_t n = hidden.size(0), vocab = weight.size(0);
+  require_matrix(weight, vocab, hidden.size(1), "[V, D]", "weight");
+  require_matrix(hidden, n, weight.size(1), "[n, D]", "hidden");
+  require(hidden.scalar_type() == weight.scalar_type(), "hidden must be ", weight.scalar_type(), " like weight, got ",
+          hidden.scalar_type());
+  require_result(out, n, vocab, "[n, V]", "out");
+  if (bias) {
+    require(bias->device().is_cpu() && bias->dim() == 1 && bias->size(0) == vocab && bias->is_contiguous(),
+            "bias must be contiguous on the cpu with shape [V] = [", vocab, "], got ", bias->sizes(), " on ",
+            bias->device());
+    require_float(*bias, "bias");
+  }
+  multiply(slice(hidden, 0, 1), slice(weight, 0, 1), bias ? bias->data_ptr<float>() : nullptr, false, out);
+}
+
+void hidden_gradient_product(const Tensor& d_logits, const Tensor& weight, const Tensor& out) {
+  require_factor(weight, "weight");
+  require(d_logits.dim() == 2, "d_logits must have two dimensions, got ", d_logits.sizes());
+  const int64_t n = d_logits.size(0);
+  require_matrix(weight, d_logits.size(1), weight.size(1), "[V, D]", "weight");
+  require_matrix(d_logits, n, weight.size(0), "[n, V]", "d_logits");
+  require_float(d_logits, "d_logits");
+  require_result(out, n, weight.size(1), "[n, D]", "out");
+  multiply(slice(d_logits, 0, 1), slice(weight, 1, 0), nullptr, false, out);
+}
+
+void weight_gradient_product(const Tensor& d_logits, const Tensor& hidden, const Tensor& total, bool accumulate) {
+  require_factor(hidden, "hidden");
+  require(d_logits.dim() == 2, "d_logits must have two dimensions, got ", d_logits.sizes());
+  const int64_t n = d_logits.size(0);
+  require_matrix(hidden, n, hidden.size(1), "[n, D]", "hidden");
+  require_matrix(d_logits, n, d_logits.size(1), "[n, V]", "d_logits");
+  require_float(d_logits, "d_logits");
+  require_result(total, d_logits.size(1), hidden.size(1), "[V, D]", "total");
+  multiply(slice(d_logits, 1, 0), slice(hidden, 1, 0), nullptr, accumulate, total);
+}
+
 // Contiguous memory. What is smaller than a huge page comes from PyTorch's allocator.
 Tensor empty(const std::vector<int64_t>& shape, at::ScalarType dtype) {
   constexpr size_t HUGE_PAGE = size_t(2) << 20;
@@ -147,6 +235,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("readout"), py::arg("stats"), py::arg("gradients"), py::arg("d_logits"));
   m.def("fused_loss", &fused_loss, py::arg("logits"), py::arg("target"), py::arg("ignore"), py::arg("readout"),
         py::arg("fields"), py::arg("code"), py::arg("params"), py::arg("d_logits"), py::arg("out"));
+  m.def("logits_product", &logits_product, py::arg("hidden"), py::arg("weight"), py::arg("bias"), py::arg("out"));
+  m.def("hidden_gradient_product", &hidden_gradient_product, py::arg("d_logits"), py::arg("weight"), py::arg("out"));
+  m.def("weight_gradient_product", &weight_gradient_product, py::arg("d_logits"), py::arg("hidden"),
+        py::arg("total"), py::arg("accumulate"));
+  m.def("products_unavailable", &products_unavailable, py::arg("dtype"));
+  m.def("product_arithmetic", &product_arithmetic, py::arg("dtype"));
   m.def("empty", &empty, py::arg("shape"), py::arg("dtype"));
   m.def("limit_kept_bytes", &cpu::limit_kept_bytes, py::arg("bytes"));
   m.def("kept_bytes", &cpu::kept_bytes);

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 
@@ -60,7 +61,29 @@ token_stats, token_stats_backward, fused_loss = _rows.token_stats, _rows.token_s
 
 
 def products(weight: Tensor, dtype: torch.dtype) -> Products:
-    return products_of_torch(weight, dtype)
+    return products_of_torch(weight, dtype) if products_unavailable(dtype) else NativeProducts(weight.to(dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class NativeProducts:
+    """The products below, of one weight."""
+
+    weight: Tensor  # [V, D] of the operands' dtype
+
+    @property
+    def row_bytes(self) -> int:
+        return self.weight.shape[0] * torch.float32.itemsize
+
+    def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        logits_product(hidden, self.weight, bias, out)
+
+    def d_hidden(self, d_logits: Tensor) -> Tensor:
+        out = d_logits.new_empty(d_logits.shape[0], self.weight.shape[1])
+        hidden_gradient_product(d_logits, self.weight, out)
+        return out
+
+    def add_d_weight(self, d_logits: Tensor, hidden: Tensor, total: Tensor, first: bool) -> None:
+        weight_gradient_product(d_logits, hidden, total, accumulate=not first)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

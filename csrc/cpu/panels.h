@@ -1,0 +1,46 @@
+// What an instruction set provides for matrix products: factors packed into panels, and products of panels.
+#pragma once
+
+#include <stdint.h>
+
+#include "segment.h"
+
+namespace unirl::cpu {
+
+// A factor of a product, or part of one: lanes (rows of the left factor, columns of the right one) by depth, the
+// dimension that is summed over. Strides in elements.
+struct Slice {
+  Format format;
+  const void* data;
+  int64_t lane_stride, depth_stride;
+  int64_t lanes, depth;
+};
+
+// fp32; the stride of the columns is 1.
+struct Tile {
+  float* data;
+  int64_t row_stride;
+  int64_t rows, columns;
+};
+
+// A panel is made of units of 32 bits, [unit][lane]: a float, or two bf16 that are neighbours in depth. A slice becomes
+// panels one after the other; lanes beyond its own, up to a multiple of LANES, and depth beyond its own are zero.
+struct PanelKernels {
+  int64_t unit_depth;  // elements in a unit
+  int64_t lanes;       // LANES
+  void (*pack_rows)(const Slice& from, uint32_t* to);
+  void (*pack_columns)(const Slice& from, uint32_t* to);
+  // to = rows columns^T + bias, or the same added to what is there. bias: a value per column, or null. The columns'
+  // memory is aligned to 64 bytes.
+  void (*multiply)(const uint32_t* rows, const uint32_t* columns, int64_t units, const float* bias, bool add,
+                   const Tile& to);
+};
+
+#if defined(__x86_64__)
+// fp32, bf16 and fp16, multiplied as fp32.
+extern const PanelKernels avx512_panels, avx2_panels;
+// bf16, and fp32 that is rounded to bf16. Subnormal numbers count as zero.
+extern const PanelKernels avx512_bf16_panels;
+#endif
+
+}  // namespace unirl::cpu
