@@ -183,11 +183,28 @@ def loss_of(head: LinearHead, leaves: list[Tensor | None], loss: LossCase | Cust
     return uk.fused_linear_loss(hidden, weight, head.batch, loss.make(), bias=bias, plan=plan).loss
 
 
-def naive(head: LinearHead, loss: LossCase | CustomCase, readout: dict[str, Any]) -> Result:
-    """Loss and gradients by the oracle on the whole logits, in the dtype of the head."""
+def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, factors: torch.dtype = torch.float32) -> Tensor:
+    """hidden W^T + b. With bf16 factors the gradient of the product, one of them, is rounded, too."""
+    product = hidden @ weight.t()
+    if factors == torch.bfloat16 and product.requires_grad:
+        product.register_hook(lambda d_product: d_product.to(factors).to(d_product.dtype))
+    return product if bias is None else product + bias
+
+
+def naive(
+    head: LinearHead,
+    loss: LossCase | CustomCase,
+    readout: dict[str, Any],
+    factors: torch.dtype = torch.float32,
+) -> Result:
+    """Loss and gradients by the oracle on the whole logits, in the dtype of the head.
+
+    Args:
+        factors: of the products.
+    """
     hidden, weight, bias = leaves = leaves_of(head)
     batch = head.batch
-    logits = reference.apply_readout(hidden @ weight.t() + (0 if bias is None else bias), **readout)
+    logits = reference.apply_readout(logits_of(hidden, weight, bias, factors), **readout)
     logp, entropy = reference.log_probs(logits, batch.target), reference.entropy(logits)
     if isinstance(loss, CustomCase):
         value = loss.oracle(logits, batch)
@@ -204,14 +221,20 @@ def check(
     got: Result,
     head: LinearHead,
     loss: LossCase | CustomCase,
+    factors: torch.dtype | None = None,
     **readout: Any,
 ) -> None:
     """Assert that loss, statistics and gradients are within budget, and exactly zero where tokens are ignored.
 
-    Plain PyTorch gets the operands in fp32 and its gradients are rounded to their dtype.
+    Plain PyTorch gets the operands in fp32 and its gradients are rounded to their dtype. A backend may multiply bf16
+    factors as such or in fp32; either is plain.
+
+    Args:
+        factors: of the products, where not of the hidden states' dtype.
     """
     exact = {name: x.double() if isinstance(x, Tensor) else x for name, x in readout.items()}
-    truth, plain = naive(head.used.to(torch.float64), loss, exact), naive(head.used.to(torch.float32), loss, readout)
+    truth = naive(head.used.to(torch.float64), loss, exact)
+    plain = naive(head.used.to(torch.float32), loss, readout)
     size = max(1.0, largest_lse(head, exact))
     for name, condition in (
         ("loss", size * condition_of(truth.loss)),
@@ -220,17 +243,25 @@ def check(
     ):
         x, p, t = (getattr(result, name).reshape(-1) for result in (got, plain, truth))
         assert not (problems := violations(x, p, t, condition=condition)), f"{name}: {problems}"
-    check_gradients(got, plain, truth, head, condition=size)
+    plains = [plain]
+    if (factors or head.hidden.dtype) == torch.bfloat16:
+        plains.append(naive(head.used.to(torch.float32), loss, readout, torch.bfloat16))
+    check_gradients(got, plains, truth, head, condition=size)
 
 
-def check_gradients(got: Result, plain: Result, truth: Result, head: LinearHead, *, condition: float) -> None:
+def check_gradients(
+    got: Result, plains: Sequence[Result], truth: Result, head: LinearHead, *, condition: float
+) -> None:
+    """Assert that each gradient is within the budget that one of the plain results sets."""
     for name, operand in zip(GRADIENTS, head.operands, strict=True):
-        x, p, t = (getattr(result, name) for result in (got, plain, truth))
+        x, t = getattr(got, name), getattr(truth, name)
         if operand is None or x is None:  # frozen
             assert x is None, f"{name} of nothing"
             continue
         assert x.dtype == operand.dtype, f"{name} is {x.dtype}"
-        assert not (problems := violations(x, p.to(x.dtype).to(p.dtype), t, condition=condition)), f"{name}: {problems}"
+        rounded = (getattr(plain, name).to(x.dtype).float() for plain in plains)
+        problems = [violations(x, p, t, condition=condition) for p in rounded]
+        assert not all(problems), f"{name}: {problems}"
     if got.d_hidden is not None:
         assert not got.d_hidden[~head.batch.valid].any(), "an ignored token has a gradient"
 

@@ -12,6 +12,7 @@ import unirl_kernels as uk
 from tests.cases import BY_NAME, LossCase
 from tests.linear import (
     CHUNKED,
+    GRADIENTS,
     RAGGED,
     SCOPES,
     CustomCase,
@@ -67,8 +68,8 @@ def test_fp16_under_a_gradient_scaler(name: str) -> None:
         value = loss_of(head, leaves, case, tokens)
         gradients = gradients_of(value * scale, leaves)
         truth, plain = (naive(head.used.to(dtype), case, {}) for dtype in (torch.float64, torch.float32))
-        scaled = [Result(x.loss, *(g * scale for g in x[1:4]), x.logp, x.entropy) for x in (plain, truth)]
-        check_gradients(Result(value.detach(), *gradients, None, None), *scaled, head, condition=16.0)
+        plain, truth = (x._replace(**{n: scale * getattr(x, n) for n in GRADIENTS}) for x in (plain, truth))
+        check_gradients(Result(value.detach(), *gradients, None, None), [plain], truth, head, condition=16.0)
 
 
 @of_scopes

@@ -23,6 +23,7 @@ from tests.linear import (
     check_gradients,
     gradients_of,
     leaves_of,
+    logits_of,
     make_head,
 )
 from tests.places import PLACES, Place
@@ -54,10 +55,9 @@ def stats_of(head: LinearHead, plan: uk.Plan, readout: uk.Readout = uk.Readout()
     return uk.linear_token_stats(hidden, weight, head.batch.target, bias=bias, readout=readout, plan=plan)
 
 
-def oracle(head: LinearHead, readout: dict[str, Any]) -> uk.TokenStats:
+def oracle(head: LinearHead, readout: dict[str, Any], factors: torch.dtype = torch.float32) -> uk.TokenStats:
     """In the dtype of the head, zero at ignored places."""
-    logits = head.hidden @ head.weight.t() + (0 if head.bias is None else head.bias)
-    z, target = reference.apply_readout(logits, **readout), head.batch.target
+    z, target = reference.apply_readout(logits_of(*head.operands, factors), **readout), head.batch.target
     values = (reference.log_probs(z, target), reference.entropy(z), torch.logsumexp(z, -1))
     return uk.TokenStats(*(torch.where(target != uk.IGNORE, x, 0) for x in values))
 
@@ -85,7 +85,9 @@ def compare(head: LinearHead, plan: uk.Plan, **readout: Any) -> None:
         assert g.dtype == torch.float32
         assert not (problems := violations(g, p, t, condition=condition_of(t, lse))), f"{name}: {problems}"
         assert not g[~head.batch.valid].any()
-    check_gradients(d_got, d_plain, d_truth, head, condition=2 * lse)
+    dtype = head.hidden.dtype
+    _, d_rounded = with_gradients(head.used.to(torch.float32), lambda x: oracle(x, readout, dtype), weights)
+    check_gradients(d_got, [d_plain, d_rounded], d_truth, head, condition=2 * lse)
 
 
 @pytest.mark.parametrize("tiles", TILES)
