@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from unirl_kernels.bench.cases import copy_call
+from unirl_kernels.bench.levels import level_of
 from unirl_kernels.bench.measurement import Measurement
 from unirl_kernels.bench.providers import OURS, Provider
-from unirl_kernels.bench.record import FAILED, OK
+from unirl_kernels.bench.record import FAILED, OK, Run
 from unirl_kernels.bench.selection import chosen
 from unirl_kernels.bench.work import FORWARD_BACKWARD, FUSED, STATS, Work
-from unirl_kernels.measure import interleaved_times
+from unirl_kernels.measure import Timing, interleaved_times
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WORKS = [
@@ -35,11 +35,10 @@ PAIRS = [
 
 
 @lru_cache(maxsize=1)
-def copy_bandwidth(work: Work) -> float:
-    """Bytes per second, read and written, of ``copy_`` of the work's logits."""
-    calls = {"copy_": copy_call(Measurement(work, []).ring)}
-    time = interleaved_times(calls, torch.device(work.device), rounds=ROUNDS)["copy_"]
-    return 2 * work.logits_bytes / time.median
+def baselines(work: Work) -> dict[str, Timing]:
+    """What the machine does at best, by name."""
+    calls = Measurement(work, []).baselines
+    return interleaved_times(calls, torch.device(work.device), rounds=ROUNDS)
 
 
 @pytest.mark.parametrize(("work", "provider"), PAIRS)
@@ -52,16 +51,16 @@ def test_provider(work: Work, provider: Provider, benchmark: Any) -> None:
     row = measurement.rows[provider.key]
     if row.status != OK:
         (pytest.fail if provider.name == OURS or row.status == FAILED else pytest.skip)(f"{row.status}: {row.reasons}")
-    bandwidth = copy_bandwidth(work)
+    best = baselines(work)
     case = measurement.cases[provider.key]
 
-    def run() -> None:
+    def call() -> None:
         case()
         if DEVICE == "cuda":
             torch.cuda.synchronize()
 
     benchmark.group = f"{work.mode} {work.tokens} x {work.vocab} {work.dtype}"
-    benchmark.pedantic(run, setup=case.renew, rounds=ROUNDS, warmup_rounds=1)
-    benchmark.extra_info["floor_bytes"] = work.floor_bytes
-    benchmark.extra_info["copy_bandwidth"] = bandwidth
-    benchmark.extra_info["fraction_of_copy"] = work.floor_bytes / bandwidth / benchmark.stats.stats.median
+    benchmark.pedantic(call, setup=case.renew, rounds=ROUNDS, warmup_rounds=1)
+    run = Run(work, ROUNDS, None, [], {}, **level_of(work).floor(work), **best)
+    benchmark.extra_info["floor_seconds"] = run.floor_seconds
+    benchmark.extra_info["fraction_of_floor"] = run.floor_seconds / benchmark.stats.stats.median

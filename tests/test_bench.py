@@ -13,17 +13,18 @@ from torch import Tensor
 
 from unirl_kernels import reference
 from unirl_kernels.bench.buffers import Ring, last_level_cache_bytes
+from unirl_kernels.bench.inputs import Inputs, Values
+from unirl_kernels.bench.levels import LOGITS
+from unirl_kernels.bench.logits.truth import LogitsTruth
 from unirl_kernels.bench.measurement import Measurement
 from unirl_kernels.bench.memory import peak_in_fresh_process
-from unirl_kernels.bench.peers import PEERS
 from unirl_kernels.bench.plot import draw_run, draw_sweeps
 from unirl_kernels.bench.providers import OURS, Provider, Skipped, needs
 from unirl_kernels.bench.readme import renewed
 from unirl_kernels.bench.record import FAILED, OK, WRONG, Record, Row, Run
 from unirl_kernels.bench.selection import chosen
 from unirl_kernels.bench.table import markdown, remarks
-from unirl_kernels.bench.truth import Truth
-from unirl_kernels.bench.work import DTYPES, FORWARD_BACKWARD, FUSED, MODES, STATS, Inputs, Values, Work
+from unirl_kernels.bench.work import DTYPES, FORWARD_BACKWARD, FUSED, MODES, STATS, Work
 from unirl_kernels.cli import main
 from unirl_kernels.measure import Timing
 
@@ -78,12 +79,12 @@ def test_every_loss_passes_the_gate(loss: str, on_policy: bool) -> None:
 @pytest.mark.parametrize("loss", reference.LOSSES)
 def test_truth_is_the_oracle(loss: str) -> None:
     """The gate computes loss and gradient by parts, so that they fit into memory."""
-    inputs = Inputs.make(replace(SMALL, loss=loss))
-    truth = Truth(inputs)
-    logits, batch = inputs.logits.double(), inputs.batch
-    torch.testing.assert_close(truth.loss[torch.float64], reference.loss(loss, logits, batch), rtol=1e-12, atol=0)
-    expected = reference.gradient(loss, logits, batch).flatten(0, 1)[truth.rows]
-    torch.testing.assert_close(truth._gradient(False, torch.float64), expected, rtol=1e-10, atol=1e-14)
+    inputs = LOGITS.make(replace(SMALL, loss=loss))
+    found = LogitsTruth(inputs)
+    logits, batch = inputs.operands[0].double(), inputs.batch
+    torch.testing.assert_close(found.loss[torch.float64], reference.loss(loss, logits, batch), rtol=1e-12, atol=0)
+    expected = reference.gradient(loss, logits, batch).flatten(0, 1)[found.rows]
+    torch.testing.assert_close(found.gradient(False)[torch.float64], expected, rtol=1e-10, atol=1e-14)
 
 
 def _in_bf16(inputs: Inputs, logp: Tensor) -> Values:
@@ -142,14 +143,14 @@ def test_others_count_where_one_fails_or_writes_where_it_must_not() -> None:
     measurement = checked(SMALL, *providers)
     rows = list(measurement.rows.values())
     assert rows[0].status == WRONG
-    assert rows[0].reasons[-1].startswith("logits: overwritten")
+    assert rows[0].reasons[-1].startswith("operands: overwritten")
     assert rows[1].status == FAILED
     assert rows[1].reasons == ["ZeroDivisionError: no such kernel"]
     assert {row.status for row in rows[2:]} == {OK}
 
 
 def test_peers_that_cannot_run_say_why() -> None:
-    reasons = checked(SMALL, *(peer for peer in PEERS if peer.name != "compile")).skipped  # takes ten seconds
+    reasons = checked(SMALL, *(peer for peer in LOGITS.peers if peer.name != "compile")).skipped  # takes ten seconds
     assert reasons["quack cross_entropy"] == "runs on a GPU only"
     assert reasons["fla fused_grpo_loss"] == "takes no old log-probabilities: --on-policy"
     assert reasons["eager log_softmax"] == "the same as in fp32"
@@ -158,12 +159,16 @@ def test_peers_that_cannot_run_say_why() -> None:
         needs("no_such_thing.at_all", "no-such-thing")
 
 
+def floor_of(work: Work) -> int:
+    return LOGITS.floor(work)["floor_bytes"]
+
+
 def test_floors_by_hand() -> None:
     """4 sequences of 16, of which each ignores one: 60 rows read, 64 written, 404 bytes each."""
-    floors = {mode: replace(SMALL, mode=mode).floor_bytes for mode in MODES}
+    floors = {mode: floor_of(replace(SMALL, mode=mode)) for mode in MODES}
     assert floors == {FUSED: 124 * 404, STATS: 60 * 404, "stats-backward": 124 * 404, FORWARD_BACKWARD: 184 * 404}
-    assert replace(SMALL, loss="dpo").floor_bytes == 184 * 404
-    assert replace(SMALL, tokens=1).floor_bytes == 2 * 404
+    assert floor_of(replace(SMALL, loss="dpo")) == 184 * 404
+    assert floor_of(replace(SMALL, tokens=1)) == 2 * 404
 
 
 def test_a_ring_outgrows_the_cache_and_heals() -> None:
@@ -209,7 +214,7 @@ def test_command_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 BAD = {
     "--kernels warp": "--kernels must be among all, none, cpu",
-    "--peers nobody": "--peers must be among all, none, cce",
+    "--peers nobody": "--peers must be among all, none, compile",
     "--tokens 66": "--tokens must be divisible by 4 sequences, got 66",
     "--device nowhere": "--device nowhere is not available",
     "--device meta": "--device must be of cpu, cuda, got meta",
@@ -234,12 +239,12 @@ def test_bad_options_get_one_line(
 def made_up_run(tokens: int = 64, vocab: int = 1000) -> Run:
     """A copy at 1 GB/s; ours at half of it, eager ten times as slow."""
     work = Work(tokens=tokens, vocab=vocab, dtype="fp32")
-    copy = 2 * work.logits_bytes / 1e9
-    ours = Row(OURS, "cpu/rows", True, OK, (), _exactly(2 * work.floor_bytes / 1e9), 1000, 1e-6, None, 2e-7)
-    eager = Row("eager", "log_softmax", False, OK, (), _exactly(20 * work.floor_bytes / 1e9), 10**9, 1e-5, None, 1e-6)
+    copy, floor = 2 * work.logits_bytes / 1e9, floor_of(work)
+    ours = Row(OURS, "cpu/rows", True, OK, (), _exactly(2 * floor / 1e9), 1000, 1e-6, None, 2e-7)
+    eager = Row("eager", "log_softmax", False, OK, (), _exactly(20 * floor / 1e9), 10**9, 1e-5, None, 1e-6)
     wrong = Row("trl", "selective", False, WRONG, ("logp: too far",), None, None, 0.1)
     rows = [ours, eager, wrong]
-    return Run(work, work.floor_bytes, 7, 0.5, _exactly(copy), _exactly(copy / 2), rows, {"fla x": "absent"})
+    return Run(work, 7, 0.5, rows, {"fla x": "absent"}, floor, _exactly(copy), _exactly(copy / 2))
 
 
 def _exactly(seconds: float) -> Timing:

@@ -1,4 +1,4 @@
-"""Copies of the same logits, so that no call finds them in a cache."""
+"""Copies of the same operand, so that no call finds it in a cache."""
 
 from __future__ import annotations
 

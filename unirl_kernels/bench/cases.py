@@ -1,35 +1,38 @@
-"""A provider at work: its function bound to logits, run forward, backward or both as the mode asks for."""
+"""A provider at work: its function bound to operands, run forward, backward or both as the mode asks for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from unirl_kernels.bench.buffers import Ring
+from unirl_kernels.bench.inputs import Inputs, Values
 from unirl_kernels.bench.providers import Function
-from unirl_kernels.bench.work import FORWARD_BACKWARD, FUSED, STATS, STATS_BACKWARD, Inputs, Values
+from unirl_kernels.bench.work import FORWARD_BACKWARD, FUSED, STATS, STATS_BACKWARD
+
+Operands = Sequence[Tensor]
 
 
 class Outcome(NamedTuple):
     values: Values
-    gradient: Tensor | None  # [B, L, V]
+    gradients: tuple[Tensor, ...]  # of the operands; empty where none are asked for
 
 
 class Case:
-    """Calls that do the same work again and again, each on logits that no cache holds.
+    """Calls that do the same work again and again, each on operands that no cache holds.
 
     Args:
         function: of a provider.
         inputs: the work.
-        ring: where logits are taken from.
-        overwrites: the function writes into the logits.
+        rings: where each operand is taken from.
+        overwrites: the function writes into the operands.
     """
 
-    def __init__(self, function: Function, inputs: Inputs, ring: Ring, overwrites: bool) -> None:
-        self._function, self._inputs, self._ring, self._overwrites = function, inputs, ring, overwrites
+    def __init__(self, function: Function, inputs: Inputs, rings: Sequence[Ring], overwrites: bool) -> None:
+        self._function, self._inputs, self._rings, self._overwrites = function, inputs, rings, overwrites
         self._prepare()
 
     def __call__(self) -> Outcome:
@@ -39,59 +42,61 @@ class Case:
     def renew(self) -> None:
         """Get ready for the next call; not part of the work."""
         if self._overwrites:
-            self._ring.restore(self._logits)
+            self._restore()
         self._prepare()
 
-    def logits_are_intact(self) -> bool:
-        """Whether the last call left the logits as they were; put right where it did not."""
-        intact = torch.equal(self._logits, self._inputs.logits)
+    def operands_are_intact(self) -> bool:
+        """Whether the last call left the operands as they were; put right where it did not."""
+        intact = all(map(torch.equal, self._operands, self._inputs.operands))
         if not intact:
-            self._ring.restore(self._logits)
+            self._restore()
         return intact
 
+    def _restore(self) -> None:
+        for ring, copy in zip(self._rings, self._operands, strict=True):
+            ring.restore(copy)
+
     def _prepare(self) -> None:
-        self._logits = self._ring.take()
-        self._run = _RUNS[self._inputs.work.mode](self._function, self._inputs, self._logits)
+        self._operands = [ring.take() for ring in self._rings]
+        self._run = _RUNS[self._inputs.work.mode](self._function, self._inputs, self._operands)
 
 
-def _leaf(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits as a leaf, and as a model would hand them over: computed, so that they may be overwritten."""
-    leaf = logits.detach().requires_grad_()
-    return leaf, leaf.view_as(leaf)
+def _leaves(operands: Operands) -> tuple[list[Tensor], list[Tensor]]:
+    """The operands as leaves, and as a model would hand them over: computed, so that they may be overwritten."""
+    leaves = [x.detach().requires_grad_() for x in operands]
+    return leaves, [x.view_as(x) for x in leaves]
 
 
-def _loss_and_gradient(function: Function, inputs: Inputs, logits: Tensor) -> Callable[[], Outcome]:
+def _loss_and_gradient(function: Function, inputs: Inputs, operands: Operands) -> Callable[[], Outcome]:
     def run() -> Outcome:
-        leaf, computed = _leaf(logits)
-        values = function(computed)
+        leaves, computed = _leaves(operands)
+        values = function(*computed)
         assert values.loss is not None
-        (gradient,) = torch.autograd.grad(values.loss, leaf)
-        return Outcome(values, gradient)
+        return Outcome(values, torch.autograd.grad(values.loss, leaves))
 
     return run
 
 
-def _statistics(function: Function, inputs: Inputs, logits: Tensor) -> Callable[[], Outcome]:
+def _statistics(function: Function, inputs: Inputs, operands: Operands) -> Callable[[], Outcome]:
     def run() -> Outcome:
         with torch.no_grad():
-            return Outcome(function(logits), None)
+            return Outcome(function(*operands), ())
 
     return run
 
 
-def _forward_backward(function: Function, inputs: Inputs, logits: Tensor) -> Callable[[], Outcome]:
-    return lambda: _backward(function, inputs, logits)()
+def _forward_backward(function: Function, inputs: Inputs, operands: Operands) -> Callable[[], Outcome]:
+    return lambda: _backward(function, inputs, operands)()
 
 
-def _backward(function: Function, inputs: Inputs, logits: Tensor) -> Callable[[], Outcome]:
-    leaf, computed = _leaf(logits)
-    values = function(computed)
+def _backward(function: Function, inputs: Inputs, operands: Operands) -> Callable[[], Outcome]:
+    leaves, computed = _leaves(operands)
+    values = function(*computed)
     upstream = [(x, d) for x, d in ((values.logp, inputs.d_logp), (values.entropy, inputs.d_entropy)) if x is not None]
 
     def run() -> Outcome:
         outputs = [x for x, _ in upstream]
-        (gradient,) = torch.autograd.grad(outputs, leaf, [d.to(x.dtype) for x, d in upstream])
-        return Outcome(values, gradient)
+        return Outcome(values, torch.autograd.grad(outputs, leaves, [d.to(x.dtype) for x, d in upstream]))
 
     return run
 
@@ -102,13 +107,3 @@ _RUNS = {
     STATS_BACKWARD: _backward,
     FORWARD_BACKWARD: _forward_backward,
 }
-
-
-def copy_call(ring: Ring) -> Callable[[], object]:
-    """``copy_`` of the same tensor: the bandwidth that everything is measured against."""
-    return lambda: ring.take().copy_(ring.take())
-
-
-def sum_call(ring: Ring) -> Callable[[], object]:
-    """The sum of the same tensor: one read, the bandwidth for statistics."""
-    return lambda: ring.take().sum()

@@ -5,20 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from unirl_kernels.bench.buffers import Ring
-from unirl_kernels.bench.cases import Case, copy_call, sum_call
+from unirl_kernels.bench.cases import Case
 from unirl_kernels.bench.hardware import Elsewhere
+from unirl_kernels.bench.levels import level_of
 from unirl_kernels.bench.memory import peak_in_fresh_process
 from unirl_kernels.bench.providers import Provider, Skipped
 from unirl_kernels.bench.record import FAILED, OK, WRONG, Row, Run
-from unirl_kernels.bench.truth import Truth
-from unirl_kernels.bench.work import Inputs, Work
+from unirl_kernels.bench.truth import Check, Truth
+from unirl_kernels.bench.work import Work
 from unirl_kernels.measure import interleaved_times
 
-COPY, SUM = "copy_", "sum"
 Step = Callable[[], object]
 
 
@@ -32,8 +33,10 @@ class Measurement:
 
     def __init__(self, work: Work, providers: Sequence[Provider]) -> None:
         self.work, self.providers = work, providers
-        self.inputs = Inputs.make(work)
-        self.ring = Ring(self.inputs.logits)
+        self.level = level_of(work)
+        self.inputs = self.level.make(work)
+        self.rings = [Ring(x) for x in self.inputs.operands]
+        self.baselines = self.level.baselines(work, self.rings)
         self.rows: dict[str, Row] = {}
         self.skipped: dict[str, str] = {}
         self.cases: dict[str, Case] = {}
@@ -41,7 +44,7 @@ class Measurement:
 
     def check(self, after_each: Step) -> None:
         """Let each provider do the work once, and hold it against fp64."""
-        truth = Truth(self.inputs)
+        truth = self.level.truth(self.inputs)
         for provider in self.providers:
             try:
                 self.rows[provider.key] = self._checked(provider, truth)
@@ -54,26 +57,19 @@ class Measurement:
             after_each()
 
     def _checked(self, provider: Provider, truth: Truth) -> Row:
-        case = Case(provider.bind(self.inputs), self.inputs, self.ring, provider.overwrites)
+        case = Case(provider.bind(self.inputs), self.inputs, self.rings, provider.overwrites)
         try:
             found = truth.check(*case())
         finally:
-            intact = case.logits_are_intact()
+            intact = case.operands_are_intact()
             case.renew()
         if not (intact or provider.overwrites):
-            found.problems.append("logits: overwritten where a fresh gradient was asked for")
+            found.problems.append("operands: overwritten where a fresh gradient was asked for")
         if not found.problems:
             self.cases[provider.key] = case
-        return Row(
-            provider.name,
-            provider.kernel,
-            provider.overwrites,
-            WRONG if found.problems else OK,
-            found.problems,
-            None,
-            None,
-            *(_number(x) for x in (found.logp_error, found.entropy_error, found.gradient_error)),
-        )
+        status = WRONG if found.problems else OK
+        row = Row(provider.name, provider.kernel, provider.overwrites, status, found.problems)
+        return replace(row, **_errors(found))
 
     def time(self, rounds: int, after_each: Step) -> Run:
         """Time those that are right."""
@@ -91,23 +87,23 @@ class Measurement:
                 called.pop().renew()
             after_each()
 
-        calls = {COPY: copy_call(self.ring), SUM: sum_call(self.ring)}
-        calls |= {key: noted(case) for key, case in self.cases.items()}
+        calls = {**self.baselines, **{key: noted(case) for key, case in self.cases.items()}}
         elsewhere = Elsewhere()
         times = interleaved_times(calls, torch.device(self.work.device), rounds=rounds, after_call=after_call)
         for key in self.cases:
             self.rows[key] = replace(self.rows[key], time=times[key])
-        share, floor, rows = elsewhere.share(), self.work.floor_bytes, list(self.rows.values())
-        return Run(self.work, floor, rounds, share, times[COPY], times[SUM], rows, self.skipped)
+        share, rows = elsewhere.share(), list(self.rows.values())
+        floor: dict[str, Any] = {**self.level.floor(self.work), **{name: times[name] for name in self.baselines}}
+        return Run(self.work, rounds, share, rows, self.skipped, **floor)
 
     def calls(self, rounds: int) -> int:
         """How often ``time`` calls ``after_each``."""
-        return (2 + len(self.cases)) * (1 + rounds)
+        return (len(self.baselines) + len(self.cases)) * (1 + rounds)
 
     def memory(self, run: Run, after_each: Step) -> Run:
         """Measure the memory of those that are right, and add it to their rows. Frees what the work holds here."""
         self.cases.clear()
-        del self.ring, self.inputs
+        del self.rings, self.inputs, self.baselines
         if torch.device(self.work.device).type == "cuda":
             torch.cuda.empty_cache()
         providers = {provider.key: provider for provider in self.providers}
@@ -120,6 +116,8 @@ class Measurement:
         return replace(run, rows=rows)
 
 
-def _number(x: float | None) -> float | None:
-    """JSON has no NaN and no infinity."""
-    return x if x is None or math.isfinite(x) else None
+def _errors(found: Check) -> dict[str, Any]:
+    """As ``Row`` has them: absolute of what is in nats, else relative."""
+    errors = found.relative | {name: found.largest[name] for name in ("logp", "entropy") if name in found.largest}
+    # JSON has no NaN and no infinity.
+    return {f"{name}_error": x if math.isfinite(x) else None for name, x in errors.items()}

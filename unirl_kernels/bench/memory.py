@@ -15,9 +15,10 @@ import torch
 
 from unirl_kernels.bench.buffers import Ring
 from unirl_kernels.bench.cases import Case
+from unirl_kernels.bench.levels import level_of
 from unirl_kernels.bench.providers import Provider
 from unirl_kernels.bench.selection import chosen
-from unirl_kernels.bench.work import Inputs, Work
+from unirl_kernels.bench.work import Work
 from unirl_kernels.measure import peak_extra_bytes
 
 # Gradients kept from one call to the next would hide that a call needs them.
@@ -25,7 +26,7 @@ KEEP_NOTHING = {"UNIRL_CPU_CACHE_BYTES": "0"}
 
 
 def peak_in_fresh_process(provider: Provider, work: Work) -> int:
-    """Bytes that a call of the provider needs at its peak, on top of the logits.
+    """Bytes that a call of the provider needs at its peak, on top of the operands.
 
     Raises:
         RuntimeError: when the process fails, with the last line of what it said.
@@ -40,8 +41,8 @@ def peak_in_fresh_process(provider: Provider, work: Work) -> int:
 
 def _peak(work: Work, key: str) -> int:
     provider = next(p for p in chosen(work, ["all"], ["all"]) if p.key == key)
-    inputs = Inputs.make(work)
-    case = Case(provider.bind(inputs), inputs, Ring(inputs.logits), provider.overwrites)
+    inputs = level_of(work).make(work)
+    case = Case(provider.bind(inputs), inputs, [Ring(x) for x in inputs.operands], provider.overwrites)
     case()
     case.renew()
     return peak_extra_bytes(case, torch.device(work.device))

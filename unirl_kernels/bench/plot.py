@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
+from unirl_kernels.bench.levels import level_of
 from unirl_kernels.bench.providers import OURS
 from unirl_kernels.bench.record import Record, Row, Run, three_digits, title
 from unirl_kernels.cli import CommandFailed
@@ -100,7 +101,9 @@ def draw_run(run: Run) -> Figure:
     _draw_bars(axes[0], "Time", "ms", right, colors, lambda row: _median(row) * 1e3)
     axes[0].axvline(run.floor_seconds * 1e3, color=INK, lw=1.2, ls=":")
     axes[0].annotate("floor", (run.floor_seconds * 1e3, -0.5), fontsize=8, color=INK, ha="center", va="bottom")
-    _draw_bars(axes[1], "Peak memory beyond the logits", "MB", right, colors, lambda r: (r.peak_extra_bytes or 0) / 1e6)
+    columns = level_of(run.work).columns
+    memory = f"Peak memory beyond {columns.beyond}"
+    _draw_bars(axes[1], memory, "MB", right, colors, lambda row: (columns.extra_bytes(run, row) or 0) / 1e6)
     axes[1].set_yticks([])
     _draw_errors(axes[2], right, colors)
     return figure

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import importlib
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
-from torch import Tensor
 
+from unirl_kernels import backends
+from unirl_kernels.bench.inputs import Inputs, Values
 from unirl_kernels.bench.record import key
-from unirl_kernels.bench.work import FUSED, Inputs, Values, Work
+from unirl_kernels.bench.work import FUSED, Work
 
-Function = Callable[[Tensor], Values]
-"""From logits, [B, L, V], to what the mode asks for: the loss, or log-probability and entropy."""
+Function = Callable[..., Values]
+"""From the operands of the level to what the mode asks for: the loss, or log-probability and entropy."""
 
 Bind = Callable[[Inputs], Function]
 """Makes the function for some inputs; raises ``Skipped`` where there is none."""
@@ -35,7 +37,7 @@ class Provider:
         name: whose it is, as ``--peers`` spells it.
         kernel: which of theirs.
         bind: makes the function.
-        overwrites: the gradient comes into the logits' memory.
+        overwrites: the gradient comes into the operand's memory.
     """
 
     name: str
@@ -65,6 +67,13 @@ def needs(module: str, pip: str) -> ModuleType:
 def needs_gpu(work: Work) -> None:
     if torch.device(work.device).type != "cuda":
         raise Skipped("runs on a GPU only")
+
+
+def needs_backend(work: Work, backend: str) -> None:
+    if reason := backends.unavailable(backend, torch.device(work.device)):
+        raise Skipped(reason)
+    if backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+        raise Skipped("interpreted: its time would mean nothing")
 
 
 def needs_loss(work: Work, *losses: str) -> None:

@@ -22,13 +22,15 @@ class Row:
 
     Args:
         name, kernel: of the provider.
-        overwrites: the gradient comes into the logits' memory.
+        overwrites: the gradient comes into the operand's memory.
         status: ``OK``; ``WRONG``, an error exceeds its budget; ``FAILED``, it raised.
         reasons: what is wrong or failed.
         time: seconds of one call; None unless it is right.
-        peak_extra_bytes: memory of one call in a fresh process, on top of the logits; None where not measured.
+        peak_extra_bytes: memory of one call in a fresh process, on top of its operands; None where not measured.
         logp_error, entropy_error: largest absolute error against fp64, nats; None where it gives none.
         gradient_error: of the logits' gradient against fp64, relative L2.
+        loss_error: against fp64, relative.
+        d_hidden_error, d_weight_error: of gradients against fp64, relative L2.
     """
 
     name: str
@@ -41,6 +43,9 @@ class Row:
     logp_error: float | None = None
     entropy_error: float | None = None
     gradient_error: float | None = None
+    loss_error: float | None = None
+    d_hidden_error: float | None = None
+    d_weight_error: float | None = None
 
     @property
     def key(self) -> str:
@@ -55,37 +60,46 @@ def key(name: str, kernel: str, overwrites: bool) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """All providers on one piece of work.
+    """All providers on one piece of work, and what bounds it: memory traffic and the time of copying the logits, or
+    operations and the time of the bare matrix products.
 
     Args:
         work: the work.
-        floor_bytes: memory traffic that no kernel can do without.
         rounds: timed calls of each provider.
         elsewhere: share of the processors' time that other processes took while this was timed; None unknown.
-        copy: seconds of ``copy_`` of the logits, which reads and writes ``work.logits_bytes`` each.
-        sum: seconds of the sum of the logits.
         rows: the providers that took part.
         skipped: why others did not, by "provider kernel".
+        floor_bytes: on logits, memory traffic that no kernel can do without.
+        copy: seconds of ``copy_`` of the logits, which reads and writes ``work.logits_bytes`` each.
+        sum: seconds of the sum of the logits.
+        flops: on linear heads, what counts as done: the operations of the matrix products.
+        products: seconds of the bare products.
     """
 
     work: Work
-    floor_bytes: int
     rounds: int
     elsewhere: float | None
-    copy: Timing
-    sum: Timing
     rows: Sequence[Row]
     skipped: Mapping[str, str]
+    floor_bytes: int | None = None
+    copy: Timing | None = None
+    sum: Timing | None = None
+    flops: int | None = None
+    products: Timing | None = None
+
+    @property
+    def floor_seconds(self) -> float:
+        """The time of the products, or of the floor's traffic at the bandwidth of ``copy_``."""
+        if self.products is not None:
+            return self.products.median
+        assert self.floor_bytes is not None
+        return self.floor_bytes / self.copy_bandwidth
 
     @property
     def copy_bandwidth(self) -> float:
         """Bytes per second, read and written."""
+        assert self.copy is not None
         return 2 * self.work.logits_bytes / self.copy.median
-
-    @property
-    def floor_seconds(self) -> float:
-        """The time of the floor's traffic at the bandwidth of ``copy_``."""
-        return self.floor_bytes / self.copy_bandwidth
 
     @property
     def eager(self) -> Row | None:
@@ -141,7 +155,7 @@ class Record:
 
 def _run(content: dict[str, Any]) -> Run:
     rows = [Row(**row | {"reasons": tuple(row["reasons"]), "time": _timing(row["time"])}) for row in content["rows"]]
-    times = {name: Timing(**content[name]) for name in ("copy", "sum")}
+    times = {name: _timing(content.get(name)) for name in ("copy", "sum", "products")}
     return Run(**content | times | {"work": Work(**content["work"]), "rows": rows})
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from unirl_kernels.bench.kernels import ours
-from unirl_kernels.bench.peers import PEERS
+from unirl_kernels.bench.levels import level_of
 from unirl_kernels.bench.providers import Provider
 from unirl_kernels.bench.work import Work
 
@@ -16,17 +15,19 @@ def chosen(work: Work, kernels: Sequence[str], peers: Sequence[str], overwrite: 
     Args:
         work: the work.
         kernels: of ours: ``all``, ``none``, or names such as ``cpu`` and ``cpu/rows``.
-        peers: ``all``, ``none``, or names in ``peers.PEERS``.
-        overwrite: True only those that overwrite the logits, False only those that do not, None both.
+        peers: ``all``, ``none``, or names in ``PEERS`` of the level.
+        overwrite: True only those that overwrite an operand, False only those that do not, None both.
 
     Raises:
         ValueError: when there is none of a name.
     """
-    providers = [p for p in ours(work) if _named(kernels, p.kernel, p.kernel.split("/")[0])]
-    providers += [p for p in PEERS if _named(peers, p.name)]
+    level = level_of(work)
+    ours = list(level.ours(work))
+    providers = [p for p in ours if _named(kernels, p.kernel, p.kernel.split("/")[0])]
+    providers += [p for p in level.peers if _named(peers, p.name)]
     known = {
-        "kernels": {n for p in ours(work) for n in (p.kernel, p.kernel.split("/")[0])},
-        "peers": {p.name for p in PEERS},
+        "kernels": {n for p in ours for n in (p.kernel, p.kernel.split("/")[0])},
+        "peers": {p.name for p in level.peers},
     }
     for option, names in (("kernels", kernels), ("peers", peers)):
         if unknown := set(names) - known[option] - {"all", "none"}:

@@ -1,13 +1,14 @@
 """The parity gate: what a provider computed, held against fp64 before its time counts.
 
-Log-probabilities and the loss are checked whole, the gradient on rows spread over the whole tensor, so that a kernel
-that goes wrong only where T V > 2^31 is seen. The gradient's truth is equation (1) with the coefficients typed in, see
-``reference.coefficients``; nothing here is shared with the kernels. The budget is that of ``accuracy``.
+The gradient's truth is equation (1) with the coefficients typed in, see ``reference.coefficients``; nothing here is
+shared with the kernels. The budget is that of ``accuracy``.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -17,10 +18,11 @@ from torch import Tensor
 import unirl_kernels as uk
 from unirl_kernels import reference
 from unirl_kernels.accuracy import condition_of, error, violations
-from unirl_kernels.bench.work import FUSED, Inputs, Values, log_probs
+from unirl_kernels.bench.inputs import Inputs, Values
+from unirl_kernels.bench.work import FUSED
 
-CHECKED_BYTES = 2**26
-LEAST_CHECKED_ROWS = 8
+EXACT, PLAIN = torch.float64, torch.float32
+"""The truth, and eager PyTorch, whose error sets the budget."""
 
 
 @dataclass
@@ -28,73 +30,78 @@ class Check:
     """What a provider's results are worth.
 
     Args:
-        logp_error: largest absolute error, nats; None when it gives no log-probabilities.
-        entropy_error: largest absolute error on the checked rows, nats.
-        gradient_error: relative L2 on the checked rows.
+        largest: largest absolute error by name of a result; NaN where it is no number.
+        relative: relative L2 error, likewise.
         problems: what exceeds its budget, in words; empty when the provider is right.
     """
 
-    logp_error: float | None = None
-    entropy_error: float | None = None
-    gradient_error: float | None = None
+    largest: dict[str, float] = field(default_factory=dict)
+    relative: dict[str, float] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
-    def hold(self, name: str, got: Tensor, plain: Tensor, truth: Tensor, condition: float) -> tuple[float, float]:
-        """Note what exceeds the budget; the largest and the relative error, NaN where they are not numbers."""
+    def hold(self, name: str, got: Tensor, plain: Tensor, truth: Tensor, condition: float) -> None:
+        """Note the errors of a result, and what of them exceeds the budget."""
         self.problems += [f"{name}: {text}" for text in violations(got, plain, truth, condition=condition)]
         try:
             reached = error(got, truth)
         except ValueError:
-            return math.nan, math.nan
-        return reached.largest, reached.relative
+            self.largest[name] = self.relative[name] = math.nan
+        else:
+            self.largest[name], self.relative[name] = reached.largest, reached.relative
 
 
-class Truth:
-    """The results of fp64 arithmetic, and of eager fp32 PyTorch, whose error sets the budget.
+class Truth(ABC):
+    """The results of fp64 arithmetic, and of eager fp32 PyTorch.
 
     Args:
         inputs: the work.
+        logp: [B, L], log-probabilities by dtype.
+        rows: [n], the flat places whose entropy and gradient are checked.
+        lse: size of what a log-probability is computed from, at least 1.
     """
 
-    def __init__(self, inputs: Inputs) -> None:
-        self.inputs = inputs
-        self.target = inputs.batch.target
-        self.logp = {d: log_probs(inputs.logits, self.target, d) for d in (torch.float64, torch.float32)}
-        row_bytes = 8 * inputs.work.vocab
-        n = min(inputs.work.tokens, max(LEAST_CHECKED_ROWS, CHECKED_BYTES // row_bytes))
-        # Evenly spread, first and last (an ignored one) included.
-        self.rows = torch.linspace(0, inputs.work.tokens - 1, n, device=self.target.device).round().long()
-        self.checked_logits = inputs.logits.flatten(0, 1)[self.rows]
-        self.checked_target = self.target.flatten()[self.rows]
-        self.lse = max(1.0, torch.logsumexp(self.checked_logits.double(), -1).abs().max().item())
-        self._gradients: dict[tuple[bool, torch.dtype], Tensor] = {}
+    def __init__(self, inputs: Inputs, logp: Mapping[torch.dtype, Tensor], rows: Tensor, lse: float) -> None:
+        self.inputs, self.logp, self.rows, self.lse = inputs, logp, rows, lse
+        self.checked_target = inputs.batch.target.flatten()[rows]
 
-    def check(self, values: Values, gradient: Tensor | None) -> Check:
+    @property
+    @abstractmethod
+    def entropy(self) -> Mapping[torch.dtype, Tensor]:
+        """[n] by dtype, of the checked rows; 0 where they are ignored."""
+
+    @abstractmethod
+    def check_gradients(self, check: Check, gradients: Sequence[Tensor], of_entropy: bool) -> None:
+        """Hold the gradients of the operands against their truth.
+
+        Args:
+            check: where to note what comes out.
+            gradients: as the provider returned them.
+            of_entropy: the upstream gradient of entropy went into them.
+        """
+
+    def check(self, values: Values, gradients: Sequence[Tensor]) -> Check:
         """Compare with the truth. Arguments as the provider returned them."""
         check = Check()
-        exact, plain = self.logp[torch.float64], self.logp[torch.float32]
         if values.logp is not None:
+            exact, plain = self.logp[EXACT], self.logp[PLAIN]
             logp = torch.where(self.inputs.used, values.logp.detach(), 0)
-            check.logp_error, _ = check.hold("logp", logp, plain, exact, condition_of(exact, self.lse))
+            check.hold("logp", logp, plain, exact, condition_of(exact, self.lse))
         if values.entropy is not None:
+            exact, plain = self.entropy[EXACT], self.entropy[PLAIN]
             got = torch.where(self.checked_target != uk.IGNORE, values.entropy.detach().flatten()[self.rows], 0)
-            exact, plain = self.entropy[torch.float64], self.entropy[torch.float32]
-            check.entropy_error, _ = check.hold("entropy", got, plain, exact, condition_of(exact, self.lse))
+            check.hold("entropy", got, plain, exact, condition_of(exact, self.lse))
         if values.loss is not None:
-            exact, plain = (self.loss[d].view(1) for d in (torch.float64, torch.float32))
+            exact, plain = (self.loss[d].view(1) for d in (EXACT, PLAIN))
             check.hold("loss", values.loss.detach().view(1), plain, exact, self.lse * condition_of(exact))
-        if gradient is not None:
-            self._check_gradient(check, gradient, values.entropy is not None)
+        if gradients:
+            self.check_gradients(check, gradients, self.inputs.work.mode != FUSED and values.entropy is not None)
         return check
 
-    def _check_gradient(self, check: Check, gradient: Tensor, of_entropy: bool) -> None:
-        got = gradient.reshape(-1, self.inputs.work.vocab)[self.rows]
-        exact, plain = (self._gradient(of_entropy, d) for d in (torch.float64, torch.float32))
-        # Rounded to the dtype of the logits, but an ulp is one of fp32: what is computed before that is not rounded.
-        plain = plain.to(self.inputs.logits.dtype).float()
-        _, check.gradient_error = check.hold("gradient", got, plain, exact, 2 * self.lse)
-        if bool(got[self.checked_target == uk.IGNORE].any()):
-            check.problems.append("gradient: an ignored row is not zero")
+    def hold_gradient(self, check: Check, name: str, got: Tensor, by_dtype: Mapping[torch.dtype, Tensor]) -> None:
+        """Hold one gradient, of the dtype of the operands, against its truth."""
+        # Rounded to that dtype, but an ulp is one of fp32: what is computed before that is not rounded.
+        plain = by_dtype[PLAIN].to(self.inputs.operands[0].dtype).float()
+        check.hold(name, got, plain, by_dtype[EXACT], 2 * self.lse)
 
     @cached_property
     def loss(self) -> dict[torch.dtype, Tensor]:
@@ -108,32 +115,28 @@ class Truth:
             losses[dtype] = reference.loss(algorithm, torch.stack([logp, others], -1), two)
         return losses
 
-    @cached_property
-    def entropy(self) -> dict[torch.dtype, Tensor]:
-        """[n]: of the checked rows, 0 where they are ignored."""
-        used = self.checked_target != uk.IGNORE
-        return {d: torch.where(used, reference.entropy(self.checked_logits.to(d)), 0) for d in self.logp}
+    def d_logits(self, logits: Tensor, rows: Tensor | slice, of_entropy: bool) -> Tensor:
+        """[n, V]: gradient of the logits of some places; in the modes of statistics from the upstream gradient of the
+        log-probabilities and, where ``of_entropy``, of the entropy.
 
-    def _gradient(self, of_entropy: bool, dtype: torch.dtype) -> Tensor:
-        """[n, V]: gradient of the logits in the checked rows; in the modes of statistics from the upstream gradient
-        of the log-probabilities, and of the entropy where the provider has one."""
-        key = (of_entropy and self.inputs.work.mode != FUSED, dtype)
-        if key not in self._gradients:
-            leaf = self.checked_logits.to(dtype).requires_grad_()
-            value = (reference.log_probs(leaf, self.checked_target) * self._d_logp(dtype)).sum()
-            if key[0]:
-                used = self.checked_target != uk.IGNORE
-                d_entropy = self.inputs.d_entropy.flatten()[self.rows].to(dtype)
-                value = value + (reference.entropy(leaf) * torch.where(used, d_entropy, 0)).sum()
-            (self._gradients[key],) = torch.autograd.grad(value, leaf)
-        return self._gradients[key]
+        Args:
+            logits: [n, V], of a dtype in ``logp``.
+            rows: which places, flat.
+            of_entropy: as for ``check_gradients``.
+        """
+        leaf, target = logits.detach().requires_grad_(), self.inputs.batch.target.flatten()[rows]
+        value = (reference.log_probs(leaf, target) * self._d_logp(logits.dtype)[rows]).sum()
+        if of_entropy:
+            d_entropy = self.inputs.d_entropy.flatten()[rows].to(logits.dtype)
+            value = value + (reference.entropy(leaf) * torch.where(target != uk.IGNORE, d_entropy, 0)).sum()
+        return torch.autograd.grad(value, leaf)[0]
 
     def _d_logp(self, dtype: torch.dtype) -> Tensor:
-        """[n]: gradient of the loss, or the upstream one, with respect to the log-probability of the checked rows."""
+        """[T]: gradient of the loss, or the upstream one, with respect to the log-probabilities."""
         inputs = self.inputs
         if inputs.work.mode != FUSED:
-            return inputs.d_logp.flatten()[self.rows].to(dtype)
+            return inputs.d_logp.flatten().to(dtype)
         gc = reference.coefficients(inputs.work.loss, self.logp[dtype], inputs.batch)
         units = inputs.batch.n_sequences // (2 if inputs.work.loss == "dpo" else 1)
         length = inputs.batch.per_token(inputs.batch.lengths).flatten()
-        return (-gc / (units * length.clamp(min=1)))[self.rows]
+        return -gc / (units * length.clamp(min=1))

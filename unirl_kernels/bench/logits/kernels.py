@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 from torch import Tensor
 
 import unirl_kernels as uk
 from unirl_kernels import backends
-from unirl_kernels.bench.providers import OURS, Bind, Function, Provider, Skipped
-from unirl_kernels.bench.work import FUSED, Inputs, Values, Work
+from unirl_kernels.bench.inputs import Inputs, Values
+from unirl_kernels.bench.providers import OURS, Bind, Function, Provider, needs_backend
+from unirl_kernels.bench.work import FUSED, Work
 
 
 def ours(work: Work) -> Iterator[Provider]:
@@ -27,10 +27,7 @@ def ours(work: Work) -> Iterator[Provider]:
 def _binder(plan: uk.Plan) -> Bind:
     def bind(inputs: Inputs) -> Function:
         assert plan.backend is not None
-        if reason := backends.unavailable(plan.backend, inputs.logits.device):
-            raise Skipped(reason)
-        if plan.backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
-            raise Skipped("interpreted: its time would mean nothing")
+        needs_backend(inputs.work, plan.backend)
         batch, recipe = inputs.batch, inputs.work.recipe
 
         def loss(logits: Tensor) -> Values:

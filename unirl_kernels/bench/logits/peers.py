@@ -1,7 +1,7 @@
 """What people would use instead. One row per kernel in ``PEERS``; a row that cannot take part says why.
 
 Versions looked at: TRL 1.16.0, Liger-Kernel 0.8.5, flash-linear-attention 0.6.0, flash-attn 2.8.4, quack-kernels
-0.6.5, cut-cross-entropy 25.1.1.
+0.6.5.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unirl_kernels.bench.inputs import Inputs, Values
 from unirl_kernels.bench.providers import Bind, Function, Provider, Skipped, needs, needs_gpu, needs_loss
-from unirl_kernels.bench.work import FUSED, STATS, Inputs, Values
+from unirl_kernels.bench.work import FUSED, STATS
 
 Statistics = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 """From logits, [B, L, V], to log-probability and, where there is one, entropy, [B, L], differentiable."""
@@ -38,7 +39,7 @@ def _in_fp32(bind: Bind) -> Bind:
 
 def _unconverted(bind: Bind) -> Bind:
     def bind_unless_fp32(inputs: Inputs) -> Function:
-        if inputs.logits.dtype == torch.float32:
+        if inputs.work.dtype == "fp32":
             raise Skipped("the same as in fp32")
         return bind(inputs)
 
@@ -186,10 +187,6 @@ def quack(overwrites: bool) -> Bind:
     return bind
 
 
-def cut_cross_entropy(inputs: Inputs) -> Function:
-    raise Skipped("takes hidden states and the head's weight, not logits")
-
-
 PEERS = [
     Provider("eager", "log_softmax in fp32", _in_fp32(log_softmax)),
     Provider("eager", "log_softmax", _unconverted(log_softmax)),
@@ -209,5 +206,4 @@ PEERS = [
     Provider("flash-attn", "cross_entropy_loss", flash_attn(True), overwrites=True),
     Provider("quack", "cross_entropy", quack(False)),
     Provider("quack", "cross_entropy", quack(True), overwrites=True),
-    Provider("cce", "linear_cross_entropy", cut_cross_entropy),
 ]

@@ -1,0 +1,44 @@
+"""The levels at which the bench compares: what providers are given, and all that depends on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from unirl_kernels.bench.buffers import Ring
+from unirl_kernels.bench.columns import Columns
+from unirl_kernels.bench.inputs import Inputs
+from unirl_kernels.bench.logits import columns, floor, inputs, kernels, peers, truth
+from unirl_kernels.bench.providers import Provider
+from unirl_kernels.bench.truth import Truth
+from unirl_kernels.bench.work import Work
+
+
+@dataclass(frozen=True)
+class Level:
+    """A level.
+
+    Args:
+        make: the operands, and the batch around them.
+        ours: this package's kernels.
+        peers: what people would use instead.
+        truth: what results are held against.
+        floor: what no provider can do without, as ``Run`` records it.
+        baselines: calls that show what the machine does at best, by their names in ``Run``.
+        columns: the table.
+    """
+
+    make: Callable[[Work], Inputs]
+    ours: Callable[[Work], Iterable[Provider]]
+    peers: Sequence[Provider]
+    truth: Callable[[Inputs], Truth]
+    floor: Callable[[Work], Mapping[str, int]]
+    baselines: Callable[[Work, Sequence[Ring]], Mapping[str, Callable[[], object]]]
+    columns: Columns
+
+
+LOGITS = Level(inputs.make, kernels.ours, peers.PEERS, truth.LogitsTruth, floor.floor, floor.baselines, columns.COLUMNS)
+
+
+def level_of(work: Work) -> Level:
+    return LOGITS

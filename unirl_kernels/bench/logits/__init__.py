@@ -1,0 +1,1 @@
+"""The level of logits: providers get [B, L, V], and give its gradient."""
