@@ -15,20 +15,27 @@ import torch
 from unirl_kernels.bench.levels import level_of
 from unirl_kernels.bench.measurement import Measurement
 from unirl_kernels.bench.providers import OURS, Provider
-from unirl_kernels.bench.record import FAILED, OK, Run
+from unirl_kernels.bench.record import FAILED, OK, Run, size
 from unirl_kernels.bench.selection import chosen
 from unirl_kernels.bench.work import FORWARD_BACKWARD, FUSED, STATS, Work
 from unirl_kernels.measure import Timing, interleaved_times
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WORKS = [
-    Work(mode=mode, tokens=64, vocab=32000, dtype=dtype, device=DEVICE)
+    Work(mode=mode, tokens=64, vocab=32000, dtype=dtype, device=DEVICE, hidden=hidden)
+    for hidden in (None, 256)
     for mode in (FUSED, STATS, FORWARD_BACKWARD)
     for dtype in ("fp32", "bf16")
 ]
 ROUNDS = 5
+
+
+def _name(work: Work) -> str:
+    return f"{work.mode} {size(work).replace('×', 'x')}"
+
+
 PAIRS = [
-    pytest.param(work, provider, id=f"{work.mode}-{work.dtype}-{provider.key}".replace(" ", "-"))
+    pytest.param(work, provider, id=f"{_name(work)}-{provider.key}".replace(" ", "-"))
     for work in WORKS
     for provider in chosen(work, ["all"], ["all"])
 ]
@@ -59,7 +66,7 @@ def test_provider(work: Work, provider: Provider, benchmark: Any) -> None:
         if DEVICE == "cuda":
             torch.cuda.synchronize()
 
-    benchmark.group = f"{work.mode} {work.tokens} x {work.vocab} {work.dtype}"
+    benchmark.group = _name(work)
     benchmark.pedantic(call, setup=case.renew, rounds=ROUNDS, warmup_rounds=1)
     run = Run(work, ROUNDS, None, [], {}, **level_of(work).floor(work), **best)
     benchmark.extra_info["floor_seconds"] = run.floor_seconds

@@ -17,6 +17,7 @@ from unirl_kernels.bench.buffers import last_level_cache_bytes
 from unirl_kernels.machine import processor
 
 SOURCE = Path(__file__).parent
+PEERS = ("trl", "liger-kernel", "flash-linear-attention", "flash-attn", "quack-kernels", "cut-cross-entropy")
 COMPUTING = (":/unirl_kernels", ":/csrc", ":/setup.py")
 """What of the checkout decides on a measurement."""
 
@@ -24,7 +25,7 @@ COMPUTING = (":/unirl_kernels", ":/csrc", ":/setup.py")
 def versions() -> dict[str, str]:
     """Of Python, the package and what computes beneath it; a library that is not installed is left out."""
     found = {"python": platform.python_version(), "torch": torch.__version__, "unirl_kernels": __version__}
-    for library in ("triton", "trl", "liger-kernel", "flash-linear-attention", "flash-attn", "quack-kernels"):
+    for library in ("triton", *PEERS):
         try:
             found[library] = version(library)
         except PackageNotFoundError:

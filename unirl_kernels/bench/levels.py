@@ -8,6 +8,12 @@ from dataclasses import dataclass
 from unirl_kernels.bench.buffers import Ring
 from unirl_kernels.bench.columns import Columns
 from unirl_kernels.bench.inputs import Inputs
+from unirl_kernels.bench.linear import columns as linear_columns
+from unirl_kernels.bench.linear import floor as linear_floor
+from unirl_kernels.bench.linear import inputs as linear_inputs
+from unirl_kernels.bench.linear import kernels as linear_kernels
+from unirl_kernels.bench.linear import peers as linear_peers
+from unirl_kernels.bench.linear import truth as linear_truth
 from unirl_kernels.bench.logits import columns, floor, inputs, kernels, peers, truth
 from unirl_kernels.bench.providers import Provider
 from unirl_kernels.bench.truth import Truth
@@ -37,8 +43,25 @@ class Level:
     columns: Columns
 
 
-LOGITS = Level(inputs.make, kernels.ours, peers.PEERS, truth.LogitsTruth, floor.floor, floor.baselines, columns.COLUMNS)
+LOGITS = Level(
+    inputs.make,
+    kernels.ours,
+    peers.PEERS,
+    truth.LogitsTruth,
+    floor.floor,
+    floor.baselines,
+    columns.COLUMNS,
+)
+LINEAR = Level(
+    linear_inputs.make,
+    linear_kernels.ours,
+    linear_peers.PEERS,
+    linear_truth.LinearTruth,
+    linear_floor.floor,
+    linear_floor.baselines,
+    linear_columns.COLUMNS,
+)
 
 
 def level_of(work: Work) -> Level:
-    return LOGITS
+    return LOGITS if work.hidden is None else LINEAR

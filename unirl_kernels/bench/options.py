@@ -24,13 +24,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     swept = ", ".join(f"{tokens} × {vocab} ({device})" for device, (tokens, vocab) in SWEPT_SIZE.items())
     add("--tokens", type=at_least(1), help=f"rows of logits; None: {SIZE[0]}")
     add("--vocab", type=at_least(2), help=f"columns of logits; None: {SIZE[1]}")
-    add("--dtype", choices=tuple(DTYPES), default="bf16", help="of the logits")
+    add(
+        "--hidden", type=at_least(1), help="size of a hidden state: compare linear heads, from hidden states and weight"
+    )
+    add("--dtype", choices=tuple(DTYPES), default="bf16", help="of the logits, or of hidden states and weight")
     add("--device", help=DEVICE_HELP)
     add("--kernels", type=_names, default=["all"], help="of this package: all, none, or names as cpu,triton/two_sweep")
     add("--peers", type=_names, default=["all"], help="all, none, or names as eager,compile,trl")
     place = parser.add_mutually_exclusive_group()
-    place.add_argument("--overwrite", action="store_true", help="only gradients in the logits' memory")
-    place.add_argument("--fresh", action="store_true", help="only gradients in fresh memory")
+    place.add_argument("--overwrite", action="store_true", help="of logits, only gradients in their memory")
+    place.add_argument("--fresh", action="store_true", help="of logits, only gradients in fresh memory")
+    chunks = "memory for the logits of one chunk, in this package's linear heads; None: as much as is good"
+    add("--chunk-bytes", type=at_least(1), help=chunks)
     add("--on-policy", action="store_true", help="no old log-probabilities: the ratio is 1")
     add(
         "--rounds",
@@ -39,8 +44,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     memory = "peak memory, each in a process of its own; never in a sweep"
     add("--memory", action=argparse.BooleanOptionalAction, default=True, help=memory)
-    add("--sweep", action="store_true", help=f"change the vocabulary, then the tokens, each from {swept}")
-    add("--seed", type=at_least(0), default=0, help="of the random logits")
+    add("--sweep", action="store_true", help=f"of logits, change the vocabulary, then the tokens, each from {swept}")
+    add("--seed", type=at_least(0), default=0, help="of the random numbers")
     add("--out", type=Path, metavar="FILE.json", help="where to save the results")
     actions = parser.add_subparsers(metavar="[plot | readme]", help="of saved results; bare: measure")
     defaults = argparse.ArgumentDefaultsHelpFormatter

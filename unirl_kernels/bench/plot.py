@@ -124,11 +124,13 @@ def _draw_bars(
 
 def _draw_errors(axes: Axes, rows: Sequence[Row], colors: dict[str, str]) -> None:
     for row in rows:
-        error = row.gradient_error if row.gradient_error is not None else row.logp_error
+        error = next((x for x in (row.gradient_error, row.d_weight_error, row.logp_error) if x is not None), None)
         if error:
             axes.scatter(_median(row) * 1e3, error, color=colors[row.key], s=46, zorder=3)
-    of_gradient = any(row.gradient_error is not None for row in rows)
-    name = "gradient error, relative L2" if of_gradient else "log-probability error, nats"
+    of_weight = any(row.d_weight_error is not None for row in rows)
+    of_gradient = of_weight or any(row.gradient_error is not None for row in rows)
+    gradient = f"gradient error{' of the weight' if of_weight else ''}, relative L2"
+    name = gradient if of_gradient else "log-probability error, nats"
     style(axes, "Error against fp64, against time", "ms", name)
     for axis in (axes.xaxis, axes.yaxis):
         axis.axes.set(**{f"{axis.axis_name}scale": "log"})

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from unirl_kernels.bench.work import FUSED, MODES, Work
+from unirl_kernels.bench.work import FUSED, Work
 from unirl_kernels.measure import Timing
 
 SCHEMA = 1
@@ -170,5 +170,12 @@ def three_digits(x: float) -> str:
 
 def title(work: Work) -> str:
     """What is computed, in words."""
-    what = f"{work.loss}: {MODES[work.mode]}" if work.mode == FUSED else MODES[work.mode]
-    return f"{what}; {work.tokens} × {work.vocab} {work.dtype}{', on policy' if work.on_policy else ''}"
+    what = work.modes[work.mode]
+    what = f"{work.loss}: {what}" if work.mode == FUSED else what
+    chunks = "" if work.chunk_bytes is None else f", chunks of {three_digits(work.chunk_bytes / 1e6)} MB"
+    return f"{what}; {size(work)}{', on policy' if work.on_policy else ''}{chunks}"
+
+
+def size(work: Work) -> str:
+    """Tokens, size of a hidden state, vocabulary and dtype."""
+    return f"{' × '.join(str(n) for n in (work.tokens, work.hidden, work.vocab) if n is not None)} {work.dtype}"

@@ -13,7 +13,7 @@ from unirl_kernels.bench import hardware
 from unirl_kernels.bench.defaults import ROUNDS, SIZE, SWEPT_SIZE, SWEPT_TOKENS, SWEPT_VOCABS
 from unirl_kernels.bench.measurement import Measurement
 from unirl_kernels.bench.providers import OURS, Provider
-from unirl_kernels.bench.record import OK, Record, Run
+from unirl_kernels.bench.record import OK, Record, Run, size
 from unirl_kernels.bench.selection import chosen
 from unirl_kernels.bench.table import remarks, terminal
 from unirl_kernels.bench.work import Work
@@ -31,6 +31,7 @@ def run_bench(options: argparse.Namespace) -> int:
     Raises:
         CommandFailed: when something that was asked for cannot be had, or a kernel of this package is wrong.
     """
+    _check_level(options)
     device = usable_device(options.device)
     rounds = options.rounds or ROUNDS[device.type]
     works = [(work, _providers(work, options)) for work in _works(options, device)]
@@ -51,11 +52,20 @@ def run_bench(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check_level(options: argparse.Namespace) -> None:
+    """Raise where an option is about the other level."""
+    of_logits, of_heads = ("sweep", "overwrite", "fresh"), ("chunk_bytes",)
+    for name in of_logits if options.hidden else of_heads:
+        if getattr(options, name):
+            level = "logits: not with --hidden" if options.hidden else "linear heads: give --hidden"
+            raise CommandFailed(f"--{name.replace('_', '-')} is about {level}")
+
+
 def _works(options: argparse.Namespace, device: torch.device) -> Iterator[Work]:
     """One piece of work, or those of the sweeps."""
     tokens, vocab = SWEPT_SIZE[device.type] if options.sweep else SIZE
     tokens, vocab = options.tokens or tokens, options.vocab or vocab
-    names = ("loss", "mode", "dtype", "on_policy", "seed")
+    names = ("loss", "mode", "dtype", "on_policy", "seed", "hidden", "chunk_bytes")
     try:
         work = Work(tokens=tokens, vocab=vocab, device=str(device), **{name: getattr(options, name) for name in names})
         if not options.sweep:
@@ -86,7 +96,7 @@ def _make_writable(out: Path | None) -> None:
 
 
 def _measured(work: Work, providers: Sequence[Provider], rounds: int, memory: bool, stages: Stages) -> Run:
-    with stages.stage(f"Making logits, {work.tokens} × {work.vocab} {work.dtype}"):
+    with stages.stage(f"Making inputs, {size(work)}"):
         measurement = Measurement(work, providers)
     with stages.stage("Checking against fp64", len(providers)) as after_each:
         measurement.check(after_each)

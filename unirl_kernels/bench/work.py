@@ -1,4 +1,4 @@
-"""What is computed: a loss or statistics on random logits of a stated size."""
+"""What is computed: a loss or statistics on random logits, or hidden states and a weight, of a stated size."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ MODES = {
     FORWARD_BACKWARD: "log-probability and entropy, then the gradient of the logits",
 }
 
+LINEAR_MODES = {
+    FUSED: "loss and gradients of hidden states and weight",
+    STATS: MODES[STATS],
+    FORWARD_BACKWARD: "log-probability and entropy, then the gradients of hidden states and weight",
+}
+"""With a linear head."""
+
 SEQUENCES = 4
 LEAST_TOKENS_OF_FOUR = 64
 """From here on the tokens form four sequences; fewer form one (two for DPO)."""
@@ -30,16 +37,18 @@ class Work:
 
     Args:
         loss: a name in ``reference.LOSSES``.
-        mode: a key of ``MODES``.
+        mode: a key of ``MODES``, or of ``LINEAR_MODES``.
         tokens: rows of logits, T; the last one of each sequence is ignored, as with ``shift_targets``.
         vocab: columns, V.
-        dtype: of the logits, a key of ``DTYPES``.
+        dtype: of the logits, or of hidden states and weight, a key of ``DTYPES``.
         device: as torch names it.
         on_policy: no ``old_logp``: the ratio is 1.
         seed: of the random numbers.
+        hidden: size of a hidden state, D, for a linear head; None for logits.
+        chunk_bytes: ``max_chunk_bytes`` of this package's plan for a linear head; None for the default.
 
     Raises:
-        ValueError: when the tokens do not form the sequences that the loss needs.
+        ValueError: when the tokens do not form the sequences that the loss needs, or the level lacks the mode.
     """
 
     loss: str = "grpo"
@@ -50,10 +59,20 @@ class Work:
     device: str = "cpu"
     on_policy: bool = False
     seed: int = 0
+    hidden: int | None = None
+    chunk_bytes: int | None = None
 
     def __post_init__(self) -> None:
+        if self.mode not in self.modes:
+            level = "" if self.hidden is None else " for a linear head"
+            raise ValueError(f"mode must be among {', '.join(self.modes)}{level}, got {self.mode}")
         if self.tokens % self.sequences:
             raise ValueError(f"tokens must be divisible by {self.sequences} sequences, got {self.tokens}")
+
+    @property
+    def modes(self) -> dict[str, str]:
+        """What can be computed at this level, in words."""
+        return MODES if self.hidden is None else LINEAR_MODES
 
     @property
     def sequences(self) -> int:

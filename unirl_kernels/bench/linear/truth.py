@@ -1,0 +1,68 @@
+"""The parity gate of linear heads: everything is checked whole, from logits that exist in chunks only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+import unirl_kernels as uk
+from unirl_kernels import reference
+from unirl_kernels.bench.inputs import Inputs
+from unirl_kernels.bench.linear.inputs import chunks
+from unirl_kernels.bench.truth import EXACT, PLAIN, Check, Truth
+
+OPERANDS = ("d_hidden", "d_weight")
+
+
+class LinearTruth(Truth):
+    """The truth about hidden states and weight. The budget of 16-bit operands is set by fp32 logits.
+
+    Args:
+        inputs: the work.
+    """
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.hidden, self.weight = inputs.operands
+        target = inputs.batch.target.flatten()
+        logp, largest = {}, 1.0
+        for dtype in (EXACT, PLAIN):
+            of_places = target.new_zeros(target.shape, dtype=dtype)
+            for places, logits in chunks(self.hidden, self.weight, dtype):
+                index = target[places].clamp(min=0)
+                of_targets = reference.log_probs(logits, index)
+                lse = logits.gather(-1, index.unsqueeze(-1)).squeeze(-1) - of_targets
+                largest = max(largest, lse.abs().max().item())
+                of_places[places] = torch.where(target[places] != uk.IGNORE, of_targets, 0)
+            logp[dtype] = of_places.view(inputs.batch.target.shape)
+        super().__init__(inputs, logp, torch.arange(target.numel(), device=target.device), largest)
+        self._gradients: dict[bool, dict[torch.dtype, tuple[Tensor, Tensor]]] = {}
+
+    @cached_property
+    def entropy(self) -> dict[torch.dtype, Tensor]:
+        used, found = self.checked_target != uk.IGNORE, {}
+        for dtype in self.logp:
+            parts = [reference.entropy(logits) for _, logits in chunks(self.hidden, self.weight, dtype)]
+            found[dtype] = torch.where(used, torch.cat(parts), 0)
+        return found
+
+    def check_gradients(self, check: Check, gradients: Sequence[Tensor], of_entropy: bool) -> None:
+        if of_entropy not in self._gradients:
+            self._gradients[of_entropy] = {d: self._products(of_entropy, d) for d in self.logp}
+        truth = self._gradients[of_entropy]
+        for i, (name, got) in enumerate(zip(OPERANDS, gradients, strict=True)):
+            self.hold_gradient(check, name, got.flatten(0, -2), {d: both[i] for d, both in truth.items()})
+        if bool(gradients[0].flatten(0, -2)[self.checked_target == uk.IGNORE].any()):
+            check.problems.append("d_hidden: an ignored token is not zero")
+
+    def _products(self, of_entropy: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """[T, D] and [V, D]: gradients of hidden states and weight."""
+        rows, weight = self.hidden.flatten(0, 1), self.weight.to(dtype)
+        d_hidden, d_weight = torch.zeros_like(rows, dtype=dtype), torch.zeros_like(weight)
+        for places, logits in chunks(self.hidden, weight, dtype):
+            d_logits = self.d_logits(logits, places, of_entropy)
+            d_hidden[places] = d_logits @ weight
+            d_weight.addmm_(d_logits.t(), rows[places].to(dtype))
+        return d_hidden, d_weight
