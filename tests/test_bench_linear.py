@@ -79,6 +79,15 @@ def test_truth_is_the_oracle(loss: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert all(row.status == OK for row in checked(inputs.work, *chosen(inputs.work, ["cpu"], ["none"])).rows.values())
 
 
+def test_of_a_large_weight_targets_and_a_sample_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unirl_kernels.bench.linear.truth.CHECKED_BYTES", 11 * SMALL.vocab * 8)
+    inputs = LINEAR.make(replace(SMALL, vocab=2000))
+    words = LinearTruth(inputs).words
+    targets = inputs.index.unique()
+    assert set(targets.tolist()) | {0, 1999} <= set(words.tolist())
+    assert 0 < len(words) - len(targets) <= -(-11 * 101 // 24)
+
+
 def _longer(values: Values) -> Values:
     assert values.loss is not None
     return Values(values.loss + 0.1 * (values.loss - values.loss.detach()), values.logp)

@@ -1,4 +1,4 @@
-"""Kernel variants and their peers side by side: time against the machine's floor, memory, errors against fp64."""
+"""Kernels and their peers side by side, on logits or linear heads: time against the floor, memory, errors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from unirl_kernels.bench.defaults import ROUNDS, SIZE, SWEPT_SIZE
 from unirl_kernels.bench.work import DTYPES, FUSED, MODES
 from unirl_kernels.options import DEVICE_HELP, at_least, need
 
-HELP = "kernel variants and peers side by side: time against the floor, memory, errors"
+HELP = "kernels and peers side by side: time against the floor, memory, errors"
 
 
 def _names(text: str) -> list[str]:

@@ -1,4 +1,8 @@
-"""The parity gate of linear heads: everything is checked whole, from logits that exist in chunks only."""
+"""The parity gate of linear heads, from logits that exist in chunks only.
+
+Everything is checked whole but for the gradient of a large weight: of that, the rows of all targets, and as many
+others, spread over the whole tensor, as ``CHECKED_BYTES`` hold.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from unirl_kernels.bench.inputs import Inputs
 from unirl_kernels.bench.linear.inputs import chunks
 from unirl_kernels.bench.truth import EXACT, PLAIN, Check, Truth
 
-OPERANDS = ("d_hidden", "d_weight")
+CHECKED_BYTES = 2**28
 
 
 class LinearTruth(Truth):
@@ -38,6 +42,10 @@ class LinearTruth(Truth):
                 of_places[places] = torch.where(target[places] != uk.IGNORE, of_targets, 0)
             logp[dtype] = of_places.view(inputs.batch.target.shape)
         super().__init__(inputs, logp, torch.arange(target.numel(), device=target.device), largest)
+        vocab, d = self.weight.shape
+        n = min(vocab, -(-CHECKED_BYTES // (8 * d)))
+        spread = torch.linspace(0, vocab - 1, n, dtype=torch.float64, device=target.device)
+        self.words = torch.cat([spread.round().long(), inputs.index.flatten()]).unique()
         self._gradients: dict[bool, dict[torch.dtype, tuple[Tensor, Tensor]]] = {}
 
     @cached_property
@@ -52,17 +60,18 @@ class LinearTruth(Truth):
         if of_entropy not in self._gradients:
             self._gradients[of_entropy] = {d: self._products(of_entropy, d) for d in self.logp}
         truth = self._gradients[of_entropy]
-        for i, (name, got) in enumerate(zip(OPERANDS, gradients, strict=True)):
-            self.hold_gradient(check, name, got.flatten(0, -2), {d: both[i] for d, both in truth.items()})
-        if bool(gradients[0].flatten(0, -2)[self.checked_target == uk.IGNORE].any()):
+        d_hidden, d_weight = gradients[0].flatten(0, -2), gradients[1][self.words]
+        for i, (name, got) in enumerate((("d_hidden", d_hidden), ("d_weight", d_weight))):
+            self.hold_gradient(check, name, got, {dtype: both[i] for dtype, both in truth.items()})
+        if bool(d_hidden[self.checked_target == uk.IGNORE].any()):
             check.problems.append("d_hidden: an ignored token is not zero")
 
     def _products(self, of_entropy: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """[T, D] and [V, D]: gradients of hidden states and weight."""
+        """[T, D] and [words, D]: gradients of hidden states and of the checked rows of the weight."""
         rows, weight = self.hidden.flatten(0, 1), self.weight.to(dtype)
-        d_hidden, d_weight = torch.zeros_like(rows, dtype=dtype), torch.zeros_like(weight)
+        d_hidden, d_weight = torch.zeros_like(rows, dtype=dtype), torch.zeros_like(weight[self.words])
         for places, logits in chunks(self.hidden, weight, dtype):
             d_logits = self.d_logits(logits, places, of_entropy)
             d_hidden[places] = d_logits @ weight
-            d_weight.addmm_(d_logits.t(), rows[places].to(dtype))
+            d_weight.addmm_(d_logits[:, self.words].t(), rows[places].to(dtype))
         return d_hidden, d_weight
