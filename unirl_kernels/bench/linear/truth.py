@@ -18,7 +18,7 @@ from unirl_kernels.bench.inputs import Inputs
 from unirl_kernels.bench.linear.inputs import chunks
 from unirl_kernels.bench.truth import EXACT, PLAIN, Check, Truth
 
-CHECKED_BYTES = 2**28
+CHECKED_BYTES = 2**26
 
 
 class LinearTruth(Truth):
