@@ -39,9 +39,10 @@ class Check:
     relative: dict[str, float] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
-    def hold(self, name: str, got: Tensor, plain: Tensor, truth: Tensor, condition: float) -> None:
-        """Note the errors of a result, and what of them exceeds the budget."""
-        self.problems += [f"{name}: {text}" for text in violations(got, plain, truth, condition=condition)]
+    def hold(self, name: str, got: Tensor, truth: Tensor, condition: float, *plains: Tensor) -> None:
+        """Note the errors of a result, and what of them exceeds the budget that each of the plain results sets."""
+        of_each = [violations(got, plain, truth, condition=condition) for plain in plains]
+        self.problems += [f"{name}: {text}" for text in min(of_each, key=len)]
         try:
             reached = error(got, truth)
         except ValueError:
@@ -85,23 +86,23 @@ class Truth(ABC):
         if values.logp is not None:
             exact, plain = self.logp[EXACT], self.logp[PLAIN]
             logp = torch.where(self.inputs.used, values.logp.detach(), 0)
-            check.hold("logp", logp, plain, exact, condition_of(exact, self.lse))
+            check.hold("logp", logp, exact, condition_of(exact, self.lse), plain)
         if values.entropy is not None:
             exact, plain = self.entropy[EXACT], self.entropy[PLAIN]
             got = torch.where(self.checked_target != uk.IGNORE, values.entropy.detach().flatten()[self.rows], 0)
-            check.hold("entropy", got, plain, exact, condition_of(exact, self.lse))
+            check.hold("entropy", got, exact, condition_of(exact, self.lse), plain)
         if values.loss is not None:
             exact, plain = (self.loss[d].view(1) for d in (EXACT, PLAIN))
-            check.hold("loss", values.loss.detach().view(1), plain, exact, self.lse * condition_of(exact))
+            check.hold("loss", values.loss.detach().view(1), exact, self.lse * condition_of(exact), plain)
         if gradients:
             self.check_gradients(check, gradients, self.inputs.work.mode != FUSED and values.entropy is not None)
         return check
 
-    def hold_gradient(self, check: Check, name: str, got: Tensor, by_dtype: Mapping[torch.dtype, Tensor]) -> None:
+    def hold_gradient(self, check: Check, name: str, got: Tensor, exact: Tensor, *plains: Tensor) -> None:
         """Hold one gradient, of the dtype of the operands, against its truth."""
         # Rounded to that dtype, but an ulp is one of fp32: what is computed before that is not rounded.
-        plain = by_dtype[PLAIN].to(self.inputs.operands[0].dtype).float()
-        check.hold(name, got, plain, by_dtype[EXACT], 2 * self.lse)
+        rounded = (plain.to(self.inputs.operands[0].dtype).float() for plain in plains)
+        check.hold(name, got, exact, 2 * self.lse, *rounded)
 
     @cached_property
     def loss(self) -> dict[torch.dtype, Tensor]:

@@ -46,7 +46,7 @@ class LinearTruth(Truth):
         n = min(vocab, -(-CHECKED_BYTES // (8 * d)))
         spread = torch.linspace(0, vocab - 1, n, dtype=torch.float64, device=target.device)
         self.words = torch.cat([spread.round().long(), inputs.index.flatten()]).unique()
-        self._gradients: dict[bool, dict[torch.dtype, tuple[Tensor, Tensor]]] = {}
+        self._gradients: dict[bool, list[tuple[Tensor, Tensor]]] = {}
 
     @cached_property
     def entropy(self) -> dict[torch.dtype, Tensor]:
@@ -58,20 +58,29 @@ class LinearTruth(Truth):
 
     def check_gradients(self, check: Check, gradients: Sequence[Tensor], of_entropy: bool) -> None:
         if of_entropy not in self._gradients:
-            self._gradients[of_entropy] = {d: self._products(of_entropy, d) for d in self.logp}
-        truth = self._gradients[of_entropy]
+            arithmetic = [(EXACT, EXACT), (PLAIN, PLAIN)]
+            if self.hidden.dtype != PLAIN:
+                arithmetic.append((PLAIN, self.hidden.dtype))
+            self._gradients[of_entropy] = [self._products(of_entropy, *dtypes) for dtypes in arithmetic]
+        gradients_of = self._gradients[of_entropy]
         d_hidden, d_weight = gradients[0].flatten(0, -2), gradients[1][self.words]
         for i, (name, got) in enumerate((("d_hidden", d_hidden), ("d_weight", d_weight))):
-            self.hold_gradient(check, name, got, {dtype: both[i] for dtype, both in truth.items()})
+            self.hold_gradient(check, name, got, *(both[i] for both in gradients_of))
         if bool(d_hidden[self.checked_target == uk.IGNORE].any()):
             check.problems.append("d_hidden: an ignored token is not zero")
 
-    def _products(self, of_entropy: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """[T, D] and [words, D]: gradients of hidden states and of the checked rows of the weight."""
+    def _products(self, of_entropy: bool, dtype: torch.dtype, factors: torch.dtype) -> tuple[Tensor, Tensor]:
+        """[T, D] and [words, D]: gradients of hidden states and of the checked rows of the weight.
+
+        Args:
+            of_entropy: as for ``check_gradients``.
+            dtype: of the sums.
+            factors: of what is multiplied; 16-bit ones as such, as on a GPU, or widened.
+        """
         rows, weight = self.hidden.flatten(0, 1), self.weight.to(dtype)
         d_hidden, d_weight = torch.zeros_like(rows, dtype=dtype), torch.zeros_like(weight[self.words])
         for places, logits in chunks(self.hidden, weight, dtype):
-            d_logits = self.d_logits(logits, places, of_entropy)
+            d_logits = self.d_logits(logits, places, of_entropy).to(factors).to(dtype)
             d_hidden[places] = d_logits @ weight
             d_weight.addmm_(d_logits[:, self.words].t(), rows[places].to(dtype))
         return d_hidden, d_weight

@@ -48,7 +48,8 @@ class LogitsTruth(Truth):
     def check_gradients(self, check: Check, gradients: Sequence[Tensor], of_entropy: bool) -> None:
         (gradient,) = gradients
         got = gradient.reshape(-1, self.inputs.work.vocab)[self.rows]
-        self.hold_gradient(check, "gradient", got, self.gradient(of_entropy))
+        by_dtype = self.gradient(of_entropy)
+        self.hold_gradient(check, "gradient", got, by_dtype[EXACT], by_dtype[PLAIN])
         if bool(got[self.checked_target == uk.IGNORE].any()):
             check.problems.append("gradient: an ignored row is not zero")
 
