@@ -15,6 +15,8 @@ using OptionalTensor = std::optional<at::Tensor>;
 // The named tuples of unirl_kernels/backends, in the order of their fields.
 using ReadoutArgs = std::tuple<double, std::optional<double>, double, OptionalTensor>;
 using RowStats = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+using RowObservations =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using RowGradients = std::tuple<OptionalTensor, OptionalTensor, OptionalTensor>;
 using RowFields = std::tuple<at::Tensor, OptionalTensor, OptionalTensor, OptionalTensor>;
 using FusedRows = std::tuple<at::Tensor, at::Tensor, at::Tensor>;

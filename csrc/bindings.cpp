@@ -22,6 +22,7 @@ using unirl::OptionalTensor;
 using unirl::ReadoutArgs;
 using unirl::RowFields;
 using unirl::RowGradients;
+using unirl::RowObservations;
 using unirl::RowStats;
 using unirl::require;
 
@@ -90,6 +91,18 @@ void token_stats(const Tensor& logits, const Tensor& target, int64_t ignore, con
   const cpu::StatisticsColumns to = statistics(out, logits);
   const py::gil_scoped_release no_gil;
   cpu::token_stats(of, to);
+}
+
+void token_observations(const Tensor& logits, const Tensor& target, int64_t ignore, const ReadoutArgs& readout,
+                        const RowObservations& out) {
+  const auto& [logp, entropy, lse, log_sum_sq_probs, mean_logit, largest, argmax] = out;
+  const cpu::Rows of = rows(logits, target, ignore, readout);
+  require_per_row(argmax, logits, at::kLong, "argmax");
+  const cpu::ObservationColumns to = {
+      statistics({logp, entropy, lse}, logits), column(log_sum_sq_probs, logits, "log_sum_sq_probs"),
+      column(mean_logit, logits, "mean_logit"), column(largest, logits, "largest"), argmax.data_ptr<int64_t>()};
+  const py::gil_scoped_release no_gil;
+  cpu::token_observations(of, to);
 }
 
 void token_stats_backward(const Tensor& logits, const Tensor& target, int64_t ignore, const ReadoutArgs& readout,
@@ -231,6 +244,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Native kernels of unirl_kernels; use them through unirl_kernels.backends.cpu.";
   m.def("token_stats", &token_stats, py::arg("logits"), py::arg("target"), py::arg("ignore"), py::arg("readout"),
         py::arg("out"));
+  m.def("token_observations", &token_observations, py::arg("logits"), py::arg("target"), py::arg("ignore"),
+        py::arg("readout"), py::arg("out"));
   m.def("token_stats_backward", &token_stats_backward, py::arg("logits"), py::arg("target"), py::arg("ignore"),
         py::arg("readout"), py::arg("stats"), py::arg("gradients"), py::arg("d_logits"));
   m.def("fused_loss", &fused_loss, py::arg("logits"), py::arg("target"), py::arg("ignore"), py::arg("readout"),

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <math.h>
+#include <stdint.h>
 
 #if defined(__CUDACC__)
 #define UNIRL_INLINE __host__ __device__ inline
@@ -32,11 +33,29 @@ struct Moments {
   Real sz;  // sum_j e^(kappa (u_j - m)) (u_j - m)
 };
 
+// Moments of a part of a row, and what else is observed of it.
+template <class Real>
+struct Observed : Moments<Real> {
+  Real s2;     // sum_j e^(2 kappa (u_j - m))
+  Real su;     // sum_j u_j
+  Real top;    // max_j of x_j, or of -x_j under a negative scale: u may round two logits to one value
+  int64_t at;  // the column where it comes first; of a row that was not searched, where that piece of it begins
+};
+
 template <class Real>
 struct Statistics {
   Real logp;
   Real entropy;
   Real lse;
+};
+
+template <class Real>
+struct Observations {
+  Statistics<Real> statistics;
+  Real log_sum_sq_probs;  // log sum_j p_j^2
+  Real mean_logit;        // mean of z_j
+  Real largest;           // top of the row
+  int64_t argmax;         // its first column; -1, and largest NaN, in a row with NaN or inf
 };
 
 // Gradients of the loss with respect to a row's statistics.
@@ -96,6 +115,19 @@ UNIRL_INLINE Moments<Real> merge(const Moments<Real>& a, const Moments<Real>& b,
   return {a.m, a.s + w * b.s, a.sz + w * (b.sz + b.s * shift)};
 }
 
+// What is observed of two parts together, of which a comes first in the row.
+template <class Real>
+UNIRL_INLINE Observed<Real> merge(const Observed<Real>& a, const Observed<Real>& b, Real kappa) {
+  const Moments<Real>& first = a;
+  const Moments<Real>& second = b;
+  const Moments<Real> both = merge(first, second, kappa);
+  // As above: a part of -inf logits alone has no weight.
+  const Real w_a = a.s == 0 ? Real(0) : exp(2 * kappa * (a.m - both.m));
+  const Real w_b = b.s == 0 ? Real(0) : exp(2 * kappa * (b.m - both.m));
+  const bool later = b.top > a.top;
+  return {both, w_a * a.s2 + w_b * b.s2, a.su + b.su, later ? b.top : a.top, later ? b.at : a.at};
+}
+
 // Statistics of a row from the moments of all of it and the target's u. The entropy is taken relative to
 // the maximum: H = log s - kappa sz / s has two terms of one sign, so nothing cancels.
 template <class Real>
@@ -105,6 +137,22 @@ UNIRL_INLINE Statistics<Real> finish(const Moments<Real>& row, const Readout<Rea
       readout.kappa * (u_target - row.m) - log_s,
       log_s - readout.kappa * row.sz / row.s,
       readout.kappa * row.m + log_s,
+  };
+}
+
+// Observations of a row of vocab logits from those of all its parts and the target's u.
+template <class Real>
+UNIRL_INLINE Observations<Real> finish(
+    const Observed<Real>& row, const Readout<Real>& readout, Real u_target, int64_t vocab) {
+  const Moments<Real>& moments = row;
+  const bool broken = row.s != row.s;
+  const Real log_sum_sq = log1p(row.s2 - 1) - 2 * log1p(row.s - 1);
+  return {
+      finish(moments, readout, u_target),
+      log_sum_sq > 0 ? Real(0) : log_sum_sq,
+      readout.kappa * (row.su / vocab),
+      broken ? Real(NAN) : row.top,
+      broken ? -1 : row.at,
   };
 }
 

@@ -33,7 +33,7 @@ constexpr int LANES = UNIRL_SIMD_BYTES / 4;
 constexpr int VECTORS = 4;
 constexpr int STEP = VECTORS * LANES;
 
-// STEP logits. Which of them sits in which lane is the format's choice.
+// STEP logits. Which of them sits in which lane is the format's choice: column(k, lane).
 struct Block {
   F32 of[VECTORS];
 };
@@ -94,6 +94,7 @@ struct Float32 {
   static constexpr int EXP_DEGREE = 5;  // that a gradient of this precision needs
   typedef float Storage;
   static constexpr Storage INFINITY_BITS[2] = {__builtin_inff(), -__builtin_inff()};
+  static constexpr int column(int k, int lane) { return k * LANES + lane; }
   static UNIRL_ALWAYS_INLINE Block load(const Storage* x) {
     Block block;
     for (int k = 0; k < VECTORS; ++k) block.of[k] = UNIRL_ISA::load<F32>(x + k * LANES);
@@ -110,6 +111,7 @@ struct BFloat16 {
   static constexpr int EXP_DEGREE = 3;  // that a gradient of this precision needs
   typedef uint16_t Storage;
   static constexpr Storage INFINITY_BITS[2] = {0x7f80, 0xff80};
+  static constexpr int column(int k, int lane) { return k / 2 * 2 * LANES + 2 * lane + k % 2; }
   static UNIRL_ALWAYS_INLINE Block load(const Storage* x) {
     Block block;
     for (int k = 0; k < VECTORS; k += 2) {
@@ -135,6 +137,7 @@ struct Float16 {
   static constexpr int EXP_DEGREE = 4;  // that a gradient of this precision needs
   typedef uint16_t Storage;
   static constexpr Storage INFINITY_BITS[2] = {0x7c00, 0xfc00};
+  static constexpr int column(int k, int lane) { return k * LANES + lane; }
   static UNIRL_ALWAYS_INLINE Block load(const Storage* x) {
     Block block;
     for (int k = 0; k < VECTORS; ++k) block.of[k] = widened(x + k * LANES);

@@ -63,13 +63,18 @@ def fused(logits: Tensor, target: Tensor, fields: RowFields, d_logits: Tensor | 
     return [*rows, d_logits]
 
 
-def naive(x: Tensor, target: Tensor, readout: ReadoutArgs, weights: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Statistics and the gradient of their weighted sum, by autograd, in the dtype of x."""
-    x = x.detach().requires_grad_()
+def z_of(x: Tensor, readout: ReadoutArgs) -> Tensor:
+    """The distribution's logits, in the dtype of x."""
     cap = readout.softcap
     z = x * readout.scale if cap is None else cap * torch.tanh(x * readout.scale / cap)
     row = readout.row_temperature
-    z = z / (readout.temperature if row is None else row.to(x.dtype).unsqueeze(-1))
+    return z / (readout.temperature if row is None else row.to(x.dtype).unsqueeze(-1))
+
+
+def naive(x: Tensor, target: Tensor, readout: ReadoutArgs, weights: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Statistics and the gradient of their weighted sum, by autograd, in the dtype of x."""
+    x = x.detach().requires_grad_()
+    z = z_of(x, readout)
     log_p = torch.log_softmax(z, -1)
     stats = [log_p.gather(-1, target.unsqueeze(-1)).squeeze(-1), -(log_p.exp() * log_p).sum(-1), z.logsumexp(-1)]
     value = sum((s * w.to(x.dtype)).sum() for s, w in zip(stats, weights, strict=True))

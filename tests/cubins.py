@@ -49,7 +49,7 @@ def variants() -> list[Variant]:
     """Every kernel on every architecture, dtype and kind of rows; the costlier programs on one of them."""
     every = [
         Variant(kernel, architecture, dtype, rows)
-        for kernel in ("statistics", "backward", "two_sweep", "split_row", "scale")
+        for kernel in ("statistics", "observations", "backward", "two_sweep", "split_row", "scale")
         for architecture in ARCHITECTURES
         for dtype in DTYPES
         for rows in VOCABULARIES
@@ -143,7 +143,7 @@ def compile_variant(variant: Variant) -> Any:
         plain = variant.rows == "vectors" and not entropy
         options["maxnreg"] = geometry.held_registers(dtype, capability, plain=plain)
     typed = dict.fromkeys(("logits", "d_logits", "x"), f"*{variant.dtype}")
-    typed |= {"target": "*i64", "parameters": "*fp64", "scratch": "*i64"}
+    typed |= {"target": "*i64", "argmax": "*i64", "parameters": "*fp64", "scratch": "*i64"}
     kernel = _kernel(variant.kernel)
     signature, constexprs = {}, {}
     for i, parameter in enumerate(kernel.params):

@@ -17,7 +17,7 @@ from unirl_kernels.backends.triton import launch
 from unirl_kernels.program import trace
 
 BACKEND = make_backend(GPUTarget("cuda", 90, 32))
-KERNELS = ("statistics", "backward", "two_sweep", "split_row", "scale")
+KERNELS = ("statistics", "observations", "backward", "two_sweep", "split_row", "scale")
 
 
 class Recorder:
@@ -51,6 +51,7 @@ def step(logits: Tensor, beta: float, readout: ReadoutArgs, offset: int = 0) -> 
     target, params = row(torch.int64), torch.tensor(found.params, dtype=torch.float64)
     stats, gradients = RowStats(row(), row(), row()), RowGradients(row(), None, None)
     launch.token_stats(logits, target, readout)
+    launch.token_observations(logits, target, readout)
     launch.token_stats_backward(logits, target, stats, gradients, readout, logits)
     fields = RowFields(row(), row(), row(), row())
     for kernel in launch.LAUNCHES:

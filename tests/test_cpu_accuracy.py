@@ -21,7 +21,9 @@ from tests.cpu_rows import (
     one_thread,
     row_dtype,
     rows_of,
+    z_of,
 )
+from tests.observed import check
 from unirl_kernels.accuracy import condition_of, violations
 from unirl_kernels.backends import RowFields, RowGradients, RowStats, cpu, eager
 from unirl_kernels.program import trace
@@ -58,6 +60,39 @@ def test_statistics_and_gradient(readout: str, dtype: torch.dtype) -> None:
             assert not problems, f"V = {vocab}, {name}: {problems}"
         problems = violations(d_logits, d_plain.to(dtype), d_truth, condition=max(1.0, scale))
         assert not problems, f"V = {vocab}, gradient: {problems}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("readout", READOUTS)
+def test_observations(readout: str, dtype: torch.dtype) -> None:
+    args = READOUTS[readout]
+    own = args.row_temperature
+    typed = args._replace(row_temperature=None if own is None else own.to(row_dtype(dtype)))
+    for vocab in VOCABS:
+        logits, target = rows_of(dtype, 3, vocab)
+        logits[0, 2, 3::50] = 12 if args.scale > 0 else -12  # ties
+        found = cpu.token_observations(logits, target, typed)
+        z = (z_of(logits.double(), args), z_of(logits.to(row_dtype(dtype)), args))
+        check(found, logits, target, *z, args.scale)
+        signed = logits if args.scale > 0 else -logits
+        assert torch.equal(found.largest, signed.amax(-1).to(row_dtype(dtype)))
+        for x, y in zip(cpu.token_stats(logits, target, typed), found, strict=False):
+            assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [1.0, -1.0])
+def test_the_first_maximum_wins(scale: float, dtype: torch.dtype) -> None:
+    """Twice in a step, in two steps, in two segments; in the last logits, which are filled up to a step."""
+    vocab = 2 * SEGMENT + 7
+    places = [(4, 5), (5, 6), (31, 32), (60, 70), (9, SEGMENT), (SEGMENT - 1, SEGMENT), (SEGMENT + 90, 2 * SEGMENT + 1)]
+    places += [(2 * SEGMENT + i, vocab - 1) for i in range(7)]
+    logits = -scale * torch.rand(1, len(places), vocab).to(dtype)
+    for row, pair in zip(logits[0], places, strict=True):
+        row[list(pair)] = 2 * scale
+    target = torch.zeros(1, len(places), dtype=torch.int64)
+    found = cpu.token_observations(logits, target, IDENTITY._replace(scale=scale))
+    assert found.argmax[0].tolist() == [first for first, _ in places]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

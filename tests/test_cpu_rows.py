@@ -13,7 +13,7 @@ from torch import Tensor
 import unirl_kernels as uk
 from tests.cpu_rows import DTYPES, IDENTITY, SEGMENT, fields_of, fused, naive, one_thread, row_dtype, rows_of
 from unirl_kernels.accuracy import violations
-from unirl_kernels.backends import RowFields, RowGradients, cpu
+from unirl_kernels.backends import RowFields, RowGradients, RowStats, cpu
 
 
 @pytest.fixture(autouse=True)
@@ -32,21 +32,21 @@ def test_bits_are_the_row_s_own(dtype: torch.dtype) -> None:
     fields = fields_of(logits, target)
     torch.set_num_threads(2)
     whole = fused(logits, target, fields)
-    stats = cpu.token_stats(logits, target, IDENTITY)
+    stats = cpu.token_observations(logits, target, IDENTITY)
     gradients = RowGradients(*torch.randn(3, 1, 16, dtype=stats.logp.dtype))
 
     def check(rows: slice, x: Tensor, in_place: bool = False) -> None:
         own = RowFields(*(f[:, rows].contiguous() for f in fields))
-        before = cpu.token_stats(x, target[:, rows].contiguous(), IDENTITY)
+        before = cpu.token_observations(x, target[:, rows].contiguous(), IDENTITY)
         d_x = torch.empty_like(logits[:, rows])
         own_gradients = RowGradients(*(g[:, rows].contiguous() for g in gradients))
-        cpu.token_stats_backward(x, target[:, rows].contiguous(), before, own_gradients, IDENTITY, d_x)
+        cpu.token_stats_backward(x, target[:, rows].contiguous(), RowStats(*before[:3]), own_gradients, IDENTITY, d_x)
         got = fused(x, target[:, rows].contiguous(), own, x if in_place else None)
         for a, b in zip((*whole, *stats, reference), (*got, *before, d_x), strict=True):
             assert torch.equal(a[:, rows], b)
 
     reference = cpu.empty(logits.shape, logits.dtype, logits.device)
-    cpu.token_stats_backward(logits, target, stats, gradients, IDENTITY, reference)
+    cpu.token_stats_backward(logits, target, RowStats(*stats[:3]), gradients, IDENTITY, reference)
     for threads in (1, 2):
         torch.set_num_threads(threads)
         for rows in (slice(0, 16), slice(4, 5), slice(4, 7), slice(15, 16)):

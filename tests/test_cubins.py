@@ -45,7 +45,7 @@ def test_budget(variant: Variant, measured: dict[str, Any]) -> None:
     used, budget = measured[str(variant)], COMMITTED[str(variant)]
     assert used["spilled"] <= (0 if triton.__version__ == COMMITTED["triton"] else 64)
     assert used["wide_loads"] > 0
-    assert used["wide_stores"] > 0 or variant.kernel == "statistics"
+    assert used["wide_stores"] > 0 or variant.kernel in ("statistics", "observations")
     if triton.__version__ == COMMITTED["triton"]:
         over = {name: (used[name], limit) for name, limit in budget.items() if used[name] > limit}
         assert not over, f"above the budget: {over} (used, allowed)"
@@ -55,7 +55,7 @@ def test_every_budget_has_a_variant() -> None:
     assert set(COMMITTED) - {"triton"} == set(map(str, variants()))
 
 
-@pytest.mark.parametrize("kernel", ["statistics", "two_sweep", "split_row"])
+@pytest.mark.parametrize("kernel", ["statistics", "observations", "two_sweep", "split_row"])
 def test_sums_do_not_depend_on_where_a_row_lies(kernel: str, measured: dict[str, Any]) -> None:
     """Aligned and unaligned rows are summed by the same threads in the same order, or their bits would differ."""
     aligned, unaligned = (measured[str(Variant(kernel, "sm_90", "bf16", rows))]["sums"] for rows in ("vectors", "odd"))

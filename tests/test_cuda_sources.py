@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tests.cases import Shape, make_logits
-from unirl_kernels.backends import choose, cuda, unavailable
+from unirl_kernels.backends import ReadoutArgs, choose, cuda, unavailable
 
 ROOT = Path(__file__).parent.parent
 ARCHITECTURES = ("sm_90", "sm_100")
@@ -231,6 +231,12 @@ def test_why_it_cannot_run() -> None:
     assert unavailable("cuda", cpu) == "it runs on CUDA devices, not on cpu"
     with pytest.raises(RuntimeError, match="backend 'cuda' cannot run on cpu: it runs on CUDA devices"):
         choose(cpu, "cuda", None)
+
+
+def test_says_that_it_does_not_observe() -> None:
+    readout = ReadoutArgs(1.0, None, 1.0, None)
+    with pytest.raises(RuntimeError, match=r"no kernel for observations; Plan\(backend='triton'\) has one"):
+        cuda.token_observations(torch.zeros(1, 1, 2), torch.zeros(1, 1, dtype=torch.int64), readout)
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="the extension may be built with CUDA")

@@ -19,6 +19,26 @@ Moments<double> moments(const void* from, int64_t n, const Readout<double>& read
   return {m, s, sz};
 }
 
+Observed<double> observe(const void* from, int64_t n, const Readout<double>& readout) {
+  const auto* x = static_cast<const double*>(from);
+  Observed<double> of = {moments(from, n, readout), 0, 0, -INFINITY, 0};
+  const double reference = of.m == -INFINITY ? 0 : of.m;
+  for (int64_t i = 0; i < n; ++i) {
+    const double u = to_u(readout, x[i]);
+    of.s2 += exp(2 * readout.kappa * (u - reference));
+    of.su += u;
+    of.top = fmax(of.top, readout.gain < 0 ? -x[i] : x[i]);
+  }
+  return of;
+}
+
+int64_t find(const void* from, int64_t n, double top, const Readout<double>& readout) {
+  const auto* x = static_cast<const double*>(from);
+  int64_t i = 0;
+  while (i < n && (readout.gain < 0 ? -x[i] : x[i]) != top) ++i;
+  return i;
+}
+
 void gradient(
     const void* from, void* to, int64_t n, const Readout<double>& readout, const GradientTerms<double>& terms) {
   const auto* x = static_cast<const double*>(from);
@@ -40,6 +60,6 @@ void write(void* x, double value) { *static_cast<double*>(x) = value; }
 
 }  // namespace
 
-const SegmentKernels fp64_kernels = {moments, gradient, read, u, write, sizeof(double)};
+const SegmentKernels fp64_kernels = {moments, observe, find, gradient, read, u, write, sizeof(double)};
 
 }  // namespace unirl::cpu

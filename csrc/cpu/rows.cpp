@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "dispatch.h"
@@ -23,12 +24,16 @@ struct Target {
 };
 
 // One call's way over its rows. A Step is what stands between the two sweeps of a row:
-//   static constexpr bool READS    whether it wants the first sweep's moments
+//   typedef ... Sums               of the first sweep: Moments<double>, or Observed<double>
+//   static constexpr bool READS    whether it wants them
 //   static constexpr bool WRITES   whether its terms are for the second sweep
-//   GradientTerms<double> operator()(int64_t row, readout, moments, target) const
+//   GradientTerms<double> operator()(int64_t row, readout, sums, target) const
 //   void skip(int64_t row) const   what an ignored row returns
 template <class Step>
 class Pass {
+  typedef typename Step::Sums Sums;
+  static constexpr bool OBSERVES = std::is_same_v<Sums, Observed<double>>;
+
  public:
   Pass(const Rows& rows, const Matrix& d_logits, const Step& step)
       : rows_(rows),
@@ -64,14 +69,14 @@ class Pass {
   // n rows at a time. Loop: how to run over their segments.
   template <class Loop>
   void together(const int64_t* rows, int64_t n, const Loop& loop) const {
-    std::vector<Moments<double>> moments(Step::READS ? n * segments_ : 0);
+    std::vector<Sums> sums(Step::READS ? n * segments_ : 0);
     if (Step::READS) {
       loop(n * segments_, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) moments[i] = moments_of(rows[i / segments_], i % segments_);
+        for (int64_t i = begin; i < end; ++i) sums[i] = sums_of(rows[i / segments_], i % segments_);
       });
     }
     std::vector<GradientTerms<double>> terms(n);
-    for (int64_t i = 0; i < n; ++i) terms[i] = finish(rows[i], moments.data() + i * segments_);
+    for (int64_t i = 0; i < n; ++i) terms[i] = finish(rows[i], sums.data() + i * segments_);
     if (Step::WRITES) {
       loop(n * segments_, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) gradient(rows[i / segments_], i % segments_, terms[i / segments_]);
@@ -87,25 +92,44 @@ class Pass {
     if (Step::WRITES) memset(at(d_logits_, row, 0), 0, rows_.vocab * kernels_.bytes);
   }
 
-  GradientTerms<double> finish(int64_t row, const Moments<double>* segments) const {
+  GradientTerms<double> finish(int64_t row, const Sums* segments) const {
     const bool valid = in_range(row);
     const Readout<double> readout = readout_of(row);
-    Moments<double> moments{NAN, NAN, NAN};
+    Sums sums = without_distribution();
     if (valid && Step::READS) {
-      moments = segments[0];
-      for (int64_t i = 1; i < segments_; ++i) moments = merge(moments, segments[i], readout.kappa);
+      sums = segments[0];
+      for (int64_t i = 1; i < segments_; ++i) sums = merge(sums, segments[i], readout.kappa);
+      if constexpr (OBSERVES) {
+        const void* const x = at(rows_.logits, row, sums.at);
+        sums.at += kernels_.find(x, size_of(sums.at / SEGMENT), sums.top, readout);
+      }
     }
     Target target{NAN, NAN};
     if (valid) {
       const void* const x = at(rows_.logits, row, rows_.target[row]);
       target = {kernels_.read(x), kernels_.u(x, readout)};
     }
-    return step_(row, readout, moments, target);
+    return step_(row, readout, sums, target);
   }
 
-  Moments<double> moments_of(int64_t row, int64_t segment) const {
+  static Sums without_distribution() {
+    if constexpr (OBSERVES) {
+      return {{NAN, NAN, NAN}, NAN, NAN, NAN, 0};
+    } else {
+      return {NAN, NAN, NAN};
+    }
+  }
+
+  Sums sums_of(int64_t row, int64_t segment) const {
     const int64_t begin = segment * SEGMENT;
-    return kernels_.moments(at(rows_.logits, row, begin), size_of(segment), readout_of(row));
+    const void* const x = at(rows_.logits, row, begin);
+    if constexpr (OBSERVES) {
+      Sums sums = kernels_.observe(x, size_of(segment), readout_of(row));
+      sums.at = begin;
+      return sums;
+    } else {
+      return kernels_.moments(x, size_of(segment), readout_of(row));
+    }
   }
 
   void gradient(int64_t row, int64_t segment, const GradientTerms<double>& terms) const {
@@ -140,24 +164,48 @@ class Pass {
   const int64_t segments_;
 };
 
+void set(const StatisticsColumns& out, int64_t row, const Statistics<double>& statistics) {
+  out.logp.set(row, statistics.logp);
+  out.entropy.set(row, statistics.entropy);
+  out.lse.set(row, statistics.lse);
+}
+
 struct Measure {
+  typedef Moments<double> Sums;
   static constexpr bool READS = true, WRITES = false;
   const StatisticsColumns& out;
 
   GradientTerms<double> operator()(
       int64_t row, const Readout<double>& readout, const Moments<double>& moments, const Target& target) const {
-    set(row, unirl::finish(moments, readout, target.u));
+    set(out, row, unirl::finish(moments, readout, target.u));
     return {};
   }
-  void skip(int64_t row) const { set(row, {}); }
-  void set(int64_t row, const Statistics<double>& statistics) const {
-    out.logp.set(row, statistics.logp);
-    out.entropy.set(row, statistics.entropy);
-    out.lse.set(row, statistics.lse);
+  void skip(int64_t row) const { set(out, row, {}); }
+};
+
+struct Observe {
+  typedef Observed<double> Sums;
+  static constexpr bool READS = true, WRITES = false;
+  const ObservationColumns& out;
+  int64_t vocab;
+
+  GradientTerms<double> operator()(
+      int64_t row, const Readout<double>& readout, const Observed<double>& sums, const Target& target) const {
+    set_all(row, unirl::finish(sums, readout, target.u, vocab));
+    return {};
+  }
+  void skip(int64_t row) const { set_all(row, {{}, 0, 0, 0, -1}); }
+  void set_all(int64_t row, const Observations<double>& found) const {
+    set(out.statistics, row, found.statistics);
+    out.log_sum_sq_probs.set(row, found.log_sum_sq_probs);
+    out.mean_logit.set(row, found.mean_logit);
+    out.largest.set(row, found.largest);
+    out.argmax[row] = found.argmax;
   }
 };
 
 struct Backward {
+  typedef Moments<double> Sums;
   static constexpr bool READS = false, WRITES = true;
   const StatisticsColumns& at;
   const StatisticsColumns& d;
@@ -177,6 +225,7 @@ struct Backward {
 };
 
 struct Fuse {
+  typedef Moments<double> Sums;
   static constexpr bool READS = true, WRITES = true;
   const FieldColumns& fields;
   const Program& program;
@@ -216,6 +265,10 @@ struct Fuse {
 }  // namespace
 
 void token_stats(const Rows& rows, const StatisticsColumns& out) { Pass(rows, {}, Measure{out}).run(); }
+
+void token_observations(const Rows& rows, const ObservationColumns& out) {
+  Pass(rows, {}, Observe{out, rows.vocab}).run();
+}
 
 void token_stats_backward(
     const Rows& rows, const StatisticsColumns& at, const StatisticsColumns& d, const Matrix& d_logits) {

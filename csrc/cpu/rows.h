@@ -48,6 +48,12 @@ struct StatisticsColumns {
   Column logp, entropy, lse;
 };
 
+struct ObservationColumns {
+  StatisticsColumns statistics;
+  Column log_sum_sq_probs, mean_logit, largest;
+  int64_t* argmax;
+};
+
 // What the program reads of a row. old_logp without memory: the row's own logp.
 struct FieldColumns {
   Column weight, advantage, old_logp, ref_logp;
@@ -58,6 +64,8 @@ struct FusedColumns {
 };
 
 void token_stats(const Rows& rows, const StatisticsColumns& out);
+
+void token_observations(const Rows& rows, const ObservationColumns& out);
 
 void token_stats_backward(
     const Rows& rows, const StatisticsColumns& at, const StatisticsColumns& d, const Matrix& d_logits);

@@ -1,15 +1,19 @@
 // The two sweeps over a segment, compiled once per instruction set. See simd.h on the namespace.
 #pragma once
 
+#include <type_traits>
+
 #include "../simd.h"
 #include "segment.h"
 
 namespace unirl::cpu::UNIRL_ISA {
 
 // u and du/dv of a row's logits, from v = gain x (see row_math.h). Without a softcap gain is 1 or -1.
+// signed_x: x, or -x under a negative scale; z increases with it.
 struct Plain {
   static constexpr bool BOUNDED = false;
   explicit Plain(double) {}
+  UNIRL_ALWAYS_INLINE F32 signed_x(F32 x) const { return x; }
   UNIRL_ALWAYS_INLINE F32 v(F32 x) const { return x; }
   static UNIRL_ALWAYS_INLINE Tanh map(F32 v) { return {v, splat(1.0f)}; }
 };
@@ -17,14 +21,16 @@ struct Plain {
 struct Negated {
   static constexpr bool BOUNDED = false;
   explicit Negated(double) {}
+  UNIRL_ALWAYS_INLINE F32 signed_x(F32 x) const { return -x; }
   UNIRL_ALWAYS_INLINE F32 v(F32 x) const { return -x; }
   static UNIRL_ALWAYS_INLINE Tanh map(F32 v) { return {v, splat(1.0f)}; }
 };
 
 struct Capped {
   static constexpr bool BOUNDED = true;
-  float gain;
-  explicit Capped(double gain) : gain((float)gain) {}
+  float gain, sign;
+  explicit Capped(double gain) : gain((float)gain), sign(gain < 0 ? -1.0f : 1.0f) {}
+  UNIRL_ALWAYS_INLINE F32 signed_x(F32 x) const { return x * sign; }
   UNIRL_ALWAYS_INLINE F32 v(F32 x) const { return x * gain; }
   static UNIRL_ALWAYS_INLINE Tanh map(F32 v) { return hyperbolic_tangent(v); }
 };
@@ -60,34 +66,68 @@ struct Steps {
 // all alike: without runs a segment of equal logits would be off by 6e-6 in the baseline.
 constexpr int64_t RUN = 32 * STEP;
 
-template <class Map, class Format>
-UNIRL_ALWAYS_INLINE float largest_v(const Steps<Format>& x, const Map& map) {
-  Block tops;
-  for (F32& top : tops.of) top = splat(-__builtin_inff());
-  for (int64_t i = 0; i < x.end(); i += STEP) {
-    const Block block = x.load(i);
-    for (int k = 0; k < VECTORS; ++k) tops.of[k] = maximum(tops.of[k], map.v(block.of[k]));
-  }
-  for (int k = 1; k < VECTORS; ++k) tops.of[0] = maximum(tops.of[0], tops.of[k]);
-  return largest(tops.of[0]);
+UNIRL_ALWAYS_INLINE void add(Block& sum, const Block& more) {
+  for (int k = 0; k < VECTORS; ++k) sum.of[k] += more.of[k];
 }
 
-template <class Map, class Format>
-Moments<double> moments(const Steps<Format>& x, const Readout<double>& readout) {
-  const Map map(readout.gain);
-  const Exponential<5> exponential(readout.kappa);
-  const float m = Map::map(splat(largest_v(x, map))).value[0];
-  // A segment of -inf alone has no finite maximum; its sum is then an exact zero.
-  const float reference = m == -__builtin_inff() ? 0.0f : m;
-  Block s{}, sz{};
+// Add a step's u, those of the filling left out.
+template <class Format>
+UNIRL_ALWAYS_INLINE void add_given(Block& sum, Block u, const Steps<Format>& x, int64_t i) {
+  if (i >= x.whole) {
+    const Block filling = x.filling();
+    for (int k = 0; k < VECTORS; ++k) u.of[k] = filling.of[k] == 0 ? u.of[k] : F32{};
+  }
+  add(sum, u);
+}
+
+// What the first way over a segment finds.
+struct Overview {
+  float top;  // the largest of +-x (see Map::signed_x)
+  Block su;   // where it is wanted
+};
+
+template <bool WITH_SU, class Map, class Format>
+UNIRL_ALWAYS_INLINE Overview overview(const Steps<Format>& x, const Map& map) {
+  Block tops, su{};
+  for (F32& top : tops.of) top = splat(-__builtin_inff());
   for (int64_t run = 0; run < x.end(); run += RUN) {
     const int64_t end = run + RUN < x.end() ? run + RUN : x.end();
-    Block run_s{}, run_sz{};
+    Block run_su{};
+    for (int64_t i = run; i < end; i += STEP) {
+      Block block = x.load(i);
+      for (F32& v : block.of) v = map.signed_x(v);
+      for (int k = 0; k < VECTORS; ++k) tops.of[k] = maximum(tops.of[k], block.of[k]);
+      if (WITH_SU) add_given(run_su, block, x, i);
+    }
+    if (WITH_SU) add(su, run_su);
+  }
+  for (int k = 1; k < VECTORS; ++k) tops.of[0] = maximum(tops.of[0], tops.of[k]);
+  return {largest(tops.of[0]), su};
+}
+
+// Sums: Moments<double>, or Observed<double>.
+template <class Sums, class Map, class Format>
+Sums sums(const Steps<Format>& x, const Readout<double>& readout) {
+  constexpr bool OBSERVES = std::is_same_v<Sums, Observed<double>>;
+  // u is +-x or costs a tanh. What costs nothing is summed first, where vectors are free to hold its sum.
+  constexpr bool SU_FIRST = OBSERVES && !Map::BOUNDED, SU_HERE = OBSERVES && Map::BOUNDED;
+  const Map map(readout.gain);
+  const Exponential<5> exponential(readout.kappa);
+  const Overview first = overview<SU_FIRST>(x, map);
+  const float m = Map::map(map.v(map.signed_x(splat(first.top)))).value[0];
+  // A segment of -inf alone has no finite maximum; its sum is then an exact zero.
+  const float reference = m == -__builtin_inff() ? 0.0f : m;
+  Block s{}, sz{}, s2{}, su = first.su;
+  for (int64_t run = 0; run < x.end(); run += RUN) {
+    const int64_t end = run + RUN < x.end() ? run + RUN : x.end();
+    Block run_s{}, run_sz{}, run_s2{}, run_su{};
     for (int64_t i = run; i < end; i += STEP) {
       // The next segment arrives while this one is summed.
       for (size_t at = 0; at < STEP * sizeof *x.x; at += 64) __builtin_prefetch((const char*)(x.x + i + SEGMENT) + at);
-      Block d = x.load(i);
-      for (F32& v : d.of) v = maximum(splat(exponential.floor), Map::map(map.v(v)).value - reference);
+      Block u = x.load(i), d;
+      for (F32& v : u.of) v = Map::map(map.v(v)).value;
+      if (SU_HERE) add_given(run_su, u, x, i);
+      for (int k = 0; k < VECTORS; ++k) d.of[k] = maximum(splat(exponential.floor), u.of[k] - reference);
       if (Map::BOUNDED && i >= x.whole) {
         const Block filling = x.filling();
         for (int k = 0; k < VECTORS; ++k) d.of[k] = maximum(splat(exponential.floor), d.of[k] + filling.of[k]);
@@ -96,14 +136,20 @@ Moments<double> moments(const Steps<Format>& x, const Readout<double>& readout) 
       for (int k = 0; k < VECTORS; ++k) {
         run_s.of[k] += e.of[k];
         run_sz.of[k] += e.of[k] * d.of[k];
+        if (OBSERVES) run_s2.of[k] += e.of[k] * e.of[k];
       }
     }
-    for (int k = 0; k < VECTORS; ++k) {
-      s.of[k] += run_s.of[k];
-      sz.of[k] += run_sz.of[k];
-    }
+    add(s, run_s);
+    add(sz, run_sz);
+    if (OBSERVES) add(s2, run_s2);
+    if (SU_HERE) add(su, run_su);
   }
-  return {m, sum(s), sum(sz)};
+  const Moments<double> moments = {m, sum(s), sum(sz)};
+  if constexpr (OBSERVES) {
+    return {moments, sum(s2), sum(su), first.top, 0};
+  } else {
+    return moments;
+  }
 }
 
 template <class Map, bool WITH_LINEAR, class Format>
@@ -134,11 +180,35 @@ void gradient(
   memcpy(d_x + x.whole, x.tail, x.rest * sizeof *d_x);
 }
 
-template <class Format>
-Moments<double> moments(const void* from, int64_t n, const Readout<double>& readout) {
+template <class Format, class Sums>
+Sums sums(const void* from, int64_t n, const Readout<double>& readout) {
   const Steps<Format> x(from, n, readout.gain);
-  if (readout.capped) return moments<Capped>(x, readout);
-  return readout.gain < 0 ? moments<Negated>(x, readout) : moments<Plain>(x, readout);
+  if (readout.capped) return sums<Sums, Capped>(x, readout);
+  return readout.gain < 0 ? sums<Sums, Negated>(x, readout) : sums<Sums, Plain>(x, readout);
+}
+
+template <class Format>
+int64_t find(const void* from, int64_t n, double top, const Readout<double>& readout) {
+  const Steps<Format> x(from, n, readout.gain);
+  const F32 wanted = splat((float)(readout.gain < 0 ? -top : top));
+  U32 columns[VECTORS], first[VECTORS];
+  for (int k = 0; k < VECTORS; ++k) {
+    for (int lane = 0; lane < LANES; ++lane) columns[k][lane] = Format::column(k, lane);
+    first[k] = U32{} + (uint32_t)n;
+  }
+  // Without a branch: a step that holds it would have to be searched lane by lane.
+  for (int64_t i = 0; i < x.end(); i += STEP) {
+    const Block block = x.load(i);
+    for (int k = 0; k < VECTORS; ++k) {
+      const U32 found = block.of[k] == wanted ? columns[k] + (uint32_t)i : U32{} + (uint32_t)n;
+      first[k] = found < first[k] ? found : first[k];
+    }
+  }
+  uint32_t result = (uint32_t)n;
+  for (const U32& of : first) {
+    for (int lane = 0; lane < LANES; ++lane) result = of[lane] < result ? of[lane] : result;
+  }
+  return result;
 }
 
 template <class Format>
@@ -177,7 +247,8 @@ void write(void* x, double value) {
 
 template <class Format>
 constexpr SegmentKernels kernels_of() {
-  return {moments<Format>, gradient<Format>, read<Format>, u<Format>, write<Format>, sizeof(typename Format::Storage)};
+  return {sums<Format, Moments<double>>, sums<Format, Observed<double>>, find<Format>, gradient<Format>, read<Format>, u<Format>,
+          write<Format>, sizeof(typename Format::Storage)};
 }
 
 const SegmentKernels kernels[] = {kernels_of<Float32>(), kernels_of<BFloat16>(), kernels_of<Float16>()};

@@ -5,6 +5,7 @@ A backend module offers
     KERNELS                names of its one-pass kernels, the default first
     unavailable(device)    None, or the reason why it cannot run there
     token_stats            statistics of each row, one read of the logits
+    token_observations     the same, and what else can be observed of a row in that read
     token_stats_backward   gradient of the logits from gradients of the statistics, one read and one write
     fused_loss             statistics, objective and gradient of each row, one read and one write
     products               the matrix products of a linear head
@@ -15,9 +16,9 @@ A backend module offers
 with the signatures of ``Backend``. Shapes throughout: logits [B, L, V] with any strides and the last one 1;
 everything per row [B, L] and contiguous. The packed layout is B = 1. Statistics and fields are fp32, fp64 for
 fp64 logits. A row whose target is ``IGNORE`` is not read: its statistics and loss are 0, its gradient exact zeros.
-A row whose target is otherwise outside [0, V) gets NaN everywhere. A logit of -inf is a word that cannot come: its
-probability and its gradient are 0. As a target it has log-probability -inf and what autograd gives log_softmax and
-gather: d_logp (1 - p_y) = d_logp at the target itself, -d_logp p_j elsewhere.
+A row whose target is otherwise outside [0, V) gets NaN everywhere. The argmax of both is -1. A logit of -inf is a
+word that cannot come: its probability and its gradient are 0. As a target it has log-probability -inf and what autograd
+gives log_softmax and gather: d_logp (1 - p_y) = d_logp at the target itself, -d_logp p_j elsewhere.
 """
 
 from __future__ import annotations
@@ -49,6 +50,17 @@ class RowStats(NamedTuple):
     lse: Tensor  # [B, L]
 
 
+class RowObservations(NamedTuple):
+    logp: Tensor  # [B, L]
+    entropy: Tensor  # [B, L]
+    lse: Tensor  # [B, L]
+    log_sum_sq_probs: Tensor  # [B, L]; log sum_j p_j^2, <= 0
+    mean_logit: Tensor  # [B, L]; mean of z_j, which is -inf where one is
+    # Logits as they came, since z rounds: x_j, or -x_j under a negative scale. NaN and -1 in a row with NaN or inf.
+    largest: Tensor  # [B, L]; max_j
+    argmax: Tensor  # [B, L] int64; the first column with it
+
+
 class RowGradients(NamedTuple):
     """Gradients of the loss with respect to a row's statistics; None is zero."""
 
@@ -78,6 +90,8 @@ class Backend(Protocol):
     def unavailable(self, device: torch.device) -> str | None: ...
 
     def token_stats(self, logits: Tensor, target: Tensor, readout: ReadoutArgs) -> RowStats: ...
+
+    def token_observations(self, logits: Tensor, target: Tensor, readout: ReadoutArgs) -> RowObservations: ...
 
     def token_stats_backward(
         self,

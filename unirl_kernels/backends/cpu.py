@@ -58,6 +58,7 @@ def _cache_bytes() -> int:
 
 _rows = RowKernels(_native)
 token_stats, token_stats_backward, fused_loss = _rows.token_stats, _rows.token_stats_backward, _rows.fused_loss
+token_observations = _rows.token_observations
 
 
 def products(weight: Tensor, dtype: torch.dtype) -> Products:

@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from unirl_kernels.backends import ReadoutArgs, RowObservations
 from unirl_kernels.backends.native import RowKernels, extension
 from unirl_kernels.backends.products import Products, products_of_torch
 
@@ -50,6 +51,14 @@ def _native() -> ModuleType:
 
 _rows = RowKernels(_native)
 token_stats, token_stats_backward, fused_loss = _rows.token_stats, _rows.token_stats_backward, _rows.fused_loss
+
+
+def token_observations(logits: Tensor, target: Tensor, readout: ReadoutArgs) -> RowObservations:
+    """
+    Raises:
+        RuntimeError: always; there is no such kernel.
+    """
+    raise RuntimeError("backend 'cuda' has no kernel for observations; Plan(backend='triton') has one")
 
 
 def products(weight: Tensor, dtype: torch.dtype) -> Products:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends import FusedRows, ReadoutArgs, RowFields, RowGradients, RowStats
+from unirl_kernels.backends import FusedRows, ReadoutArgs, RowFields, RowGradients, RowObservations, RowStats
 from unirl_kernels.backends.products import Products, products_of_torch
 from unirl_kernels.batch import IGNORE
 from unirl_kernels.program import Program, evaluate
@@ -48,6 +48,22 @@ def token_stats(logits: Tensor, target: Tensor, readout: ReadoutArgs) -> RowStat
     p = log_p.exp()
     entropy = -torch.where(p == 0, p, p * log_p).sum(-1)
     return RowStats(*(_masked(x, target, vocab) for x in (logp, entropy, lse)))
+
+
+def token_observations(logits: Tensor, target: Tensor, readout: ReadoutArgs) -> RowObservations:
+    stats = token_stats(logits, target, readout)
+    z, _ = _readout(logits, readout)
+    vocab = logits.shape[-1]
+    peak = z.amax(-1)
+    # Nothing is NaN yet where nothing but -inf is in a row.
+    e = torch.exp(z - torch.where(peak == -torch.inf, 0, peak).unsqueeze(-1))
+    s = e.sum(-1)
+    log_sum_sq_probs = (torch.log((e * e).sum(-1)) - 2 * torch.log(s)).clamp(max=0)
+    signed = -logits if readout.scale < 0 else logits
+    largest = torch.where(s.isnan(), torch.nan, signed.amax(-1).to(z.dtype))
+    log_sum_sq_probs, mean, largest = (_masked(x, target, vocab) for x in (log_sum_sq_probs, z.mean(-1), largest))
+    known = (target >= 0) & (target < vocab) & ~s.isnan()
+    return RowObservations(*stats, log_sum_sq_probs, mean, largest, torch.where(known, signed.argmax(-1), -1))
 
 
 def token_stats_backward(

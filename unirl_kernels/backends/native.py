@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends import FusedRows, ReadoutArgs, RowFields, RowGradients, RowStats
+from unirl_kernels.backends import FusedRows, ReadoutArgs, RowFields, RowGradients, RowObservations, RowStats
 from unirl_kernels.batch import IGNORE
 
 
@@ -26,7 +26,7 @@ def extension() -> ModuleType:
 
 
 class RowKernels:
-    """``token_stats``, ``token_stats_backward`` and ``fused_loss`` of one part of the extension.
+    """Statistics, observations, their gradient and losses of rows, by one part of the extension.
 
     Args:
         part: gives that part; asked at each call, so that a backend can be imported where it does not load.
@@ -39,6 +39,12 @@ class RowKernels:
         stats = RowStats(*(_per_row(logits, target) for _ in RowStats._fields))
         self._part().token_stats(logits, target, IGNORE, readout, stats)
         return stats
+
+    def token_observations(self, logits: Tensor, target: Tensor, readout: ReadoutArgs) -> RowObservations:
+        values = (_per_row(logits, target) for _ in RowObservations._fields[:-1])
+        rows = RowObservations._make((*values, torch.empty_like(target)))
+        self._part().token_observations(logits, target, IGNORE, readout, rows)
+        return rows
 
     def token_stats_backward(
         self,

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends import FusedRows, ReadoutArgs, RowFields, RowGradients, RowStats
+from unirl_kernels.backends import FusedRows, ReadoutArgs, RowFields, RowGradients, RowObservations, RowStats
 from unirl_kernels.backends.products import Products, products_of_torch
 from unirl_kernels.backends.triton.geometry import KERNELS
 
@@ -22,6 +22,7 @@ __all__ = [
     "products",
     "release_memory",
     "scale_",
+    "token_observations",
     "token_stats",
     "token_stats_backward",
     "unavailable",
@@ -53,6 +54,12 @@ def token_stats(logits: Tensor, target: Tensor, readout: ReadoutArgs) -> RowStat
     from unirl_kernels.backends.triton import launch
 
     return launch.token_stats(logits, target, readout)
+
+
+def token_observations(logits: Tensor, target: Tensor, readout: ReadoutArgs) -> RowObservations:
+    from unirl_kernels.backends.triton import launch
+
+    return launch.token_observations(logits, target, readout)
 
 
 def token_stats_backward(

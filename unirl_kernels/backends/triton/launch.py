@@ -11,10 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from unirl_kernels.backends import FusedRows, ReadoutArgs, RowFields, RowGradients, RowStats
+from unirl_kernels.backends import FusedRows, ReadoutArgs, RowFields, RowGradients, RowObservations, RowStats
 from unirl_kernels.backends.triton import geometry
 from unirl_kernels.backends.triton.gradient import backward
 from unirl_kernels.backends.triton.lowering import device_function
+from unirl_kernels.backends.triton.observations import observations
 from unirl_kernels.backends.triton.scale import scale
 from unirl_kernels.backends.triton.split_row import WORDS, split_row
 from unirl_kernels.backends.triton.statistics import statistics
@@ -32,15 +33,28 @@ SCALE_PROGRAMS = 1024
 
 def token_stats(logits: Tensor, target: Tensor, readout: ReadoutArgs) -> RowStats:
     stats = RowStats(*(_row(logits, target) for _ in RowStats._fields))
+    _measure(statistics, stats, logits, target, readout)
+    return stats
+
+
+def token_observations(logits: Tensor, target: Tensor, readout: ReadoutArgs) -> RowObservations:
+    values = (_row(logits, target) for _ in RowObservations._fields[:-1])
+    rows = RowObservations._make((*values, torch.empty_like(target)))
+    _measure(observations, rows, logits, target, readout)
+    return rows
+
+
+def _measure(
+    kernel: Any, rows: RowStats | RowObservations, logits: Tensor, target: Tensor, readout: ReadoutArgs
+) -> None:
     if target.numel():
         shape = geometry.tile(logits.dtype, logits.shape[-1], WARP_SIZE)
         inner, factor, kind = _readout(readout)
         with torch.cuda.device_of(logits):
-            statistics[target.numel(),](
-                logits, target, readout.row_temperature, *stats, *logits.shape[1:], *logits.stride()[:2], inner, factor,
+            kernel[target.numel(),](
+                logits, target, readout.row_temperature, *rows, *logits.shape[1:], *logits.stride()[:2], inner, factor,
                 READOUT=kind, **_constants(shape, logits), num_warps=shape.num_warps, **OPTIONS,
             )  # fmt: skip
-    return stats
 
 
 def token_stats_backward(

@@ -57,13 +57,19 @@ def lane_sums(t: tl.tensor, e: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
 
 
 @triton.jit
+def exponents(u: tl.tensor, top: tl.tensor, rate: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """The maximum of each lane with a tile's u, what it means as a base, and the tile's exponents."""
+    new_top = tl.maximum(top, tl.max(tl.max(u, 2), 0))
+    base = finite_base(new_top)
+    return new_top, base, (u - base[None, :, None]) * rate
+
+
+@triton.jit
 def accumulate(
     u: tl.tensor, top: tl.tensor, s: tl.tensor, sz: tl.tensor, rate: tl.tensor
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Add a tile to the sums of each lane. One maximum and one rescaling per lane and tile, not per element."""
-    new_top = tl.maximum(top, tl.max(tl.max(u, 2), 0))
-    base = finite_base(new_top)
-    t = (u - base[None, :, None]) * rate
+    new_top, base, t = exponents(u, top, rate)
     s, sz = rescaled(base, top, s, sz, rate)
     tile_s, tile_sz = lane_sums(t, tl.exp2(t))
     return new_top, s + tile_s, sz + tile_sz
