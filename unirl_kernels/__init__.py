@@ -3,10 +3,13 @@
 from unirl_kernels._version import __version__
 from unirl_kernels.api import (
     LossOutput,
+    TokenObservations,
     TokenStats,
     fused_linear_loss,
     fused_loss,
+    linear_token_observations,
     linear_token_stats,
+    token_observations,
     token_stats,
 )
 from unirl_kernels.batch import IGNORE, Batch, group_advantages, shift_targets
@@ -30,6 +33,7 @@ __all__ = [
     "Readout",
     "SequenceMean",
     "TokenMean",
+    "TokenObservations",
     "TokenStats",
     "UnsupportedOperation",
     "__version__",
@@ -40,11 +44,13 @@ __all__ = [
     "group_advantages",
     "grpo",
     "head_parameters",
+    "linear_token_observations",
     "linear_token_stats",
     "online_rft",
     "ppo",
     "rft",
     "sft",
     "shift_targets",
+    "token_observations",
     "token_stats",
 ]

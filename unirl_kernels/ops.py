@@ -6,23 +6,26 @@ kernel, which were chosen before; it never chooses and never falls back.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends import ReadoutArgs, RowFields, RowGradients, RowStats, load
+from unirl_kernels.backends import ReadoutArgs, RowFields, RowGradients, RowObservations, RowStats, load
 from unirl_kernels.batch import IGNORE
 
 _LIB = torch.library.Library("unirl", "DEF")
 READOUT = "float scale, float? softcap, float temperature, Tensor? row_temperature"
 FIELDS = "Tensor weight, Tensor? advantage, Tensor? old_logp, Tensor? ref_logp"
 STATS = "Tensor logp, Tensor entropy, Tensor lse"
+OBSERVATIONS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 GRADIENTS = "Tensor? d_logp, Tensor? d_entropy, Tensor? d_lse"
 PROGRAM = "str program, Tensor params, str backend, str kernel"
 
 _LIB.define(f"token_stats(Tensor logits, Tensor target, {READOUT}, str backend) -> (Tensor, Tensor, Tensor)")
+_LIB.define(f"token_observations(Tensor logits, Tensor target, {READOUT}, str backend) -> {OBSERVATIONS}")
 _LIB.define(
     f"token_stats_backward(Tensor logits, Tensor target, {STATS}, {GRADIENTS}, {READOUT}, str backend) -> Tensor"
 )
@@ -39,6 +42,7 @@ _LIB.define("scale_(Tensor(a!) x, Tensor factor, str backend) -> ()")
 
 OPERATORS = (
     "token_stats",
+    "token_observations",
     "token_stats_backward",
     "token_stats_backward_",
     "fused_loss",
@@ -61,6 +65,12 @@ def _token_stats(logits: Tensor, target: Tensor, *args: Any) -> tuple[Tensor, Te
     *readout, backend = args
     check_targets(target, logits.shape[-1])
     return tuple(load(backend).token_stats(logits, target, ReadoutArgs(*readout)))  # type: ignore[return-value]
+
+
+def _token_observations(logits: Tensor, target: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *readout, backend = args
+    check_targets(target, logits.shape[-1])
+    return tuple(load(backend).token_observations(logits, target, ReadoutArgs(*readout)))
 
 
 def _token_stats_backward(logits: Tensor, *args: Any) -> Tensor:
@@ -125,6 +135,11 @@ def _(logits: Tensor, target: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tenso
     return _row(logits, target), _row(logits, target), _row(logits, target)
 
 
+@torch.library.register_fake("unirl::token_observations", lib=_LIB)
+def _(logits: Tensor, target: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return *(_row(logits, target) for _ in RowObservations._fields[:-1]), torch.empty_like(target)
+
+
 @torch.library.register_fake("unirl::token_stats_backward", lib=_LIB)
 def _(logits: Tensor, *args: Any) -> Tensor:
     return _gradient_like(logits)
@@ -168,23 +183,33 @@ def scaled(d_logits: Tensor, factor: Tensor, backend: str) -> Tensor:
     return d_logits
 
 
-def _save_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+N_STATS = len(RowStats._fields)
+
+
+def _save_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Of statistics, or of observations, which begin with the statistics and have no other gradient."""
     logits, target, *readout, backend = inputs
     *scalars, row_temperature = readout
+    ctx.mark_non_differentiable(*output[N_STATS:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, target, *output, row_temperature)
+    ctx.save_for_backward(logits, target, *output[:N_STATS], row_temperature)
     ctx.scalars, ctx.backend = scalars, backend
 
 
 def _stats_gradient(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     refuse_double_backward()
     *tensors, row_temperature = ctx.saved_tensors
-    gradients = tuple(None if g is None else g.contiguous() for g in gradients)
-    args = (*tensors, *gradients, *ctx.scalars, row_temperature, ctx.backend)
+    args = (*tensors, *of_stats(gradients), *ctx.scalars, row_temperature, ctx.backend)
     return torch.ops.unirl.token_stats_backward(*args), *[None] * 6
 
 
-torch.library.register_autograd("unirl::token_stats", _stats_gradient, setup_context=_save_stats, lib=_LIB)
+def of_stats(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """d_logp, d_entropy, d_lse as kernels take them, of the gradients of statistics or observations."""
+    return [None if g is None else g.contiguous() for g in gradients[:N_STATS]]
+
+
+for _name in ("token_stats", "token_observations"):
+    torch.library.register_autograd(f"unirl::{_name}", _stats_gradient, setup_context=_save_stats, lib=_LIB)
 
 
 def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
@@ -208,11 +233,11 @@ def as_rows(logits: Tensor) -> Tensor:
 
 
 class OverwritingStats(torch.autograd.Function):
-    """``unirl::token_stats`` whose backward puts the gradient into the logits' memory."""
+    """``unirl::token_stats`` or ``token_observations``, whose backward puts the gradient into the logits' memory."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        output = torch.ops.unirl.token_stats(as_rows(logits), target, *args)
+    def forward(ctx: Any, operator: str, logits: Tensor, target: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        output = getattr(torch.ops.unirl, operator)(as_rows(logits), target, *args)
         _save_stats(ctx, (logits, target, *args), output)
         return output
 
@@ -221,11 +246,10 @@ class OverwritingStats(torch.autograd.Function):
         refuse_double_backward()
         logits, *tensors, row_temperature = ctx.saved_tensors
         d_logits = logits.data
-        gradients = tuple(None if g is None else g.contiguous() for g in gradients)
-        args = (*tensors, *gradients, *ctx.scalars, row_temperature, ctx.backend)
+        args = (*tensors, *of_stats(gradients), *ctx.scalars, row_temperature, ctx.backend)
         torch.ops.unirl.token_stats_backward_(as_rows(d_logits), *args)
         consume(logits)
-        return d_logits, *[None] * 6
+        return None, d_logits, *[None] * 6
 
 
 class OnePass(torch.autograd.Function):

@@ -1,7 +1,17 @@
 """What users call: checks the arguments, chooses backend and kernel, composes the operators. No mathematics."""
 
-from unirl_kernels.api.linear import fused_linear_loss, linear_token_stats
-from unirl_kernels.api.logits import fused_loss, token_stats
-from unirl_kernels.api.outputs import LossOutput, TokenStats
+from unirl_kernels.api.linear import fused_linear_loss, linear_token_observations, linear_token_stats
+from unirl_kernels.api.logits import fused_loss, token_observations, token_stats
+from unirl_kernels.api.outputs import LossOutput, TokenObservations, TokenStats
 
-__all__ = ["LossOutput", "TokenStats", "fused_linear_loss", "fused_loss", "linear_token_stats", "token_stats"]
+__all__ = [
+    "LossOutput",
+    "TokenObservations",
+    "TokenStats",
+    "fused_linear_loss",
+    "fused_loss",
+    "linear_token_observations",
+    "linear_token_stats",
+    "token_observations",
+    "token_stats",
+]

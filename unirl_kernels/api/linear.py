@@ -20,7 +20,7 @@ from unirl_kernels.api.arguments import (
     row_fields,
     row_weights,
 )
-from unirl_kernels.api.outputs import LossOutput, TokenStats
+from unirl_kernels.api.outputs import LossOutput, TokenObservations, TokenStats
 from unirl_kernels.backends import COMPOSED, choose
 from unirl_kernels.batch import Batch, check_dtype
 from unirl_kernels.head import ComposedLinear, Composition, Group, Head, OnePassLinear, by_units
@@ -64,10 +64,54 @@ def linear_token_stats(
         RuntimeError: when the named backend cannot run here.
     """
     head = _head(hidden, weight, bias, target, plan)
+    return TokenStats(*_measured("linear_token_stats", head, target, readout, plan))
+
+
+def linear_token_observations(
+    hidden: Tensor,  # [B, L, D] or [T, D]
+    weight: Tensor,  # [V, D]
+    target: Tensor,  # [B, L] or [T]
+    *,
+    bias: Tensor | None = None,  # [V]
+    readout: Readout = Readout(),
+    plan: Plan = Plan(),
+) -> TokenObservations:
+    """``token_observations`` of the logits hidden W^T + b, which are never formed as a whole.
+
+        log_sum_sq_probs = log sum_j p_j^2        mean_logit = 1/V sum_j z_j        argmax = min argmax_j z_j
+
+    and logp, entropy and lse as in ``linear_token_stats``, at its cost. The logits are those of the products: where two
+    of them are equal but for rounding, which of them is the larger is the products' choice.
+
+    Args:
+        hidden: [B, L, D] or [T, D]; float32, bfloat16 or float16 (float64 for checks). Under autocast the products
+            have operands of its dtype; their results are float32 in any case.
+        weight: [V, D], of hidden's dtype.
+        target: [B, L] or [T] int64 in [0, V), or ``IGNORE``: such a token is left out of the products, and gets zero
+            gradient.
+        bias: [V], of weight's dtype, or None.
+        readout: how logits become a distribution, and what z is.
+        plan: how the machine computes it; ``max_chunk_bytes`` bounds the memory for logits.
+
+    Returns:
+        ``TokenObservations``; logp, entropy and lse are differentiable in hidden, weight and bias.
+
+    Raises:
+        TypeError, ValueError: when an argument does not fit, naming it, what was expected and what came.
+        IndexError: when a target is outside the vocabulary (on the CPU; on an accelerator its row becomes NaN, its
+            argmax -1).
+        RuntimeError: when the named backend cannot run here.
+    """
+    head = _head(hidden, weight, bias, target, plan)
+    return TokenObservations.of_rows(_measured("linear_token_observations", head, target, readout, plan))
+
+
+def _measured(operator: str, head: Head, target: Tensor, readout: Readout, plan: Plan) -> list[Tensor]:
+    """What an operator finds in each row, in target's shape."""
     rows = (places(target), *readout_arguments(readout, target, head.row_dtype))
     how = (head.backend, head.dtype, plan.max_chunk_bytes)
-    stats = torch.ops.unirl.linear_token_stats(head.hidden, weight, bias, *rows, *how)
-    return TokenStats(*(x.view(target.shape) for x in stats))
+    found = getattr(torch.ops.unirl, operator)(head.hidden, head.weight, head.bias, *rows, *how)
+    return [x.view(target.shape) for x in found]
 
 
 def fused_linear_loss(

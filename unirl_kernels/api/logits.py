@@ -18,7 +18,7 @@ from unirl_kernels.api.arguments import (
     row_fields,
     row_weights,
 )
-from unirl_kernels.api.outputs import LossOutput, TokenStats
+from unirl_kernels.api.outputs import LossOutput, TokenObservations, TokenStats
 from unirl_kernels.backends import COMPOSED, Choice, choose
 from unirl_kernels.batch import Batch, check_dtype
 from unirl_kernels.objectives import Loss, Tokens
@@ -53,15 +53,52 @@ def token_stats(
         IndexError: when a target is outside the vocabulary (on the CPU; on an accelerator its row becomes NaN).
         RuntimeError: when the named backend cannot run here.
     """
+    return TokenStats(*_measured("token_stats", logits, target, readout, plan))
+
+
+def token_observations(
+    logits: Tensor,  # [B, L, V] or [T, V]
+    target: Tensor,  # [B, L] or [T]
+    *,
+    readout: Readout = Readout(),
+    plan: Plan = Plan(),
+) -> TokenObservations:
+    """``token_stats``, and what else shows in the same read of the logits: collision probability, mean, top word.
+
+        log_sum_sq_probs = log sum_j p_j^2        mean_logit = 1/V sum_j z_j        argmax = min argmax_j z_j
+
+    What loss heads of trainers report beside the log-probabilities. Gradients flow from logp, entropy and lse as in
+    ``token_stats``; the rest is only observed.
+
+    Args:
+        logits: [B, L, V] or [T, V]; float32, bfloat16 or float16 (float64 for checks), last dimension contiguous.
+        target: [B, L] or [T] int64 in [0, V), or ``IGNORE``: such a row is not read and gets zero gradient.
+        readout: how logits become a distribution, and what z is.
+        plan: how the machine computes it.
+
+    Returns:
+        ``TokenObservations``.
+
+    Raises:
+        TypeError, ValueError: when an argument does not fit, naming it, what was expected and what came.
+        IndexError: when a target is outside the vocabulary (on the CPU; on an accelerator its row becomes NaN, its
+            argmax -1).
+        RuntimeError: when the named backend cannot run here.
+    """
+    return TokenObservations.of_rows(_measured("token_observations", logits, target, readout, plan))
+
+
+def _measured(operator: str, logits: Tensor, target: Tensor, readout: Readout, plan: Plan) -> list[Tensor]:
+    """What an operator finds in each row, in target's shape."""
     _check_logits(logits, target)
     backend, _ = choose(logits.device, plan.backend, plan.kernel)
     args = (places(target), *readout_arguments(readout, target, row_dtype(logits.dtype)), backend)
     if plan.overwrite_logits and _wants_gradient(logits):
         _check_overwritable(logits)
-        stats = ops.OverwritingStats.apply(logits, *args)
+        rows = ops.OverwritingStats.apply(operator, logits, *args)
     else:
-        stats = torch.ops.unirl.token_stats(ops.as_rows(logits), *args)
-    return TokenStats(*(x.view(target.shape) for x in stats))
+        rows = getattr(torch.ops.unirl, operator)(ops.as_rows(logits), *args)
+    return [x.view(target.shape) for x in rows]
 
 
 def fused_loss(

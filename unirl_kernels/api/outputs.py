@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from unirl_kernels.backends import RowObservations
 from unirl_kernels.batch import Batch
 from unirl_kernels.objectives import Loss, Tokens
 from unirl_kernels.objectives.policy import kl_estimate
@@ -26,6 +28,32 @@ class TokenStats(NamedTuple):
     logp: Tensor
     entropy: Tensor
     lse: Tensor
+
+
+class TokenObservations(NamedTuple):
+    """``TokenStats``, and what else can be observed of each token's distribution, without a gradient. Target's shape,
+    float32 (float64 for float64 input); 0, and argmax -1, where the target is ``IGNORE``.
+
+    Args:
+        logp, entropy, lse: as in ``TokenStats``, differentiable.
+        log_sum_sq_probs: log sum_j p_j^2, in [-log V, 0], nats; minus the Renyi entropy of order 2.
+        mean_logit: mean of z_j over the vocabulary; -inf where a z_j is.
+        argmax: int64, the first column with the largest z; -1 where the target is not in the vocabulary, or a logit is
+            NaN or inf. ``argmax == target`` says whether the target is the top word.
+    """
+
+    logp: Tensor
+    entropy: Tensor
+    lse: Tensor
+    log_sum_sq_probs: Tensor
+    mean_logit: Tensor
+    argmax: Tensor
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[Tensor]) -> TokenObservations:
+        """From ``RowObservations``, which have one field more."""
+        named = RowObservations(*rows)._asdict()
+        return cls(**{name: named[name] for name in cls._fields})
 
 
 @dataclass(frozen=True, eq=False)

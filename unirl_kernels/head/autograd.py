@@ -80,10 +80,11 @@ def _loss_gradient(ctx: Any, d_loss: Tensor | None, *_: Tensor | None) -> tuple[
 torch.library.register_autograd("unirl::fused_linear_loss", _loss_gradient, setup_context=_save_loss, lib=LIBRARY)
 
 
-def _save_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, target, *scalars, row_temperature, backend, dtype, max_chunk_bytes = inputs
+    ctx.mark_non_differentiable(*output[ops.N_STATS :])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, target, *output, row_temperature)
+    ctx.save_for_backward(hidden, weight, bias, target, *output[: ops.N_STATS], row_temperature)
     ctx.scalars, ctx.how = scalars, (backend, dtype, max_chunk_bytes)
     ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
 
@@ -91,9 +92,9 @@ def _save_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor,
 def _stats_gradient(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     ops.refuse_double_backward()
     *tensors, row_temperature = ctx.saved_tensors
-    gradients = tuple(None if g is None else g.contiguous() for g in gradients)
-    args = (*tensors, *gradients, *ctx.scalars, row_temperature, *ctx.how, list(ctx.needs_input_grad[:3]))
+    args = (*tensors, *ops.of_stats(gradients), *ctx.scalars, row_temperature, *ctx.how, list(ctx.needs_input_grad[:3]))
     return _for_inputs(ctx, torch.ops.unirl.linear_token_stats_backward(*args))
 
 
-torch.library.register_autograd("unirl::linear_token_stats", _stats_gradient, setup_context=_save_stats, lib=LIBRARY)
+for _name in ("linear_token_stats", "linear_token_observations"):
+    torch.library.register_autograd(f"unirl::{_name}", _stats_gradient, setup_context=_save_stats, lib=LIBRARY)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from unirl_kernels import ops
-from unirl_kernels.backends import RowStats
+from unirl_kernels.backends import RowObservations, RowStats
 from unirl_kernels.head.chunks import Chunk, by_tokens, without_ignored
-from unirl_kernels.head.statistics import statistics
+from unirl_kernels.head.statistics import OBSERVATIONS, STATISTICS, Measurement, Rows, measure
 from unirl_kernels.head.sweep import Gradients, Head, Wanted, kept_dtype, sweep
 
 LIBRARY = torch.library.Library("unirl", "FRAGMENT")
@@ -24,6 +24,7 @@ _HEAD = "Tensor hidden, Tensor head_weight, Tensor? bias, Tensor target"
 _HOW = "ScalarType dtype, int? max_chunk_bytes"
 
 LIBRARY.define(f"linear_token_stats({_HEAD}, {ops.READOUT}, str backend, {_HOW}) -> (Tensor, Tensor, Tensor)")
+LIBRARY.define(f"linear_token_observations({_HEAD}, {ops.READOUT}, str backend, {_HOW}) -> {ops.OBSERVATIONS}")
 LIBRARY.define(
     f"linear_token_stats_backward({_HEAD}, {ops.STATS}, {ops.GRADIENTS}, {ops.READOUT}, str backend, {_HOW}, "
     "bool[3] wanted) -> (Tensor, Tensor, Tensor)"
@@ -33,7 +34,7 @@ LIBRARY.define(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
-OPERATORS = ("linear_token_stats", "linear_token_stats_backward", "fused_linear_loss")
+OPERATORS = ("linear_token_stats", "linear_token_observations", "linear_token_stats_backward", "fused_linear_loss")
 
 
 def _without_autocast(operator: Callable[..., Any]) -> Callable[..., Any]:
@@ -52,15 +53,26 @@ def _rows_of(chunk: Chunk, *tensors: Tensor | None) -> list[Tensor | None]:
 
 
 @_without_autocast
-def _linear_token_stats(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *args: Any) -> RowStats:
+def _linear_token_stats(*args: Any) -> RowStats:
+    return _measured(STATISTICS, *args)
+
+
+@_without_autocast
+def _linear_token_observations(*args: Any) -> RowObservations:
+    return _measured(OBSERVATIONS, *args)
+
+
+def _measured(
+    what: Measurement[Rows], hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *args: Any
+) -> Rows:
     *readout, backend, dtype, max_chunk_bytes = args
     ops.check_targets(target, weight.shape[0])
     head = Head(hidden, weight, bias, dtype, backend)
     head.rows_per_chunk(max_chunk_bytes)  # what the backward would refuse is refused here
     *scalars, row_temperature = readout
     temperature = None if row_temperature is None else row_temperature.reshape(-1)
-    stats = statistics(head, target.reshape(-1), (*scalars, temperature), max_chunk_bytes)
-    return RowStats(*(x.view(target.shape) for x in stats))
+    rows = measure(what, head, target.reshape(-1), (*scalars, temperature), max_chunk_bytes)
+    return what.rows(*(x.view(target.shape) for x in rows))
 
 
 @_without_autocast
@@ -122,6 +134,11 @@ def _gradients_like(hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted:
 @torch.library.register_fake("unirl::linear_token_stats", lib=LIBRARY)
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return _rows(target, args[-2]), _rows(target, args[-2]), _rows(target, args[-2])
+
+
+@torch.library.register_fake("unirl::linear_token_observations", lib=LIBRARY)
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return *(_rows(target, args[-2]) for _ in RowObservations._fields[:-1]), torch.empty_like(target)
 
 
 @torch.library.register_fake("unirl::linear_token_stats_backward", lib=LIBRARY)

@@ -1,15 +1,16 @@
-"""Statistics of each token's row from tiles of logits, tokens by vocabulary, none of which is kept."""
+"""What is measured of each token's row, from tiles of logits, tokens by vocabulary, none of which is kept."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from unirl_kernels.backends import RowStats
+from unirl_kernels.backends import RowObservations, RowStats
 from unirl_kernels.batch import IGNORE
 from unirl_kernels.head.chunks import by_tokens, chunk_bytes
 from unirl_kernels.head.sweep import Head
@@ -17,11 +18,39 @@ from unirl_kernels.head.sweep import Head
 TOKENS_OF_TILE = 1024
 """Enough for a matrix product to run at full speed; the rest of a tile's memory goes into its width."""
 
+Rows = TypeVar("Rows", RowStats, RowObservations)
 
-def statistics(head: Head, target: Tensor, readout: Sequence[Any], max_chunk_bytes: int | None) -> RowStats:
-    """logp, entropy and lse, [T] each; 0 where the target is ``IGNORE``, NaN where it is otherwise outside [0, V).
+
+class Share(NamedTuple):
+    """What a part of the vocabulary is of the parts together."""
+
+    log_weight: Tensor  # log of the probability of falling into it
+    width: float  # of its columns
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement(Generic[Rows]):
+    """What can be measured in pieces of a row.
 
     Args:
+        operator: name of the one that measures a piece, under ``torch.ops.unirl``.
+        rows: what it returns.
+        merge: rows of two neighbouring pieces, and their shares in both together, made those of both.
+    """
+
+    operator: str
+    rows: type[Rows]
+    merge: Callable[[Rows, Rows, Share, Share], Rows]
+
+
+def measure(
+    what: Measurement[Rows], head: Head, target: Tensor, readout: Sequence[Any], max_chunk_bytes: int | None
+) -> Rows:
+    """Rows of all tokens, [T] each; 0 where the target is ``IGNORE``, NaN where it is otherwise outside [0, V), and
+    there -1 for integers.
+
+    Args:
+        what: is measured.
         head: what makes the logits.
         target: [T].
         readout: scale, softcap, temperature, temperature per row [T] or None.
@@ -32,19 +61,28 @@ def statistics(head: Head, target: Tensor, readout: Sequence[Any], max_chunk_byt
     chunks = by_tokens(target, min(TOKENS_OF_TILE, logits))
     width = min(max(1, logits // TOKENS_OF_TILE), head.weight.shape[0])
     tile = head.empty(max((chunk.n for chunk in chunks), default=0) * width)
-    results = RowStats(*(head.hidden.new_zeros(target.shape, dtype=head.row_dtype) for _ in RowStats._fields))
+    results = what.rows(*(_nothing(name, target, head.row_dtype) for name in what.rows._fields))
     for chunk in chunks:
         rows = chunk.take(head.hidden).to(head.dtype)
         temperature = None if row_temperature is None else chunk.row(row_temperature)
-        stats = _across(head, rows, chunk.take(target), tile, width, (*scalars, temperature, head.backend))
-        for whole, part in zip(results, stats, strict=True):
+        args = (*scalars, temperature, head.backend)
+        found = _across(what, head, rows, chunk.take(target), tile, width, args)
+        for whole, part in zip(results, found, strict=True):
             chunk.put(whole, part)
     return results
 
 
-def _across(head: Head, hidden: Tensor, target: Tensor, tile: Tensor, width: int, args: Sequence[Any]) -> RowStats:
-    """The statistics of a few rows, the vocabulary in pieces of ``width``."""
+def _nothing(name: str, target: Tensor, dtype: torch.dtype) -> Tensor:
+    """What stands for tokens that are ignored."""
+    return torch.full_like(target, -1) if name == "argmax" else target.new_zeros(target.shape, dtype=dtype)
+
+
+def _across(
+    what: Measurement[Rows], head: Head, hidden: Tensor, target: Tensor, tile: Tensor, width: int, args: Sequence[Any]
+) -> Rows:
+    """The rows of a few tokens, the vocabulary in pieces of ``width``."""
     n, vocab = len(hidden), head.weight.shape[0]
+    operator = getattr(torch.ops.unirl, what.operator)
     ignored = target == IGNORE
     merged = None
     for start in range(0, vocab, width):
@@ -54,32 +92,71 @@ def _across(head: Head, hidden: Tensor, target: Tensor, tile: Tensor, width: int
         head.kernels.products(head.weight[words], head.dtype).logits(hidden, bias, logits)
         inside = (target >= start) & (target < words.stop)
         place = torch.where(ignored, IGNORE, torch.where(inside, target - start, 0))
-        logp, entropy, lse = (x.squeeze(0) for x in torch.ops.unirl.token_stats(logits[None], place[None], *args))
-        # In a piece of -inf throughout nothing has a distribution; in the row such a target has probability 0.
-        piece = RowStats(torch.where(inside & (lse != -torch.inf), logp, -torch.inf), entropy, lse)
-        merged = piece if merged is None else _merge(merged, piece)
+        piece = what.rows(*(x.squeeze(0) for x in operator(logits[None], place[None], *args)))
+        piece = _placed(piece, inside, start)
+        merged = piece if merged is None else what.merge(merged, piece, *_shares(merged, piece, start, words.stop))
     assert merged is not None
     known = (target >= 0) & (target < vocab)
     merged = merged._replace(logp=torch.where(merged.lse == -torch.inf, torch.nan, merged.logp))
-    values = (torch.where(known, x, torch.nan) for x in merged)
-    return RowStats(*(torch.where(ignored, 0.0, x) for x in values))
+    values = (x.masked_fill(~known, torch.nan if x.is_floating_point() else -1) for x in merged)
+    return what.rows(*(x.masked_fill(ignored, 0) if x.is_floating_point() else x for x in values))
 
 
-def _merge(a: RowStats, b: RowStats) -> RowStats:
+def _placed(piece: Rows, inside: Tensor, start: int) -> Rows:
+    """A piece's rows as those of its place: logp -inf where the target is elsewhere, columns counted from the row's."""
+    # In a piece of -inf throughout nothing has a distribution; in the row such a target has probability 0.
+    piece = piece._replace(logp=torch.where(inside & (piece.lse != -torch.inf), piece.logp, -torch.inf))
+    if isinstance(piece, RowObservations):
+        return piece._replace(argmax=torch.where(piece.argmax < 0, -1, piece.argmax + start))
+    return piece
+
+
+def _shares(a: Rows, b: Rows, start: int, stop: int) -> tuple[Share, Share]:
+    """Of the columns before ``start``, and of those from there to ``stop``.
+
+    With w the probability of falling into a part, log w_a = log sigma(lse_a - lse_b), so that nothing of lse's size is
+    rounded on the way.
+    """
+    nothing = torch.isneginf(b.lse)
+    difference = torch.where(nothing, torch.inf, a.lse - b.lse)
+    return Share(logsigmoid(difference), start / stop), Share(logsigmoid(-difference), (stop - start) / stop)
+
+
+def _merge_stats(a: RowStats | RowObservations, b: RowStats | RowObservations, of_a: Share, of_b: Share) -> RowStats:
     """Statistics of a row from those of two parts of its vocabulary; logp -inf where the target is not in a part.
-
-    With w the probability of falling into a part, log w_a = log sigma(lse_a - lse_b):
 
         lse = log(e^{lse_a} + e^{lse_b})        logp = logp_a + log w_a
         H = w_a (H_a - log w_a) + w_b (H_b - log w_b)
 
-    (entropy's chain rule), so that nothing of lse's size is rounded on the way.
+    (entropy's chain rule).
     """
-    nothing = torch.isneginf(b.lse)
-    difference = torch.where(nothing, torch.inf, a.lse - b.lse)
-    shares = logsigmoid(difference), logsigmoid(-difference)
     entropy = torch.zeros_like(a.entropy)
-    for part, share in zip((a, b), shares, strict=True):
+    for part, share in ((a, of_a.log_weight), (b, of_b.log_weight)):
         entropy += torch.where(torch.isneginf(share), 0, share.exp() * (part.entropy - share))
-    logp = torch.maximum(a.logp + shares[0], b.logp + shares[1])
+    logp = torch.maximum(a.logp + of_a.log_weight, b.logp + of_b.log_weight)
     return RowStats(logp, entropy, torch.logaddexp(a.lse, b.lse))
+
+
+def _merge_observations(a: RowObservations, b: RowObservations, of_a: Share, of_b: Share) -> RowObservations:
+    """Observations of a row from those of two parts of its vocabulary, a before b.
+
+        log sum p^2 = log(w_a^2 e^{l_a} + w_b^2 e^{l_b})        mean = (n_a mean_a + n_b mean_b) / (n_a + n_b)
+
+    and the argmax of the part with the larger logit, of a where they are equal.
+    """
+    squares = (
+        torch.where(torch.isneginf(share), -torch.inf, part.log_sum_sq_probs + 2 * share)
+        for part, share in ((a, of_a.log_weight), (b, of_b.log_weight))
+    )
+    later = (b.largest > a.largest) | b.largest.isnan()
+    return RowObservations(
+        *_merge_stats(a, b, of_a, of_b),
+        torch.logaddexp(*squares).clamp(max=0),
+        of_a.width * a.mean_logit + of_b.width * b.mean_logit,
+        torch.maximum(a.largest, b.largest),
+        torch.where(later, b.argmax, a.argmax),
+    )
+
+
+STATISTICS = Measurement("token_stats", RowStats, _merge_stats)
+OBSERVATIONS = Measurement("token_observations", RowObservations, _merge_observations)
