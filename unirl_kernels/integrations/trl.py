@@ -1,0 +1,216 @@
+"""TRL's trainers on this package's kernels: ``patch()``, and every loss, entropy and gradient as before.
+
+Known are TRL 1.10 to 1.16. From 1.15 on its trainers score tokens by a fused head, an autograd function that is
+replaced. Before, and in experimental trainers, they do by functions of logits, replaced in every module that has
+imported them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unirl_kernels.api import linear_token_observations, linear_token_stats, token_stats
+from unirl_kernels.batch import IGNORE
+from unirl_kernels.integrations.patching import Patch, Replacement, known
+from unirl_kernels.plan import Plan
+from unirl_kernels.readout import Readout
+
+FIRST, LAST = (1, 10), (1, 16)
+"""Versions that are known, both included."""
+
+OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+"""What the fused head gives besides log-probabilities."""
+
+_DEFAULTS = (*[None] * 6, None, 1.0)
+"""Of the eight arguments that older heads take; only the last two have any."""
+
+_active: Patch | None = None
+
+
+def patch(plan: Plan = Plan()) -> Patch:
+    """Let TRL compute log-probabilities, entropies and their gradients with this package, until ``unpatch()``.
+
+    Trainers are made and used as before. Patching again only changes the plan. In a ``with`` statement the patch ends
+    with the block.
+
+    Args:
+        plan: how the machine computes them.
+
+    Returns:
+        ``Patch``.
+
+    Raises:
+        ImportError: when TRL is not installed.
+        RuntimeError: when its version is not known, or does not have what was looked for.
+    """
+    global _active
+    _check_version()
+    unpatch()
+    utils = importlib.import_module("trl.trainer.utils")
+    _active = Patch([*_of_logits(utils, plan), *_of_hidden_states(utils, plan)])
+    return _active
+
+
+def unpatch() -> None:
+    """Give TRL its own functions back. Without a patch it does nothing."""
+    global _active
+    if _active is not None:
+        _active.undo()
+        _active = None
+
+
+def _check_version() -> None:
+    try:
+        installed = version("trl")
+    except PackageNotFoundError as error:
+        raise ImportError("trl is not installed: pip install trl") from error
+    if not FIRST <= tuple(map(int, installed.split(".")[:2])) <= LAST:
+        first, last = (".".join(map(str, x)) for x in (FIRST, LAST))
+        raise RuntimeError(f"trl must be of version {first} to {last}, got {installed}")
+
+
+def _of_logits(utils: ModuleType, plan: Plan) -> list[Replacement]:
+    scored = ("logits", "index", "temperature", "row_mask")
+    entropy_too = ("logits", "index", "entropy_requires_grad", "temperature", "row_mask")
+    functions = LogitFunctions(plan)
+    table: list[tuple[Any, tuple[tuple[str, ...], ...]]] = [
+        (functions.selective_log_softmax, (scored[:2], scored)),
+        (functions.entropy_from_logits, (("logits", "chunk_size"),)),
+    ]
+    if hasattr(utils, "selective_log_softmax_and_entropy"):
+        table.append((functions.selective_log_softmax_and_entropy, (entropy_too,)))
+    return [Replacement(known(utils, f.__name__, *signatures)[0], f, "trl") for f, signatures in table]
+
+
+def _of_hidden_states(utils: ModuleType, plan: Plan) -> list[Replacement]:
+    head = FusedHead(plan)
+    readout = ("temperature", "chunk_size", "final_logit_softcapping", "logit_scale")
+    versions = {
+        ("last_hidden", "weight", "targets", *readout): head.without_bias,
+        ("last_hidden", "weight", "bias", "targets", *readout): head.with_entropy,
+        ("hidden", "weight", "bias", "targets", *readout, "outputs"): head.score,
+    }
+    theirs, signature = known(utils, "_ChunkedLogProbFunction", *versions)
+    replacements = [Replacement(theirs, SimpleNamespace(apply=versions[tuple(signature)]), "trl")]
+    if hasattr(utils, "_use_triton"):
+        # Where there is no Triton device TRL scores every place, prompts and padding too; here only what counts.
+        chooser, _ = known(utils, "_use_triton", ("device",))
+        replacements.append(Replacement(chooser, lambda device: True, utils.__name__))
+    return replacements
+
+
+class LogitFunctions:
+    """TRL's functions of logits, under their names.
+
+    Log-probabilities and entropies are float32 also for 16-bit logits, of which TRL's own are rounded to 16 bits
+    (off by up to 0.06).
+
+    Args:
+        plan: how the machine computes them.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+
+    def selective_log_softmax(
+        self, logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
+    ) -> Tensor:
+        """log pi of the words in ``index``, [...] or, for several of each place, [..., K]; 0 where the mask is."""
+        if index.dim() == logits.dim():
+            return self._several(logits, index, temperature, row_mask)
+        return self.selective_log_softmax_and_entropy(logits, index, True, temperature, row_mask)[0]
+
+    def entropy_from_logits(self, logits: Tensor, chunk_size: int = 128) -> Tensor:
+        """H of each place, [...]."""
+        index = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+        return self.selective_log_softmax_and_entropy(logits, index)[1]
+
+    def selective_log_softmax_and_entropy(
+        self,
+        logits: Tensor,
+        index: Tensor,
+        entropy_requires_grad: bool = True,
+        temperature: float = 1.0,
+        row_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """log pi of the word in ``index``, and H; [...], 0 where the mask is."""
+        target = index.long() if row_mask is None else torch.where(row_mask == 0, IGNORE, index.long())
+        rows = logits if logits.dim() in (2, 3) else logits.reshape(-1, logits.shape[-1])
+        readout = Readout(temperature=float(temperature))
+        stats = token_stats(rows, target.reshape(rows.shape[:-1]), readout=readout, plan=self._plan)
+        entropy = stats.entropy.view(index.shape)
+        return stats.logp.view(index.shape), entropy if entropy_requires_grad else entropy.detach()
+
+    def _several(self, logits: Tensor, index: Tensor, temperature: float, row_mask: Tensor | None) -> Tensor:
+        rows = logits.reshape(-1, logits.shape[-1])
+        target = torch.zeros(len(rows), dtype=torch.int64, device=logits.device)
+        lse = token_stats(rows, target, readout=Readout(temperature=float(temperature)), plan=self._plan).lse
+        logp = logits.gather(-1, index).to(lse.dtype) / temperature - lse.view(*logits.shape[:-1], 1)
+        return logp if row_mask is None else logp.masked_fill(row_mask == 0, 0.0)
+
+
+class FusedHead:
+    """TRL's fused head in the forms that its versions have given it.
+
+    Args:
+        plan: how the machine computes it.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+
+    def without_bias(self, hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+        """TRL 1.10: log-probability and entropy."""
+        return self.with_entropy(hidden, weight, None, *args)
+
+    def with_entropy(self, *args: Any) -> tuple[Tensor | None, ...]:
+        """TRL up to 1.14: log-probability and entropy."""
+        return self.score(*args, *_DEFAULTS[len(args) :], ("entropy",))[:2]
+
+    def score(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: Sequence[str] = OUTPUTS,
+    ) -> tuple[Tensor | None, ...]:
+        """TRL from 1.15 on: log-probability [N] and those of ``OUTPUTS`` that are asked for; None for the others.
+
+        Args:
+            hidden: [N, D].
+            weight: [V, D].
+            bias: [V] or None.
+            targets: [N] int64.
+            temperature, final_logit_softcapping, logit_scale: how logits become a distribution.
+            chunk_size: of TRL's tiles; ``Plan.max_chunk_bytes`` takes its place.
+            outputs: names of what is asked for.
+
+        Raises:
+            ValueError: when the weight is not whole (ZeRO-3), or something unknown is asked for.
+        """
+        if hasattr(weight, "ds_id"):
+            raise ValueError("weight must not be partitioned by ZeRO-3, which TRL gathers for its own backward only")
+        if unknown := set(outputs) - {"log_probs", *OUTPUTS}:
+            raise ValueError(f"outputs must be among {', '.join(OUTPUTS)}, got {', '.join(sorted(unknown))}")
+        if not torch.is_autocast_enabled(hidden.device.type):
+            weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+        readout = Readout(float(temperature), final_logit_softcapping, float(logit_scale))
+        how: dict[str, Any] = {"bias": bias, "readout": readout, "plan": self._plan}
+        if not {"log_sum_sq_probs", "mean_logits", "is_top1"} & set(outputs):
+            stats = linear_token_stats(hidden, weight, targets, **how)
+            return stats.logp, stats.entropy if "entropy" in outputs else None, None, None, None
+        seen = linear_token_observations(hidden, weight, targets, **how)
+        found = (seen.entropy, seen.log_sum_sq_probs, seen.mean_logit, seen.argmax == targets)
+        return seen.logp, *(x if name in outputs else None for name, x in zip(OUTPUTS, found, strict=True))
