@@ -87,7 +87,7 @@ def known(module: ModuleType, name: str, *signatures: Sequence[str]) -> tuple[An
     found = getattr(module, name, None)
     if found is None:
         raise RuntimeError(f"looked for {wanted} in {module.__name__}, found nothing of that name")
-    function = found.forward if isinstance(found, type) else found
+    function: Any = getattr(found, "forward", found)
     taken = [parameter for parameter in inspect.signature(function).parameters if parameter != "ctx"]
     if taken not in map(list, signatures):
         raise RuntimeError(f"looked for {wanted} in {module.__name__}, found {name}({', '.join(taken)})")

@@ -172,7 +172,8 @@ class FusedHead:
 
     def with_entropy(self, *args: Any) -> tuple[Tensor | None, ...]:
         """TRL up to 1.14: log-probability and entropy."""
-        return self.score(*args, *_DEFAULTS[len(args) :], ("entropy",))[:2]
+        taken: Any = (*args, *_DEFAULTS[len(args) :], ("entropy",))
+        return self.score(*taken)[:2]
 
     def score(
         self,
