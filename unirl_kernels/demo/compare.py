@@ -1,4 +1,4 @@
-"""Fused against naive on the same logits: value and gradient against the fp64 oracle, time, peak memory."""
+"""Fused against naive on the same input: value and gradients against the fp64 oracle, time, peak memory."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ import torch
 from torch import Tensor
 
 import unirl_kernels as uk
-from unirl_kernels import backends, reference
+from unirl_kernels import backends
 from unirl_kernels.accuracy import Error, budget, condition_of, error
 from unirl_kernels.demo.sources import Source
+from unirl_kernels.demo.ways import Gradients, Ways
 from unirl_kernels.measure import Timing, interleaved_times, peak_extra_bytes
 
 FUSED, NAIVE = "fused", "naive"
 ULPS = 4
 """What an error may be beyond twice that of naive fp32: a few units in the last place."""
-
-LossAndGradient = Callable[[], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -35,17 +34,16 @@ class Check:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the demo's table.
+    """A row of one of the demo's tables.
 
     Args:
         algorithm, equation: from the paradigm's table.
         data: where the samples come from.
         tokens: valid ones, those that the loss counts.
         loss: the fused one.
-        loss_check: absolute error.
-        grad_check: error of the logits' gradient, relative L2.
-        time: of loss and gradient, by ``FUSED`` and ``NAIVE``.
-        peak_bytes: extra memory of the same, the gradient included.
+        checks: of the loss, absolute error, under ``loss``; of each gradient, relative L2, under its name in ``Ways``.
+        time: of loss and gradients, by ``FUSED`` and ``NAIVE``.
+        peak_bytes: extra memory of the same, the gradients included.
     """
 
     algorithm: str
@@ -53,8 +51,7 @@ class Row:
     data: str
     tokens: int
     loss: float
-    loss_check: Check
-    grad_check: Check
+    checks: dict[str, Check]
     time: dict[str, Timing]
     peak_bytes: dict[str, int]
 
@@ -65,44 +62,39 @@ def steps_per_comparison(rounds: int) -> int:
 
 
 def compare(
-    source: Source, logits: Tensor, plan: uk.Plan, rounds: int, after_step: Callable[[], object] = lambda: None
+    source: Source,
+    ways: Ways,
+    plan: uk.Plan,
+    rounds: int,
+    after_step: Callable[[], object] = lambda: None,
+    *,
+    peaks: int = 3,
 ) -> Row:
-    """Compute one loss and its gradient both ways, check them against the oracle, and measure both.
+    """Compute one loss and its gradients both ways, check them against the oracle, and measure both.
 
-    Naive is ``reference`` in the logits' own dtype, as people write it. The tolerance comes from the same in fp32
-    arithmetic: twice its error, plus a few ulp, since its error may happen to be nothing.
+    The tolerance comes from the naive computation in fp32 arithmetic: twice its error, plus a few ulp, since its error
+    may happen to be nothing.
 
     Args:
         source: the loss and its batch.
-        logits: [S, L, V], detached.
+        ways: to that loss.
         plan: how the fused loss is computed.
         rounds: timed runs.
         after_step: called ``steps_per_comparison(rounds)`` times; to show progress.
+        peaks: runs of which the least memory is taken.
     """
-    leaf = logits.detach().requires_grad_()
-    calls: dict[str, LossAndGradient] = {
-        FUSED: lambda: _with_gradient(uk.fused_loss(leaf, source.batch, source.loss, plan=plan).loss, leaf),
-        NAIVE: lambda: _with_gradient(reference.loss(source.algorithm, leaf, source.batch), leaf),
-    }
-    loss, loss_check, grad_check = _checks(source, leaf, calls[FUSED], after_step)
-    time = interleaved_times(calls, logits.device, rounds=rounds, after_call=after_step)
+    device = source.batch.target.device
+    loss, checks = _checks(source.batch, ways, after_step)
+    calls = {FUSED: ways.fused, NAIVE: ways.naive}
+    time = interleaved_times(calls, device, rounds=rounds, after_call=after_step)
     peak_bytes = {}
     for name, call in calls.items():
-        peak_bytes[name] = peak_extra_bytes(call, logits.device, prepare=lambda: _release_kept_memory(plan), repeats=3)
+        peak_bytes[name] = peak_extra_bytes(call, device, prepare=lambda: _release_kept_memory(plan), repeats=peaks)
         after_step()
     paradigm = source.loss.paradigm
     assert paradigm is not None
-    return Row(
-        paradigm.algorithm,
-        paradigm.equations,
-        source.data,
-        int(source.batch.valid.sum()),
-        loss,
-        loss_check,
-        grad_check,
-        time,
-        peak_bytes,
-    )
+    tokens = int(source.batch.valid.sum())
+    return Row(paradigm.algorithm, paradigm.equations, source.data, tokens, loss, checks, time, peak_bytes)
 
 
 def _release_kept_memory(plan: uk.Plan) -> None:
@@ -111,35 +103,26 @@ def _release_kept_memory(plan: uk.Plan) -> None:
         backends.load(plan.backend).release_memory()
 
 
-def _with_gradient(loss: Tensor, leaf: Tensor) -> tuple[Tensor, Tensor]:
-    # Not backward(): it would copy a gradient that somebody else holds into leaf.grad.
-    (gradient,) = torch.autograd.grad(loss, leaf)
-    return loss.detach(), gradient
-
-
-def _checks(
-    source: Source, leaf: Tensor, fused: LossAndGradient, after_step: Callable[[], object]
-) -> tuple[float, Check, Check]:
-    """The fused loss, its error, and the error of its gradient."""
-    exact = leaf.detach().double().requires_grad_()
-    true_loss, true_gradient = _with_gradient(reference.loss(source.algorithm, exact, source.batch), exact)
-    true_gradient = _at_tokens(true_gradient, source.batch)
-    del exact
+def _checks(batch: uk.Batch, ways: Ways, after_step: Callable[[], object]) -> tuple[float, dict[str, Check]]:
+    """The fused loss, its error, and the errors of its gradients."""
+    true_loss, gradients = ways.exact()
+    true_gradients = _at_tokens(gradients, batch)
     after_step()
-    naive_loss, naive_gradient = _with_gradient(reference.loss(source.algorithm, leaf.float(), source.batch), leaf)
-    naive_gradient = _at_tokens(naive_gradient, source.batch)
+    plain_loss, gradients = ways.plain()
+    plain_gradients = _at_tokens(gradients, batch)
     # Losses of tokens are of order 1 and cancel where advantages do: an ulp is one of 1, not of what is left.
-    loss_budget = budget(naive_loss, true_loss, ulps=ULPS, condition=condition_of(true_loss))
-    gradient_budget = budget(naive_gradient.float(), true_gradient, ulps=ULPS)
-    del naive_gradient
+    loss_budget = budget(plain_loss, true_loss, ulps=ULPS, condition=condition_of(true_loss, ways.scale))
+    tolerances = {
+        name: budget(x.float(), true_gradients[name], ulps=ULPS).relative for name, x in plain_gradients.items()
+    }
+    del gradients, plain_gradients
     after_step()
-    loss, gradient = fused()
-    checks = (
-        Check(_error(loss, true_loss).largest, loss_budget.largest),
-        Check(_error(_at_tokens(gradient, source.batch), true_gradient).relative, gradient_budget.relative),
-    )
+    loss, gradients = ways.fused()
+    checks = {"loss": Check(_error(loss, true_loss).largest, loss_budget.largest)}
+    for name, x in _at_tokens(gradients, batch).items():
+        checks[name] = Check(_error(x, true_gradients[name]).relative, tolerances[name])
     after_step()
-    return loss.item(), *checks
+    return loss.item(), checks
 
 
 def _error(x: Tensor, truth: Tensor) -> Error:
@@ -148,7 +131,13 @@ def _error(x: Tensor, truth: Tensor) -> Error:
     return error(x, truth) if bool(x.isfinite().all()) else Error(infinite, infinite, infinite)
 
 
-def _at_tokens(gradient: Tensor, batch: uk.Batch) -> Tensor:
-    """[tokens, V]: the rows of the valid tokens; NaN when another row is not exactly zero."""
-    stray = gradient[~batch.valid].any()
-    return torch.where(stray, torch.nan, gradient[batch.valid])
+def _at_tokens(gradients: Gradients, batch: uk.Batch) -> Gradients:
+    """Of gradients that have rows for tokens, those of the valid ones; NaN when another is not exactly zero."""
+
+    def kept(gradient: Tensor) -> Tensor:
+        if gradient.shape[:-1] != batch.target.shape:
+            return gradient
+        stray = gradient[~batch.valid].any()
+        return torch.where(stray, torch.nan, gradient[batch.valid])
+
+    return {name: kept(gradient) for name, gradient in gradients.items()}

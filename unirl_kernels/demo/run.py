@@ -7,6 +7,7 @@ import copy
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,9 +16,11 @@ import unirl_kernels as uk
 from unirl_kernels import backends
 from unirl_kernels.cli import CommandFailed
 from unirl_kernels.demo.compare import Row, compare, steps_per_comparison
+from unirl_kernels.demo.head import LinearHead
 from unirl_kernels.demo.model import LanguageModel, Location, load_model, load_tokenizer, locate
+from unirl_kernels.demo.picture import save_picture
 from unirl_kernels.demo.questions import Question, Questions
-from unirl_kernels.demo.report import GrpoStep, Result, save_picture, save_summary, table
+from unirl_kernels.demo.report import GrpoStep, Result, save_summary, tables
 from unirl_kernels.demo.sampling import Sampler, Samples
 from unirl_kernels.demo.sources import (
     Source,
@@ -29,11 +32,14 @@ from unirl_kernels.demo.sources import (
     samples_with_advantages,
 )
 from unirl_kernels.demo.train import Step, optimise, passes
+from unirl_kernels.demo.ways import on_hidden, on_logits
 from unirl_kernels.options import usable_device
 from unirl_kernels.terminal import Stages, open_console
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WARM_UP_STEPS = 2
+LINEAR_ROUNDS, LINEAR_PEAKS = 2, 1
+"""Runs at most of a loss on hidden states: they take seconds, and what a process does the first time is small then."""
 
 
 def run_demo(options: argparse.Namespace) -> int:
@@ -52,16 +58,19 @@ def run_demo(options: argparse.Namespace) -> int:
     console = open_console()
     try:
         demo = Demo(options, device, plan, location, Stages(console))
-        rows = list(demo.compare_all())
-        result = Result(location.name, demo.vocab, plan.backend or "", rows, list(demo.grpo_steps()))
+        rows, linear_rows = demo.compare_all()
+        steps = list(demo.grpo_steps())
+        result = Result(location.name, demo.vocab, demo.width, plan.backend or "", rows, linear_rows, steps)
     except torch.OutOfMemoryError as error:
         raise CommandFailed(f"{device} is out of memory; try fewer --questions or a smaller --group") from error
     with demo.stages.stage("Drawing the picture"):
         save_picture(result, out / "demo.png")
         save_summary(result, out / "summary.json")
     console.print()
-    console.print(table(result))
-    console.print(f"\nSaved {out / 'demo.png'} and {out / 'summary.json'}", highlight=False, soft_wrap=True)
+    for shown in tables(result):
+        console.print(shown)
+        console.print()
+    console.print(f"Saved {out / 'demo.png'} and {out / 'summary.json'}", highlight=False, soft_wrap=True)
     if exceeded := result.exceeded():
         raise CommandFailed("; ".join(exceeded))
     return 0
@@ -106,7 +115,14 @@ class Demo:
         self.policy = load_model(location, device, DTYPES[options.dtype])  # shows its own progress
         stages.done(f"Loading the model {location.name}", time.perf_counter() - start)
         frozen = copy.deepcopy(self.policy.network).requires_grad_(False)
-        self.frozen = LanguageModel(frozen, device, self.policy.dtype)
+        self.frozen = replace(self.policy, network=frozen)
+        if self.policy.obstacle:
+            stages.console.print(
+                f"  {location.name} is trained on all its logits: {self.policy.obstacle}",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
         self.questions = Questions(options.seed)
         generator = torch.Generator(device).manual_seed(options.seed)
         self.sampler = Sampler(tokenizer, self.questions, options.group, options.max_new_tokens, generator)
@@ -116,8 +132,21 @@ class Demo:
     def vocab(self) -> int:
         return int(self.policy.network.get_output_embeddings().weight.shape[0])
 
-    def compare_all(self) -> Iterator[Row]:
-        """The six rows of the table, each source compared while its policy is the one that the table names."""
+    @property
+    def width(self) -> int:
+        return int(self.policy.network.get_output_embeddings().weight.shape[1])
+
+    def compare_all(self) -> tuple[list[Row], list[Row]]:
+        """The six rows of each table: losses on logits and, where the model's head allows it, on hidden states."""
+        rows, linear_rows = [], []
+        for source in self._sources():
+            rows.append(self._compare(source))
+            if self.policy.head is not None:
+                linear_rows.append(self._compare_linear(source, self.policy.head))
+        return rows, linear_rows
+
+    def _sources(self) -> Iterator[Source]:
+        """What the six algorithms learn from, each while the policy is the one that the table names."""
         drawn = self.questions.draw(self.options.questions)
         gold = self.sampler.gold(self.policy, drawn)
         sft = gold_answers(gold)
@@ -127,13 +156,11 @@ class Demo:
         (frozen_ref,) = self._log_probs("reference policy on frozen samples", (self.frozen, frozen))
         old, ref = self._log_probs("old and reference policy", (self.policy, policy), (self.frozen, policy))
         dpo = best_worst_pairs(frozen, frozen_ref)
-        for source in (sft, accepted_samples(frozen), accepted_samples_of_policy(policy), dpo):
-            yield self._compare(source)
+        yield from (sft, accepted_samples(frozen), accepted_samples_of_policy(policy), dpo)
         # As in a second epoch on the same samples: the policy is no longer the one that drew them.
         grpo = groups(policy, old, ref)
         self._train("Moving the policy away from its samples", [grpo])
-        for source in (samples_with_advantages(policy, old, ref), grpo):
-            yield self._compare(source)
+        yield from (samples_with_advantages(policy, old, ref), grpo)
 
     def grpo_steps(self) -> Iterator[GrpoStep]:
         """GRPO on fresh questions: draw, judge, step."""
@@ -192,4 +219,14 @@ class Demo:
             with torch.no_grad():
                 logits = self.policy.logits(source.sequences)
             after_step()
-            return compare(source, logits, self.plan, rounds, after_step)
+            return compare(source, on_logits(source, logits, self.plan), self.plan, rounds, after_step)
+
+    def _compare_linear(self, source: Source, head: LinearHead) -> Row:
+        rounds = min(LINEAR_ROUNDS, self.options.rounds)
+        title = f"Comparing on hidden states: {source.algorithm}"
+        with self.stages.stage(title, 1 + steps_per_comparison(rounds)) as after_step:
+            with torch.no_grad():
+                hidden = self.policy.hidden(source.sequences)
+            after_step()
+            ways = on_hidden(source, hidden, head, self.plan)
+            return compare(source, ways, self.plan, rounds, after_step, peaks=LINEAR_PEAKS)

@@ -49,7 +49,7 @@ def optimise(
     """One step of the optimizer on a loss that averages over sequences.
 
     The batch passes in parts, so that the memory for activations does not grow with it; a part counts with its
-    share of the sequences. The logits become their own gradient: nothing else of their size exists.
+    share of the sequences. Logits exist for a chunk of tokens at a time.
 
     Args:
         policy: the model to train.
@@ -63,10 +63,8 @@ def optimise(
     total, n_tokens = 0.0, int(batch.valid.sum())
     metrics: dict[str, float] = {}
     for part in rows.split(SEQUENCES_PER_PASS):
-        logits = policy.logits(sequences.select(part))
         mine = _select(batch, part)
-        out = uk.fused_loss(logits, mine, loss, plan=replace(plan, overwrite_logits=True))
-        del logits
+        out = policy.loss(sequences.select(part), mine, loss, plan)
         share = len(part) / len(rows)
         (share * out.loss).backward()
         total += share * out.loss.item()
