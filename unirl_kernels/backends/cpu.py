@@ -16,8 +16,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from unirl_kernels.backends import plain
 from unirl_kernels.backends.native import RowKernels, extension
-from unirl_kernels.backends.products import Products, products_of_torch
+from unirl_kernels.backends.products import Products
 
 KERNELS = ("rows",)
 
@@ -62,7 +63,7 @@ token_observations = _rows.token_observations
 
 
 def products(weight: Tensor, dtype: torch.dtype) -> Products:
-    return products_of_torch(weight, dtype) if products_unavailable(dtype) else NativeProducts(weight.to(dtype))
+    return plain.products(weight, dtype) if products_unavailable(dtype) else NativeProducts(weight.to(dtype))
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,6 @@ thousand logits in fp32 and 1.8 million in 16 bits. fp64 logits are for the eage
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 
@@ -15,7 +14,9 @@ from torch import Tensor
 
 from unirl_kernels.backends import ReadoutArgs, RowObservations
 from unirl_kernels.backends.native import RowKernels, extension
-from unirl_kernels.backends.products import Products, products_of_torch
+from unirl_kernels.backends.plain import empty as empty
+from unirl_kernels.backends.plain import products as products
+from unirl_kernels.backends.plain import release_memory as release_memory
 
 KERNELS = ("cluster",)
 
@@ -59,18 +60,6 @@ def token_observations(logits: Tensor, target: Tensor, readout: ReadoutArgs) -> 
         RuntimeError: always; there is no such kernel.
     """
     raise RuntimeError("backend 'cuda' has no kernel for observations; Plan(backend='triton') has one")
-
-
-def products(weight: Tensor, dtype: torch.dtype) -> Products:
-    return products_of_torch(weight, dtype)
-
-
-def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=device)
-
-
-def release_memory() -> int:
-    return 0
 
 
 def scale_(x: Tensor, factor: Tensor) -> None:

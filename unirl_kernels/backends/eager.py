@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from unirl_kernels.backends import FusedRows, ReadoutArgs, RowFields, RowGradients, RowObservations, RowStats
-from unirl_kernels.backends.products import Products, products_of_torch
+from unirl_kernels.backends.plain import empty as empty
+from unirl_kernels.backends.plain import products as products
+from unirl_kernels.backends.plain import release_memory as release_memory
 from unirl_kernels.batch import IGNORE
 from unirl_kernels.program import Program, evaluate
 
@@ -111,18 +113,6 @@ def fused_loss(
     loss, *gradients = (torch.where(used, x * fields.weight, torch.zeros_like(x)) for x in outputs)
     token_stats_backward(logits, target, stats, RowGradients(*gradients), readout, d_logits)
     return FusedRows(loss, stats.logp, stats.entropy)
-
-
-def products(weight: Tensor, dtype: torch.dtype) -> Products:
-    return products_of_torch(weight, dtype)
-
-
-def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=device)
-
-
-def release_memory() -> int:
-    return 0
 
 
 def scale_(x: Tensor, factor: Tensor) -> None:

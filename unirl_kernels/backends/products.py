@@ -39,17 +39,6 @@ class Products(Protocol):
         ...
 
 
-def products_of_torch(weight: Tensor, dtype: torch.dtype) -> Products:
-    """Products by torch's own matrix multiplication.
-
-    Args:
-        weight: [V, D].
-        dtype: of the operands.
-    """
-    # fp16 has no room for the gradients of single tokens: 1e-8 is 0.
-    return Mixed(weight.to(dtype)) if weight.is_cuda and dtype == torch.bfloat16 else Widened(weight, dtype)
-
-
 @dataclass(frozen=True, eq=False)
 class Mixed:
     """Products of a device that multiplies 16-bit operands into fp32 results. Gradients of logits are rounded first."""

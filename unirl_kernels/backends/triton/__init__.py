@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from unirl_kernels.backends import FusedRows, ReadoutArgs, RowFields, RowGradients, RowObservations, RowStats
-from unirl_kernels.backends.products import Products, products_of_torch
+from unirl_kernels.backends.plain import empty, products, release_memory
 from unirl_kernels.backends.triton.geometry import KERNELS
 
 __all__ = [
@@ -83,18 +83,6 @@ def fused_loss(
     from unirl_kernels.backends.triton import launch
 
     return launch.fused_loss(logits, target, fields, readout, code, params, d_logits, kernel)
-
-
-def products(weight: Tensor, dtype: torch.dtype) -> Products:
-    return products_of_torch(weight, dtype)
-
-
-def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=device)
-
-
-def release_memory() -> int:
-    return 0
 
 
 def scale_(x: Tensor, factor: Tensor) -> None:
