@@ -20,7 +20,7 @@ from unirl_kernels.integrations.patching import Patch, Replacement, known
 from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout
 
-KNOWN = (0, 9)
+KNOWN = "0.9"
 
 _active: Patch | None = None
 
@@ -43,12 +43,14 @@ def patch() -> Patch:
         installed = version("verl")
     except PackageNotFoundError as error:
         raise ImportError("verl is not installed: pip install verl") from error
-    if tuple(map(int, installed.split(".")[:2])) != KNOWN:
-        raise RuntimeError(f"verl must be of version {'.'.join(map(str, KNOWN))}, got {installed}")
+    if installed.split(".")[:2] != KNOWN.split("."):
+        raise RuntimeError(f"verl must be of version {KNOWN}, got {installed}")
     unpatch()
     of_logits = importlib.import_module("verl.utils.torch_functional")
     of_hidden = importlib.import_module("verl.utils.kernel.linear_cross_entropy")
-    known(of_hidden, "LinearCrossEntropy", _LINEAR)
+    apply = known(of_hidden, "LinearCrossEntropy", _LINEAR)[0].apply
+    if getattr(of_hidden, "linear_cross_entropy", None) != apply:
+        raise RuntimeError(f"looked for linear_cross_entropy = LinearCrossEntropy.apply in {of_hidden.__name__}")
     _active = Patch(
         [
             Replacement(known(of_logits, "logprobs_from_logits", _LOGPROBS)[0], logprobs_from_logits, "verl"),
@@ -78,15 +80,16 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
         logits: [..., V].
         labels: [...] int64.
         inplace_backward: let the gradient take the logits' memory, where they were computed by something that does
-            not need them any more; they cannot be used after the backward.
+            not need them any more; they cannot be used after the backward. A leaf and its views are left alone.
 
     Returns:
         [...] float32, also for 16-bit logits.
     """
-    overwrite = inplace_backward and logits.requires_grad and not logits.is_leaf and torch.is_grad_enabled()
+    of_leaf = logits.is_leaf or (logits._base is not None and logits._base.is_leaf)
+    overwrite = inplace_backward and logits.requires_grad and not of_leaf and torch.is_grad_enabled()
     rows = logits if logits.dim() in (2, 3) else logits.reshape(-1, logits.shape[-1])
     target = labels.reshape(rows.shape[:-1])
-    return token_stats(rows, target, plan=Plan(overwrite_logits=overwrite)).logp.view(labels.shape)
+    return token_stats(rows, target, plan=Plan(overwrite_logits=overwrite)).logp.view(logits.shape[:-1])
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
