@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from types import TracebackType
+from types import MethodType, TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from unirl_kernels.api import fused_linear_loss, fused_loss
@@ -94,25 +94,32 @@ class FusedHead:
     only (``prediction_loss_only=True``), for there are no logits to return.
 
     Args:
-        model: transformers' model for causal language modelling. It is run on one token, to see that its logits are
-            what its output layer and its configuration say.
+        model: transformers' model for causal language modelling, or PEFT's around one. It is run on three tokens, to
+            see that its logits are what its output layer and its configuration say, and its loss ``causal_lm_loss``.
         plan: how the machine computes the loss.
 
     Raises:
-        TypeError, ValueError: when the model's logits are made in a way that is not known.
+        TypeError, ValueError: when the model's logits or its loss are made in a way that is not known.
     """
 
     def __init__(self, model: Any, plan: Plan = Plan()) -> None:
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
         if getattr(model.config.get_text_config(), "output_router_logits", False):
             raise ValueError("model must not add a router's loss to its own: set config.output_router_logits to False")
+        if model.config.is_encoder_decoder or model.base_model is model:
+            raise TypeError(f"model must be a backbone and an output layer, got {type(model).__name__}")
         self._model, self._plan, self._readout = model, plan, readout_of(model.config)
         self._check()
-        self._own = model.forward
-        model.forward = self._forward_of(self._own)
+        self._active, self._before = True, vars(model).get("forward")
+        self._ours = model.forward = MethodType(self._forward_of(model.forward), model)
 
     def undo(self) -> None:
         """Give the model its own forward back. A second time does nothing."""
-        vars(self._model).pop("forward", None)
+        self._active = False  # where something else has wrapped this forward meanwhile, it stays, and does nothing
+        if vars(self._model).get("forward") is self._ours:
+            del self._model.forward
+            if self._before is not None:
+                self._model.forward = self._before
 
     def __enter__(self) -> FusedHead:
         return self
@@ -123,40 +130,68 @@ class FusedHead:
         self.undo()
 
     def _check(self) -> None:
-        """Raise unless hidden states, output layer and configuration give the model's logits."""
-        model, cap = self._model, self._readout.softcap
-        was_training = model.training
-        model.eval()
-        with torch.no_grad():
-            one = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-            theirs = model(input_ids=one, use_cache=False).logits.float()
-            hidden = model.base_model(input_ids=one, use_cache=False).last_hidden_state
-            ours = linear(hidden, *head_parameters(model.get_output_embeddings())).float() * self._readout.scale
+        """Raise unless output layer and configuration turn hidden states into the model's logits, those to its loss.
+
+        The hidden states are random, and so large that a soft cap shows; the backbone's own may be small, or zero.
+        """
+        model, name, scale, cap = self._model, type(self._model).__name__, self._readout.scale, self._readout.softcap
+        ours = torch.empty(0)
+
+        def in_place_of_backbone(_: nn.Module, __: Any, output: Any) -> Any:
+            nonlocal ours
+            shape = output.last_hidden_state.shape
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(output.last_hidden_state)
+            parameters = head_parameters(model.get_output_embeddings())
+            x = x * (_LARGE / (linear(x, *parameters) * scale).abs().max().clamp_min(1e-6))
+            ours = linear(x, *parameters).float() * scale
             ours = ours if cap is None else cap * torch.tanh(ours / cap)
-        model.train(was_training)
-        off = float((theirs - ours).abs().max()) if theirs.shape == ours.shape else float("inf")
+            output.last_hidden_state = x
+            return output
+
+        was_training, hook = model.training, model.base_model.register_forward_hook(in_place_of_backbone)
+        try:
+            model.eval()
+            ids = torch.zeros(1, 3, dtype=torch.int64, device=model.device)
+            with torch.no_grad():
+                theirs = model(input_ids=ids, labels=ids, use_cache=False, return_dict=True)
+        finally:
+            model.train(was_training)
+            hook.remove()
+        if theirs.logits is None:
+            raise ValueError(f"model must return logits beside its loss; has {name} a fused head already?")
         # In another order of operations the model's own dtype rounds otherwise.
-        if not off <= 32 * torch.finfo(hidden.dtype).eps * float(theirs.abs().max()):
+        if not _close(theirs.logits, ours, rounding=torch.finfo(theirs.logits.dtype).eps):
             raise ValueError(
-                f"model's logits must be those of its output layer with {self._readout}; "
-                f"{type(model).__name__} makes others, off by {off:.3g}"
+                f"model's logits must be those of its output layer with {self._readout}; {name} makes others"
             )
+        if not _close(theirs.loss, causal_lm_loss(theirs.logits, ids), rounding=torch.finfo(theirs.loss.dtype).eps):
+            raise ValueError(f"model's loss must be the mean of -log pi over the labels; {name} makes another")
 
     def _forward_of(self, own: Callable[..., Any]) -> Callable[..., Any]:
+        """The model's forward, as a function of the model too, so that a copy of the model runs the copy."""
+        function = getattr(own, "__func__", lambda _, *args, **kwargs: own(*args, **kwargs))
         signature = inspect.signature(own)
+        rest = [name for name, p in signature.parameters.items() if p.kind is inspect.Parameter.VAR_KEYWORD]
 
         @functools.wraps(own)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            given = signature.bind(*args, **kwargs).arguments
-            named = {name: x for name, x in given.items() if name != "kwargs"} | given.get("kwargs", {})
+        def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
+            named = dict(signature.bind(*args, **kwargs).arguments) if self._active else {}
+            for name in rest:
+                named |= named.pop(name, {})
             if named.get("labels") is None and named.get("shift_labels") is None:
-                return own(*args, **kwargs)
-            return self._with_loss(**named)
+                return function(model, *args, **kwargs)
+            return self._with_loss(model, **named)
 
+        # What looks for the signature of a method leaves the first parameter out.
+        model = inspect.Parameter("model", inspect.Parameter.POSITIONAL_ONLY)
+        forward.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            parameters=[model, *signature.parameters.values()]
+        )
         return forward
 
     def _with_loss(
         self,
+        model: Any,
         labels: Tensor | None = None,
         shift_labels: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
@@ -165,13 +200,16 @@ class FusedHead:
     ) -> Any:
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
+        if inputs.get("return_dict") is None:
+            inputs["return_dict"] = model.config.return_dict
         for name, harmless in (("logits_to_keep", 0), ("return_dict", True), ("output_router_logits", False)):
-            if inputs.pop(name, None) not in (None, harmless):
-                raise ValueError(f"{name} must be {harmless} where labels are given to a fused head")
-        outputs = self._model.base_model(**inputs)
+            given = inputs.pop(name, None)
+            if given is not None and (isinstance(given, Tensor) or given != harmless):
+                raise ValueError(f"{name} must be {harmless} where labels are given to a fused head, got {given}")
+        outputs = model.base_model(**inputs, return_dict=True)
         hidden = outputs.last_hidden_state
         batch = _batch(labels, shift_labels, ignore_index, hidden.device)
-        weight, bias = head_parameters(self._model.get_output_embeddings())
+        weight, bias = head_parameters(model.get_output_embeddings())
         how: dict[str, Any] = {"bias": bias, "readout": self._readout, "plan": self._plan}
         loss = fused_linear_loss(hidden, weight, batch, _mean(num_items_in_batch, hidden.device), **how).loss
         return CausalLMOutputWithPast(
@@ -180,3 +218,13 @@ class FusedHead:
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
         )
+
+
+_LARGE = 64.0  # logits that a soft cap in use (15 to 50) changes much more than rounding does
+
+
+def _close(theirs: Tensor, ours: Tensor, rounding: float) -> bool:
+    """Whether they are equal but for a few roundings of the largest."""
+    if theirs.shape != ours.shape:
+        return False
+    return bool((theirs.float() - ours.float()).abs().max() <= 16 * rounding * theirs.float().abs().max())
