@@ -74,11 +74,23 @@ class Case:
 
 
 TRAINING = {
-    **{"report_to": [], "use_cpu": True, "bf16": False, "disable_tqdm": True, "dataloader_pin_memory": False},
-    **{"max_steps": 3, "logging_steps": 1, "save_strategy": "no", "seed": 0, "activation_checkpointing": False},
-    **{"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "lr_scheduler_type": "constant"},
+    "report_to": [],
+    "use_cpu": True,
+    "bf16": False,
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+    "max_steps": 3,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "seed": 0,
+    "activation_checkpointing": False,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "lr_scheduler_type": "constant",
     # Changes in proportion to the gradient: Adam makes a large one of a gradient that is but rounding.
-    **{"optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 1e6},
+    "optim": "sgd",
+    "learning_rate": 0.05,
+    "max_grad_norm": 1e6,
 }
 
 

@@ -142,6 +142,7 @@ class LogitFunctions:
     ) -> tuple[Tensor, Tensor]:
         """log pi of the word in ``index``, and H; [...], 0 where the mask is."""
         target = index.long() if row_mask is None else torch.where(row_mask == 0, IGNORE, index.long())
+        logits = _with_whole_rows(logits)
         rows = logits if logits.dim() in (2, 3) else logits.reshape(-1, logits.shape[-1])
         readout = Readout(temperature=float(temperature))
         stats = token_stats(rows, target.reshape(rows.shape[:-1]), readout=readout, plan=self._plan)
@@ -149,11 +150,16 @@ class LogitFunctions:
         return stats.logp.view(index.shape), entropy if entropy_requires_grad else entropy.detach()
 
     def _several(self, logits: Tensor, index: Tensor, temperature: float, row_mask: Tensor | None) -> Tensor:
-        rows = logits.reshape(-1, logits.shape[-1])
+        rows = _with_whole_rows(logits).reshape(-1, logits.shape[-1])
         target = torch.zeros(len(rows), dtype=torch.int64, device=logits.device)
         lse = token_stats(rows, target, readout=Readout(temperature=float(temperature)), plan=self._plan).lse
         logp = logits.gather(-1, index).to(lse.dtype) / temperature - lse.view(*logits.shape[:-1], 1)
         return logp if row_mask is None else logp.masked_fill(row_mask == 0, 0.0)
+
+
+def _with_whole_rows(logits: Tensor) -> Tensor:
+    """Kernels read a row as it lies; TRL's functions take any strides."""
+    return logits if logits.stride(-1) == 1 else logits.contiguous()
 
 
 class FusedHead:
@@ -167,7 +173,7 @@ class FusedHead:
         self._plan = plan
 
     def without_bias(self, hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
-        """TRL 1.10: log-probability and entropy."""
+        """TRL 1.10: log-probability and entropy, whose gradient that version drops and this one gives."""
         return self.with_entropy(hidden, weight, None, *args)
 
     def with_entropy(self, *args: Any) -> tuple[Tensor | None, ...]:
