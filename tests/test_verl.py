@@ -130,6 +130,16 @@ def test_gradient_takes_the_memory_of_computed_logits() -> None:
         assert (logits.numel() == 0) is inplace
 
 
+def test_logits_that_something_else_needs_are_missed() -> None:
+    """Never a gradient of logits that are gone: verl itself passes ``inplace_backward=False`` beside an entropy."""
+    labels, x = torch.randint(0, V, (11,)), torch.randn(11, V, requires_grad=True)
+    logits = 1 * x
+    entropy = ours.entropy_from_logits(logits)
+    logp = ours.logprobs_from_logits(logits, labels)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (logp + entropy).sum().backward()
+
+
 @pytest.mark.parametrize("view", [False, True])
 def test_leaf_is_left_alone(view: bool) -> None:
     leaf = torch.randn(1, 11, V, requires_grad=True)

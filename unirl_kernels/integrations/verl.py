@@ -28,8 +28,9 @@ _active: Patch | None = None
 def patch() -> Patch:
     """Let verl compute log-probabilities, entropies and their gradients with this package, until ``unpatch()``.
 
-    Call it in the worker process, before the model is built. Patching again changes nothing. In a ``with`` statement
-    the patch ends with the block.
+    Call it in every worker process, before the model is built: in a module that ``VERL_USE_EXTERNAL_MODULES`` names,
+    say, which verl imports in each. Patching again changes nothing. In a ``with`` statement the patch ends with the
+    block.
 
     Returns:
         ``Patch``.
