@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,13 +10,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 import unirl_kernels as uk
+from unirl_kernels.integrations.transformers import readout_of as configured_readout
 from unirl_kernels.reference import apply_readout
-
-SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
-FACTORS = ("logit_scale", "lm_head_multiplier", "logits_scaling")
-DIVISORS = ("logits_scaling",)
-"""Names under which configurations keep what a model does to its logits. Granite divides by its ``logits_scaling``,
-HyperCLOVA X multiplies by it."""
 
 PROBE_TOKENS = 16
 
@@ -106,23 +100,13 @@ def readout_of(network: Any) -> uk.Readout:
     if hidden is None or hidden.shape[-1] != layer.weight.shape[-1]:
         raise NotLinear("its decoder gives no hidden states that its output embeddings could multiply")
     logits = network(input_ids=ids, use_cache=False).logits
-    for readout in _readouts(network.config.get_text_config()):
-        head = head_of(network, readout, torch.float32)
-        # A sum of D products, in whatever order, errs by at most D units of rounding of the sum of their sizes.
-        size = linear(hidden.abs(), layer.weight.abs()) + (0 if head.bias is None else head.bias.abs())
-        rounding = hidden.shape[-1] * torch.finfo(torch.float32).eps * abs(readout.scale) * size
-        if bool(((head.logits(hidden) - logits).abs() <= rounding).all()):
-            return readout
-    raise NotLinear("its logits are not hidden states times output embeddings, with the scale and cap in its config")
-
-
-def _readouts(config: Any) -> Iterator[uk.Readout]:
-    """Those that a configuration may mean, the likeliest first."""
-    softcap = next(iter(_numbers(config, SOFTCAPS)), None)
-    for scale in (*(1 / x for x in _numbers(config, DIVISORS)), *_numbers(config, FACTORS), 1.0):
-        yield uk.Readout(softcap=softcap, scale=scale)
-
-
-def _numbers(config: Any, names: Sequence[str]) -> list[float]:
-    values = (getattr(config, name, None) for name in names)
-    return [float(x) for x in values if isinstance(x, int | float) and x]
+    readout = configured_readout(network.config)
+    head = head_of(network, readout, torch.float32)
+    # A sum of D products, in whatever order, errs by at most D units of rounding of the sum of their sizes.
+    size = linear(hidden.abs(), layer.weight.abs()) + (0 if head.bias is None else head.bias.abs())
+    rounding = hidden.shape[-1] * torch.finfo(torch.float32).eps * abs(readout.scale) * size
+    if not bool(((head.logits(hidden) - logits).abs() <= rounding).all()):
+        raise NotLinear(
+            "its logits are not hidden states times output embeddings, with the scale and cap in its config"
+        )
+    return readout

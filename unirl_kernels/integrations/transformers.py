@@ -74,15 +74,16 @@ def readout_of(config: Any) -> Readout:
 
     Args:
         config: transformers' configuration of the model. Known are ``final_logit_softcapping`` (Gemma 2),
-            ``logit_scale`` (Cohere), ``output_multiplier``, ``lm_head_multiplier`` (Falcon H1) and ``logits_scaling``
-            (Granite divides by it, HyperCLOVA X multiplies).
+            ``logits_soft_cap`` (RecurrentGemma), ``logit_scale`` (Cohere), ``output_multiplier``,
+            ``lm_head_multiplier`` (Falcon H1) and ``logits_scaling`` (Granite divides by it, HyperCLOVA X multiplies).
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     factors = (getattr(text, name, None) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"))
     scale = next((float(factor) for factor in factors if factor is not None), 1.0)
     if (scaling := getattr(text, "logits_scaling", None)) is not None:
         scale *= scaling if text.model_type == "hyperclovax" else 1 / scaling
-    return Readout(softcap=getattr(text, "final_logit_softcapping", None), scale=scale)
+    caps = (getattr(text, name, None) for name in ("final_logit_softcapping", "logits_soft_cap"))
+    return Readout(softcap=next((cap for cap in caps if cap is not None), None), scale=scale)
 
 
 class FusedHead:
