@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -40,6 +43,7 @@ SENTENCES = [
     "bread",
     "the road to the town is long and the wind is cold tonight",
 ]
+CHAT = "{% for turn in messages %}{{ turn['content'] }}\n{% endfor %}"
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {}),
     "softcap": (
@@ -131,7 +135,8 @@ def tokenizer() -> Any:
         vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator(SENTENCES, trainer)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>")
+    words = {"pad_token": "<pad>", "eos_token": "<eos>", "chat_template": CHAT}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **words)
 
 
 @pytest.fixture(scope="module")
@@ -259,3 +264,36 @@ def test_wrong_gradient_would_show(name: str, run: Callable[..., Seen], monkeypa
     assert any(line.startswith("grad_norm of step 1") for line in found)
     assert any(line.startswith("parameter lm_head") for line in found)
     assert not any(line.startswith("loss of step 1") for line in found)
+
+
+@pytest.fixture
+def example() -> ModuleType:
+    pytest.importorskip("reasoning_gym", reason="the demo's extras are not installed")
+    path = Path(__file__).parent.parent / "examples" / "trl_grpo.py"
+    spec = importlib.util.spec_from_file_location("trl_grpo", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_example_rewards_right_answers(example: ModuleType) -> None:
+    asked = example.questions(3)
+    sums = [sum(map(int, re.findall(r"\d+", chat[-1]["content"]))) for chat in asked["prompt"]]
+    answers = [f"{sums[0]}", f"1 + 2 = {sums[1]}.\n", f"= {sums[2] + 1}"]
+    chats = [[{"role": "assistant", "content": answer}] for answer in answers]
+    assert example.right(chats, number=asked["number"], prompts=asked["prompt"]) == [1.0, 1.0, 0.0]
+
+
+def test_example_trains_and_compares(
+    example: ModuleType, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folders["llama"])
+    example.main(["--model", str(folders["llama"]), "--steps", "2", "--length", "4"])
+    out = capsys.readouterr().out
+    assert "step 2" in out
+    assert re.search(r"TRL's own head +\S+ s +\d+ MiB", out)
+    scored, places = map(int, re.findall(r"(\d+) tokens of (\d+)", out)[0])
+    assert 0 < scored <= 8 * 4 < places
+    assert float(re.findall(r"differ by (\S+) of", out)[0]) < 1e-5
