@@ -68,7 +68,8 @@ def _measured(
     *readout, backend, dtype, max_chunk_bytes = args
     ops.check_targets(target, weight.shape[0])
     head = Head(hidden, weight, bias, dtype, backend)
-    head.rows_per_chunk(max_chunk_bytes)  # what the backward would refuse is refused here
+    if max_chunk_bytes is not None:
+        head.rows_per_chunk(max_chunk_bytes)  # what the backward would refuse is refused here
     *scalars, row_temperature = readout
     temperature = None if row_temperature is None else row_temperature.reshape(-1)
     rows = measure(what, head, target.reshape(-1), (*scalars, temperature), max_chunk_bytes)
