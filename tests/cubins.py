@@ -39,14 +39,18 @@ class Variant:
     rows: str
     objective: str = "grpo"
     readout: str = "linear"
+    gradient: str = ""
 
     def __str__(self) -> str:
-        parts = (self.kernel, self.architecture, self.dtype, self.rows, self.objective, self.readout)
-        return "-".join(part for part in parts if part not in ("grpo", "linear"))
+        """What is as usual has no name: the loss, the readout, a gradient of the logits' dtype."""
+        gradient = self.gradient and f"to_{self.gradient}"
+        parts = (self.kernel, self.architecture, self.dtype, self.rows, self.objective, self.readout, gradient)
+        return "-".join(part for part in parts if part not in ("grpo", "linear", ""))
 
 
 def variants() -> list[Variant]:
-    """Every kernel on every architecture, dtype and kind of rows; the costlier programs on one of them."""
+    """Every kernel on every architecture, dtype and kind of rows; the costlier programs on one of them; and gradients
+    that are rounded for the products of linear heads."""
     every = [
         Variant(kernel, architecture, dtype, rows)
         for kernel in ("statistics", "observations", "backward", "two_sweep", "split_row", "scale")
@@ -60,7 +64,13 @@ def variants() -> list[Variant]:
         for architecture in ("sm_80", "sm_90", "sm_100")
         for objective, readout in (("entropy", "linear"), ("grpo", "softcap"))
     ]
-    return every + costly
+    rounded = [
+        Variant(kernel, architecture, "fp32", rows, gradient="bf16")
+        for kernel in ("backward", "two_sweep", "split_row")
+        for architecture in ARCHITECTURES
+        for rows in VOCABULARIES
+    ]
+    return every + costly + rounded
 
 
 @dataclass(frozen=True)
@@ -143,6 +153,7 @@ def compile_variant(variant: Variant) -> Any:
         plain = variant.rows == "vectors" and not entropy
         options["maxnreg"] = geometry.held_registers(dtype, capability, plain=plain)
     typed = dict.fromkeys(("logits", "d_logits", "x"), f"*{variant.dtype}")
+    typed["d_logits"] = f"*{variant.gradient or variant.dtype}"
     typed |= {"target": "*i64", "argmax": "*i64", "parameters": "*fp64", "scratch": "*i64"}
     kernel = _kernel(variant.kernel)
     signature, constexprs = {}, {}

@@ -45,7 +45,8 @@ def test_budget(variant: Variant, measured: dict[str, Any]) -> None:
     used, budget = measured[str(variant)], COMMITTED[str(variant)]
     assert used["spilled"] <= (0 if triton.__version__ == COMMITTED["triton"] else 64)
     assert used["wide_loads"] > 0
-    assert used["wide_stores"] > 0 or variant.kernel in ("statistics", "observations")
+    # A vector of four numbers in fp32 takes 8 bytes in bf16.
+    assert used["wide_stores"] > 0 or variant.kernel in ("statistics", "observations") or variant.gradient
     if triton.__version__ == COMMITTED["triton"]:
         over = {name: (used[name], limit) for name, limit in budget.items() if used[name] > limit}
         assert not over, f"above the budget: {over} (used, allowed)"

@@ -148,7 +148,7 @@ def test_gradients_that_nobody_wants_have_no_memory() -> None:
     head = make_head(PACKED, BY_NAME["sft"])
     for backend in BACKENDS:
         operands = Head(*head.operands, torch.float32, backend)
-        gradients = sweep(operands, [], lambda logits, k: None, Wanted(False, False, False))
+        gradients = sweep(operands, [], lambda logits, d_logits, k: None, Wanted(False, False, False))
         assert [x.numel() for x in gradients] == [0, 0, 0]
 
 
@@ -201,7 +201,8 @@ def test_products_into_fp32(bias: torch.dtype | None) -> None:
     expected = hidden.double() @ weight.double().t() + (0 if added is None else added.double())
     assert torch.equal(logits.double(), expected)
 
-    d_logits = exact(5, 33, dtype=torch.float32)
+    d_logits = products.memory_of_gradient(logits).copy_(exact(5, 33, dtype=torch.float32))
+    assert d_logits.dtype == torch.bfloat16
     d_hidden = products.d_hidden(d_logits)
     assert d_hidden.dtype == torch.float32
     assert torch.equal(d_hidden.double(), d_logits.double() @ weight.double())
@@ -215,25 +216,34 @@ def test_products_into_fp32(bias: torch.dtype | None) -> None:
 
 
 @pytest.mark.usefixtures("_mixed_products_on_the_cpu")
-def test_products_into_fp32_round_the_gradient_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["grpo", "dpo"])
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_products_into_fp32_round_the_gradient_and_nothing_else(
+    backend: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A head on them: loss, logp and entropy within the fp32 budget; gradients as if d_logits were rounded once."""
-    head = make_head(RAGGED, BY_NAME["grpo"], torch.bfloat16)
-    plan = uk.Plan("cpu", max_chunk_bytes=3 * Mixed(head.weight).row_bytes)
+    loss = BY_NAME[name]
+    head = make_head(RAGGED, loss, torch.bfloat16)
+    plan = uk.Plan(backend, max_chunk_bytes=5 * Mixed(head.weight).row_bytes)
 
     class RoundedOnce(Wrapped):
+        def memory_of_gradient(self, logits: Tensor) -> Tensor:
+            return logits.bfloat16()
+
         def d_hidden(self, d_logits: Tensor) -> Tensor:
-            return self.products.d_hidden(d_logits.bfloat16().float())
+            return self.products.d_hidden(d_logits.float())
 
         def add_d_weight(self, d_logits: Tensor, *args: Any, **kwargs: Any) -> None:
-            self.products.add_d_weight(d_logits.bfloat16().float(), *args, **kwargs)
+            self.products.add_d_weight(d_logits.float(), *args, **kwargs)
 
-    with changed_products(monkeypatch, "cpu", lambda products: Mixed(head.weight)):
-        got = fused(head, uk.grpo(), plan)
-    with changed_products(monkeypatch, "cpu", RoundedOnce):
-        expected = fused(head, uk.grpo(), plan)
-    check(got._replace(d_hidden=None, d_weight=None), head, BY_NAME["grpo"])
-    torch.testing.assert_close(got.d_hidden, expected.d_hidden, rtol=2**-7, atol=1e-6)
-    torch.testing.assert_close(got.d_weight, expected.d_weight, rtol=2**-7, atol=1e-6)
+    with changed_products(monkeypatch, backend, lambda products: Mixed(head.weight)):
+        got = fused(head, loss.make(), plan)
+    with changed_products(monkeypatch, backend, RoundedOnce):
+        expected = fused(head, loss.make(), plan)
+    check(got._replace(d_hidden=None, d_weight=None, d_bias=None), head, loss)
+    for a, b in zip(got[1:4], expected[1:4], strict=True):
+        assert a.dtype == b.dtype == torch.bfloat16
+        torch.testing.assert_close(a, b)
 
 
 # Memory

@@ -134,7 +134,7 @@ def test_tiles_are_as_wide_as_said(monkeypatch: pytest.MonkeyPatch) -> None:
         "two": [18, 18, 1],
         "ten": [4] * 9 + [1],
         "word_by_word": [1] * 37,
-        "few_tokens": [12, 12, 12, 1] * 3,
+        "few_tokens": [12, 12, 12, 1],
     }
 
 

@@ -104,12 +104,12 @@ def _write_fused(logits: Tensor, d_logits: Tensor, target: Tensor, *args: Any) -
         args[8:],
     )
     check_targets(target, logits.shape[-1])
-    rows = load(backend).fused_loss(logits, target, fields, readout, _code(program), params, d_logits, kernel)
+    rows = load(backend).fused_loss(logits, target, fields, readout, decoded(program), params, d_logits, kernel)
     return rows.loss.sum(), rows.logp, rows.entropy
 
 
 @cache
-def _code(program: str) -> tuple[int, ...]:
+def decoded(program: str) -> tuple[int, ...]:
     """An encoded program. Operators take it as text: torch.compile would make every integer a variable."""
     return tuple(map(int, program.split()))
 

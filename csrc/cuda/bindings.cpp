@@ -40,10 +40,11 @@ Matrix matrix(const Tensor& x, const Tensor& logits, const char* name) {
           logits.device(), ", got ", x.device());
   require(x.dim() == 3 && x.size(2) >= 1, name, " must have shape [B, L, V] with V >= 1, got ", x.sizes());
   require(x.sizes() == logits.sizes(), name, " must have shape ", logits.sizes(), " like logits, got ", x.sizes());
-  require(x.scalar_type() == logits.scalar_type(), name, " must be ", logits.scalar_type(), " like logits, got ",
-          x.scalar_type());
+  const bool rounded = x.scalar_type() == at::kBFloat16 && logits.scalar_type() == at::kFloat;
+  require(rounded || x.scalar_type() == logits.scalar_type(), name, " must be ", logits.scalar_type(),
+          " like logits, or BFloat16 for Float, got ", x.scalar_type());
   require(x.size(2) == 1 || x.stride(2) == 1, name, " must have stride 1 in its last dimension, got ", x.stride(2));
-  return {x.data_ptr(), x.stride(0), x.stride(1)};
+  return {x.data_ptr(), x.stride(0), x.stride(1), format_of(x)};
 }
 
 void require_per_row(const Tensor& x, const Tensor& logits, at::ScalarType dtype, const char* name) {
@@ -62,7 +63,6 @@ float* column(const OptionalTensor& x, const Tensor& logits, const char* name) {
 Rows rows(const Tensor& logits, const Tensor& target, int64_t ignore, const ReadoutArgs& readout) {
   const auto& [scale, softcap, temperature, row_temperature] = readout;
   Rows rows;
-  rows.format = format_of(logits);
   rows.logits = matrix(logits, logits, "logits");
   rows.batch = logits.size(0);
   rows.length = logits.size(1);
@@ -130,8 +130,7 @@ void scale_(const Tensor& x, const Tensor& factor) {
           " on ", factor.device());
   const Matrix of = matrix(x, x, "x");
   const CUDAGuard guard(x.device());
-  check(cuda::scale(of, format_of(x), x.size(0), x.size(1), x.size(2), factor.data_ptr<float>(),
-              getCurrentCUDAStream()));
+  check(cuda::scale(of, x.size(0), x.size(1), x.size(2), factor.data_ptr<float>(), getCurrentCUDAStream()));
 }
 
 }  // namespace

@@ -150,7 +150,7 @@ __device__ typename Format::Storage* start_of(const Matrix& matrix, const Rows& 
 //   GradientTerms<float> operator()(row, leads, readout, moments, target, registers) const
 //       by one thread of each block; the one that leads returns the row's values
 //   void absent(row, value) const  what a row returns that is not read
-template <class Format, bool CAPPED, class Step>
+template <class Format, class Gradient, bool CAPPED, class Step>
 __global__ void __launch_bounds__(THREADS, CAPPED ? CAPPED_BLOCKS_PER_SM : BLOCKS_PER_SM) cluster_rows(
     const __grid_constant__ Rows rows,
     const __grid_constant__ Matrix d_logits,
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(THREADS, CAPPED ? CAPPED_BLOCKS_PER_SM : BLOCK
     const float value = y == rows.ignore ? 0.0f : NAN;
     if (leads) step.absent(row, value);
     if (Step::WRITES) {
-      store<Format>(start_of<Format>(d_logits, rows, row, begin), n, [=](int, auto& of) {
+      store<Gradient>(start_of<Gradient>(d_logits, rows, row, begin), n, [=](int, auto& of) {
         for (float& x : of) x = value;
       });
     }
@@ -207,12 +207,12 @@ __global__ void __launch_bounds__(THREADS, CAPPED ? CAPPED_BLOCKS_PER_SM : BLOCK
   if (!Step::WRITES) return;
   __syncthreads();
   const GradientTerms<float> terms = exchange.terms;
-  store<Format>(start_of<Format>(d_logits, rows, row, begin), n, [&](int k, auto& of) {
+  store<Gradient>(start_of<Gradient>(d_logits, rows, row, begin), n, [&](int k, auto& of) {
     constexpr int N = sizeof of / sizeof *of;
     if constexpr (N == 1) {
       of[0] = slice[k];
     } else {
-      slice.load(k, of);
+      for (int i = 0; i < N; i += Format::N) slice.load(k + i, reinterpret_cast<float(&)[Format::N]>(of[i]));
     }
     for (float& x : of) {
       const float d = difference(map.u(x), terms.reference, exponent);
@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(THREADS, CAPPED ? CAPPED_BLOCKS_PER_SM : BLOCK
 }
 
 // The kernel's launch; what went wrong, empty if nothing did.
-template <class Format, bool CAPPED, class Step>
+template <class Format, class Gradient, bool CAPPED, class Step>
 std::string launch(const Rows& rows, const Matrix& d_logits, const Step& step, cudaStream_t stream) {
   const int64_t n_rows = rows.batch * rows.length, bytes = sizeof(typename Format::Storage);
   const Geometry cut = geometry(rows.vocab, bytes);
@@ -239,7 +239,7 @@ std::string launch(const Rows& rows, const Matrix& d_logits, const Step& step, c
     return "kernel 'cluster' takes at most " + std::to_string(INT32_MAX / cut.cluster) + " rows of this V, got " +
            std::to_string(n_rows);
   }
-  const auto kernel = cluster_rows<Format, CAPPED, Step>;
+  const auto kernel = cluster_rows<Format, Gradient, CAPPED, Step>;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(n_rows * cut.cluster));
   config.blockDim = dim3(THREADS);
@@ -263,14 +263,19 @@ std::string launch(const Rows& rows, const Matrix& d_logits, const Step& step, c
 template <class Step>
 std::string launch(const Rows& rows, const Matrix& d_logits, const Step& step, cudaStream_t stream) {
   const bool capped = rows.softcap > 0;
-  const auto run = [&](auto format) {
+  const auto run = [&](auto format, auto gradient) {
     typedef decltype(format) F;
-    return capped ? launch<F, true>(rows, d_logits, step, stream) : launch<F, false>(rows, d_logits, step, stream);
+    typedef decltype(gradient) G;
+    return capped ? launch<F, G, true>(rows, d_logits, step, stream)
+                  : launch<F, G, false>(rows, d_logits, step, stream);
   };
-  switch (rows.format) {
-    case Format::FP32: return run(Float32());
-    case Format::BF16: return run(BFloat16());
-    case Format::FP16: return run(Float16());
+  if constexpr (Step::WRITES) {
+    if (rows.logits.format == Format::FP32 && d_logits.format == Format::BF16) return run(Float32(), BFloat16());
+  }
+  switch (rows.logits.format) {
+    case Format::FP32: return run(Float32(), Float32());
+    case Format::BF16: return run(BFloat16(), BFloat16());
+    case Format::FP16: return run(Float16(), Float16());
   }
   return "unknown format of logits";
 }

@@ -18,11 +18,11 @@ inline int64_t bytes_of(Format format) { return format == Format::FP32 ? 4 : 2; 
 struct Matrix {
   void* data;
   int64_t batch_stride, token_stride;
+  Format format;
 };
 
 // Columns have a value per row. Where a pointer is null, its values are those that the comments say.
 struct Rows {
-  Format format;
   int64_t batch, length, vocab;
   Matrix logits;
   const int64_t* target;
@@ -48,7 +48,8 @@ struct FusedColumns {
   float *loss, *logp, *entropy;
 };
 
-// Each enqueues its work on the stream and returns what went wrong, empty if nothing did.
+// Each enqueues its work on the stream and returns what went wrong, empty if nothing did. Gradients have the format of
+// the logits, or BF16 where that is FP32.
 std::string token_stats(const Rows& rows, const StatisticsColumns& out, cudaStream_t stream);
 
 std::string token_stats_backward(
@@ -71,7 +72,6 @@ std::string fused_loss(
 // x *= factor[0], for x as described by Matrix.
 std::string scale(
     const Matrix& x,
-    Format format,
     int64_t batch,
     int64_t length,
     int64_t vocab,

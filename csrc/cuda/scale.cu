@@ -31,7 +31,6 @@ __global__ void __launch_bounds__(THREADS)
 
 std::string scale(
     const Matrix& x,
-    Format format,
     int64_t batch,
     int64_t length,
     int64_t vocab,
@@ -41,7 +40,7 @@ std::string scale(
   if (rows == 0) return "";
   const unsigned blocks = static_cast<unsigned>(rows < MAX_BLOCKS ? rows : MAX_BLOCKS);
   const int size = static_cast<int>(vocab);
-  switch (format) {
+  switch (x.format) {
     case Format::FP32: multiply<Float32><<<blocks, THREADS, 0, stream>>>(x, length, rows, size, factor); break;
     case Format::BF16: multiply<BFloat16><<<blocks, THREADS, 0, stream>>>(x, length, rows, size, factor); break;
     case Format::FP16: multiply<Float16><<<blocks, THREADS, 0, stream>>>(x, length, rows, size, factor); break;

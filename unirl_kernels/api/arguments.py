@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from unirl_kernels import ops
-from unirl_kernels.backends import COMPOSED, Choice, choose
+from unirl_kernels.backends import COMPOSED, Choice, ReadoutArgs, choose
 from unirl_kernels.batch import Batch
 from unirl_kernels.objectives import Loss
 from unirl_kernels.plan import Plan
@@ -113,14 +113,12 @@ def row_fields(reads: frozenset[str], batch: Batch, dtype: torch.dtype) -> Seque
     return found
 
 
-def readout_arguments(
-    readout: Readout, target: Tensor, dtype: torch.dtype
-) -> tuple[float, float | None, float, Tensor | None]:
-    """A readout as the operators take it: scale, softcap, temperature, temperature per row."""
+def readout_arguments(readout: Readout, target: Tensor, dtype: torch.dtype) -> ReadoutArgs:
+    """A readout as backends take it."""
     temperature = readout.temperature
     if not isinstance(temperature, Tensor):
-        return readout.scale, readout.softcap, float(temperature), None
+        return ReadoutArgs(readout.scale, readout.softcap, float(temperature), None)
     if temperature.shape != target.shape:
         raise ValueError(f"temperature must have shape {tuple(target.shape)}, got {tuple(temperature.shape)}")
     check_device("temperature", temperature, target.device, "target")
-    return readout.scale, readout.softcap, 1.0, places(temperature).to(dtype)
+    return ReadoutArgs(readout.scale, readout.softcap, 1.0, places(temperature).to(dtype))

@@ -17,7 +17,8 @@ with the signatures of ``Backend``. Shapes throughout: logits [B, L, V] with any
 everything per row [B, L] and contiguous. The packed layout is B = 1. Statistics and fields are fp32, fp64 for
 fp64 logits. A row whose target is ``IGNORE`` is not read: its statistics and loss are 0, its gradient exact zeros.
 A row whose target is otherwise outside [0, V) gets NaN everywhere. The argmax of both is -1. A logit of -inf is a
-word that cannot come: its probability and its gradient are 0. As a target it has log-probability -inf and what autograd
+word that cannot come: its probability and its gradient are 0. Gradients of fp32 logits may be asked for in bf16 by a
+backend whose products take them so; they are rounded once. As a target it has log-probability -inf and what autograd
 gives log_softmax and gather: d_logp (1 - p_y) = d_logp at the target itself, -d_logp p_j elsewhere.
 """
 

@@ -23,7 +23,11 @@ class Products(Protocol):
 
     @property
     def row_bytes(self) -> int:
-        """Memory that the logits of one token take, with what the products make of their gradient."""
+        """Memory that the logits of one token and their gradient take."""
+        ...
+
+    def memory_of_gradient(self, logits: Tensor) -> Tensor:
+        """[n, V] for the gradient of the logits, in the dtype that is multiplied: their own where it is theirs."""
         ...
 
     def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -41,13 +45,16 @@ class Products(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Mixed:
-    """Products of a device that multiplies 16-bit operands into fp32 results. Gradients of logits are rounded first."""
+    """Products of a device that multiplies 16-bit operands into fp32 results; the gradient of the logits is one."""
 
     weight: Tensor  # [V, D] of the operands' dtype
 
     @property
     def row_bytes(self) -> int:
         return (4 + self.weight.itemsize) * self.weight.shape[0]
+
+    def memory_of_gradient(self, logits: Tensor) -> Tensor:
+        return torch.empty_like(logits, dtype=self.weight.dtype)
 
     def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
         if bias is None:
@@ -56,11 +63,10 @@ class Mixed:
             torch.addmm(bias.to(torch.float32), hidden, self.weight.t(), out_dtype=torch.float32, out=out)
 
     def d_hidden(self, d_logits: Tensor) -> Tensor:
-        return torch.mm(d_logits.to(self.weight.dtype), self.weight, out_dtype=torch.float32)
+        return torch.mm(d_logits, self.weight, out_dtype=torch.float32)
 
     def add_d_weight(self, d_logits: Tensor, hidden: Tensor, total: Tensor, first: bool) -> None:
-        d_logits = d_logits.to(self.weight.dtype).t()
-        torch.addmm(total, d_logits, hidden, beta=0 if first else 1, out_dtype=torch.float32, out=total)
+        torch.addmm(total, d_logits.t(), hidden, beta=0 if first else 1, out_dtype=torch.float32, out=total)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +79,9 @@ class Widened:
     @property
     def row_bytes(self) -> int:
         return self.weight.shape[0] * self._wide_dtype.itemsize
+
+    def memory_of_gradient(self, logits: Tensor) -> Tensor:
+        return logits
 
     @property
     def _wide_dtype(self) -> torch.dtype:

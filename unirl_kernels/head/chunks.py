@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from unirl_kernels.batch import IGNORE, Batch
+
+Values = TypeVar("Values", bound="tuple[Any, ...]")
 
 DEFAULT_CHUNK_BYTES = {"cpu": 2**28}
 DEFAULT_CHUNK_BYTES_OF_ACCELERATORS = 2**31
@@ -57,8 +60,12 @@ class Chunk:
         return x[self.places] if isinstance(self.places, slice) else x.index_select(0, self.places)
 
     def row(self, x: Tensor) -> Tensor:
-        """[1, n] of [T], as row kernels take it."""
-        return self.take(x).unsqueeze(0)
+        """[1, n] of [T], in any shape, as row kernels take it."""
+        return self.take(x.reshape(-1)).unsqueeze(0)
+
+    def rows(self, values: Values) -> Values:
+        """The same of every tensor in a named tuple."""
+        return type(values)(*(self.row(x) if isinstance(x, Tensor) else x for x in values))
 
     def put(self, whole: Tensor, part: Tensor) -> None:
         """Write the chunk's part, [n, ...], of [T, ...]."""

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from unirl_kernels import ops
+from unirl_kernels.backends import ReadoutArgs, RowGradients, RowStats
 from unirl_kernels.batch import Batch
 from unirl_kernels.head.chunks import Group
 from unirl_kernels.head.sweep import Gradients, Head, Wanted, sweep
@@ -27,7 +27,7 @@ class Composition:
     Args:
         batch, loss: of the whole.
         groups: what is worked on together; no unit of the loss's scope reaches across two.
-        readout: scale, softcap, temperature, temperature per row [B, L] or None.
+        readout: how logits become log-probabilities.
         dtype: of the products' operands.
         backend: name of the one that computes.
     """
@@ -35,7 +35,7 @@ class Composition:
     batch: Batch
     loss: Loss
     groups: Sequence[Group]
-    readout: Sequence[Any]
+    readout: ReadoutArgs
     dtype: torch.dtype
     backend: str
 
@@ -54,21 +54,19 @@ def composed(
     """
     ops.check_targets(composition.batch.target, weight.shape[0])
     head = Head(hidden, weight, bias, composition.dtype, composition.backend)
-    *scalars, row_temperature = composition.readout
-    loss, groups, backend = composition.loss, composition.groups, composition.backend
+    loss, groups = composition.loss, composition.groups
     target = composition.batch.target.reshape(-1)
     weights = loss.aggregation.weights(composition.batch).reshape(-1)
     logp, entropy = (hidden.new_zeros(target.shape, dtype=head.row_dtype) for _ in range(2))
     values = []
 
-    def work(logits: Tensor, k: int) -> None:
+    def work(logits: Tensor, d_logits: Tensor, k: int) -> None:
         group, chunk = groups[k], groups[k].chunk
-        temperature = None if row_temperature is None else chunk.row(row_temperature.reshape(-1))
-        args = (*scalars, temperature, backend)
-        stats = torch.ops.unirl.token_stats(logits, chunk.row(target), *args)
+        at, readout = chunk.row(target), chunk.rows(composition.readout)
+        stats = head.kernels.token_stats(logits, at, readout)
         of_units = weights[slice(*group.units)] if loss.scope == "pair" else chunk.take(weights)
         value, d_stats = _differentiated(loss, _part(composition.batch, group), stats, of_units)
-        torch.ops.unirl.token_stats_backward_(logits, chunk.row(target), *stats, *d_stats, *args)
+        head.kernels.token_stats_backward(logits, at, stats, d_stats, readout, d_logits)
         values.append(value)
         for whole, part in zip((logp, entropy), stats, strict=False):
             chunk.put(whole, part.squeeze(0))
@@ -79,16 +77,14 @@ def composed(
     return total.to(head.row_dtype), logp, entropy, gradients
 
 
-def _differentiated(
-    loss: Loss, batch: Batch, stats: Sequence[Tensor], weights: Tensor
-) -> tuple[Tensor, Sequence[Tensor | None]]:
+def _differentiated(loss: Loss, batch: Batch, stats: RowStats, weights: Tensor) -> tuple[Tensor, RowGradients]:
     """The loss of a part, and its gradient with respect to the statistics, [1, n] each."""
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in stats]
         value = loss.composed(Tokens(batch, *leaves), weights)
         if not value.requires_grad:
-            return value, [None] * 3
-        return value.detach(), torch.autograd.grad(value, leaves, allow_unused=True)
+            return value, RowGradients(None, None, None)
+        return value.detach(), RowGradients(*torch.autograd.grad(value, leaves, allow_unused=True))
 
 
 def _part(batch: Batch, group: Group) -> Batch:

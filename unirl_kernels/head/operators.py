@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from unirl_kernels import ops
-from unirl_kernels.backends import RowObservations, RowStats
-from unirl_kernels.head.chunks import Chunk, by_tokens, without_ignored
+from unirl_kernels.backends import ReadoutArgs, RowFields, RowGradients, RowObservations, RowStats
+from unirl_kernels.head.chunks import by_tokens, without_ignored
 from unirl_kernels.head.statistics import OBSERVATIONS, STATISTICS, Measurement, Rows, measure
 from unirl_kernels.head.sweep import Gradients, Head, Wanted, kept_dtype, sweep
 
@@ -48,10 +48,6 @@ def _without_autocast(operator: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _rows_of(chunk: Chunk, *tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if x is None else chunk.row(x.reshape(-1)) for x in tensors]
-
-
 @_without_autocast
 def _linear_token_stats(*args: Any) -> RowStats:
     return _measured(STATISTICS, *args)
@@ -65,14 +61,12 @@ def _linear_token_observations(*args: Any) -> RowObservations:
 def _measured(
     what: Measurement[Rows], hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *args: Any
 ) -> Rows:
-    *readout, backend, dtype, max_chunk_bytes = args
+    readout, (backend, dtype, max_chunk_bytes) = ReadoutArgs(*args[:4]), args[4:]
     ops.check_targets(target, weight.shape[0])
     head = Head(hidden, weight, bias, dtype, backend)
     if max_chunk_bytes is not None:
         head.rows_per_chunk(max_chunk_bytes)  # what the backward would refuse is refused here
-    *scalars, row_temperature = readout
-    temperature = None if row_temperature is None else row_temperature.reshape(-1)
-    rows = measure(what, head, target.reshape(-1), (*scalars, temperature), max_chunk_bytes)
+    rows = measure(what, head, target.reshape(-1), readout, max_chunk_bytes)
     return what.rows(*(x.view(target.shape) for x in rows))
 
 
@@ -80,14 +74,15 @@ def _measured(
 def _linear_token_stats_backward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *args: Any
 ) -> Gradients:
-    stats, gradients, (*scalars, row_temperature), how = args[:3], args[3:6], args[6:10], args[10:]
-    backend, dtype, max_chunk_bytes, wanted = how
+    stats, gradients, readout = RowStats(*args[:3]), RowGradients(*args[3:6]), ReadoutArgs(*args[6:10])
+    backend, dtype, max_chunk_bytes, wanted = args[10:]
     head = Head(without_ignored(hidden, target.reshape(-1)), weight, bias, dtype, backend)
     chunks = by_tokens(target.reshape(-1), head.rows_per_chunk(max_chunk_bytes))
 
-    def work(logits: Tensor, k: int) -> None:
-        rows = _rows_of(chunks[k], target, *stats, *gradients, row_temperature)
-        torch.ops.unirl.token_stats_backward_(logits, *rows[:-1], *scalars, rows[-1], backend)
+    def work(logits: Tensor, d_logits: Tensor, k: int) -> None:
+        chunk = chunks[k]
+        at, of_stats, how = chunk.rows(stats), chunk.rows(gradients), chunk.rows(readout)
+        head.kernels.token_stats_backward(logits, chunk.row(target), at, of_stats, how, d_logits)
 
     return sweep(head, chunks, work, Wanted(*wanted))
 
@@ -96,20 +91,20 @@ def _linear_token_stats_backward(
 def _fused_linear_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    fields, (*scalars, row_temperature), program, how = args[:4], args[4:8], args[8:12], args[12:]
-    dtype, max_chunk_bytes, wanted = how
+    fields, readout = RowFields(*args[:4]), ReadoutArgs(*args[4:8])
+    program, params, backend, kernel, dtype, max_chunk_bytes, wanted = args[8:]
     ops.check_targets(target, weight.shape[0])
-    head = Head(without_ignored(hidden, target.reshape(-1)), weight, bias, dtype, backend=program[2])
+    head = Head(without_ignored(hidden, target.reshape(-1)), weight, bias, dtype, backend)
     chunks = by_tokens(target.reshape(-1), head.rows_per_chunk(max_chunk_bytes))
     losses = []
     logp, entropy = (hidden.new_zeros(target.numel(), dtype=head.row_dtype) for _ in range(2))
 
-    def work(logits: Tensor, k: int) -> None:
-        rows = _rows_of(chunks[k], target, *fields, row_temperature)
-        loss, *stats = torch.ops.unirl.fused_loss_(logits, *rows[:-1], *scalars, rows[-1], *program)
-        losses.append(loss)
-        for whole, part in zip((logp, entropy), stats, strict=True):
-            chunks[k].put(whole, part.squeeze(0))
+    def work(logits: Tensor, d_logits: Tensor, k: int) -> None:
+        at, of_rows, how = chunks[k].row(target), chunks[k].rows(fields), chunks[k].rows(readout)
+        rows = head.kernels.fused_loss(logits, at, of_rows, how, ops.decoded(program), params, d_logits, kernel)
+        losses.append(rows.loss.sum())
+        chunks[k].put(logp, rows.logp.squeeze(0))
+        chunks[k].put(entropy, rows.entropy.squeeze(0))
 
     gradients = sweep(head, chunks, work, Wanted(*wanted))
     loss = torch.stack(losses).sum() if losses else logp.new_zeros(())

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from unirl_kernels.backends import RowObservations, RowStats
+from unirl_kernels.backends import ReadoutArgs, RowObservations, RowStats
 from unirl_kernels.batch import IGNORE
-from unirl_kernels.head.chunks import by_tokens, chunk_bytes
+from unirl_kernels.head.chunks import Chunk, by_tokens, chunk_bytes
 from unirl_kernels.head.sweep import Head
 
 TOKENS_OF_TILE = 1024
@@ -33,18 +34,18 @@ class Measurement(Generic[Rows]):
     """What can be measured in pieces of a row.
 
     Args:
-        operator: name of the one that measures a piece, under ``torch.ops.unirl``.
+        function: of a backend that measures a piece, its name.
         rows: what it returns.
         merge: rows of two neighbouring pieces, and their shares in both together, made those of both.
     """
 
-    operator: str
+    function: str
     rows: type[Rows]
     merge: Callable[[Rows, Rows, Share, Share], Rows]
 
 
 def measure(
-    what: Measurement[Rows], head: Head, target: Tensor, readout: Sequence[Any], max_chunk_bytes: int | None
+    what: Measurement[Rows], head: Head, target: Tensor, readout: ReadoutArgs, max_chunk_bytes: int | None
 ) -> Rows:
     """Rows of all tokens, [T] each; 0 where the target is ``IGNORE``, NaN where it is otherwise outside [0, V), and
     there -1 for integers.
@@ -53,22 +54,29 @@ def measure(
         what: is measured.
         head: what makes the logits.
         target: [T].
-        readout: scale, softcap, temperature, temperature per row [T] or None.
+        readout: how logits become log-probabilities.
         max_chunk_bytes: memory for a tile; None for the default.
     """
-    *scalars, row_temperature = readout
+    vocab = head.weight.shape[0]
     logits = max(1, chunk_bytes(head.weight.device, max_chunk_bytes) // head.row_dtype.itemsize)
     chunks = by_tokens(target, min(TOKENS_OF_TILE, logits))
-    width = min(max(1, logits // TOKENS_OF_TILE), head.weight.shape[0])
+    width = min(max(1, logits // TOKENS_OF_TILE), vocab)
     tile = head.empty(max((chunk.n for chunk in chunks), default=0) * width)
+    found: list[Rows] = []
+    # Pieces first: a weight in another dtype is converted once, piece by piece.
+    for start in range(0, vocab, width):
+        stop = min(start + width, vocab)
+        piece = head.words(start, stop)
+        for k, chunk in enumerate(chunks):
+            part = _of_piece(what, piece, start, chunk, target, readout, tile)
+            if start == 0:
+                found.append(part)
+            else:
+                found[k] = what.merge(found[k], part, *_shares(found[k], part, start, stop))
     results = what.rows(*(_nothing(name, target, head.row_dtype) for name in what.rows._fields))
-    for chunk in chunks:
-        rows = chunk.take(head.hidden).to(head.dtype)
-        temperature = None if row_temperature is None else chunk.row(row_temperature)
-        args = (*scalars, temperature, head.backend)
-        found = _across(what, head, rows, chunk.take(target), tile, width, args)
-        for whole, part in zip(results, found, strict=True):
-            chunk.put(whole, part)
+    for chunk, rows in zip(chunks, found, strict=True):
+        for whole, values in zip(results, _finished(rows, chunk.take(target), vocab), strict=True):
+            chunk.put(whole, values)
     return results
 
 
@@ -77,29 +85,32 @@ def _nothing(name: str, target: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.full_like(target, -1) if name == "argmax" else target.new_zeros(target.shape, dtype=dtype)
 
 
-def _across(
-    what: Measurement[Rows], head: Head, hidden: Tensor, target: Tensor, tile: Tensor, width: int, args: Sequence[Any]
+def _of_piece(
+    what: Measurement[Rows],
+    piece: Head,
+    start: int,
+    chunk: Chunk,
+    target: Tensor,
+    readout: ReadoutArgs,
+    tile: Tensor,
 ) -> Rows:
-    """The rows of a few tokens, the vocabulary in pieces of ``width``."""
-    n, vocab = len(hidden), head.weight.shape[0]
-    operator = getattr(torch.ops.unirl, what.operator)
-    ignored = target == IGNORE
-    merged = None
-    for start in range(0, vocab, width):
-        words = slice(start, min(start + width, vocab))
-        logits = tile[: n * (words.stop - start)].view(n, -1)
-        bias = None if head.bias is None else head.bias[words]
-        head.kernels.products(head.weight[words], head.dtype).logits(hidden, bias, logits)
-        inside = (target >= start) & (target < words.stop)
-        place = torch.where(ignored, IGNORE, torch.where(inside, target - start, 0))
-        piece = what.rows(*(x.squeeze(0) for x in operator(logits[None], place[None], *args)))
-        piece = _placed(piece, inside, start)
-        merged = piece if merged is None else what.merge(merged, piece, *_shares(merged, piece, start, words.stop))
-    assert merged is not None
+    """The rows of a few tokens in the words from ``start`` on that a piece of the head has."""
+    shape = chunk.n, piece.weight.shape[0]
+    logits = tile[: math.prod(shape)].view(shape)
+    piece.products.logits(chunk.take(piece.hidden).to(piece.dtype), piece.bias, logits)
+    target = chunk.row(target)
+    inside = (target >= start) & (target < start + shape[1])
+    place = torch.where(target == IGNORE, IGNORE, torch.where(inside, target - start, 0))
+    rows = getattr(piece.kernels, what.function)(logits.unsqueeze(0), place, chunk.rows(readout))
+    return _placed(what.rows(*(x.squeeze(0) for x in rows)), inside.squeeze(0), start)
+
+
+def _finished(rows: Rows, target: Tensor, vocab: int) -> Rows:
+    """Rows of the whole vocabulary, with what stands for targets outside of it."""
     known = (target >= 0) & (target < vocab)
-    merged = merged._replace(logp=torch.where(merged.lse == -torch.inf, torch.nan, merged.logp))
-    values = (x.masked_fill(~known, torch.nan if x.is_floating_point() else -1) for x in merged)
-    return what.rows(*(x.masked_fill(ignored, 0) if x.is_floating_point() else x for x in values))
+    rows = rows._replace(logp=torch.where(rows.lse == -torch.inf, torch.nan, rows.logp))
+    values = (x.masked_fill(~known, torch.nan if x.is_floating_point() else -1) for x in rows)
+    return type(rows)(*(x.masked_fill(target == IGNORE, 0) if x.is_floating_point() else x for x in values))
 
 
 def _placed(piece: Rows, inside: Tensor, start: int) -> Rows:

@@ -1,9 +1,9 @@
-"""Chunk after chunk: logits, something done to them in place, and the gradients of what made them."""
+"""Chunk after chunk: logits, their gradient, and the gradients of what made them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -61,6 +61,11 @@ class Head:
     def products(self) -> Products:
         return self.kernels.products(self.weight, self.dtype)
 
+    def words(self, start: int, stop: int) -> Head:
+        """The head of a part of the vocabulary."""
+        bias = None if self.bias is None else self.bias[start:stop]
+        return replace(self, weight=self.weight[start:stop], bias=bias)
+
     def rows_per_chunk(self, max_chunk_bytes: int | None) -> int:
         return rows_per_chunk(self.products.row_bytes, self.weight.device, max_chunk_bytes)
 
@@ -69,15 +74,18 @@ class Head:
         return self.kernels.empty(shape, self.row_dtype, self.weight.device)
 
 
-def sweep(head: Head, chunks: Sequence[Chunk], work: Callable[[Tensor, int], None], wanted: Wanted) -> Gradients:
-    """Make the logits of each chunk, let ``work`` replace them by their gradient, and form the gradients from it.
+def sweep(
+    head: Head, chunks: Sequence[Chunk], work: Callable[[Tensor, Tensor, int], None], wanted: Wanted
+) -> Gradients:
+    """Make the logits of each chunk, let ``work`` find their gradient, and form the other gradients from it.
 
     Three products per token in all, two or one where fewer gradients are wanted.
 
     Args:
         head: what makes the logits.
         chunks: of the T tokens.
-        work: gets the logits of a chunk, [1, n, V] fp32 (fp64 for fp64), and its number; leaves their gradient there.
+        work: gets the logits of a chunk, [1, n, V] fp32 (fp64 for fp64), memory for their gradient, which is their own
+            or has the dtype that is multiplied, and the chunk's number.
         wanted: which gradients.
 
     Returns:
@@ -89,16 +97,18 @@ def sweep(head: Head, chunks: Sequence[Chunk], work: Callable[[Tensor, int], Non
     d_weight = head.empty(vocab if wanted.weight else 0, d)
     d_bias = head.weight.new_zeros(vocab if wanted.bias else 0, dtype=head.row_dtype)
     logits_of_largest = head.empty(max((chunk.n for chunk in chunks), default=0), vocab)
+    d_logits_of_largest = head.products.memory_of_gradient(logits_of_largest)
     for k, chunk in enumerate(chunks):
-        hidden, logits = chunk.take(head.hidden).to(head.dtype), logits_of_largest[: chunk.n]
+        hidden = chunk.take(head.hidden).to(head.dtype)
+        logits, d_logits = logits_of_largest[: chunk.n], d_logits_of_largest[: chunk.n]
         head.products.logits(hidden, head.bias, logits)
-        work(logits.unsqueeze(0), k)
+        work(logits.unsqueeze(0), d_logits.unsqueeze(0), k)
         if wanted.hidden:
-            chunk.put(d_hidden, head.products.d_hidden(logits))
+            chunk.put(d_hidden, head.products.d_hidden(d_logits))
         if wanted.weight:
-            head.products.add_d_weight(logits, hidden, d_weight, first=k == 0)
+            head.products.add_d_weight(d_logits, hidden, d_weight, first=k == 0)
         if wanted.bias:
-            d_bias += logits.sum(0)
+            d_bias += d_logits.sum(0, dtype=d_bias.dtype)
     if not chunks:
         d_weight.zero_()
     d_bias = d_bias if head.bias is None else d_bias.to(kept_dtype(head.bias))

@@ -178,9 +178,9 @@ def _constants(shape: geometry.Tile, *tensors: Tensor) -> dict[str, Any]:
 
 
 def _aligned(x: Tensor, vector: int) -> bool:
-    """Whether every row starts at a multiple of 16 bytes and consists of whole vectors."""
+    """Whether every row starts where a vector of its dtype may, and consists of whole ones."""
     starts = all(n == 1 or stride % vector == 0 for n, stride in zip(x.shape[:2], x.stride()[:2], strict=True))
-    return starts and x.shape[-1] % vector == 0 and x.data_ptr() % geometry.VECTOR_BYTES == 0
+    return starts and x.shape[-1] % vector == 0 and x.data_ptr() % (vector * x.itemsize) == 0
 
 
 def _readout(readout: ReadoutArgs) -> tuple[float, float, str]:

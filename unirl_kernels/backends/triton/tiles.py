@@ -163,9 +163,10 @@ def store(
     VECTOR: tl.constexpr,
     UNROLL: tl.constexpr,
 ) -> None:
-    """Write a tile's columns below ``size``, a multiple of VECTOR; ``row`` is a multiple of 16 bytes."""
+    """Write a tile's columns below ``size``, a multiple of VECTOR; ``row`` starts at a whole vector of its dtype."""
+    BYTES: tl.constexpr = row.dtype.element_ty.primitive_bitwidth // 8
     at = row + start + lane_start(LANES, VECTOR) + within_lane(LANES, VECTOR, UNROLL)
-    at = tl.multiple_of(at, (16 // VECTOR, 16 // VECTOR, 16))
+    at = tl.multiple_of(at, (BYTES, BYTES, VECTOR * BYTES))
     value = value.to(row.dtype.element_ty)
     if MASKED:
         tl.store(at, value, mask=whole_vectors(size, start, LANES, VECTOR, UNROLL))
@@ -177,13 +178,14 @@ def store(
 def head_and_body(
     row: tl.tensor, size: tl.tensor, ALIGNED: tl.constexpr, VECTOR: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Columns before the first multiple of 16 bytes in ``row``, and columns in whole vectors from there."""
+    """Columns before the first address in ``row`` where a vector may start, and columns in whole vectors from there."""
     if ALIGNED:
         return 0, size
     else:
-        BYTES: tl.constexpr = 16 // VECTOR
-        beyond = (row.to(tl.uint64) % 16).to(tl.int32)
-        head = tl.minimum((16 - beyond) % 16 // BYTES, size)
+        BYTES: tl.constexpr = row.dtype.element_ty.primitive_bitwidth // 8
+        WHOLE: tl.constexpr = VECTOR * BYTES
+        beyond = (row.to(tl.uint64) % WHOLE).to(tl.int32)
+        head = tl.minimum((WHOLE - beyond) % WHOLE // BYTES, size)
         return head, (size - head) // VECTOR * VECTOR
 
 
