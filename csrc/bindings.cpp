@@ -8,7 +8,6 @@
 #include "cpu/memory.h"
 #include "cpu/products.h"
 #include "cpu/rows.h"
-#include "program_code.h"
 
 namespace {
 
@@ -25,6 +24,7 @@ using unirl::RowGradients;
 using unirl::RowObservations;
 using unirl::RowStats;
 using unirl::require;
+using unirl::require_per_row;
 
 Format format_of(at::ScalarType dtype) {
   switch (dtype) {
@@ -39,20 +39,11 @@ Format format_of(at::ScalarType dtype) {
 }
 
 Matrix matrix(const Tensor& x, const Tensor& logits, const char* name) {
-  require(x.device().is_cpu(), name, " must be on the cpu, got ", x.device());
-  require(x.dim() == 3 && x.size(2) >= 1, name, " must have shape [B, L, V] with V >= 1, got ", x.sizes());
-  require(x.sizes() == logits.sizes(), name, " must have shape ", logits.sizes(), " like logits, got ", x.sizes());
+  require(logits.is_cpu(), "logits must be on the cpu, got ", logits.device());
+  unirl::require_rows(x, logits, name);
   require(x.scalar_type() == logits.scalar_type(), name, " must be ", logits.scalar_type(), " like logits, got ",
           x.scalar_type());
-  require(x.size(2) == 1 || x.stride(2) == 1, name, " must have stride 1 in its last dimension, got ", x.stride(2));
   return {x.data_ptr(), x.stride(0), x.stride(1)};
-}
-
-void require_per_row(const Tensor& x, const Tensor& logits, at::ScalarType dtype, const char* name) {
-  require(x.scalar_type() == dtype, name, " must be ", dtype, ", got ", x.scalar_type());
-  require(x.device().is_cpu() && x.is_contiguous() && x.numel() == logits.size(0) * logits.size(1), name,
-          " must be contiguous on the cpu with a value per row of logits ", logits.sizes(), ", got ", x.sizes(),
-          " on ", x.device());
 }
 
 Column column(const OptionalTensor& x, const Tensor& logits, const char* name) {
@@ -63,20 +54,11 @@ Column column(const OptionalTensor& x, const Tensor& logits, const char* name) {
 }
 
 cpu::Rows rows(const Tensor& logits, const Tensor& target, int64_t ignore, const ReadoutArgs& readout) {
-  const auto& [scale, softcap, temperature, row_temperature] = readout;
-  cpu::Rows rows;
-  rows.format = format_of(logits.scalar_type());
-  rows.logits = matrix(logits, logits, "logits");
-  rows.batch = logits.size(0);
-  rows.length = logits.size(1);
-  rows.vocab = logits.size(2);
-  require_per_row(target, logits, at::kLong, "target");
-  rows.target = target.data_ptr<int64_t>();
-  rows.ignore = ignore;
-  rows.scale = scale;
-  rows.softcap = softcap.value_or(0);
-  rows.temperature = temperature;
-  rows.row_temperature = column(row_temperature, logits, "row_temperature");
+  const Format format = format_of(logits.scalar_type());
+  const Matrix of = matrix(logits, logits, "logits");
+  cpu::Rows rows = unirl::rows_without_logits<cpu::Rows>(logits, target, ignore, readout, column);
+  rows.format = format;
+  rows.logits = of;
   return rows;
 }
 
@@ -123,15 +105,7 @@ void fused_loss(const Tensor& logits, const Tensor& target, int64_t ignore, cons
   const auto& [weight, advantage, old_logp, ref_logp] = fields;
   const auto& [loss, logp, entropy] = out;
   const cpu::Rows of = rows(logits, target, ignore, readout);
-  require(params.scalar_type() == at::kDouble && params.dim() == 1 && params.is_contiguous() &&
-              params.device().is_cpu(),
-          "params must be a contiguous float64 vector on the cpu, got ", params.scalar_type(), " ", params.sizes(),
-          " on ", params.device());
-  const unirl::Program program = unirl::decode_program(code, params.numel());
-  require(ref_logp || !unirl::reads_input(program, unirl::REF_LOGP),
-          "ref_logp must be given: the objective reads it");
-  require(advantage || !unirl::reads_input(program, unirl::ADVANTAGE),
-          "advantage must be given: the objective reads it");
+  const unirl::Program program = unirl::program_of(code, params, fields, logits);
   const cpu::FieldColumns from = {column(weight, logits, "weight"), column(advantage, logits, "advantage"),
                              column(old_logp, logits, "old_logp"), column(ref_logp, logits, "ref_logp")};
   const cpu::FusedColumns to = {column(loss, logits, "loss"), column(logp, logits, "logp"),

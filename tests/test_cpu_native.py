@@ -88,7 +88,7 @@ def test_tensors_are_checked() -> None:
         ((logits[0], target), r"logits must have shape \[B, L, V\]"),
         ((logits.transpose(1, 2), torch.zeros(1, 100, dtype=torch.int64)), "logits must have stride 1"),
         ((logits, target.int()), "target must be Long, got Int"),
-        ((logits, target[:, :2]), "target must be contiguous on the cpu with a value per row"),
+        ((logits, target[:, :2]), "target must be contiguous on cpu with a value per row"),
     ):
         with pytest.raises(ValueError, match=message):
             cpu.token_stats(*arguments, IDENTITY)

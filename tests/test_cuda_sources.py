@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import sysconfig
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
@@ -97,6 +98,22 @@ def _compiled(source: Path, folder: Path) -> Path:
 def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Usage]]:
     source, architecture = request.param
     return source.stem, _dump(_compiled(source, tmp_path_factory.getbasetemp()), architecture)
+
+
+@models
+def test_bindings_compile_against_torch(tmp_path: Path) -> None:
+    """torch's own headers for CUDA come with every build of it, but for one that a build with CUDA generates."""
+    from torch.utils.cpp_extension import include_paths
+
+    cuda = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "include")
+    if not (cuda / "cuda_runtime.h").is_file():
+        pytest.skip(f"needs CUDA's headers, not found in {cuda} (set CUDA_HOME)")
+    folders = [*include_paths(), sysconfig.get_paths()["include"], cuda]
+    macros = ["-DUNIRL_WITH_CUDA", "-DC10_USING_CUSTOM_GENERATED_MACROS"]
+    for source in ("csrc/bindings.cpp", "csrc/cuda/bindings.cpp"):
+        command = [CXX, "-std=c++20", "-fsyntax-only", *macros, *(f"-isystem{f}" for f in folders), ROOT / source]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-4000:]
 
 
 @compiles

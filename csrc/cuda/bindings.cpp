@@ -4,7 +4,6 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include "../arguments.h"
-#include "../program_code.h"
 #include "rows.h"
 
 namespace unirl {
@@ -36,22 +35,12 @@ Format format_of(const Tensor& x) {
 }
 
 Matrix matrix(const Tensor& x, const Tensor& logits, const char* name) {
-  require(x.is_cuda() && x.device() == logits.device(), name, " must be on the CUDA device of logits, ",
-          logits.device(), ", got ", x.device());
-  require(x.dim() == 3 && x.size(2) >= 1, name, " must have shape [B, L, V] with V >= 1, got ", x.sizes());
-  require(x.sizes() == logits.sizes(), name, " must have shape ", logits.sizes(), " like logits, got ", x.sizes());
+  require(logits.is_cuda(), "logits must be on a CUDA device, got ", logits.device());
+  require_rows(x, logits, name);
   const bool rounded = x.scalar_type() == at::kBFloat16 && logits.scalar_type() == at::kFloat;
   require(rounded || x.scalar_type() == logits.scalar_type(), name, " must be ", logits.scalar_type(),
           " like logits, or BFloat16 for Float, got ", x.scalar_type());
-  require(x.size(2) == 1 || x.stride(2) == 1, name, " must have stride 1 in its last dimension, got ", x.stride(2));
   return {x.data_ptr(), x.stride(0), x.stride(1), format_of(x)};
-}
-
-void require_per_row(const Tensor& x, const Tensor& logits, at::ScalarType dtype, const char* name) {
-  require(x.scalar_type() == dtype, name, " must be ", dtype, ", got ", x.scalar_type());
-  require(x.device() == logits.device() && x.is_contiguous() && x.numel() == logits.size(0) * logits.size(1), name,
-          " must be contiguous on ", logits.device(), " with a value per row of logits ", logits.sizes(), ", got ",
-          x.sizes(), " on ", x.device());
 }
 
 float* column(const OptionalTensor& x, const Tensor& logits, const char* name) {
@@ -61,19 +50,9 @@ float* column(const OptionalTensor& x, const Tensor& logits, const char* name) {
 }
 
 Rows rows(const Tensor& logits, const Tensor& target, int64_t ignore, const ReadoutArgs& readout) {
-  const auto& [scale, softcap, temperature, row_temperature] = readout;
-  Rows rows;
-  rows.logits = matrix(logits, logits, "logits");
-  rows.batch = logits.size(0);
-  rows.length = logits.size(1);
-  rows.vocab = logits.size(2);
-  require_per_row(target, logits, at::kLong, "target");
-  rows.target = target.data_ptr<int64_t>();
-  rows.ignore = ignore;
-  rows.scale = scale;
-  rows.softcap = softcap.value_or(0);
-  rows.temperature = temperature;
-  rows.row_temperature = column(row_temperature, logits, "row_temperature");
+  const Matrix of = matrix(logits, logits, "logits");
+  Rows rows = rows_without_logits<Rows>(logits, target, ignore, readout, column);
+  rows.logits = of;
   return rows;
 }
 
@@ -108,13 +87,7 @@ void fused_loss(const Tensor& logits, const Tensor& target, int64_t ignore, cons
   const auto& [weight, advantage, old_logp, ref_logp] = fields;
   const auto& [loss, logp, entropy] = out;
   const Rows of = rows(logits, target, ignore, readout);
-  require(params.scalar_type() == at::kDouble && params.dim() == 1 && params.is_contiguous() &&
-              params.device() == logits.device(),
-          "params must be a contiguous float64 vector on ", logits.device(), ", got ", params.scalar_type(), " ",
-          params.sizes(), " on ", params.device());
-  const Program program = decode_program(code, params.numel());
-  require(ref_logp || !reads_input(program, REF_LOGP), "ref_logp must be given: the objective reads it");
-  require(advantage || !reads_input(program, ADVANTAGE), "advantage must be given: the objective reads it");
+  const Program program = program_of(code, params, fields, logits);
   const cuda::FieldColumns from = {column(weight, logits, "weight"), column(advantage, logits, "advantage"),
                                    column(old_logp, logits, "old_logp"), column(ref_logp, logits, "ref_logp")};
   const cuda::FusedColumns to = {column(loss, logits, "loss"), column(logp, logits, "logp"),

@@ -63,4 +63,5 @@ def token_observations(logits: Tensor, target: Tensor, readout: ReadoutArgs) -> 
 
 
 def scale_(x: Tensor, factor: Tensor) -> None:
-    _native().scale_(x[(None,) * (3 - x.dim())], factor.to(torch.float32))
+    if x.numel():
+        _native().scale_(x[(None,) * (3 - x.dim())], factor.to(torch.float32))

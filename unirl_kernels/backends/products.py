@@ -60,7 +60,9 @@ class Mixed:
         if bias is None:
             torch.mm(hidden, self.weight.t(), out_dtype=torch.float32, out=out)
         else:
-            torch.addmm(bias.to(torch.float32), hidden, self.weight.t(), out_dtype=torch.float32, out=out)
+            # As a matrix: cuBLASLt's own addition of a bias is wrong for fp32 results of 16-bit operands.
+            out.copy_(bias)
+            torch.addmm(out, hidden, self.weight.t(), out_dtype=torch.float32, out=out)
 
     def d_hidden(self, d_logits: Tensor) -> Tensor:
         return torch.mm(d_logits, self.weight, out_dtype=torch.float32)
