@@ -194,7 +194,7 @@ def exact(*shape: int, dtype: torch.dtype) -> Tensor:
 def test_products_into_fp32(bias: torch.dtype | None) -> None:
     weight, hidden = exact(33, 6, dtype=torch.bfloat16), exact(5, 6, dtype=torch.bfloat16)
     products = Mixed(weight)
-    assert products.row_bytes == 33 * (4 + 2)
+    assert products.row_bytes == 33 * 4 + 40 * 2
     added = None if bias is None else exact(33, dtype=bias)
     logits = torch.full((5, 33), torch.nan)
     products.logits(hidden, added, logits)
@@ -203,6 +203,7 @@ def test_products_into_fp32(bias: torch.dtype | None) -> None:
 
     d_logits = products.memory_of_gradient(logits).copy_(exact(5, 33, dtype=torch.float32))
     assert d_logits.dtype == torch.bfloat16
+    assert d_logits.stride() == (40, 1)
     d_hidden = products.d_hidden(d_logits)
     assert d_hidden.dtype == torch.float32
     assert torch.equal(d_hidden.double(), d_logits.double() @ weight.double())

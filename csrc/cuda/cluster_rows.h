@@ -251,8 +251,13 @@ std::string launch(const Rows& rows, const Matrix& d_logits, const Step& step, c
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   config.attrs = &attribute;
   config.numAttrs = 1;
-  const int memory = static_cast<int>(config.dynamicSmemBytes);
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, memory);
+  // The same for every V: threads that launch the same kernel for different ones must not lower each other's limit.
+  constexpr int MOST_MEMORY = MAX_SLICE + Slice<Format>::SLACK;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, MOST_MEMORY);
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  }
   if (error == cudaSuccess && cut.cluster > PORTABLE_CLUSTER) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   }

@@ -51,16 +51,22 @@ class Mixed:
 
     @property
     def row_bytes(self) -> int:
-        return (4 + self.weight.itemsize) * self.weight.shape[0]
+        return 4 * self.weight.shape[0] + self.weight.itemsize * self._row
+
+    @property
+    def _row(self) -> int:
+        """V, and what brings the next row of a gradient to a multiple of 16 bytes: tensor cores' operands are such."""
+        step = 16 // self.weight.itemsize
+        return -(-self.weight.shape[0] // step) * step
 
     def memory_of_gradient(self, logits: Tensor) -> Tensor:
-        return torch.empty_like(logits, dtype=self.weight.dtype)
+        return self.weight.new_empty(logits.shape[0], self._row)[:, : logits.shape[1]]
 
     def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
         if bias is None:
             torch.mm(hidden, self.weight.t(), out_dtype=torch.float32, out=out)
         else:
-            # As a matrix: cuBLASLt's own addition of a bias is wrong for fp32 results of 16-bit operands.
+            # As a matrix: with out_dtype, torch has had trouble with a vector (pytorch/pytorch#154086).
             out.copy_(bias)
             torch.addmm(out, hidden, self.weight.t(), out_dtype=torch.float32, out=out)
 
