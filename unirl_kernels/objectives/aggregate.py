@@ -27,8 +27,7 @@ class SequenceMean:
     """
 
     def weights(self, batch: Batch) -> Tensor:
-        per_sequence = 1 / (batch.n_sequences * batch.lengths.clamp(min=1).double())
-        return batch.per_token(per_sequence) * batch.valid
+        return batch.valid / batch.per_token(batch.n_sequences * batch.lengths.clamp(min=1).double())
 
 
 @dataclass(frozen=True, eq=False)
