@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from types import MethodType, TracebackType
 from typing import Any
@@ -74,16 +75,24 @@ def readout_of(config: Any) -> Readout:
 
     Args:
         config: transformers' configuration of the model. Known are ``final_logit_softcapping`` (Gemma 2),
-            ``logits_soft_cap`` (RecurrentGemma), ``logit_scale`` (Cohere), ``output_multiplier``,
-            ``lm_head_multiplier`` (Falcon H1) and ``logits_scaling`` (Granite divides by it, HyperCLOVA X multiplies).
+            ``logits_soft_cap`` (RecurrentGemma), ``output_logit_soft_cap`` (xLSTM), ``logit_scale`` (Cohere),
+            ``output_multiplier``, ``lm_head_multiplier`` (Falcon H1), ``logits_mup_width_multiplier`` (Inkling divides
+            by it) and ``logits_scaling`` (Granite divides by it, HyperCLOVA X multiplies).
+
+    Returns:
+        ``Readout``; the identity where none of them is set.
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    factors = (getattr(text, name, None) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"))
-    scale = next((float(factor) for factor in factors if factor is not None), 1.0)
-    if (scaling := getattr(text, "logits_scaling", None)) is not None:
-        scale *= scaling if text.model_type == "hyperclovax" else 1 / scaling
-    caps = (getattr(text, name, None) for name in ("final_logit_softcapping", "logits_soft_cap"))
-    return Readout(softcap=next((cap for cap in caps if cap is not None), None), scale=scale)
+
+    def known(*names: str) -> list[float]:
+        return [float(value) for name in names if (value := getattr(text, name, None)) is not None]
+
+    scale = math.prod(known("logit_scale", "output_multiplier", "lm_head_multiplier"))
+    scale /= math.prod(known("logits_mup_width_multiplier"))
+    scaling = math.prod(known("logits_scaling"))
+    scale = scale * scaling if getattr(text, "model_type", None) == "hyperclovax" else scale / scaling
+    caps = known("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    return Readout(softcap=caps[0] if caps else None, scale=scale)
 
 
 class FusedHead:
@@ -91,8 +100,12 @@ class FusedHead:
 
     With labels its forward runs the backbone, takes the loss from the hidden states and returns ``logits=None``;
     without labels (in generation, say) it is the model's own. The loss is ``causal_lm_loss``, gradient accumulation's
-    ``num_items_in_batch`` included. Trained with ``Trainer``, nothing else changes; in evaluation ask for the loss
-    only (``prediction_loss_only=True``), for there are no logits to return.
+    ``num_items_in_batch`` included. A deep copy of the model has the head too, until ``undo``; one that was saved or
+    pickled has not.
+
+    Trained with ``Trainer``, nothing else changes. Where that computes the loss itself (``label_smoothing_factor``,
+    ``compute_loss_func``) it keeps the labels, so that the model's own forward runs and makes logits. Evaluation gives
+    the loss alone: the predictions that ``predict`` returns and ``compute_metrics`` gets are ``()``.
 
     Args:
         model: transformers' model for causal language modelling, or PEFT's around one. It is run on three tokens, to
@@ -136,30 +149,36 @@ class FusedHead:
         The hidden states are random, and so large that a soft cap shows; the backbone's own may be small, or zero.
         """
         model, name, scale, cap = self._model, type(self._model).__name__, self._readout.scale, self._readout.softcap
-        ours = torch.empty(0)
+        ours = None
 
         def in_place_of_backbone(_: nn.Module, __: Any, output: Any) -> Any:
             nonlocal ours
+            weight, bias = head_parameters(model.get_output_embeddings())
             shape = output.last_hidden_state.shape
+            if weight.shape[1] != shape[-1]:
+                raise ValueError(f"model's output layer must take hidden states of {shape[-1]}, got {weight.shape[1]}")
             x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(output.last_hidden_state)
-            parameters = head_parameters(model.get_output_embeddings())
-            x = x * (_LARGE / (linear(x, *parameters) * scale).abs().max().clamp_min(1e-6))
-            ours = linear(x, *parameters).float() * scale
+            x = x * (_LARGE / (linear(x, weight, bias) * scale).abs().max().clamp_min(1e-6))
+            ours = linear(x, weight, bias).float() * scale
             ours = ours if cap is None else cap * torch.tanh(ours / cap)
             output.last_hidden_state = x
             return output
 
         was_training, hook = model.training, model.base_model.register_forward_hook(in_place_of_backbone)
+        ids = torch.zeros(1, 3, dtype=torch.int64, device=model.device)
+        # A place that is masked and has a label shows whether the loss looks at anything but labels.
+        mask = torch.tensor([[1, 1, 0]], device=model.device)
         try:
             model.eval()
-            ids = torch.zeros(1, 3, dtype=torch.int64, device=model.device)
             with torch.no_grad():
-                theirs = model(input_ids=ids, labels=ids, use_cache=False, return_dict=True)
+                theirs = model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False, return_dict=True)
         finally:
             model.train(was_training)
             hook.remove()
         if theirs.logits is None:
             raise ValueError(f"model must return logits beside its loss; has {name} a fused head already?")
+        if ours is None:
+            raise TypeError(f"model must run its base_model and an output layer; {name} calls something else")
         # In another order of operations the model's own dtype rounds otherwise.
         if not _close(theirs.logits, ours, rounding=torch.finfo(theirs.logits.dtype).eps):
             raise ValueError(
