@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -268,12 +265,3 @@ def test_explain_shows_the_row_the_coefficient_and_the_function() -> None:
     assert "cumsum" in str(uk.explain(uk.Loss(lambda t: torch.cumsum(t.logp, 0))))
     with pytest.raises(TypeError, match="loss must be a Loss"):
         uk.explain(Clip())
-
-
-def test_readme_runs_as_pasted() -> None:
-    """The Python blocks of README's quick start, one after the other, in a fresh process."""
-    text = (Path(__file__).parent.parent / "README.md").read_text().split("## Use it in TRL")[0]
-    blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
-    assert len(blocks) == 4
-    result = subprocess.run([sys.executable, "-c", "\n".join(blocks)], capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
