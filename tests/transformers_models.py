@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from unirl_kernels.accuracy import violations
+from unirl_kernels.accuracy import condition_of, violations
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -107,6 +107,13 @@ def loss_and_gradients(model: Any, inputs: Mapping[str, Any], logits: bool = Tru
     out = model(**inputs)
     assert (out.logits is not None) == logits
     return {"loss": out.loss, **gradients(model, out.loss)}
+
+
+def cancelling(exact: Mapping[str, Tensor]) -> dict[str, float]:
+    """Conditions of gradients: one may be a sum that cancels, of terms as large as the largest of them."""
+    found = {name: x for name, x in exact.items() if name != "loss"}
+    largest = max(x.abs().max().item() for x in found.values())
+    return {name: condition_of(x, largest) for name, x in found.items()}
 
 
 def own_and_exact(model: Any, inputs: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
