@@ -57,11 +57,13 @@ def _of_linear(module: Any) -> HeadParameters:
 
 
 def _check_linear(module: Any) -> None:
-    name = type(module).__name__
-    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+    kind = type(module)
+    if not isinstance(module, nn.Linear) or kind.forward is not nn.Linear.forward:
+        # PEFT calls the layers of its other methods Linear, too.
+        name = f"{kind.__module__}.{kind.__qualname__}"
         raise TypeError(f"module must be a torch.nn.Linear, or one adapted by PEFT's LoRA, got {name}")
     if "forward" in vars(module):
-        raise TypeError(f"module's forward must be that of {name}, got one that was put in its place")
+        raise TypeError("module's forward must be that of torch.nn.Linear, got one that was put in its place")
     if hooks := [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]:
         raise TypeError(f"module must have no forward hooks, which would not run, got {hooks[0]!r}")
 
