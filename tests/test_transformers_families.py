@@ -47,6 +47,18 @@ def test_fused_head_of_tied_embeddings() -> None:
     check_model(model)
 
 
+def test_fused_head_of_a_model_that_sees_images() -> None:
+    image, sizes = V - 1, {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = transformers.CLIPVisionConfig(**sizes, image_size=8, patch_size=4)
+    parts = {"vision_config": vision, "text_config": transformers.LlamaConfig(**SIZES)}
+    config = transformers.LlavaConfig(**parts, image_token_index=image)
+    model, inputs = transformers.LlavaForConditionalGeneration(config), tokens()
+    ids = inputs["input_ids"].clamp(max=image - 1)
+    ids[0, 1:5] = image
+    labels = ids.masked_fill((ids == image) | (inputs["attention_mask"] == 0), -100)
+    check_model(model, input_ids=ids, labels=labels, pixel_values=torch.randn(1, 3, 8, 8))
+
+
 @pytest.mark.parametrize("targets", [["lm_head"], ["q_proj", "lm_head"]], ids=len)
 def test_fused_head_of_an_adapted_model(targets: list[str]) -> None:
     model = adapted(tiny(), *targets)
