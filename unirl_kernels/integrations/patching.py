@@ -70,7 +70,7 @@ def _loaded(where: str) -> Iterator[ModuleType]:
 
 
 def known(module: ModuleType, name: str, *signatures: Sequence[str]) -> tuple[Any, Sequence[str]]:
-    """A function, or an autograd function, of another library that takes what is expected of it.
+    """A function, an autograd function or a module of another library that takes what is expected of it.
 
     Args:
         module: where it is looked for.
@@ -87,8 +87,13 @@ def known(module: ModuleType, name: str, *signatures: Sequence[str]) -> tuple[An
     found = getattr(module, name, None)
     if found is None:
         raise RuntimeError(f"looked for {wanted} in {module.__name__}, found nothing of that name")
-    function: Any = getattr(found, "forward", found)
-    taken = [parameter for parameter in inspect.signature(function).parameters if parameter != "ctx"]
+    taken = parameters_of(found)
     if taken not in map(list, signatures):
         raise RuntimeError(f"looked for {wanted} in {module.__name__}, found {name}({', '.join(taken)})")
     return found, taken
+
+
+def parameters_of(found: Any) -> list[str]:
+    """Names of what a function, or the forward of an autograd function or a module, is called with, in order."""
+    function = getattr(found, "forward", found)
+    return [name for name in inspect.signature(function).parameters if name not in ("ctx", "self")]

@@ -1,8 +1,19 @@
 """verl's functions on this package's kernels, with verl's names, signatures and results.
 
-Known is verl 0.9. ``patch()`` puts the functions where verl's own are, in ``verl.utils.torch_functional`` for its path
-over logits (padding removed or not) and in ``verl.utils.kernel.linear_cross_entropy`` for ``use_fused_kernels`` with
-``impl_backend: triton``, which then needs no Triton.
+Known is verl 0.9. ``patch()`` puts them where verl's own are:
+
+- in ``verl.utils.torch_functional``, for log-probabilities and entropies of logits, padding removed or not: the engines
+  for FSDP, VeOmni, AutoModel and torchtitan, and PrefixGrouper;
+- in ``verl.utils.experimental.torch_functional``, for ``use_fused_kernels`` with ``impl_backend: torch`` or ``liger``;
+- in ``verl.utils.kernel.linear_cross_entropy``, for ``impl_backend: triton``, which then needs no Triton, and for
+  Megatron's fused forward where one process has the whole vocabulary.
+
+Everything else stays verl's: Megatron's functions of a vocabulary that is split, VeOmni's own fused head, top-k
+distillation, and ``calculate_sum_pi_squared``. Engines refuse a temperature per sample together with
+``use_fused_kernels`` themselves.
+
+Log-probabilities and entropies are float32 also for 16-bit operands, of which verl's own are rounded to 16 bits in
+part (logits of the torch backend, entropies, log-probabilities without flash-attn).
 """
 
 from __future__ import annotations
@@ -15,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unirl_kernels.api import linear_token_stats, token_stats
-from unirl_kernels.integrations.patching import Patch, Replacement, known
+from unirl_kernels.api import TokenStats, linear_token_stats, token_stats
+from unirl_kernels.integrations.patching import Patch, Replacement, known, parameters_of
 from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout
 
@@ -48,17 +59,21 @@ def patch() -> Patch:
         raise RuntimeError(f"verl must be of version {KNOWN}, got {installed}")
     unpatch()
     of_logits = importlib.import_module("verl.utils.torch_functional")
-    of_hidden = importlib.import_module("verl.utils.kernel.linear_cross_entropy")
-    apply = known(of_hidden, "LinearCrossEntropy", _LINEAR)[0].apply
-    if getattr(of_hidden, "linear_cross_entropy", None) != apply:
-        raise RuntimeError(f"looked for linear_cross_entropy = LinearCrossEntropy.apply in {of_hidden.__name__}")
-    _active = Patch(
-        [
-            Replacement(known(of_logits, "logprobs_from_logits", _LOGPROBS)[0], logprobs_from_logits, "verl"),
-            Replacement(known(of_logits, "entropy_from_logits", ("logits",))[0], entropy_from_logits, "verl"),
-            Replacement(of_hidden.linear_cross_entropy, linear_cross_entropy, "verl"),
-        ]
-    )
+    of_hidden = importlib.import_module("verl.utils.experimental.torch_functional")
+    of_kernel = importlib.import_module("verl.utils.kernel.linear_cross_entropy")
+    replaced: list[tuple[Any, Any]] = [
+        (of_logits, logprobs_from_logits),
+        (of_logits, entropy_from_logits),
+        (of_logits, entropy_from_logits_with_chunking),
+        (of_hidden, FusedLinearForPPO),
+    ]
+    replacements = [Replacement(known(m, new.__name__, parameters_of(new))[0], new, "verl") for m, new in replaced]
+    apply = known(of_kernel, "LinearCrossEntropy", parameters_of(linear_cross_entropy))[0].apply
+    if getattr(of_kernel, "linear_cross_entropy", None) != apply:
+        raise RuntimeError(f"looked for linear_cross_entropy = LinearCrossEntropy.apply in {of_kernel.__name__}")
+    # Another read of ``apply`` is another object: what takes its place takes that of the one in verl's modules.
+    replacements.append(Replacement(of_kernel.linear_cross_entropy, linear_cross_entropy, "verl"))
+    _active = Patch(replacements)
     return _active
 
 
@@ -68,10 +83,6 @@ def unpatch() -> None:
     if _active is not None:
         _active.undo()
         _active = None
-
-
-_LOGPROBS = ("logits", "labels", "inplace_backward")
-_LINEAR = ("hidden", "weight", "labels", "temperature", "reduction", "dist_process_group")
 
 
 def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
@@ -88,16 +99,26 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
     """
     of_leaf = logits.is_leaf or (logits._base is not None and logits._base.is_leaf)
     overwrite = inplace_backward and logits.requires_grad and not of_leaf and torch.is_grad_enabled()
-    rows = logits if logits.dim() in (2, 3) else logits.reshape(-1, logits.shape[-1])
+    rows = _rows(logits)
     target = labels.reshape(rows.shape[:-1])
     return token_stats(rows, target, plan=Plan(overwrite_logits=overwrite)).logp.view(logits.shape[:-1])
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
     """H of each distribution, [...] float32, from logits [..., V]."""
-    rows = logits if logits.dim() in (2, 3) else logits.reshape(-1, logits.shape[-1])
+    rows = _rows(logits)
     target = torch.zeros(rows.shape[:-1], dtype=torch.int64, device=logits.device)
     return token_stats(rows, target).entropy.view(logits.shape[:-1])
+
+
+def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) -> Tensor:
+    """H of each distribution, [...] float32, from logits [..., V].
+
+    Args:
+        logits: [..., V].
+        chunk_size: of verl's chunks, which keep its copies of the logits small; here there are none.
+    """
+    return entropy_from_logits(logits)
 
 
 def linear_cross_entropy(
@@ -129,8 +150,53 @@ def linear_cross_entropy(
     reductions: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda x: x, "sum": torch.sum, "mean": torch.mean}
     if reduction.lower() not in reductions:
         raise ValueError(f"reduction must be one of {', '.join(reductions)}, got {reduction!r}")
+    stats = _linear_stats(hidden, weight, labels, temperature)
+    return reductions[reduction.lower()](stats.logp), stats.entropy
+
+
+class FusedLinearForPPO(torch.nn.Module):
+    """log pi of each label, and H, from hidden states and the head's weight; the logits are never formed as a whole.
+
+    Args:
+        chunk_size: of verl's chunks of tokens; the kernels choose theirs.
+        impl_backend: ``torch`` or ``liger``, of which verl has two heads; here they are one.
+
+    Raises:
+        ValueError: when the backend is another.
+    """
+
+    def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
+        super().__init__()
+        if impl_backend not in ("torch", "liger"):
+            raise ValueError(f"impl_backend must be torch or liger, got {impl_backend!r}")
+
+    def forward(
+        self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float | Tensor = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """log pi of each label, and H.
+
+        Args:
+            hidden_states: [B, L, D] or [T, D].
+            vocab_weights: [V, D].
+            input_ids: [B, L] or [T], the labels.
+            temperature: of the logits, > 0; or, which verl's own cannot, one per label.
+
+        Returns:
+            log-probabilities and entropies, of input_ids' shape; float32, differentiable.
+        """
+        stats = _linear_stats(hidden_states, vocab_weights, input_ids, temperature)
+        return stats.logp.view(input_ids.shape), stats.entropy.view(input_ids.shape)
+
+
+def _rows(logits: Tensor) -> Tensor:
+    """[T, V] or [B, L, V]. Kernels read a row as it lies; verl's functions take any strides."""
+    logits = logits if logits.stride(-1) == 1 else logits.contiguous()
+    return logits if logits.dim() in (2, 3) else logits.reshape(-1, logits.shape[-1])
+
+
+def _linear_stats(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float | Tensor) -> TokenStats:
+    """Statistics of each label, [T]."""
     if isinstance(temperature, Tensor):
         temperature = temperature.expand(labels.shape).reshape(-1).float()
-    readout = Readout(temperature=temperature)
-    stats = linear_token_stats(hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), readout=readout)
-    return reductions[reduction.lower()](stats.logp), stats.entropy
+    rows, target = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).long()
+    return linear_token_stats(rows, weight, target, readout=Readout(temperature=temperature))
