@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.verl_modules import DTYPES, SHAPES, D, V, Verl, check, triton_kernels, verl
+from unirl_kernels.accuracy import condition_of, violations
 from unirl_kernels.integrations import verl as ours
 
 __all__ = ["triton_kernels", "verl"]
@@ -90,6 +91,20 @@ def test_fused_linear_for_ppo_refuses(verl: Verl) -> None:
     for module in (verl.hidden, ours):
         with pytest.raises(ValueError, match="triton"):
             module.FusedLinearForPPO(impl_backend="triton")
+
+
+@pytest.mark.parametrize("head", ["FusedLinearForPPO", "linear_cross_entropy"])
+def test_autocast(verl: Verl, head: str) -> None:
+    """verl's engines run models under it. It rounds the product's operands, and nothing else."""
+    hidden, weight, labels = operands((11,))
+    function = ours.FusedLinearForPPO() if head == "FusedLinearForPPO" else ours.linear_cross_entropy
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        got = function(hidden, weight, labels, 0.7)
+    rounded = hidden.bfloat16(), weight.bfloat16()
+    wanted, size = on_logits(verl, labels, 0.7), lse_of(*rounded, 0.7)
+    plain, truth = wanted(*(x.float() for x in rounded)), wanted(*(x.double() for x in rounded))
+    for x, p, t in zip(got, plain, truth, strict=True):
+        assert not violations(x, p, t, condition=condition_of(t, size))
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])

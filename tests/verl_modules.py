@@ -111,4 +111,6 @@ def check(
         of_values = i < len(got) - len(tensors)
         assert x.dtype == (torch.float32 if of_values else tensors[i - len(got)].dtype)
         assert x.shape == p.shape
-        assert not (problems := violations(x, p.to(x.dtype), t, condition=condition_of(t, size))), f"{i}: {problems}"
+        # A gradient of 16 bits is rounded once, at the end.
+        how = {"condition": condition_of(t, size)} if x.dtype == torch.float32 else {"ulps": 1.0}
+        assert not (problems := violations(x, p.to(x.dtype), t, **how)), f"{i}: {problems}"

@@ -5,8 +5,9 @@ Known is verl 0.9. ``patch()`` puts them where verl's own are:
 - in ``verl.utils.torch_functional``, for log-probabilities and entropies of logits, padding removed or not: the engines
   for FSDP, VeOmni, AutoModel and torchtitan, and PrefixGrouper;
 - in ``verl.utils.experimental.torch_functional``, for ``use_fused_kernels`` with ``impl_backend: torch`` or ``liger``;
-- in ``verl.utils.kernel.linear_cross_entropy``, for ``impl_backend: triton``, which then needs no Triton, and for
-  Megatron's fused forward where one process has the whole vocabulary.
+- in ``verl.utils.kernel.linear_cross_entropy``, for ``impl_backend: triton``, which then needs no Triton (but
+  ``use_remove_padding``, as verl's own does), and for Megatron's fused forward where one process has the whole
+  vocabulary.
 
 Everything else stays verl's: Megatron's functions of a vocabulary that is split, VeOmni's own fused head, top-k
 distillation, and ``calculate_sum_pi_squared``. Engines refuse a temperature per sample together with
