@@ -174,8 +174,14 @@ def test_leaf_is_left_alone(view: bool) -> None:
     ours.logprobs_from_logits(logits, labels[0] if view else labels).sum().backward()
     assert torch.equal(leaf, before)
     assert leaf.grad is not None
+
+
+def test_nothing_is_overwritten_without_a_gradient() -> None:
+    x, labels = torch.randn(11, V, requires_grad=True), torch.randint(0, V, (11,))
     with torch.no_grad():
-        ours.logprobs_from_logits(1 * leaf, labels)
+        logits = 1 * x
+        ours.logprobs_from_logits(logits, labels)
+    assert torch.equal(logits, x)
 
 
 @pytest.mark.parametrize("entropy", [False, True])

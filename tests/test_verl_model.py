@@ -22,6 +22,7 @@ TEMPERATURE, VOCABULARY, LENGTHS = 0.7, 83, (5, 2, 6)
 
 
 def tiny(kind: Any) -> Any:
+    """Of a width that verl's Triton kernels take."""
     sizes = {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": VOCABULARY}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "attn_implementation": "eager"}
     return kind(transformers.LlamaConfig(**sizes, **heads, initializer_range=0.1)).eval()
@@ -29,8 +30,10 @@ def tiny(kind: Any) -> Any:
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # verl divides by zero in rows that it does not store
 @pytest.mark.parametrize("impl_backend", ["torch", "liger", "triton"])
-def test_forward_of_fused_kernels(verl: Verl, triton_kernels: None, impl_backend: str) -> None:
+def test_forward_of_fused_kernels(verl: Verl, request: pytest.FixtureRequest, impl_backend: str) -> None:
     """Log-probabilities, entropies and the gradient of every parameter, in the layout of removed padding."""
+    if impl_backend == "triton":
+        request.getfixturevalue("triton_kernels")
     apply = importlib.import_module("verl.models.transformers.monkey_patch").patch_forward_with_backends
     plain = tiny(transformers.LlamaForCausalLM)
     fused = tiny(type("Fused", (transformers.LlamaForCausalLM,), {}))  # verl changes the class

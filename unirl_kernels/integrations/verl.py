@@ -99,10 +99,8 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
         [...] float32, also for 16-bit logits.
     """
     of_leaf = logits.is_leaf or (logits._base is not None and logits._base.is_leaf)
-    overwrite = inplace_backward and logits.requires_grad and not of_leaf and torch.is_grad_enabled()
-    rows = _rows(logits)
-    target = labels.reshape(rows.shape[:-1])
-    return token_stats(rows, target, plan=Plan(overwrite_logits=overwrite)).logp.view(logits.shape[:-1])
+    rows, plan = _rows(logits), Plan(overwrite_logits=inplace_backward and not of_leaf)
+    return token_stats(rows, labels.reshape(rows.shape[:-1]), plan=plan).logp.view(logits.shape[:-1])
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
