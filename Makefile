@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 TRITON ?= triton==3.7.1
-# What its tests import of verl, without Ray and the servers that it depends on.
+# verl, and what the modules that tests import need; not Ray and all else that it depends on.
 VERL   ?= verl==0.9.1 tensordict==0.10.0 "pyvers<0.2" cloudpickle
 OUT    ?= gpu-check
 WORKERS ?= 2
