@@ -1,0 +1,85 @@
+"""TRL's loss head twice more: its own with its sums in another order, and the oracle's in its place."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import trl.trainer.utils as utils
+from torch import Tensor
+
+from unirl_kernels import reference
+from unirl_kernels.integrations.patching import Patch, Replacement
+
+OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+HEAD = utils._ChunkedLogProbFunction
+TAKEN = [name for name in inspect.signature(HEAD.forward).parameters if name != "ctx"]
+"""What the head of the TRL that is installed takes, in order."""
+
+FUSED = "outputs" in TAKEN
+"""Whether its trainers score tokens by that head; before 1.15 they do by functions of logits."""
+
+
+def oracle(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float,
+    chunk_size: int,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    outputs: Sequence[str] = OUTPUTS,
+) -> tuple[Tensor | None, ...]:
+    """What ``HEAD.apply`` gives from 1.15 on, by the oracle, in the dtype of the operands."""
+    logits = hidden @ weight.t() + (0 if bias is None else bias)
+    logits = reference.apply_readout(logits, temperature, softcap, scale)
+    frozen = logits.detach()
+    observed = (frozen.softmax(-1).square().sum(-1).log(), frozen.mean(-1), frozen.argmax(-1) == targets)
+    values = zip(OUTPUTS, (reference.entropy(logits), *observed), strict=True)
+    return reference.log_probs(logits, targets), *(x if name in outputs else None for name, x in values)
+
+
+def exact() -> Patch:
+    """Let TRL's trainers have their head in fp64, of the operands that their own multiplies."""
+
+    def apply(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor | None, ...]:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        operands = [None if x is None else x.to(dtype).double() for x in (hidden, weight, bias)]
+        with torch.autocast(device, enabled=False):
+            return oracle(*operands, *rest)
+
+    return Patch([Replacement(HEAD, SimpleNamespace(apply=apply), "trl")])
+
+
+def reordered(seed: int) -> Patch:
+    """Let TRL's trainers have their own head with words and features in another order: the same up to rounding."""
+    random = torch.Generator().manual_seed(seed)
+    logp, entropy = utils.selective_log_softmax, utils.entropy_from_logits
+
+    def order(n: int) -> Tensor:
+        return torch.randperm(n, generator=random.manual_seed(seed))
+
+    def apply(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *rest: Any) -> Any:
+        words, features = order(len(weight)), order(weight.shape[1])
+        bias = None if bias is None else bias[words]
+        return HEAD.apply(hidden[:, features], weight[words][:, features], bias, words.argsort()[targets], *rest)
+
+    def selective_log_softmax(logits: Tensor, index: Tensor, *rest: Any) -> Tensor:
+        words = order(logits.shape[-1])
+        return logp(logits[..., words], words.argsort()[index], *rest)
+
+    def entropy_from_logits(logits: Tensor, *rest: Any) -> Tensor:
+        return entropy(logits[..., order(logits.shape[-1])], *rest)
+
+    return Patch(
+        [
+            Replacement(HEAD, SimpleNamespace(apply=apply), "trl"),
+            Replacement(logp, selective_log_softmax, "trl"),
+            Replacement(entropy, entropy_from_logits, "trl"),
+        ]
+    )
