@@ -12,6 +12,7 @@ import trl.trainer.utils as utils
 from torch import Tensor
 
 from unirl_kernels import reference
+from unirl_kernels.accuracy import condition_of, violations
 from unirl_kernels.integrations.patching import Patch, Replacement
 
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -43,15 +44,26 @@ def oracle(
     return reference.log_probs(logits, targets), *(x if name in outputs else None for name, x in values)
 
 
+def check(got: Sequence[Any], plain: Sequence[Any], truth: Sequence[Any], statistics: int) -> None:
+    """Assert that all are within budget: first log-probabilities and other statistics, then gradients."""
+    size = max(1.0, truth[0].abs().max().item())
+    for i, (a, b, true) in enumerate(zip(got, plain, truth, strict=True)):
+        if true.dtype is torch.bool:
+            assert torch.equal(a, true), i
+        else:
+            condition = condition_of(true, size) if i < statistics else 2 * size
+            assert not (problems := violations(a, b, true, condition=condition)), f"{i}: {problems}"
+
+
 def exact() -> Patch:
-    """Let TRL's trainers have their head in fp64, of the operands that their own multiplies."""
+    """Let TRL's trainers have their head in fp64, of the factors that their own multiplies."""
 
     def apply(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor | None, ...]:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        operands = [None if x is None else x.to(dtype).double() for x in (hidden, weight, bias)]
+        factors = [x.to(dtype).double() for x in (hidden, weight)]
         with torch.autocast(device, enabled=False):
-            return oracle(*operands, *rest)
+            return oracle(*factors, None if bias is None else bias.double(), *rest)
 
     return Patch([Replacement(HEAD, SimpleNamespace(apply=apply), "trl")])
 

@@ -7,8 +7,9 @@ imported them.
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -28,8 +29,7 @@ FIRST, LAST = (1, 10), (1, 16)
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 """What the fused head gives besides log-probabilities."""
 
-_DEFAULTS = (*[None] * 6, None, 1.0)
-"""Of the eight arguments that older heads take; only the last two have any."""
+ZERO3 = "weight must not be partitioned by ZeRO-3: TRL gathers it for the backward of its own head only"
 
 _active: Patch | None = None
 
@@ -40,6 +40,9 @@ def patch(plan: Plan = Plan()) -> Patch:
     Trainers are made and used as before. Patching again only changes the plan. In a ``with`` statement the patch ends
     with the block.
 
+    What TRL computes in other ways stays as it is: distillation, and before 1.15 the losses of
+    ``use_liger_kernel=True`` and of SFT, except ``loss_type="dft"``.
+
     Args:
         plan: how the machine computes them.
 
@@ -49,6 +52,7 @@ def patch(plan: Plan = Plan()) -> Patch:
     Raises:
         ImportError: when TRL is not installed.
         RuntimeError: when its version is not known, or does not have what was looked for.
+        ValueError: later, from a trainer that is made for DeepSpeed's ZeRO-3, whose weights are not whole.
     """
     global _active
     _check_version()
@@ -99,11 +103,27 @@ def _of_hidden_states(utils: ModuleType, plan: Plan) -> list[Replacement]:
     }
     theirs, signature = known(utils, "_ChunkedLogProbFunction", *versions)
     replacements = [Replacement(theirs, SimpleNamespace(apply=versions[tuple(signature)]), "trl")]
+    if hasattr(utils, "add_fused_lm_head"):
+        replacements.append(Replacement(utils.add_fused_lm_head, _refusing_zero3(utils.add_fused_lm_head), "trl"))
     if hasattr(utils, "_use_triton"):
         # Where there is no Triton device TRL scores every place, prompts and padding too; here only what counts.
         chooser, _ = known(utils, "_use_triton", ("device",))
         replacements.append(Replacement(chooser, lambda device: True, utils.__name__))
     return replacements
+
+
+def _refusing_zero3(add_fused_lm_head: Callable[..., None]) -> Callable[..., None]:
+    """What trainers call when they are made, so that nothing is sampled before the refusal."""
+
+    @functools.wraps(add_fused_lm_head)
+    def add(*args: Any, **kwargs: Any) -> None:
+        from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+        if is_deepspeed_zero3_enabled():
+            raise ValueError(ZERO3)
+        add_fused_lm_head(*args, **kwargs)
+
+    return add
 
 
 class LogitFunctions:
@@ -146,8 +166,9 @@ class LogitFunctions:
         rows = logits if logits.dim() in (2, 3) else logits.reshape(-1, logits.shape[-1])
         readout = Readout(temperature=float(temperature))
         stats = token_stats(rows, target.reshape(rows.shape[:-1]), readout=readout, plan=self._plan)
-        entropy = stats.entropy.view(index.shape)
-        return stats.logp.view(index.shape), entropy if entropy_requires_grad else entropy.detach()
+        # Copies: trainers write zeros into what they get, and the gradient is made of the statistics.
+        logp, entropy = (x.view(index.shape).clone() for x in (stats.logp, stats.entropy))
+        return logp, entropy if entropy_requires_grad else entropy.detach()
 
     def _several(self, logits: Tensor, index: Tensor, temperature: float, row_mask: Tensor | None) -> Tensor:
         rows = _with_whole_rows(logits).reshape(-1, logits.shape[-1])
@@ -178,8 +199,7 @@ class FusedHead:
 
     def with_entropy(self, *args: Any) -> tuple[Tensor | None, ...]:
         """TRL up to 1.14: log-probability and entropy."""
-        taken: Any = (*args, *_DEFAULTS[len(args) :], ("entropy",))
-        return self.score(*taken)[:2]
+        return self.score(*args, outputs=("entropy",))[:2]
 
     def score(
         self,
@@ -208,7 +228,7 @@ class FusedHead:
             ValueError: when the weight is not whole (ZeRO-3), or something unknown is asked for.
         """
         if hasattr(weight, "ds_id"):
-            raise ValueError("weight must not be partitioned by ZeRO-3, which TRL gathers for its own backward only")
+            raise ValueError(ZERO3)
         if unknown := set(outputs) - {"log_probs", *OUTPUTS}:
             raise ValueError(f"outputs must be among {', '.join(OUTPUTS)}, got {', '.join(sorted(unknown))}")
         if not torch.is_autocast_enabled(hidden.device.type):
