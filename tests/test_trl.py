@@ -31,11 +31,11 @@ from unirl_kernels.integrations.trl import FusedHead, LogitFunctions, patch
 RELATIVE = 1e-5
 """What a logged value may be off by, relative to itself, and a parameter, relative to the change that training made.
 
-Beyond that, twice what rounding does, since terms may cancel: the range of TRL's own values over ``ORDERS`` runs whose
-head takes its words and features in other orders; and for a parameter the rounding of each step.
+Beyond that, since terms may cancel, twice what rounding does: the range of TRL's own values over the run as it is and
+``ORDERS`` runs whose head takes words and features in other orders; and for a parameter the rounding of each step.
 """
 
-ORDERS = 4
+ORDERS = 8
 STEPS = 3
 CLOCKS = ("runtime", "per_second", "step_time", "flos")
 
@@ -252,7 +252,7 @@ class _Times(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
         ctx.factor = factor
-        return x.view_as(x)
+        return x.clone()
 
     @staticmethod
     def backward(ctx: Any, d_x: Tensor) -> tuple[Tensor, None]:

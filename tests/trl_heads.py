@@ -1,4 +1,4 @@
-"""TRL's loss head twice more: its own with its sums in another order, and the oracle's in its place."""
+"""TRL's loss head twice more, its own with its sums in another order and the oracle's; and what is within budget."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def check(got: Sequence[Any], plain: Sequence[Any], truth: Sequence[Any], statis
 
 
 def exact() -> Patch:
-    """Let TRL's trainers have their head in fp64, of the factors that their own multiplies."""
+    """Let TRL's trainers have their fused head in fp64, of the factors that their own multiplies."""
 
     def apply(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor | None, ...]:
         device = hidden.device.type
@@ -69,8 +69,12 @@ def exact() -> Patch:
 
 
 def reordered(seed: int) -> Patch:
-    """Let TRL's trainers have their own head with words and features in another order: the same up to rounding."""
+    """Let TRL's trainers have their own head, of words and features in another order and of logits that are shifted.
+
+    The same up to rounding.
+    """
     random = torch.Generator().manual_seed(seed)
+    shift = torch.rand((), generator=random)
     logp, entropy = utils.selective_log_softmax, utils.entropy_from_logits
 
     def order(n: int) -> Tensor:
@@ -81,17 +85,12 @@ def reordered(seed: int) -> Patch:
         bias = None if bias is None else bias[words]
         return HEAD.apply(hidden[:, features], weight[words][:, features], bias, words.argsort()[targets], *rest)
 
-    def selective_log_softmax(logits: Tensor, index: Tensor, *rest: Any) -> Tensor:
+    def selected(logits: Tensor, index: Tensor) -> Tensor:
         words = order(logits.shape[-1])
-        return logp(logits[..., words], words.argsort()[index], *rest)
+        return logp(logits[..., words] + shift, words.argsort()[index])
 
-    def entropy_from_logits(logits: Tensor, *rest: Any) -> Tensor:
-        return entropy(logits[..., order(logits.shape[-1])], *rest)
+    def entropy_of(logits: Tensor) -> Tensor:
+        return entropy(logits[..., order(logits.shape[-1])] + shift)
 
-    return Patch(
-        [
-            Replacement(HEAD, SimpleNamespace(apply=apply), "trl"),
-            Replacement(logp, selective_log_softmax, "trl"),
-            Replacement(entropy, entropy_from_logits, "trl"),
-        ]
-    )
+    pairs = ((HEAD, SimpleNamespace(apply=apply)), (logp, selected), (entropy, entropy_of))
+    return Patch([Replacement(old, new, "trl") for old, new in pairs])

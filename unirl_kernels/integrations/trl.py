@@ -199,7 +199,8 @@ class FusedHead:
 
     def with_entropy(self, *args: Any) -> tuple[Tensor | None, ...]:
         """TRL up to 1.14: log-probability and entropy."""
-        return self.score(*args, outputs=("entropy",))[:2]
+        score: Any = self.score
+        return score(*args, outputs=("entropy",))[:2]
 
     def score(
         self,
