@@ -116,13 +116,20 @@ def test_is_nearer_to_the_truth_than_its_own_under_autocast() -> None:
 
 @pytest.mark.parametrize("outputs", [("log_probs",), ("log_probs", "entropy"), ("log_probs", "mean_logits", "is_top1")])
 def test_gives_what_is_asked_for(outputs: tuple[str, ...]) -> None:
-    given = inputs(False)
-    rest = (1.0, 64, None, 1.0, outputs)
-    plain, truth = (oracle(*x, *rest) for x in (given, cast(given, torch.float64, torch.float64)))
-    got = FusedHead(uk.Plan()).score(*given, *rest)
-    assert [x is None for x in got] == [x is None for x in truth]
-    ours, plain, truth = ([x for x in values if x is not None] for values in (got, plain, truth))
-    check(ours, plain, truth, STATISTICS)
+    given = inputs(True)
+    exactly = cast(given, torch.float64, torch.float64)
+
+    def call(apply: Callable[..., Any], given: Sequence[Any]) -> list[Any]:
+        *leaves, targets = given
+        leaves = [x.clone().requires_grad_() for x in leaves]
+        values = apply(*leaves, targets, 0.7, 64, 5.0, 0.5, outputs)
+        loss = sum(torch.sin(x).sum() for x in values[:2] if x is not None)
+        return [*values, *torch.autograd.grad(loss, leaves)]
+
+    ours, plain, truth = call(FusedHead(uk.Plan()).score, given), call(oracle, given), call(oracle, exactly)
+    assert [x is None for x in ours] == [x is None for x in truth]
+    ours, plain, truth = ([x for x in values if x is not None] for values in (ours, plain, truth))
+    check(ours, plain, truth, len(outputs))
 
 
 def test_unknown_output_is_refused() -> None:
@@ -159,6 +166,15 @@ def test_weight_of_another_dtype_takes_that_of_hidden() -> None:
     ours = call(FusedHead(uk.Plan()).score, hidden, weight)
     assert ours[1].dtype is torch.bfloat16
     check(ours, theirs, truth, 1)
+
+
+def test_gradient_of_a_wide_weight_is_not_rounded_under_autocast() -> None:
+    hidden, weight, bias, targets = inputs(True)
+    leaves = [weight.requires_grad_(), bias.requires_grad_()]
+    with torch.autocast("cpu", torch.bfloat16):
+        logp = FusedHead(uk.Plan()).score(hidden.bfloat16(), weight, bias, targets, 1.0, 64, outputs=())[0]
+    for gradient in torch.autograd.grad(logp.sum(), leaves):
+        assert not torch.equal(gradient, gradient.bfloat16().float())
 
 
 def test_partitioned_weight_is_refused() -> None:
