@@ -18,6 +18,7 @@ import trl.trainer.utils as utils
 
 import unirl_kernels as uk
 from tests.trl_heads import HEAD
+from unirl_kernels.integrations.patching import Patch, Replacement
 from unirl_kernels.integrations.trl import patch, unpatch
 
 HEADS = ["selective_log_softmax", "entropy_from_logits", "_ChunkedLogProbFunction"]
@@ -95,6 +96,18 @@ def test_context_ends_with_an_error_too() -> None:
         unpatch()
         check_same(before)
     check_same(before)
+
+
+def test_undoing_twice_leaves_a_later_patch_alone() -> None:
+    def later() -> None: ...
+
+    replacement = Replacement(utils.entropy_from_logits, later, "trl")
+    with Patch([replacement]) as first:
+        pass
+    with Patch([replacement]):
+        first.undo()
+        assert utils.entropy_from_logits is later
+    assert utils.entropy_from_logits is replacement.old
 
 
 @pytest.mark.parametrize("version", ["1.9.2", "1.17.0", "2.0.0.dev0"])
