@@ -11,12 +11,18 @@ if not torch.cuda.is_available():
 
 import pytest
 
-from tests.places import PLACES, Place
+from tests.places import DEVICES, PLACES, Place
 
 
 @pytest.fixture(params=PLACES, ids=str)
 def place(request: pytest.FixtureRequest) -> Place:
     """Every backend with every kernel on every device of this machine; a missing one is an error, not a skip."""
+    return request.param
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    """Every device of this machine, with the backend that is chosen there."""
     return request.param
 
 

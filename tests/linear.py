@@ -17,7 +17,7 @@ from tests.cases import BY_NAME, LossCase, Shape, make_target
 from tests.places import PLACES, Place
 from unirl_kernels import reference
 from unirl_kernels.accuracy import condition_of, violations
-from unirl_kernels.backends import COMPOSED, load
+from unirl_kernels.backends import COMPOSED, choose, load
 from unirl_kernels.objectives import Tokens
 
 WIDTH = 12
@@ -117,7 +117,13 @@ def of(places: list[Place], losses: list[LossCase | CustomCase]) -> pytest.MarkD
 
 
 def make_head(
-    shape: Shape, loss: LossCase | CustomCase, dtype: torch.dtype = torch.float32, *, bias: bool = True, seed: int = 0
+    shape: Shape,
+    loss: LossCase | CustomCase,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    *,
+    bias: bool = True,
+    seed: int = 0,
 ) -> LinearHead:
     """A head whose logits look like a trained model's; garbage wherever a token is ignored."""
     torch.manual_seed(seed)
@@ -137,7 +143,9 @@ def make_head(
     hidden[..., 0][ignored] = float("inf")
     n = len(shape.lengths)
     advantage = (torch.arange(n) % 2).float() if loss.verdicts else torch.randn(n) + (torch.arange(n) % 2) * 2 - 1
-    return LinearHead(hidden, weight, head_bias, uk.Batch(target, advantage, old_logp, ref_logp, cu_seqlens))
+    tensors = (hidden, weight, head_bias, target, advantage, old_logp, ref_logp, cu_seqlens)
+    hidden, weight, head_bias, *fields = (None if x is None else x.to(device) for x in tensors)
+    return LinearHead(hidden, weight, head_bias, uk.Batch(*fields))
 
 
 def budget(head: LinearHead, tokens: int | None, backend: str) -> int | None:
@@ -149,6 +157,11 @@ def budget(head: LinearHead, tokens: int | None, backend: str) -> int | None:
 
 def plan_of(place: Place, head: LinearHead, tokens: int | None) -> uk.Plan:
     return replace(place.plan(), max_chunk_bytes=budget(head, tokens, place.backend))
+
+
+def chosen_plan(head: LinearHead, tokens: int | None) -> uk.Plan:
+    """The backend that is chosen where the head lies."""
+    return uk.Plan(max_chunk_bytes=budget(head, tokens, choose(head.weight.device, None, None).backend))
 
 
 def leaves_of(head: LinearHead, frozen: Sequence[str] = ()) -> list[Tensor | None]:
@@ -179,8 +192,7 @@ def fused(
 
 def loss_of(head: LinearHead, leaves: list[Tensor | None], loss: LossCase | CustomCase, tokens: int | None) -> Tensor:
     hidden, weight, bias = leaves
-    plan = uk.Plan(max_chunk_bytes=budget(head, tokens, "cpu"))
-    return uk.fused_linear_loss(hidden, weight, head.batch, loss.make(), bias=bias, plan=plan).loss
+    return uk.fused_linear_loss(hidden, weight, head.batch, loss.make(), bias=bias, plan=chosen_plan(head, tokens)).loss
 
 
 def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, factors: torch.dtype = torch.float32) -> Tensor:

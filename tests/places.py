@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 
 from tests.cases import LossCase, Shape
@@ -40,11 +41,22 @@ class Place:
     def takes(self, shape: Shape) -> bool:
         return not self.interpreted or shape.n_logits <= INTERPRETED_LOGITS
 
+    def need(self, dtype: torch.dtype) -> None:
+        """Skip where the backend does not compute in ``dtype``."""
+        if self.backend == "cuda" and dtype == torch.float64:
+            pytest.skip("has no fp64 kernels: they are for the eager backend")
+
+    def need_observations(self) -> None:
+        """Skip where the backend has no kernel for observations; ``test_cuda_sources`` holds it to the error."""
+        if self.backend == "cuda":
+            pytest.skip("has no kernel for observations, and says so")
+
 
 def _kernels(backend: str, device: str) -> list[Place]:
     return [Place(backend, kernel, device) for kernel in (*load(backend).KERNELS, COMPOSED)]
 
 
+DEVICES = ["cpu"] if INTERPRETED else ["cpu", "cuda"]
 PLACES = [*_kernels("eager", "cpu"), *_kernels("cpu", "cpu"), *_kernels("triton", "cpu" if INTERPRETED else "cuda")]
 if not INTERPRETED:
     PLACES += _kernels("eager", "cuda")

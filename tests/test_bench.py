@@ -87,6 +87,14 @@ def test_truth_is_the_oracle(loss: str) -> None:
     torch.testing.assert_close(found.gradient(False)[torch.float64], expected, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parametrize(("tokens", "sequences"), [(63, 1), (64, 4), (66, 2), (67, 1)])
+def test_any_number_of_tokens(tokens: int, sequences: int) -> None:
+    work = replace(SMALL, tokens=tokens)
+    assert (work.sequences, work.valid_tokens) == (sequences, tokens - sequences)
+    measurement = checked(work, *chosen(work, ["cpu/rows"], ["none"]), RIGHT)
+    assert {row.status for row in measurement.rows.values()} == {OK}
+
+
 def _in_bf16(inputs: Inputs, logp: Tensor) -> Values:
     return inputs.composed(logp.to(torch.bfloat16).float())
 
@@ -215,7 +223,7 @@ def test_command_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
 BAD = {
     "--kernels warp": "--kernels must be among all, none, cpu",
     "--peers nobody": "--peers must be among all, none, compile",
-    "--tokens 66": "--tokens must be divisible by 4 sequences, got 66",
+    "--loss dpo --tokens 65": "--tokens must form two equal sequences for dpo, got 65",
     "--device nowhere": "--device nowhere is not available",
     "--device meta": "--device must be of cpu, cuda, got meta",
     "--out /proc/x/y.json": "cannot write to --out /proc/x/y.json",
@@ -265,6 +273,8 @@ def test_figures_by_hand() -> None:
     assert line.split(" | ")[3:] == ["0.992", "0.992 – 0.992", "0.496", "50", "10.0", "0", "1.0e-06", "2.0e-07 |"]
     assert remarks(run)[0] == "wrong: trl selective: logp: too far"
     assert remarks(run)[-1].startswith("noisy: other processes took 50 %")
+    timed = replace(run.rows[0], time=Timing(1.0, 1.0, 1.0, host=2.5e-5))
+    assert f"host, µs per call: {timed.key} 25" in remarks(replace(run, rows=[timed]))
 
 
 def test_a_record_survives_its_file(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from tests.linear import (
     CustomCase,
     LinearHead,
     Result,
-    budget,
     check_gradients,
+    chosen_plan,
     fused,
     gradients_of,
     leaves_of,
@@ -32,19 +32,19 @@ of_scopes = pytest.mark.parametrize("loss", SCOPES, ids=str)
 
 
 @of_scopes
-def test_the_same_bits_on_a_rerun(loss: LossCase | CustomCase) -> None:
+def test_the_same_bits_on_a_rerun(loss: LossCase | CustomCase, device: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        head = make_head(RAGGED, loss, dtype)
+        head = make_head(RAGGED, loss, dtype, device)
         for tokens in (1, *CHUNKED, None):
-            plan = uk.Plan(max_chunk_bytes=budget(head, tokens, "cpu"))
+            plan = chosen_plan(head, tokens)
             for a, b in zip(fused(head, loss.make(), plan), fused(head, loss.make(), plan), strict=True):
                 assert torch.equal(a, b)
 
 
 @of_scopes
 @pytest.mark.parametrize("factor", [-2.5, 0.0, 65536.0])
-def test_upstream_gradient_scales(loss: LossCase | CustomCase, factor: float) -> None:
-    head = make_head(RAGGED, loss)
+def test_upstream_gradient_scales(loss: LossCase | CustomCase, factor: float, device: str) -> None:
+    head = make_head(RAGGED, loss, device=device)
     for tokens in CHUNKED:
         results = []
         for by in (1.0, factor):
@@ -56,13 +56,13 @@ def test_upstream_gradient_scales(loss: LossCase | CustomCase, factor: float) ->
 
 
 @pytest.mark.parametrize("name", ["grpo_global_token_mean", "dpo"])
-def test_fp16_under_a_gradient_scaler(name: str) -> None:
+def test_fp16_under_a_gradient_scaler(name: str, device: str) -> None:
     """Gradients of single tokens are below what fp16 can hold: they are rounded after they are scaled."""
     case, scale = BY_NAME[name], 65536.0
     if name == "grpo_global_token_mean":
         loss = uk.Loss(uk.grpo().objective, uk.TokenMean(1e6))
         case = LossCase(name, lambda: loss, "grpo", {"how": "token_mean", "n": 1e6})
-    head = make_head(RAGGED, case, torch.float16)
+    head = make_head(RAGGED, case, torch.float16, device)
     for tokens in CHUNKED:
         leaves = leaves_of(head)
         value = loss_of(head, leaves, case, tokens)
@@ -73,8 +73,8 @@ def test_fp16_under_a_gradient_scaler(name: str) -> None:
 
 
 @of_scopes
-def test_a_kept_graph_can_be_used_again(loss: LossCase | CustomCase) -> None:
-    head = make_head(RAGGED, loss)
+def test_a_kept_graph_can_be_used_again(loss: LossCase | CustomCase, device: str) -> None:
+    head = make_head(RAGGED, loss, device=device)
     for tokens in CHUNKED:
         leaves = leaves_of(head)
         value = 3 * loss_of(head, leaves, loss, tokens)
@@ -88,8 +88,8 @@ def test_a_kept_graph_can_be_used_again(loss: LossCase | CustomCase) -> None:
 
 
 @of_scopes
-def test_differentiating_twice_is_refused(loss: LossCase | CustomCase) -> None:
-    head = make_head(RAGGED, loss)
+def test_differentiating_twice_is_refused(loss: LossCase | CustomCase, device: str) -> None:
+    head = make_head(RAGGED, loss, device=device)
     for tokens in CHUNKED:
         leaves = leaves_of(head)
         with pytest.raises(RuntimeError, match="cannot be differentiated again"):
@@ -101,8 +101,8 @@ def test_differentiating_twice_is_refused(loss: LossCase | CustomCase) -> None:
 
 
 @of_scopes
-def test_several_losses_on_one_head_and_backward_into_grad(loss: LossCase | CustomCase) -> None:
-    head = make_head(RAGGED, loss)
+def test_several_losses_on_one_head_and_backward_into_grad(loss: LossCase | CustomCase, device: str) -> None:
+    head = make_head(RAGGED, loss, device=device)
     for tokens in CHUNKED:
         leaves = leaves_of(head)
         alone = [gradients_of(by * loss_of(head, leaves, loss, tokens), leaves) for by in (1, 2)]
@@ -114,8 +114,8 @@ def test_several_losses_on_one_head_and_backward_into_grad(loss: LossCase | Cust
             torch.testing.assert_close(leaf.grad, 2 * a + b)
 
 
-def test_parts_of_the_gradient_can_be_asked_for() -> None:
-    head = make_head(RAGGED, BY_NAME["grpo"])
+def test_parts_of_the_gradient_can_be_asked_for(device: str) -> None:
+    head = make_head(RAGGED, BY_NAME["grpo"], device=device)
     leaves = leaves_of(head)
     together = gradients_of(loss_of(head, leaves, BY_NAME["grpo"], 3), leaves)
     for leaf, expected in zip(leaves, together, strict=True):
@@ -124,10 +124,10 @@ def test_parts_of_the_gradient_can_be_asked_for() -> None:
 
 
 @of_scopes
-def test_tied_embeddings(loss: LossCase | CustomCase) -> None:
+def test_tied_embeddings(loss: LossCase | CustomCase, device: str) -> None:
     """The same parameter as embedding and as head: the gradients of both uses add up."""
-    head = make_head(RAGGED, loss).to(torch.float64)
-    input_ids = torch.randint(0, RAGGED.vocab, head.batch.target.shape)
+    head = make_head(RAGGED, loss, device=device).to(torch.float64)
+    input_ids = torch.randint(0, RAGGED.vocab, head.batch.target.shape).to(device)
 
     def gradient(value_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         weight = head.weight.clone().requires_grad_()
@@ -158,9 +158,9 @@ VIEWS: dict[str, Callable[[LinearHead], tuple[Tensor, Tensor]]] = {
 
 @pytest.mark.parametrize("view", VIEWS)
 @of_scopes
-def test_operands_that_are_views(loss: LossCase | CustomCase, view: str) -> None:
+def test_operands_that_are_views(loss: LossCase | CustomCase, view: str, device: str) -> None:
     """hidden[:, :-1], a weight stored [D, V], hidden states expanded with stride 0: as if they were copied."""
-    head = make_head(RAGGED, loss)
+    head = make_head(RAGGED, loss, device=device)
 
     def seen(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         if view == "hidden_of_a_longer_sequence":

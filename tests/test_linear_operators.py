@@ -37,7 +37,7 @@ of_native = pytest.mark.parametrize("place", NATIVE, ids=str)
 def operator_arguments(place: Place, head: LinearHead) -> dict[str, tuple[object, ...]]:
     hidden, weight, bias = leaves_of(head)
     traced, target = uk.grpo().traced, head.batch.target
-    row = torch.randn(target.shape)
+    row = torch.randn(target.shape).to(target.device)
     readout = (1.0, None, 1.0, None)
     fields = (row.abs(), head.batch.per_token(head.batch.advantage).contiguous(), head.batch.old_logp)
     program = (traced.code, uk.grpo().params(target.device), place.backend, place.kernel)
@@ -100,9 +100,9 @@ def test_compiles_without_a_graph_break(place: Place, loss: LossCase) -> None:
         assert len(graphs) <= compilations + (place.kernel == COMPOSED)
 
 
-def test_compiles_with_inductor() -> None:
+def test_compiles_with_inductor(device: str) -> None:
     torch.compiler.reset()
-    loss, head = uk.grpo(), make_head(PACKED, BY_NAME["grpo"])
+    loss, head = uk.grpo(), make_head(PACKED, BY_NAME["grpo"], device=device)
 
     def f(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         out = uk.fused_linear_loss(hidden * 2.0, weight, head.batch, loss, bias=bias)
@@ -121,17 +121,17 @@ def test_compiles_with_inductor() -> None:
 @of(NATIVE, SCOPES)
 def test_autocast(place: Place, loss: LossCase | CustomCase) -> None:
     """fp32 parameters, operands rounded to bf16: within the budget of fp32 on the rounded operands; the bias is not."""
-    head = make_head(RAGGED, loss)
+    head = make_head(RAGGED, loss, device=place.device)
     for tokens in (*CHUNKED, None):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(place.device, torch.bfloat16):
             got = fused(head, loss.make(), plan_of(place, head, tokens))
         rounded = LinearHead(head.hidden.bfloat16().float(), head.weight.bfloat16().float(), head.bias, head.batch)
         check(got, rounded, loss, factors=torch.bfloat16)
 
 
-def test_autocast_of_statistics_and_of_the_dtype_a_model_gives() -> None:
+def test_autocast_of_statistics_and_of_the_dtype_a_model_gives(device: str) -> None:
     """Hidden states come in bf16 out of an autocast model, the parameters are fp32: gradients in the dtype of each."""
-    head = make_head(RAGGED, BY_NAME["grpo"])
+    head = make_head(RAGGED, BY_NAME["grpo"], device=device)
     leaves = [head.used.hidden.bfloat16().requires_grad_(), *leaves_of(head)[1:]]
 
     def value(hidden: Tensor, of_loss: bool) -> Tensor:
@@ -143,7 +143,7 @@ def test_autocast_of_statistics_and_of_the_dtype_a_model_gives() -> None:
     for of_loss in (True, False):
         results = []
         for hidden in (leaves[0], leaves[0].float()):
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(device, torch.bfloat16):
                 x = value(hidden, of_loss)
             assert x.dtype == torch.float32
             results.append(gradients_of(x, leaves))
@@ -154,8 +154,8 @@ def test_autocast_of_statistics_and_of_the_dtype_a_model_gives() -> None:
 
 @pytest.mark.parametrize("loss", SCOPES, ids=str)
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing(loss: LossCase | CustomCase, reentrant: bool) -> None:
-    head = make_head(RAGGED, loss)
+def test_activation_checkpointing(loss: LossCase | CustomCase, reentrant: bool, device: str) -> None:
+    head = make_head(RAGGED, loss, device=device)
     for tokens in CHUNKED:
         leaves = leaves_of(head.used)
         value = 3 * checkpoint(lambda *x, n=tokens: loss_of(head, x, loss, n), *leaves, use_reentrant=reentrant)
@@ -169,7 +169,7 @@ def test_activation_checkpointing(loss: LossCase | CustomCase, reentrant: bool) 
 @of_native
 def test_outputs_are_detached_float32_and_those_of_the_formed_logits(place: Place) -> None:
     for shape in (RAGGED, PACKED):
-        head = make_head(shape, BY_NAME["dpo"])
+        head = make_head(shape, BY_NAME["dpo"], device=place.device)
         loss = uk.dpo() if place.kernel == COMPOSED else uk.grpo()
         hidden, weight, bias = head.used.operands
         expected = uk.fused_loss(hidden @ weight.t() + bias, head.batch, loss)

@@ -57,7 +57,7 @@ def run(
     bias: bool = True,
     **readout: float | Tensor,
 ) -> None:
-    head = make_head(shape, loss, dtype, bias=bias)
+    head = make_head(shape, loss, dtype, place.device, bias=bias)
     got = fused(head, loss.make(), plan_of(place, head, tokens), uk.Readout(**readout))
     check(got, head, loss, **readout)
 
@@ -119,7 +119,7 @@ def test_readouts(place: Place, readout: str) -> None:
 def test_temperature_per_token(place: Place, shape: Shape) -> None:
     loss = BY_NAME["dpo"] if place.kernel == COMPOSED else BY_NAME["grpo"]
     target = make_head(shape, loss).batch.target
-    temperature = 0.5 + torch.rand(target.shape)
+    temperature = (0.5 + torch.rand(target.shape)).to(place.device)
     for tokens in (3, 5, None):
         run(place, loss, shape, tokens, temperature=temperature, softcap=8.0)
 
@@ -149,15 +149,16 @@ def test_an_objective_that_only_runs_composed(tokens: int | None) -> None:
         fused(head, loss)
     for place in NATIVE:
         if place.kernel == COMPOSED:
+            head = make_head(RAGGED, case, device=place.device)
             check(fused(head, loss, plan_of(place, head, tokens)), head, case)
 
 
 @pytest.mark.parametrize("place", NATIVE, ids=str)
 def test_on_policy_and_advantages_per_token(place: Place) -> None:
     loss = BY_NAME["grpo"]
-    head = make_head(PACKED, loss)
+    head = make_head(PACKED, loss, device=place.device)
     target, _, _, ref_logp, cu_seqlens = vars(head.batch).values()
-    batch = uk.Batch(target, torch.randn(target.shape), None, ref_logp, cu_seqlens)
+    batch = uk.Batch(target, torch.randn(target.shape).to(place.device), None, ref_logp, cu_seqlens)
     head = LinearHead(head.hidden, head.weight, head.bias, batch)
     for tokens in (1, 3, None):
         check(fused(head, loss.make(), plan_of(place, head, tokens)), head, loss)
@@ -166,7 +167,7 @@ def test_on_policy_and_advantages_per_token(place: Place) -> None:
 @of(PLACES, [BY_NAME["grpo"], BY_NAME["dpo"], SEQUENCE_SCOPE])
 def test_nothing_but_ignored_tokens(place: Place, loss: LossCase | CustomCase) -> None:
     """Loss 0, of DPO log 2; gradients of exactly zero; hidden states of garbage are not read."""
-    head = make_head(NOTHING, loss)
+    head = make_head(NOTHING, loss, device=place.device)
     for tokens in (1, None):
         got = fused(head, loss.make(), plan_of(place, head, tokens))
         assert got.loss.item() == pytest.approx(math.log(2) if loss.name == "dpo" else 0.0, rel=1e-6)
@@ -178,8 +179,9 @@ def test_nothing_but_ignored_tokens(place: Place, loss: LossCase | CustomCase) -
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0)], ids=str)
 @pytest.mark.parametrize("place", PLACES, ids=str)
 def test_no_places_at_all(place: Place, shape: tuple[int, int]) -> None:
-    batch = uk.Batch(torch.empty(shape, dtype=torch.int64))
-    head = LinearHead(torch.empty(*shape, 4), torch.randn(7, 4), torch.randn(7), batch)
+    on = {"device": place.device}
+    batch = uk.Batch(torch.empty(shape, dtype=torch.int64, **on))
+    head = LinearHead(torch.empty(*shape, 4, **on), torch.randn(7, 4, **on), torch.randn(7, **on), batch)
     got = fused(head, uk.sft(), place.plan())
     assert got.loss.item() == 0
     assert [x.shape for x in got[1:4]] == [x.shape for x in head.operands]
@@ -205,10 +207,13 @@ def test_not_a_number_of_a_valid_token_is_visible() -> None:
 @of(NATIVE, [BY_NAME["grpo"], BY_NAME["dpo"]])
 def test_gradcheck(place: Place, loss: LossCase) -> None:
     """fp64 heads run the same kernels in fp64: analytic against numeric gradients, chunks of all sizes."""
+    place.need(torch.float64)
     target = torch.tensor([[0, uk.IGNORE, 4], [2, 3, uk.IGNORE]])
     # Finite differences would move old_logp, too, if it were None.
-    batch = uk.Batch(target, torch.tensor([1.0, -0.5]), -2 * torch.rand(2, 3), -2 * torch.rand(2, 3))
-    operands = [torch.randn(*shape, dtype=torch.float64).requires_grad_() for shape in ((2, 3, 3), (5, 3), (5,))]
+    fields = (target, torch.tensor([1.0, -0.5]), -2 * torch.rand(2, 3), -2 * torch.rand(2, 3))
+    batch = uk.Batch(*(x.to(place.device) for x in fields))
+    wide = {"dtype": torch.float64, "device": place.device}
+    operands = [torch.randn(*shape, **wide).requires_grad_() for shape in ((2, 3, 3), (5, 3), (5,))]
     row_bytes = load(place.backend).products(operands[1], torch.float64).row_bytes
     for tokens in (1, 3, 4):
         plan = uk.Plan(place.backend, place.kernel, max_chunk_bytes=tokens * row_bytes)

@@ -13,6 +13,7 @@ from torch import Tensor
 import unirl_kernels as uk
 from tests.cases import BY_NAME
 from tests.linear import (
+    NATIVE,
     NOTHING,
     PACKED,
     RAGGED,
@@ -27,15 +28,17 @@ from tests.linear import (
     leaves_of,
     make_head,
 )
-from unirl_kernels.backends import load
-from unirl_kernels.backends.products import Mixed
+from tests.places import PLACES, Place
+from unirl_kernels.backends import COMPOSED, load
+from unirl_kernels.backends.products import Mixed, Widened
 from unirl_kernels.head.sweep import Head, Wanted, sweep
 from unirl_kernels.measure import peak_extra_bytes
 
 CPU = torch.device("cpu")
 MIB = 2**20
-BACKENDS = ("cpu", "eager")
-of_backends = pytest.mark.parametrize("backend", BACKENDS)
+BACKENDS = [place for place in NATIVE if place.kernel == COMPOSED]
+"""Products are the same for every kernel."""
+of_backends = pytest.mark.parametrize("place", BACKENDS, ids=str)
 
 VALID, WORDS = 8, 37
 """Of ``RAGGED`` and ``PACKED``; the other tokens are ignored."""
@@ -45,12 +48,12 @@ VALID, WORDS = 8, 37
 @pytest.mark.parametrize("frozen", [(), ("weight",), ("hidden",), ("bias",), ("hidden", "bias"), ("weight", "bias")])
 @pytest.mark.parametrize("tokens", [1, 3, None])
 def test_one_pass_takes_three_products_and_fewer_where_something_is_frozen(
-    backend: str, frozen: Sequence[str], tokens: int | None, monkeypatch: pytest.MonkeyPatch
+    place: Place, frozen: Sequence[str], tokens: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    head = make_head(RAGGED, BY_NAME["grpo"])
+    head = make_head(RAGGED, BY_NAME["grpo"], device=place.device)
     everything = fused(head, uk.grpo())
-    plan = uk.Plan(backend, max_chunk_bytes=budget(head, tokens, backend))
-    with counted(monkeypatch, backend) as count:
+    plan = uk.Plan(place.backend, max_chunk_bytes=budget(head, tokens, place.backend))
+    with counted(monkeypatch, place.backend) as count:
         got = fused(head, uk.grpo(), plan, frozen=frozen)
     assert count.products(VALID * WORDS) == {
         "logits": 1,
@@ -67,12 +70,12 @@ def test_one_pass_takes_three_products_and_fewer_where_something_is_frozen(
 @pytest.mark.parametrize(("tokens", "forwards"), [(None, 1), (5, 1), (4, 2), (1, 2)])
 @pytest.mark.parametrize("frozen", [(), ("weight",), ("hidden",)])
 def test_pairs_that_fit_a_chunk_take_three_products_and_others_four(
-    backend: str, tokens: int | None, forwards: int, frozen: Sequence[str], monkeypatch: pytest.MonkeyPatch
+    place: Place, tokens: int | None, forwards: int, frozen: Sequence[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The longest pair has 5 tokens."""
-    head = make_head(PACKED, BY_NAME["dpo"])
-    plan = uk.Plan(backend, max_chunk_bytes=budget(head, tokens, backend))
-    with counted(monkeypatch, backend) as count:
+    head = make_head(PACKED, BY_NAME["dpo"], device=place.device)
+    plan = uk.Plan(place.backend, max_chunk_bytes=budget(head, tokens, place.backend))
+    with counted(monkeypatch, place.backend) as count:
         fused(head, uk.dpo(), plan, frozen=frozen)
     assert count.products(VALID * WORDS) == {
         "logits": forwards,
@@ -83,28 +86,28 @@ def test_pairs_that_fit_a_chunk_take_three_products_and_others_four(
 
 @of_backends
 @pytest.mark.parametrize(("tokens", "forwards"), [(4, 1), (3, 2)])
-def test_sequences_that_fit_a_chunk(backend: str, tokens: int, forwards: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    head = make_head(RAGGED, SEQUENCE_SCOPE)
-    with counted(monkeypatch, backend) as count:
-        fused(head, SEQUENCE_SCOPE.make(), uk.Plan(backend, max_chunk_bytes=budget(head, tokens, backend)))
+def test_sequences_that_fit_a_chunk(place: Place, tokens: int, forwards: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = make_head(RAGGED, SEQUENCE_SCOPE, device=place.device)
+    with counted(monkeypatch, place.backend) as count:
+        fused(head, SEQUENCE_SCOPE.make(), uk.Plan(place.backend, max_chunk_bytes=budget(head, tokens, place.backend)))
     assert count.products(VALID * WORDS) == {"logits": forwards, "d_hidden": 1, "add_d_weight": 1}
 
 
 @of_backends
 @pytest.mark.parametrize("name", ["grpo", "dpo"])
 def test_nothing_but_the_logits_where_no_gradient_is_wanted(
-    backend: str, name: str, monkeypatch: pytest.MonkeyPatch
+    place: Place, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    head = make_head(RAGGED, BY_NAME[name])
+    head = make_head(RAGGED, BY_NAME[name], device=place.device)
     hidden, weight, bias = leaves_of(head)
     expected = fused(head, BY_NAME[name].make()).loss
 
     def loss() -> Tensor:
         return uk.fused_linear_loss(
-            hidden, weight, head.batch, BY_NAME[name].make(), bias=bias, plan=uk.Plan(backend)
+            hidden, weight, head.batch, BY_NAME[name].make(), bias=bias, plan=uk.Plan(place.backend)
         ).loss
 
-    with counted(monkeypatch, backend) as count:
+    with counted(monkeypatch, place.backend) as count:
         with torch.no_grad():
             values = [loss()]
         with torch.inference_mode():
@@ -121,12 +124,12 @@ def test_nothing_but_the_logits_where_no_gradient_is_wanted(
 @of_backends
 @pytest.mark.parametrize("frozen", [(), ("weight", "bias"), ("hidden",)])
 def test_statistics_take_one_product_and_their_gradients_what_is_wanted(
-    backend: str, frozen: Sequence[str], monkeypatch: pytest.MonkeyPatch
+    place: Place, frozen: Sequence[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    head = make_head(RAGGED, BY_NAME["sft"])
+    head = make_head(RAGGED, BY_NAME["sft"], device=place.device)
     hidden, weight, bias = leaves = leaves_of(head, frozen)
-    plan = uk.Plan(backend, max_chunk_bytes=budget(head, 3, backend))
-    with counted(monkeypatch, backend) as count:
+    plan = uk.Plan(place.backend, max_chunk_bytes=budget(head, 3, place.backend))
+    with counted(monkeypatch, place.backend) as count:
         stats = uk.linear_token_stats(hidden, weight, head.batch.target, bias=bias, plan=plan)
         assert count.products(VALID * WORDS) == {"logits": 1, "d_hidden": 0, "add_d_weight": 0}
         gradients_of(stats.logp.sum(), leaves)
@@ -138,18 +141,18 @@ def test_statistics_take_one_product_and_their_gradients_what_is_wanted(
 
 
 @of_backends
-def test_ignored_tokens_are_not_multiplied(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with counted(monkeypatch, backend) as count:
-        fused(make_head(NOTHING, BY_NAME["grpo"]), uk.grpo(), uk.Plan(backend))
+def test_ignored_tokens_are_not_multiplied(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    with counted(monkeypatch, place.backend) as count:
+        fused(make_head(NOTHING, BY_NAME["grpo"], device=place.device), uk.grpo(), uk.Plan(place.backend))
     assert count.products(1) == {"logits": 0, "d_hidden": 0, "add_d_weight": 0}
 
 
-def test_gradients_that_nobody_wants_have_no_memory() -> None:
-    head = make_head(PACKED, BY_NAME["sft"])
-    for backend in BACKENDS:
-        operands = Head(*head.operands, torch.float32, backend)
-        gradients = sweep(operands, [], lambda logits, d_logits, k: None, Wanted(False, False, False))
-        assert [x.numel() for x in gradients] == [0, 0, 0]
+@of_backends
+def test_gradients_that_nobody_wants_have_no_memory(place: Place) -> None:
+    head = make_head(PACKED, BY_NAME["sft"], device=place.device)
+    operands = Head(*head.operands, torch.float32, place.backend)
+    gradients = sweep(operands, [], lambda logits, d_logits, k: None, Wanted(False, False, False))
+    assert [x.numel() for x in gradients] == [0, 0, 0]
 
 
 # Products of devices that multiply 16-bit operands into fp32, which a CPU does not.
@@ -218,14 +221,14 @@ def test_products_into_fp32(bias: torch.dtype | None) -> None:
 
 @pytest.mark.usefixtures("_mixed_products_on_the_cpu")
 @pytest.mark.parametrize("name", ["grpo", "dpo"])
-@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("place", [p for p in PLACES if p.kernel == COMPOSED and p.backend != "cpu"], ids=str)
 def test_products_into_fp32_round_the_gradient_and_nothing_else(
-    backend: str, name: str, monkeypatch: pytest.MonkeyPatch
+    place: Place, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A head on them: loss, logp and entropy within the fp32 budget; gradients as if d_logits were rounded once."""
     loss = BY_NAME[name]
-    head = make_head(RAGGED, loss, torch.bfloat16)
-    plan = uk.Plan(backend, max_chunk_bytes=5 * Mixed(head.weight).row_bytes)
+    head = make_head(RAGGED, loss, torch.bfloat16, place.device)
+    plan = uk.Plan(place.backend, max_chunk_bytes=5 * Mixed(head.weight).row_bytes)
 
     class RoundedOnce(Wrapped):
         def memory_of_gradient(self, logits: Tensor) -> Tensor:
@@ -237,9 +240,9 @@ def test_products_into_fp32_round_the_gradient_and_nothing_else(
         def add_d_weight(self, d_logits: Tensor, *args: Any, **kwargs: Any) -> None:
             self.products.add_d_weight(d_logits.float(), *args, **kwargs)
 
-    with changed_products(monkeypatch, backend, lambda products: Mixed(head.weight)):
+    with changed_products(monkeypatch, place.backend, lambda _: Mixed(head.weight)):
         got = fused(head, loss.make(), plan)
-    with changed_products(monkeypatch, backend, RoundedOnce):
+    with changed_products(monkeypatch, place.backend, lambda _: RoundedOnce(Widened(head.weight, torch.bfloat16))):
         expected = fused(head, loss.make(), plan)
     check(got._replace(d_hidden=None, d_weight=None, d_bias=None), head, loss)
     for a, b in zip(got[1:4], expected[1:4], strict=True):

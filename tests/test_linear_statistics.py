@@ -21,6 +21,7 @@ from tests.linear import (
     Result,
     budget,
     check_gradients,
+    chosen_plan,
     gradients_of,
     leaves_of,
     logits_of,
@@ -74,7 +75,7 @@ def with_gradients(head: LinearHead, stats_of_leaves: Any, weights: Tensor) -> t
 def compare(head: LinearHead, plan: uk.Plan, **readout: Any) -> None:
     """Statistics without and with a gradient, and the gradients of a random combination of all three."""
     exact = {name: x.double() if isinstance(x, Tensor) else x for name, x in readout.items()}
-    weights = torch.randn(3, *head.batch.target.shape)
+    weights = torch.randn(3, *head.batch.target.shape).to(head.hidden.device)
     truth, d_truth = with_gradients(head.used.to(torch.float64), lambda x: oracle(x, exact), weights)
     plain, d_plain = with_gradients(head.used.to(torch.float32), lambda x: oracle(x, readout), weights)
     got, d_got = with_gradients(head, lambda x: stats_of(x, plan, uk.Readout(**readout)), weights)
@@ -96,16 +97,17 @@ def test_statistics_and_gradients(place: Place, tiles: str, monkeypatch: pytest.
     for shape in (RAGGED, PACKED):
         for dtype in DTYPES:
             for readout in READOUTS.values():
-                head = make_head(shape, BY_NAME["sft"], dtype)
+                head = make_head(shape, BY_NAME["sft"], dtype, place.device)
                 compare(head, plan_of(head, place, tiles, monkeypatch), **readout)
-    head = make_head(RAGGED, BY_NAME["sft"], bias=False)
-    compare(head, plan_of(head, place, tiles, monkeypatch), temperature=0.5 + torch.rand(head.batch.target.shape))
+    head = make_head(RAGGED, BY_NAME["sft"], device=place.device, bias=False)
+    temperature = (0.5 + torch.rand(head.batch.target.shape)).to(place.device)
+    compare(head, plan_of(head, place, tiles, monkeypatch), temperature=temperature)
 
 
 def test_under_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     for place in BACKENDS:
         if place.interpreted:
-            head = make_head(RAGGED, BY_NAME["sft"], torch.bfloat16)
+            head = make_head(RAGGED, BY_NAME["sft"], torch.bfloat16, place.device)
             compare(head, plan_of(head, place, "two", monkeypatch), temperature=0.7)
 
 
@@ -141,9 +143,9 @@ def test_tiles_are_as_wide_as_said(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("tiles", TILES)
 @pytest.mark.parametrize("place", NATIVE, ids=str)
 def test_targets_in_every_tile(place: Place, tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    head = make_head(RAGGED, BY_NAME["sft"])
-    hidden = torch.randn(1, head.weight.shape[0], head.weight.shape[1])
-    target = torch.arange(head.weight.shape[0]).unsqueeze(0)
+    head = make_head(RAGGED, BY_NAME["sft"], device=place.device)
+    hidden = torch.randn(1, *head.weight.shape).to(place.device)
+    target = torch.arange(len(head.weight), device=place.device).unsqueeze(0)
     head = LinearHead(hidden, head.weight, head.bias, uk.Batch(target))
     compare(head, plan_of(head, place, tiles, monkeypatch))
 
@@ -154,7 +156,7 @@ def test_targets_in_every_tile(place: Place, tiles: str, monkeypatch: pytest.Mon
 def test_huge_logits(place: Place, tiles: str, shift: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Added to all words, and to those of the first tile alone: the others' share underflows."""
     for words in (slice(None), slice(0, 4)):
-        head = make_head(RAGGED, BY_NAME["sft"])
+        head = make_head(RAGGED, BY_NAME["sft"], device=place.device)
         head.bias[words] += shift
         compare(head, plan_of(head, place, tiles, monkeypatch))
 
@@ -163,7 +165,7 @@ def test_huge_logits(place: Place, tiles: str, shift: float, monkeypatch: pytest
 @pytest.mark.parametrize("place", NATIVE, ids=str)
 def test_equal_logits(place: Place, tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The uniform distribution: logp -log V, entropy log V, lse log V + the value."""
-    head = make_head(RAGGED, BY_NAME["sft"])
+    head = make_head(RAGGED, BY_NAME["sft"], device=place.device)
     head = LinearHead(head.hidden, torch.zeros_like(head.weight), torch.full_like(head.bias, -3.0), head.batch)
     stats = stats_of(head, plan_of(head, place, tiles, monkeypatch))
     uniform = math.log(37)
@@ -174,13 +176,14 @@ def test_equal_logits(place: Place, tiles: str, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("place", BACKENDS, ids=str)
 def test_one_word(place: Place) -> None:
     shape = replace(RAGGED, vocab=1)
-    head = make_head(shape, BY_NAME["sft"])
-    stats, gradients = with_gradients(head, lambda x: stats_of(x, uk.Plan(place.backend)), torch.ones(3, 4, 4))
+    head = make_head(shape, BY_NAME["sft"], device=place.device)
+    ones = torch.ones(3, 4, 4, device=place.device)
+    stats, gradients = with_gradients(head, lambda x: stats_of(x, uk.Plan(place.backend)), ones)
     assert not stats.logp.any()
     assert not stats.entropy.any()
     logits = (head.used.hidden @ head.weight.t() + head.bias).squeeze(-1)
     torch.testing.assert_close(stats.lse, torch.where(head.batch.valid, logits, 0))
-    torch.testing.assert_close(gradients.d_bias, torch.tensor([8.0]))  # of lse alone
+    assert gradients.d_bias.item() == pytest.approx(8.0)  # of lse alone
 
 
 def masked(head: LinearHead, kept: Tensor) -> LinearHead:
@@ -209,10 +212,10 @@ def masked_cases() -> list[object]:
 @pytest.mark.parametrize(("place", "tiles", "mask"), masked_cases())
 def test_masked_words(place: Place, tiles: str, mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bias of -inf is as if the words did not exist, whole tiles of them included."""
-    kept = torch.tensor(MASKS[mask])
-    few = torch.randint(0, len(kept), (2, 3))
-    hidden, everything = torch.randn(2, 3, 12), make_head(RAGGED, BY_NAME["sft"])
-    weights = torch.randn(3, 2, 3)
+    kept = torch.tensor(MASKS[mask], device=place.device)
+    few = torch.randint(0, len(kept), (2, 3)).to(place.device)
+    everything = make_head(RAGGED, BY_NAME["sft"], device=place.device)
+    hidden, weights = torch.randn(2, 3, 12).to(place.device), torch.randn(3, 2, 3).to(place.device)
     small = LinearHead(hidden, everything.weight[kept], everything.bias[kept], uk.Batch(few))
     large = masked(LinearHead(hidden, everything.weight, everything.bias, uk.Batch(kept[few])), kept)
     stats, gradients = with_gradients(large, lambda x: stats_of(x, plan_of(large, place, tiles, monkeypatch)), weights)
@@ -231,7 +234,7 @@ def test_masked_words(place: Place, tiles: str, mask: str, monkeypatch: pytest.M
 @pytest.mark.parametrize("tiles", TILES)
 @pytest.mark.parametrize("place", NATIVE, ids=str)
 def test_target_of_probability_zero(place: Place, tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    head = make_head(RAGGED, BY_NAME["sft"])
+    head = make_head(RAGGED, BY_NAME["sft"], device=place.device)
     alone = {"two": (0, 20), "ten": (0, 20), "one": (0, 20, 36), "few_tokens": (0, 20), "word_by_word": ()}
     for word in alone[tiles]:
         check_impossible(head, word, (word,), plan_of(head, place, tiles, monkeypatch))
@@ -240,7 +243,7 @@ def test_target_of_probability_zero(place: Place, tiles: str, monkeypatch: pytes
 @pytest.mark.parametrize("tiles", ["ten", "word_by_word", "two"])
 @pytest.mark.parametrize("place", NATIVE, ids=str)
 def test_target_in_a_tile_of_probability_zero(place: Place, tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    head = make_head(RAGGED, BY_NAME["sft"])
+    head = make_head(RAGGED, BY_NAME["sft"], device=place.device)
     check_impossible(head, 36, (36,), plan_of(head, place, tiles, monkeypatch))
     check_impossible(head, 3, range(20), plan_of(head, place, tiles, monkeypatch))
 
@@ -265,7 +268,7 @@ def test_a_row_without_a_distribution_says_so(
     place: Place, value: float, tiles: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """NaN or +inf in one hidden state, in whatever tile it is met, is NaN in its row and in no other."""
-    head = make_head(RAGGED, BY_NAME["sft"])
+    head = make_head(RAGGED, BY_NAME["sft"], device=place.device)
     hidden = head.hidden.clone()
     hidden[3, 2] = 0
     hidden[3, 2, 0] = value
@@ -280,8 +283,10 @@ def test_a_row_without_a_distribution_says_so(
 @pytest.mark.parametrize("place", NATIVE, ids=str)
 def test_gradcheck(place: Place, readout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """fp64: analytic against numeric gradients of logp, entropy and lse."""
-    operands = [torch.randn(*shape, dtype=torch.float64).requires_grad_() for shape in ((1, 3, 3), (5, 3), (5,))]
-    batch = uk.Batch(torch.tensor([[0, uk.IGNORE, 4]]))
+    place.need(torch.float64)
+    wide = {"dtype": torch.float64, "device": place.device}
+    operands = [torch.randn(*shape, **wide).requires_grad_() for shape in ((1, 3, 3), (5, 3), (5,))]
+    batch = uk.Batch(torch.tensor([[0, uk.IGNORE, 4]], device=place.device))
     head = LinearHead(*operands, batch)
     plan = plan_of(head, place, "ten", monkeypatch)
 
@@ -291,14 +296,14 @@ def test_gradcheck(place: Place, readout: str, monkeypatch: pytest.MonkeyPatch) 
     assert torch.autograd.gradcheck(statistics, operands)
 
 
-def test_gradients_of_some_statistics_only() -> None:
+def test_gradients_of_some_statistics_only(device: str) -> None:
     """A statistic that the loss does not use has no gradient, and costs no wrong one."""
-    head = make_head(PACKED, BY_NAME["sft"])
+    head = make_head(PACKED, BY_NAME["sft"], device=device)
     for k in range(3):
-        weights = torch.zeros(3, 8)
+        weights = torch.zeros(3, 8, device=device)
         weights[k] = torch.randn(8)
         leaves = leaves_of(head)
-        stats = stats_of(LinearHead(*leaves, head.batch), uk.Plan(max_chunk_bytes=budget(head, 3, "cpu")))
+        stats = stats_of(LinearHead(*leaves, head.batch), chosen_plan(head, 3))
         alone = gradients_of((stats[k] * weights[k]).sum(), leaves)
         _, together = with_gradients(head, lambda x: stats_of(x, uk.Plan()), weights)
         for a, b in zip(alone, together[1:4], strict=True):

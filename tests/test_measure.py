@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -33,6 +34,61 @@ def test_progress_is_told_of_every_run_and_one_round_is_too_few() -> None:
     assert len(steps) == 2 * (1 + 3)
     with pytest.raises(ValueError, match="rounds must be at least 2, got 1"):
         interleaved_times({"a": lambda: None}, CPU, rounds=1)
+
+
+def test_on_a_gpu_the_host_is_ahead_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of what is enqueued: other data read into the cache, a pause, and between two events the call alone."""
+    order: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.name = f"event {order.count('event')}"
+            order.append("event")
+
+        def record(self) -> None:
+            order.append(f"record {self.name}")
+
+        def synchronize(self) -> None:
+            order.append(f"synchronize {self.name}")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 3.0
+
+    class Buffer:
+        def sum(self) -> None:
+            order.append("read")
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("pause"))
+    monkeypatch.setattr("unirl_kernels.measure._l2_sized_buffer", lambda device: Buffer())
+
+    def call() -> None:
+        order.append("call")
+        time.sleep(0.01)
+
+    found = interleaved_times({"call": call}, torch.device("cuda"), rounds=2, warmup=0)["call"]
+    one = ["read", "pause", "event", "event", "record event 0", "call", "record event 1", "synchronize event 1"]
+    assert order[: len(one)] == one
+    assert found.median == found.p20 == found.p80 == 3e-3
+    assert found.host is not None
+    assert 0.01 <= found.host < 0.1
+
+
+def test_on_a_cpu_there_is_no_host_beside_the_device() -> None:
+    assert interleaved_times({"call": lambda: None}, CPU, rounds=2)["call"].host is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_launch_gap_does_not_count() -> None:
+    x = torch.zeros(16, device="cuda")
+
+    def call() -> None:
+        time.sleep(0.0005)
+        x.add_(1)
+
+    found = interleaved_times({"call": call}, torch.device("cuda", 0), rounds=5)["call"]
+    assert found.median < 2e-4 < 5e-4 <= found.host
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak cannot be reset")

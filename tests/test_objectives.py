@@ -100,6 +100,7 @@ def test_scaling_the_advantage_scales_the_gradient() -> None:
 def test_gradcheck(loss: LossCase, place: Place) -> None:
     if not place.runs(loss) or (place.interpreted and loss.name not in ("grpo", "dpo")):
         pytest.skip("not for this kernel, or hundreds of evaluations under the interpreter")
+    place.need(torch.float64)
     target = torch.tensor([[0, uk.IGNORE], [4, 3]], device=place.device)
     fields = -torch.rand(2, 2, 2, dtype=torch.float64, device=place.device) - 1.0
     advantage = torch.tensor([1.0, 0.0 if loss.verdicts else -0.7], dtype=torch.float64, device=place.device)

@@ -112,6 +112,7 @@ def test_masked_words(dtype: torch.dtype, place: Place) -> None:
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_target_that_is_masked(scale: float, dtype: torch.dtype, place: Place) -> None:
     """Its log-probability is -inf, its gradient that of log_softmax and gather: d_logp, and -d_logp p_j elsewhere."""
+    place.need(dtype)
     logits = torch.randn(2, 33).to(dtype)
     logits[0, [5, 9]] = float("-inf")
     target, d_logp, d_lse = torch.tensor([5, 5]), torch.tensor([-0.7, 0.3]), torch.tensor([0.2, -0.4])
@@ -194,6 +195,7 @@ def test_gradcheck(readout: str, place: Place) -> None:
     """fp64 logits run the same kernels in fp64: analytic against numeric gradients of all three statistics."""
     if place.interpreted and readout != "everything":
         pytest.skip("hundreds of evaluations are slow under the interpreter")
+    place.need(torch.float64)
     logits = torch.randn(1, 3, 5, dtype=torch.float64, device=place.device).requires_grad_()
     target = torch.tensor([[0, uk.IGNORE, 4]], device=place.device)
 

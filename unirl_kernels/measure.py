@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -19,11 +20,23 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds that one call took: the median over the rounds, and the bounds of the middle 60 %."""
+    """Seconds that one call took: the median over the rounds, and the bounds of the middle 60 %.
+
+    ``host``: on a CUDA device, the median of the seconds until the call returned while the device was still busy with
+    something else. A call that waits for the device shows that wait, too.
+    """
 
     median: float
     p20: float
     p80: float
+    host: float | None = None
+
+
+class Sample(NamedTuple):
+    """Seconds of one call, and on a CUDA device those until it returned."""
+
+    seconds: float
+    host: float | None = None
 
 
 def interleaved_times(
@@ -40,7 +53,7 @@ def interleaved_times(
 
     Args:
         calls: what to time, by name.
-        device: where the calls compute; on a CUDA device its own clock is read, and its L2 cache emptied before.
+        device: where the calls compute; on a CUDA device its own clock is read, and its L2 cache holds other data.
         rounds: timed runs of each call, at least 2.
         warmup: runs of each call before the first timed one.
         after_call: called after every run, untimed; to show progress.
@@ -54,48 +67,58 @@ def interleaved_times(
     if rounds < 2:
         raise ValueError(f"rounds must be at least 2, got {rounds}")
     clock = _cuda_seconds if device.type == "cuda" else _wall_seconds
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[str, list[Sample]] = {name: [] for name in calls}
     names = list(calls)
     for n in range(-warmup, rounds):
         start = n % len(names)
         for name in names[start:] + names[:start]:
             elapsed = clock(calls[name], device)
             if n >= 0:
-                seconds[name].append(elapsed)
+                samples[name].append(elapsed)
             after_call()
-    return {name: _timing(samples) for name, samples in seconds.items()}
+    return {name: _timing(of_call) for name, of_call in samples.items()}
 
 
-def _timing(samples: list[float]) -> Timing:
-    p20, _, _, p80 = statistics.quantiles(samples, n=5, method="inclusive")
-    return Timing(statistics.median(samples), p20, p80)
+def _timing(samples: list[Sample]) -> Timing:
+    seconds = [sample.seconds for sample in samples]
+    hosts = [sample.host for sample in samples if sample.host is not None]
+    p20, _, _, p80 = statistics.quantiles(seconds, n=5, method="inclusive")
+    return Timing(statistics.median(seconds), p20, p80, statistics.median(hosts) if hosts else None)
 
 
-def _wall_seconds(call: Call, device: torch.device) -> float:
+def _wall_seconds(call: Call, device: torch.device) -> Sample:
     start = time.perf_counter()
     result = call()
     elapsed = time.perf_counter() - start
     del result
-    return elapsed
+    return Sample(elapsed)
 
 
-def _cuda_seconds(call: Call, device: torch.device) -> float:
+HEAD_START_CYCLES = 4_000_000
+"""About 2 ms: a call of the smallest kernel takes Python 0.1 to 0.2 ms, one under autograd a multiple of that."""
+
+
+def _cuda_seconds(call: Call, device: torch.device) -> Sample:
     with torch.cuda.device(device):
-        # Also keeps the device busy while Python enqueues the call, so that its launch does not count.
-        _l2_sized_buffer(device).zero_()
+        # Read, not written: lines that a write leaves dirty are written back in the time of the call.
+        _l2_sized_buffer(device).sum()
+        # Without a head start the gap between the start and the first launch would count as the kernel's time.
+        torch.cuda._sleep(HEAD_START_CYCLES)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
+        before = time.perf_counter()
         result = call()
+        host = time.perf_counter() - before
         end.record()
         end.synchronize()
     del result
-    return start.elapsed_time(end) / 1e3
+    return Sample(start.elapsed_time(end) / 1e3, host)
 
 
 @cache
 def _l2_sized_buffer(device: torch.device) -> torch.Tensor:
     size = torch.cuda.get_device_properties(device).L2_cache_size
-    return torch.empty(2 * size, dtype=torch.uint8, device=device)
+    return torch.zeros(2 * size // 4, dtype=torch.float32, device=device)
 
 
 def peak_extra_bytes(call: Call, device: torch.device, *, prepare: Call = lambda: None, repeats: int = 1) -> int:
@@ -110,7 +133,8 @@ def peak_extra_bytes(call: Call, device: torch.device, *, prepare: Call = lambda
     Args:
         call: what to measure.
         device: where it computes.
-        prepare: called before each run; to free what an earlier run has kept.
+        prepare: called before each run; to free what an earlier run has kept. On a CPU memory that a backend keeps for
+            reuse is not seen otherwise: pass its ``release_memory``.
         repeats: runs.
 
     Returns:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from unirl_kernels.bench import hardware
 from unirl_kernels.bench.defaults import ROUNDS, SIZE, SWEPT_SIZE, SWEPT_TOKENS, SWEPT_VOCABS
@@ -39,17 +40,18 @@ def run_bench(options: argparse.Namespace) -> int:
     console = open_console()
     runs: list[Run] = []
     for work, providers in works:
-        run = _measured(work, providers, rounds, options.memory and not options.sweep, Stages(console))
-        runs.append(run)
-        console.print(terminal(run))
-        for remark in remarks(run):
-            console.print(remark, style="dim", markup=False, highlight=False, soft_wrap=True)
+        runs.append(measured(work, providers, rounds, options.memory and not options.sweep, console))
         if options.out is not None:
-            _record(runs, device).save(options.out)
-    rows = [row for run in runs for row in run.rows if row.name == OURS and row.status != OK]
-    if rows:
-        raise CommandFailed("; ".join(f"{row.kernel} is {row.status}: {row.reasons[0]}" for row in rows))
+            record_of(runs, device).save(options.out)
+    if wrong := wrong_kernels(runs):
+        raise CommandFailed(wrong)
     return 0
+
+
+def wrong_kernels(runs: Sequence[Run]) -> str:
+    """Which kernels of this package are wrong or failed, and why; empty where none is."""
+    rows = [row for run in runs for row in run.rows if row.name == OURS and row.status != OK]
+    return "; ".join(f"{row.kernel} is {row.status}: {row.reasons[0]}" for row in rows)
 
 
 def _check_level(options: argparse.Namespace) -> None:
@@ -95,7 +97,9 @@ def _make_writable(out: Path | None) -> None:
         raise CommandFailed(f"cannot write to --out {out}: {error.strerror}") from error
 
 
-def _measured(work: Work, providers: Sequence[Provider], rounds: int, memory: bool, stages: Stages) -> Run:
+def measured(work: Work, providers: Sequence[Provider], rounds: int, memory: bool, console: Console) -> Run:
+    """Measure one piece of work, and show it."""
+    stages = Stages(console)
     with stages.stage(f"Making inputs, {size(work)}"):
         measurement = Measurement(work, providers)
     with stages.stage("Checking against fp64", len(providers)) as after_each:
@@ -105,8 +109,12 @@ def _measured(work: Work, providers: Sequence[Provider], rounds: int, memory: bo
     if memory:
         with stages.stage("Measuring memory", len(measurement.cases)) as after_each:
             run = measurement.memory(run, after_each)
+    console.print(terminal(run))
+    for remark in remarks(run):
+        console.print(remark, style="dim", markup=False, highlight=False, soft_wrap=True)
     return run
 
 
-def _record(runs: Sequence[Run], device: torch.device) -> Record:
+def record_of(runs: Sequence[Run], device: torch.device) -> Record:
+    """What was measured just now."""
     return Record(hardware.now(), *hardware.commit(), hardware.versions(), hardware.hardware(device), runs)

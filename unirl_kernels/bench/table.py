@@ -32,13 +32,16 @@ def terminal(run: Run) -> Table:
 
 
 def remarks(run: Run) -> list[str]:
-    """Why providers are wrong, failed or skipped, one line each (those skipped for the same reason share one), and
-    whether the machine was busy with something else."""
+    """Why providers are wrong, failed or skipped, one line each (those skipped for the same reason share one), how
+    long the host took for a call, and whether the machine was busy with something else."""
     lines = [f"{row.status}: {row.key}: {row.reasons[0]}" for row in run.rows if row.status != OK]
     reasons: dict[str, list[str]] = {}
     for name, reason in run.skipped.items():
         reasons.setdefault(reason, []).append(name)
     lines += [f"skipped: {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+    hosts = [f"{row.key} {1e6 * row.time.host:.0f}" for row in run.rows if row.time is not None and row.time.host]
+    if hosts:
+        lines.append(f"host, µs per call: {', '.join(hosts)}")
     if run.elsewhere is not None and run.elsewhere > QUIET:
         lines.append(f"noisy: other processes took {100 * run.elsewhere:.0f} % of the processors' time meanwhile")
     return lines

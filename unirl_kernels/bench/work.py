@@ -28,7 +28,7 @@ LINEAR_MODES = {
 
 SEQUENCES = 4
 LEAST_TOKENS_OF_FOUR = 64
-"""From here on the tokens form four sequences; fewer form one (two for DPO)."""
+"""From here on the tokens form four equal sequences, or two or one where they cannot; fewer form one (two for DPO)."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Work:
         chunk_bytes: ``max_chunk_bytes`` of this package's plan for a linear head; None for the default.
 
     Raises:
-        ValueError: when the tokens do not form the sequences that the loss needs, or the level lacks the mode.
+        ValueError: when the tokens do not form the pairs that the loss needs, or the level lacks the mode.
     """
 
     loss: str = "grpo"
@@ -66,8 +66,8 @@ class Work:
         if self.mode not in self.modes:
             level = "" if self.hidden is None else " for a linear head"
             raise ValueError(f"mode must be among {', '.join(self.modes)}{level}, got {self.mode}")
-        if self.tokens % self.sequences:
-            raise ValueError(f"tokens must be divisible by {self.sequences} sequences, got {self.tokens}")
+        if self.loss == "dpo" and self.tokens % 2:
+            raise ValueError(f"tokens must form two equal sequences for dpo, got {self.tokens}")
 
     @property
     def modes(self) -> dict[str, str]:
@@ -76,9 +76,8 @@ class Work:
 
     @property
     def sequences(self) -> int:
-        if self.tokens >= LEAST_TOKENS_OF_FOUR:
-            return SEQUENCES
-        return 2 if self.loss == "dpo" else 1
+        most = SEQUENCES if self.tokens >= LEAST_TOKENS_OF_FOUR else 2 if self.loss == "dpo" else 1
+        return next(n for n in (SEQUENCES, 2, 1) if n <= most and self.tokens % n == 0)
 
     @property
     def length(self) -> int:

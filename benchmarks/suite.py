@@ -1,0 +1,113 @@
+"""The works that a GPU is measured on, in one process, the most telling first: ``python -m benchmarks.suite FOLDER``
+and the parts ``logits``, ``heads`` and ``peers``.
+
+A record for each is written as soon as it is made, and a work that has one is left out, so that what is missing can be
+asked for again. Exit code 1: a kernel of this package is wrong, or a work failed; 3: the device is lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from unirl_kernels.bench.run import measured, record_of, wrong_kernels
+from unirl_kernels.bench.selection import chosen
+from unirl_kernels.bench.work import FORWARD_BACKWARD, FUSED, STATS, Work
+from unirl_kernels.terminal import open_console
+
+MODES = (FUSED, STATS, FORWARD_BACKWARD)
+
+LOGITS = (
+    (256, 32000, "bf16"),  # so small that the host decides
+    (8192, 151936, "bf16"),
+    (4096, 262144, "bf16"),
+    (16384, 32000, "bf16"),
+    (4096, 151936, "fp32"),
+    (8191, 50257, "bf16"),  # odd rows: none but the first is aligned
+    (4096, 9496, "bf16"),
+)
+HEADS = ((4096, 4096, 128256), (8192, 3584, 152064), (8192, 2048, 128256), (16384, 2560, 262208))
+
+ROUNDS = {"logits": 20, "heads": 7, "peers": 10}
+PARTS = tuple(ROUNDS)
+
+
+def works(part: str, device: str) -> Iterator[Work]:
+    """The most telling first."""
+    logits, heads = (LOGITS[1:2], HEADS[:1]) if part == "peers" else (LOGITS, HEADS)
+    for mode in MODES:
+        if part != "heads":
+            yield from (Work(mode=mode, tokens=t, vocab=v, dtype=dtype, device=device) for t, v, dtype in logits)
+        if part != "logits":
+            yield from (Work(mode=mode, tokens=t, hidden=d, vocab=v, device=device) for t, d, v in heads)
+
+
+def small(work: Work) -> Work:
+    """As good as nothing, but as odd."""
+    hidden = None if work.hidden is None else work.hidden // 256
+    return replace(work, tokens=64 + work.tokens % 2, vocab=work.vocab // 500, hidden=hidden)
+
+
+def name_of(part: str, work: Work) -> str:
+    size = "x".join(str(n) for n in (work.tokens, work.hidden, work.vocab) if n is not None)
+    return f"{part}-{work.mode}-{size}-{work.dtype}"
+
+
+def measure(part: str, work: Work, options: argparse.Namespace) -> str:
+    """Measure and save one work, and say what is wrong with it; nothing where it is right."""
+    file = options.folder / f"{name_of(part, work)}.json"
+    if file.exists():
+        return ""
+    providers = chosen(work, options.kernels, ["all"] if part == "peers" else ["eager"])
+    rounds = 2 if options.small else ROUNDS[part]
+    try:
+        run = measured(work, providers, rounds, False, open_console())
+        record_of([run], torch.device(work.device)).save(file)
+        return wrong_kernels([run])
+    except Exception as error:  # the works after this one still count
+        traceback.print_exc()
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def lost(device: str) -> bool:
+    """After an access to memory that is not there, nothing more can be done on the device by this process."""
+    try:
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+    except RuntimeError:
+        return True
+    return False
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("parts", nargs="+", choices=PARTS)
+    parser.add_argument("--kernels", type=lambda text: text.split(","), default=["triton", "cuda"])
+    parser.add_argument("--small", action="store_true", help="on the CPU, to try the suite itself")
+    options = parser.parse_args()
+    device = "cpu" if options.small else "cuda"
+    code = 0
+    for part in options.parts:
+        for work in works(part, device):
+            work = small(work) if options.small else work
+            print(f"== {name_of(part, work)}", flush=True)
+            if wrong := measure(part, work, options):
+                print(f"WRONG {name_of(part, work)}: {wrong}", flush=True)
+                code = 1
+            if lost(device):
+                return 3
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
