@@ -7,6 +7,7 @@ TRITON ?= triton==3.7.1
 # verl, and what the modules that tests import need; not Ray and all else that it depends on.
 VERL   ?= verl==0.9.1 tensordict==0.10.0 "pyvers<0.2" cloudpickle
 OUT    ?= gpu-check
+STEPS  ?=
 WORKERS ?= 2
 PY      = $(VENV)/bin/python
 SOURCES = setup.py $(shell find csrc -type f)
@@ -50,7 +51,7 @@ bench: setup
 
 # With the interpreter's own torch and Triton: no environment is made, nothing is fetched.
 gpu-check:
-	benchmarks/gpu-check $(PYTHON) $(OUT)
+	benchmarks/gpu-check $(PYTHON) $(OUT) $(STEPS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info unirl_kernels/_C*.so

@@ -121,10 +121,9 @@ WRONGS = {
 }
 
 
-@pytest.mark.parametrize("name", WRONGS)
-def test_a_wrong_provider_is_shown_as_wrong_not_as_fast(name: str) -> None:
-    change, what = WRONGS[name]
-    measurement = checked(SMALL, of_eager(change), *chosen(SMALL, ["cpu/rows"], ["none"]))
+def check_that_wrong_is_not_fast(work: Work, made_up: Provider, what: str) -> None:
+    """A provider that is wrong has no time and stands below the table, with what is wrong; ours are timed."""
+    measurement = checked(work, made_up, *chosen(work, ["cpu"], ["none"]))
     run = measurement.time(2, nothing)
     row = next(row for row in run.rows if row.name == "made up")
     assert row.status == WRONG
@@ -133,6 +132,12 @@ def test_a_wrong_provider_is_shown_as_wrong_not_as_fast(name: str) -> None:
     assert "made up" not in markdown(run).split("Wrong, and not timed")[0]
     assert any(line.startswith("wrong: made up kernel") for line in remarks(run))
     assert all(row.time is not None for row in run.rows if row.name == OURS)
+
+
+@pytest.mark.parametrize("name", WRONGS)
+def test_a_wrong_provider_is_shown_as_wrong_not_as_fast(name: str) -> None:
+    change, what = WRONGS[name]
+    check_that_wrong_is_not_fast(SMALL, of_eager(change), what)
 
 
 def test_others_count_where_one_fails_or_writes_where_it_must_not() -> None:
@@ -233,15 +238,20 @@ BAD = {
 }
 
 
+def check_refused(options: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Options of the bench get one line, which starts so."""
+    assert main(["bench", *options.split()]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"unirl_kernels bench: {message}")
+    assert len(said.splitlines()) == 1
+
+
 @pytest.mark.parametrize("options", BAD)
 def test_bad_options_get_one_line(
     options: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    assert main(["bench", *options.split()]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith(f"unirl_kernels bench: {BAD[options]}")
-    assert len(said.splitlines()) == 1
+    check_refused(options, BAD[options], capsys)
 
 
 def made_up_run(tokens: int = 64, vocab: int = 1000) -> Run:

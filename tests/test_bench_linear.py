@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.test_bench import ROOT, checked, made_up_record, nothing
+from tests.test_bench import check_refused, check_that_wrong_is_not_fast, checked, made_up_record
 from unirl_kernels import reference
 from unirl_kernels.bench.buffers import Ring
 from unirl_kernels.bench.inputs import Inputs, Values
@@ -24,7 +24,7 @@ from unirl_kernels.bench.providers import OURS, Provider
 from unirl_kernels.bench.readme import renewed
 from unirl_kernels.bench.record import OK, WRONG, Record, Row, Run, title
 from unirl_kernels.bench.selection import chosen
-from unirl_kernels.bench.table import markdown, remarks
+from unirl_kernels.bench.table import markdown
 from unirl_kernels.bench.work import FORWARD_BACKWARD, FUSED, LINEAR_MODES, STATS, Work
 from unirl_kernels.cli import main
 from unirl_kernels.measure import Timing
@@ -120,15 +120,7 @@ WRONGS = {
 @pytest.mark.parametrize("name", WRONGS)
 def test_a_wrong_provider_is_shown_as_wrong_not_as_fast(name: str) -> None:
     change, what = WRONGS[name]
-    measurement = checked(SMALL, of_eager(change), *chosen(SMALL, ["cpu"], ["none"]))
-    run = measurement.time(2, nothing)
-    row = next(row for row in run.rows if row.name == "made up")
-    assert row.status == WRONG
-    assert row.time is None
-    assert any(reason.startswith(what) for reason in row.reasons), row.reasons
-    assert "made up" not in markdown(run).split("Wrong, and not timed")[0]
-    assert any(line.startswith("wrong: made up kernel") for line in remarks(run))
-    assert all(row.time is not None for row in run.rows if row.name == OURS)
+    check_that_wrong_is_not_fast(SMALL, of_eager(change), what)
 
 
 def test_one_that_writes_into_the_weight_is_wrong() -> None:
@@ -156,8 +148,14 @@ def test_peers_are_right_or_say_why_not(loss: str) -> None:
     if loss == "grpo":
         assert reasons["torch F.linear_cross_entropy"] == "computes sft only"
         assert reasons["cce linear_cross_entropy"] == "computes sft only"
-    else:
+    elif hasattr(torch.nn.functional, "linear_cross_entropy"):
         assert "torch F.linear_cross_entropy, chunked" in measurement.rows
+
+
+def test_a_peer_that_this_torch_lacks_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy", raising=False)
+    peers = [peer for peer in LINEAR.peers if peer.name == "torch"]
+    assert set(checked(replace(SMALL, loss="sft"), *peers).skipped.values()) == {"needs torch 2.13"}
 
 
 def test_peers_that_cannot_run_say_why() -> None:
@@ -240,14 +238,8 @@ BAD = {
 
 
 @pytest.mark.parametrize("options", BAD)
-def test_bad_options_get_one_line(
-    options: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(ROOT)
-    assert main(["bench", *options.split()]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith(f"unirl_kernels bench: {BAD[options]}")
-    assert len(said.splitlines()) == 1
+def test_bad_options_get_one_line(options: str, capsys: pytest.CaptureFixture[str]) -> None:
+    check_refused(options, BAD[options], capsys)
 
 
 def made_up_run(work: Work = SMALL) -> Run:
