@@ -49,7 +49,7 @@ types: setup
 bench: setup
 	$(PY) -m pytest benchmarks --benchmark-only $(ARGS)
 
-# With the interpreter's own torch and Triton: no environment is made, nothing is fetched.
+# With the interpreter's own torch and Triton: no environment is made, nothing is fetched. STEPS="build bench": those.
 gpu-check:
 	benchmarks/gpu-check $(PYTHON) $(OUT) $(STEPS)
 
