@@ -42,7 +42,7 @@ def test_every_step(tmp_path: Path) -> None:
     assert " passed in " in lines[2]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["records.tgz", "summary.txt"]
     records = records_of(tmp_path)
-    assert (records / "tests-cpu.xml").stat().st_size > 1000
+    assert 'tests="1"' in (records / "tests-cpu.xml").read_text()
     works = [run.work for file in records.glob("*.json") for run in Record.load(file).runs]
     assert len(works) == 9
     assert {work.mode for work in works} == {"fused", "stats", "forward-backward"}
