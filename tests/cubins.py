@@ -26,7 +26,7 @@ import torch
 
 BUDGETS = Path(__file__).with_name("cubin_budgets.json")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 VOCABULARIES = {"vectors": 151936, "odd": 151669}
 """Rows of whole 16-byte vectors, and rows that start anywhere. V otherwise changes no compiled kernel."""
 
@@ -49,13 +49,18 @@ class Variant:
 
 
 def variants() -> list[Variant]:
-    """Every kernel on every architecture, dtype and kind of rows; the costlier programs on one of them; and gradients
-    that are rounded for the products of linear heads."""
+    """Every kernel on every architecture, dtype and kind of rows, in fp64 on one of them; the costlier programs on one
+    dtype; and gradients that are rounded for the products of linear heads."""
     every = [
         Variant(kernel, architecture, dtype, rows)
         for kernel in ("statistics", "observations", "backward", "two_sweep", "split_row", "scale")
         for architecture in ARCHITECTURES
-        for dtype in DTYPES
+        for dtype in ("fp32", "bf16", "fp16")
+        for rows in VOCABULARIES
+    ]
+    exact = [
+        Variant(kernel, "sm_90", "fp64", rows)
+        for kernel in ("statistics", "observations", "backward", "two_sweep", "split_row", "scale")
         for rows in VOCABULARIES
     ]
     costly = [
@@ -70,7 +75,7 @@ def variants() -> list[Variant]:
         for architecture in ARCHITECTURES
         for rows in VOCABULARIES
     ]
-    return every + costly + rounded
+    return every + exact + costly + rounded
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,7 @@ class Usage:
         narrow_loads, narrow_stores: the others: a row's scalars, the edges of an unaligned row.
         exp2: exponentials in the code; a sweep holds its loop and its tail.
         sums: layouts of the sums over a row's columns, which decide its bits.
+        threads: elements per thread, and threads per warp, along the dimensions of the tiles it holds and accesses.
     """
 
     registers: int
@@ -94,6 +100,7 @@ class Usage:
     narrow_stores: int
     exp2: int
     sums: tuple[str, ...]
+    threads: tuple[tuple[tuple[int, ...], ...], ...]
 
 
 def _entropy_bonus(t: Any) -> Any:
@@ -114,6 +121,17 @@ def _kernel(name: str) -> Any:
     return getattr(launch, name)
 
 
+def tile_of(variant: Variant) -> Any:
+    """The ``geometry.Tile`` of a variant."""
+    from unirl_kernels.backends.triton import geometry
+
+    dtype, vocab = DTYPES[variant.dtype], VOCABULARIES[variant.rows]
+    warp_size = 32 if variant.architecture.startswith("sm_") else 64
+    if variant.kernel == "split_row":
+        return geometry.slice_tile(dtype, vocab, variant.readout, warp_size)
+    return geometry.tile(dtype, vocab, warp_size)
+
+
 def compile_variant(variant: Variant) -> Any:
     """The compiled kernel, as ``launch`` would have it compiled."""
     import triton
@@ -127,11 +145,8 @@ def compile_variant(variant: Variant) -> Any:
 
     dtype, vocab = DTYPES[variant.dtype], VOCABULARIES[variant.rows]
     nvidia = variant.architecture.startswith("sm_")
-    warp_size = 32 if nvidia else 64
-    shape = geometry.tile(dtype, vocab, warp_size)
+    shape = tile_of(variant)
     options: dict[str, Any] = dict(launch.OPTIONS)
-    if variant.kernel == "split_row":
-        shape = geometry.slice_tile(dtype, vocab, variant.readout, warp_size)
     slices, _ = geometry.slices(shape, vocab)
     code = _code(variant.objective)
     entropy = Program.decode(code).outputs[2] != ZERO
@@ -139,7 +154,7 @@ def compile_variant(variant: Variant) -> Any:
         "OBJECTIVE": device_function(code),
         "ENTROPY": entropy,
         "READOUT": variant.readout,
-        "COMPUTE": tl.float32,
+        "COMPUTE": tl.float64 if dtype == torch.float64 else tl.float32,
         "ALIGNED": variant.rows == "vectors",
         "LANES": shape.lanes,
         "VECTOR": shape.vector,
@@ -154,6 +169,8 @@ def compile_variant(variant: Variant) -> Any:
         options["maxnreg"] = geometry.held_registers(dtype, capability, plain=plain)
     typed = dict.fromkeys(("logits", "d_logits", "x"), f"*{variant.dtype}")
     typed["d_logits"] = f"*{variant.gradient or variant.dtype}"
+    if dtype == torch.float64:
+        typed |= dict.fromkeys(("loss", "logp", "entropy", "lse", "log_sum_sq_probs", "mean_logit", "largest"), "*fp64")
     typed |= {"target": "*i64", "argmax": "*i64", "parameters": "*fp64", "scratch": "*i64"}
     kernel = _kernel(variant.kernel)
     signature, constexprs = {}, {}
@@ -172,20 +189,36 @@ def compile_variant(variant: Variant) -> Any:
 
 def measure(variant: Variant) -> Usage:
     compiled = compile_variant(variant)
-    sums = _sums(compiled.asm["ttgir"])
-    return (
-        _of_cubin(compiled.asm["cubin"], sums) if "cubin" in compiled.asm else _of_amdgcn(compiled.asm["amdgcn"], sums)
-    )
+    numbers = _of_cubin(compiled.asm["cubin"]) if "cubin" in compiled.asm else _of_amdgcn(compiled.asm["amdgcn"])
+    ttgir = compiled.asm["ttgir"]
+    return Usage(*numbers, _sums(ttgir), _threads(ttgir, tile_of(variant)))
+
+
+def _layouts(ttgir: str) -> dict[str, str]:
+    return dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
+
+
+def _threads(ttgir: str, shape: Any) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """(sizePerThread, threadsPerWarp) of tiles: [unroll, lanes, vector]; as accessed; as accessed in 8-byte words."""
+    layouts = _layouts(ttgir)
+    row = (f"{shape.lanes}x{shape.vector}", f"{shape.lanes * shape.vector}", f"{shape.lanes * 2}")
+    tile = rf"tensor<(?:{shape.unroll}|{shape.unroll // 2})x(?:{'|'.join(row)})x[^x,]*, (#\w+)>"
+
+    def numbers(name: str, key: str) -> tuple[int, ...]:
+        return tuple(map(int, re.search(rf"{key} = \[([\d, ]+)\]", layouts[name])[1].split(",")))
+
+    names = set(re.findall(tile, ttgir))
+    return tuple(sorted({(numbers(name, "sizePerThread"), numbers(name, "threadsPerWarp")) for name in names}))
 
 
 def _sums(ttgir: str) -> tuple[str, ...]:
     """Types of the tensors that are reduced, layouts spelled out, in the order of the code."""
-    layouts = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
+    layouts = _layouts(ttgir)
     operands = re.findall(r'"tt\.reduce".*?\}\) : \((tensor<[^)]*>)\) ->', ttgir, re.DOTALL)
     return tuple(re.sub(r"#\w+", lambda name: layouts.get(name[0], name[0]), operand) for operand in operands)
 
 
-def _of_cubin(cubin: bytes, sums: tuple[str, ...]) -> Usage:
+def _of_cubin(cubin: bytes) -> tuple[int, ...]:
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -206,11 +239,10 @@ def _of_cubin(cubin: bytes, sums: tuple[str, ...]) -> Usage:
     spilled = stack + count("LDL", wide=False) + count("STL", wide=False)
     loads, stores = (count(op, wide=True) for op in ("LDG", "STG")), (count(op, wide=False) for op in ("LDG", "STG"))
     (wide_loads, wide_stores), (narrow_loads, narrow_stores) = loads, stores
-    ex2 = found["MUFU.EX2"]
-    return Usage(registers, spilled, wide_loads, narrow_loads, wide_stores, narrow_stores, ex2, sums)
+    return registers, spilled, wide_loads, narrow_loads, wide_stores, narrow_stores, found["MUFU.EX2"]
 
 
-def _of_amdgcn(assembly: str, sums: tuple[str, ...]) -> Usage:
+def _of_amdgcn(assembly: str) -> tuple[int, ...]:
     def number(name: str) -> int:
         return int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])
 
@@ -223,9 +255,7 @@ def _of_amdgcn(assembly: str, sums: tuple[str, ...]) -> Usage:
     wide = {name: count(name, wide=True) for name in ("load", "store")}
     narrow = {name: count(name, wide=False) for name in ("load", "store")}
     exp2 = len(re.findall(r"\bv_exp_f32", assembly))
-    return Usage(
-        number("vgpr_count"), spilled, wide["load"], narrow["load"], wide["store"], narrow["store"], exp2, sums
-    )
+    return number("vgpr_count"), spilled, wide["load"], narrow["load"], wide["store"], narrow["store"], exp2
 
 
 def measure_all(names: list[str]) -> dict[str, dict[str, Any]]:
@@ -240,7 +270,7 @@ def write(usage: dict[str, dict[str, Any]]) -> None:
     """Make these numbers the budgets, one line per variant."""
     import triton
 
-    numbers = {name: {k: v for k, v in used.items() if k != "sums"} for name, used in usage.items()}
+    numbers = {name: {k: v for k, v in used.items() if k not in ("sums", "threads")} for name, used in usage.items()}
     lines = [
         f"  {json.dumps(name)}: {json.dumps(value)}"
         for name, value in {"triton": triton.__version__, **numbers}.items()

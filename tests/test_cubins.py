@@ -1,7 +1,7 @@
 """The compile gate: kernels compiled for GPUs that are not here stay within the committed budgets.
 
-Budgets hold for the Triton version that they were written with; another one may spill a few scalars, and must keep its
-wide accesses. ``python -m tests.cubins --write`` writes them anew. By default one dtype stands for all on three of the
+Budgets hold for the Triton version that they were written with; another one must keep wide accesses and layout too, and
+spill nothing. ``python -m tests.cubins --write`` writes them anew. By default one dtype stands for all on three of the
 four architectures; ``UNIRL_COMPILE_GATE=full`` compiles every variant.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.cubins import BUDGETS, Variant, variants
+from tests.cubins import BUDGETS, Variant, tile_of, variants
 
 triton = pytest.importorskip("triton")
 
@@ -43,13 +43,24 @@ def measured() -> dict[str, Any]:
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_budget(variant: Variant, measured: dict[str, Any]) -> None:
     used, budget = measured[str(variant)], COMMITTED[str(variant)]
-    assert used["spilled"] <= (0 if triton.__version__ == COMMITTED["triton"] else 64)
+    # fp64 is for checks; a few scalars of its polynomials may spill.
+    assert used["spilled"] <= (32 if variant.dtype == "fp64" else 0)
     assert used["wide_loads"] > 0
     # A vector of four numbers in fp32 takes 8 bytes in bf16.
     assert used["wide_stores"] > 0 or variant.kernel in ("statistics", "observations") or variant.gradient
     if triton.__version__ == COMMITTED["triton"]:
         over = {name: (used[name], limit) for name, limit in budget.items() if used[name] > limit}
         assert not over, f"above the budget: {over} (used, allowed)"
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_one_lane_per_thread(variant: Variant, measured: dict[str, Any]) -> None:
+    """However a tile is accessed: otherwise sums take shuffles in every tile, and elements move between threads."""
+    shape = tile_of(variant)
+    lanes = shape.lanes // shape.num_warps
+    held, accessed = [[1, 1, shape.vector], [1, lanes, 1]], [[[1, n], [1, lanes]] for n in (shape.vector, 2)]
+    assert held in measured[str(variant)]["threads"]
+    assert all(layout in (held, *accessed) for layout in measured[str(variant)]["threads"])
 
 
 def test_every_budget_has_a_variant() -> None:

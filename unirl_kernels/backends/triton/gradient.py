@@ -47,6 +47,12 @@ def coefficients(
 
 
 @triton.jit
+def log2_prob(d: tl.tensor, rate: tl.tensor, shift: tl.tensor) -> tl.tensor:
+    """log2 p = d rate - shift, rounded once: left to the compiler, that would depend on what stands around it."""
+    return tl.fma(d, rate, -shift)
+
+
+@triton.jit
 def from_log2(log2_p: tl.tensor, common: tl.tensor, per_bit: tl.tensor, ENTROPY: tl.constexpr) -> tl.tensor:
     """p (common + per_bit log2 p): d_x at x = 0 of a column that is not the target's."""
     p = tl.exp2(log2_p)
@@ -70,7 +76,7 @@ def elementwise(
 ) -> tl.tensor:
     """d_x of columns other than the target's, with log2 p = (u - base) rate - shift."""
     u = unscaled(x, inner, READOUT)
-    return slope(u, from_log2((u - base) * rate - shift, common, per_bit, ENTROPY), READOUT)
+    return slope(u, from_log2(log2_prob(u - base, rate, shift), common, per_bit, ENTROPY), READOUT)
 
 
 @triton.jit

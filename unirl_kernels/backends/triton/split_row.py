@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from unirl_kernels.backends.triton.gradient import coefficients, descend, from_log2
+from unirl_kernels.backends.triton.gradient import coefficients, descend, from_log2, log2_prob
 from unirl_kernels.backends.triton.kernel import kernel
 from unirl_kernels.backends.triton.scalar_math import LOG2E
 from unirl_kernels.backends.triton.statistics import (
@@ -26,12 +26,13 @@ from unirl_kernels.backends.triton.statistics import (
     finish,
     finite_base,
     lane_sums,
+    masked,
     rescaled,
     row_factor,
     start_of_row,
     unscaled,
 )
-from unirl_kernels.backends.triton.tiles import fill, is_below, is_column, load, store, whole_vectors
+from unirl_kernels.backends.triton.tiles import fill, is_column, store
 from unirl_kernels.backends.triton.two_sweep import row_fields, weighted
 
 WORDS = tl.constexpr(4)
@@ -45,6 +46,8 @@ def publish(record: tl.tensor, top: tl.tensor, s: tl.tensor, sz: tl.tensor, u_y:
     value = tl.where(word == 0, top, tl.where(word == 1, s, tl.where(word == 2, sz, u_y)))
     if top.dtype == tl.float64:
         bits = value.to(tl.int64, bitcast=True)
+        # The NaN of all ones would wrap to 0, and be waited for.
+        bits = tl.where(bits == -1, -2, bits)
     else:
         bits = value.to(tl.uint32, bitcast=True).to(tl.int64)
     tl.atomic_or(record + word, bits + 1, sem="relaxed")
@@ -81,25 +84,27 @@ def collect(
 
 
 @triton.jit
-def slice_exponents(
+def add(s: tl.tensor, sz: tl.tensor, more_s: tl.tensor, more_sz: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """Both sums in one reduction: half as many waits for the other warps, and fewer registers."""
+    return s + more_s, sz + more_sz
+
+
+@triton.jit
+def slice_differences(
     x: tl.tensor,
     count: tl.tensor,
     inner: tl.tensor,
-    rate: tl.tensor,
+    COMPUTE: tl.constexpr,
     READOUT: tl.constexpr,
     ALIGNED: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
     UNROLL: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Maximum of u over a slice, and t = (u - maximum) rate of its columns, -inf beyond them."""
-    u = unscaled(load(x, 0, count, True, ALIGNED, LANES, VECTOR, UNROLL).to(rate.dtype), inner, READOUT)
-    if ALIGNED:
-        u = tl.where(whole_vectors(count, 0, LANES, VECTOR, UNROLL), u, float("-inf"))
-    else:
-        u = tl.where(is_below(count, 0, LANES, VECTOR, UNROLL), u, float("-inf"))
+    """Maximum of u over a slice, and how far u is from it; -inf beyond the slice."""
+    u = masked(x, 0, count, inner, COMPUTE, READOUT, ALIGNED, LANES, VECTOR, UNROLL)
     top = tl.max(tl.max(tl.max(u, 2), 0), 0)
-    return top, (u - finite_base(top)) * rate
+    return top, u - finite_base(top)
 
 
 @kernel
@@ -158,11 +163,13 @@ def split_row(
             # 0 in the other slices: u(0) = 0, and the sum over slices is the target's.
             u_y = unscaled(tl.load(x + here, mask=owns, other=0.0).to(COMPUTE), k, READOUT)
             w, a, old, ref = row_fields(weight, advantage, old_logp, ref_logp, row, COMPUTE)
-            top, t = slice_exponents(x, count, k, rate, READOUT, ALIGNED, LANES, VECTOR, UNROLL)
+            top, d = slice_differences(x, count, k, COMPUTE, READOUT, ALIGNED, LANES, VECTOR, UNROLL)
+            t = d * rate
             e = tl.exp2(t)
             lane_s, lane_sz = lane_sums(t, e)
             records = scratch + (1 + row.to(tl.int64) * SLICES) * WORDS
-            publish(records + part * WORDS, top, tl.sum(lane_s, 0), tl.sum(lane_sz, 0), u_y)
+            slice_s, slice_sz = tl.reduce((lane_s, lane_sz), 0, add)
+            publish(records + part * WORDS, top, slice_s, slice_sz, u_y)
             row_base, row_s, row_sz, u_y = collect(records, rate, SLICES, PADDED)
             ticket = tl.atomic_add(scratch, 1, sem="relaxed").to(tl.int32)
             logp_y, h, lse = finish(row_base, row_s, row_sz, u_y, f)
@@ -183,8 +190,8 @@ def split_row(
                 shift = tl.full((), 0.0, COMPUTE)
             if HELD:
                 if ENTROPY:
-                    # From t, not from e as well: both would take twice the registers.
-                    g = from_log2(t - shift, common, per_bit, ENTROPY)
+                    # From d, not from e as well: both would take twice the registers.
+                    g = from_log2(log2_prob(d, rate, shift), common, per_bit, ENTROPY)
                 else:
                     g = e * common
                 if owns:

@@ -84,6 +84,31 @@ def combine(top: tl.tensor, s: tl.tensor, sz: tl.tensor, rate: tl.tensor) -> tup
 
 
 @triton.jit
+def masked(
+    row: tl.tensor,
+    start: tl.tensor,
+    size: tl.tensor,
+    inner: tl.tensor,
+    COMPUTE: tl.constexpr,
+    READOUT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    UNROLL: tl.constexpr,
+) -> tl.tensor:
+    """u of a tile that may reach beyond ``size`` columns, -inf there."""
+    if ALIGNED and READOUT != "softcap":
+        # The load itself puts it there, which saves a selection per element.
+        OUTSIDE: tl.constexpr = float("inf") if READOUT == "negated" else float("-inf")
+        x = load(row, start, size, True, ALIGNED, LANES, VECTOR, UNROLL, OUTSIDE)
+        return unscaled(x.to(COMPUTE), inner, READOUT)
+    else:
+        x = load(row, start, size, True, ALIGNED, LANES, VECTOR, UNROLL)
+        u = unscaled(x.to(COMPUTE), inner, READOUT)
+        return tl.where(is_below(size, start, LANES, VECTOR, UNROLL), u, float("-inf"))
+
+
+@triton.jit
 def sweep(
     row: tl.tensor,
     size: tl.tensor,
@@ -105,9 +130,7 @@ def sweep(
         x = load(row, start, size, False, ALIGNED, LANES, VECTOR, UNROLL)
         top, s, sz = accumulate(unscaled(x.to(rate.dtype), inner, READOUT), top, s, sz, rate)
     if main < size:
-        x = load(row, main, size, True, ALIGNED, LANES, VECTOR, UNROLL)
-        u = unscaled(x.to(rate.dtype), inner, READOUT)
-        u = tl.where(is_below(size, main, LANES, VECTOR, UNROLL), u, float("-inf"))
+        u = masked(row, main, size, inner, rate.dtype, READOUT, ALIGNED, LANES, VECTOR, UNROLL)
         top, s, sz = accumulate(u, top, s, sz, rate)
     return combine(top, s, sz, rate)
 

@@ -47,13 +47,25 @@ def is_below(
 
 
 @triton.jit
+def tile_columns(LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr) -> tl.tensor:
+    """[UNROLL, LANES * VECTOR] int32: the columns of a tile, as memory is accessed.
+
+    Threads are laid out by the run of addresses that the compiler sees. Here it sees one along the last dimension; with
+    lanes and vectors apart, runs of VECTOR would leave it to the version of Triton which of the others comes next.
+    """
+    return (tl.arange(0, UNROLL) * (LANES * VECTOR))[:, None] + tl.arange(0, LANES * VECTOR)[None, :]
+
+
+@triton.jit
 def whole_vectors(
     size: tl.tensor, start: tl.tensor, LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr
 ) -> tl.tensor:
-    """``is_below`` for a multiple of VECTOR: constant along a vector, which keeps masked accesses 128 bits wide."""
-    vector = (tl.arange(0, UNROLL) * (LANES * VECTOR))[:, None, None]
-    below = size - start - lane_start(LANES, VECTOR) > vector
-    return tl.broadcast_to(below, UNROLL, LANES, VECTOR)
+    """[UNROLL, LANES * VECTOR] bool: which columns of the tile at ``start`` are among ``size``, a multiple of VECTOR.
+
+    Constant along a vector, which keeps masked accesses 128 bits wide.
+    """
+    first = tl.arange(0, LANES * VECTOR) // VECTOR * VECTOR
+    return size - start - first[None, :] > (tl.arange(0, UNROLL) * (LANES * VECTOR))[:, None]
 
 
 @triton.jit
@@ -66,8 +78,9 @@ def load(
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
     UNROLL: tl.constexpr,
+    OUTSIDE: tl.constexpr = 0.0,
 ) -> tl.tensor:
-    """Columns ``start ...`` of a row, [UNROLL, LANES, VECTOR]; whatever lies beyond ``size`` columns is arbitrary.
+    """Columns ``start ...`` of a row, [UNROLL, LANES, VECTOR]. Beyond ``size``: OUTSIDE when ALIGNED, else anything.
 
     Args:
         row: pointer to column 0.
@@ -77,12 +90,12 @@ def load(
         ALIGNED: whether ``row`` is a multiple of 16 bytes.
     """
     if ALIGNED:
-        at = row + start + lane_start(LANES, VECTOR) + within_lane(LANES, VECTOR, UNROLL)
-        at = tl.multiple_of(at, (16 // VECTOR, 16 // VECTOR, 16))
+        at = tl.multiple_of(row + start + tile_columns(LANES, VECTOR, UNROLL), (16 // VECTOR, 16))
         if MASKED:
-            return tl.load(at, mask=whole_vectors(size, start, LANES, VECTOR, UNROLL), other=0.0)
+            x = tl.load(at, mask=whole_vectors(size, start, LANES, VECTOR, UNROLL), other=OUTSIDE)
         else:
-            return tl.load(at)
+            x = tl.load(at)
+        return tl.reshape(x, UNROLL, LANES, VECTOR)
     else:
         return _load_shifted(row, start, size, MASKED, LANES, VECTOR, UNROLL)
 
@@ -102,9 +115,8 @@ def _load_shifted(
     address = row.to(tl.uint64)
     beyond = address % 16
     granules = (address - beyond).to(tl.pointer_type(tl.uint64))
-    at = granules + start // VECTOR * 2 + lane_start(LANES, 2) + within_lane(LANES, 2, UNROLL)
-    at = tl.multiple_of(at, (8, 8, 16))
-    following = tl.multiple_of(at + 2, (8, 8, 16))
+    at = tl.multiple_of(granules + start // VECTOR * 2 + tile_columns(LANES, 2, UNROLL), (8, 16))
+    following = tl.multiple_of(at + 2, (8, 16))
     if MASKED:
         n = (beyond.to(tl.int32) + size * BYTES + 15) // 16 * 2  # words in granules that hold a byte of the row
         low = tl.load(at, mask=whole_vectors(n, start // VECTOR * 2, LANES, 2, UNROLL), other=0)
@@ -112,9 +124,9 @@ def _load_shifted(
     else:
         low = tl.load(at)
         # Without a shift the next granule is not needed, and may lie beyond the tensor or be written by another lane.
-        high = tl.load(following, mask=tl.broadcast_to(beyond > 0, UNROLL, LANES, 2), other=0)
-    w0, w1 = tl.split(low)
-    w2, w3 = tl.split(high)
+        high = tl.load(following, mask=tl.broadcast_to(beyond > 0, UNROLL, LANES * 2), other=0)
+    w0, w1 = tl.split(tl.reshape(low, UNROLL, LANES, 2))
+    w2, w3 = tl.split(tl.reshape(high, UNROLL, LANES, 2))
     far = beyond >= 8
     a = tl.where(far, w1, w0)
     b = tl.where(far, w2, w1)
@@ -165,9 +177,8 @@ def store(
 ) -> None:
     """Write a tile's columns below ``size``, a multiple of VECTOR; ``row`` starts at a whole vector of its dtype."""
     BYTES: tl.constexpr = row.dtype.element_ty.primitive_bitwidth // 8
-    at = row + start + lane_start(LANES, VECTOR) + within_lane(LANES, VECTOR, UNROLL)
-    at = tl.multiple_of(at, (BYTES, BYTES, VECTOR * BYTES))
-    value = value.to(row.dtype.element_ty)
+    at = tl.multiple_of(row + start + tile_columns(LANES, VECTOR, UNROLL), (BYTES, VECTOR * BYTES))
+    value = tl.reshape(value.to(row.dtype.element_ty), UNROLL, LANES * VECTOR)
     if MASKED:
         tl.store(at, value, mask=whole_vectors(size, start, LANES, VECTOR, UNROLL))
     else:
