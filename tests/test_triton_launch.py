@@ -15,6 +15,7 @@ from torch import Tensor
 from tests.triton_rows import BACKEND, DEVICE, OBJECTIVES, PLAIN, READOUTS, Rows, check, make_rows, run
 from unirl_kernels.backends import RowFields
 from unirl_kernels.backends.triton import geometry
+from unirl_kernels.backends.triton.split_row import number, publish
 from unirl_kernels.backends.triton.tiles import head_and_body
 from unirl_kernels.batch import IGNORE
 
@@ -22,11 +23,11 @@ KERNELS = pytest.mark.parametrize("kernel", BACKEND.KERNELS)
 
 
 @KERNELS
-@pytest.mark.parametrize("vocab", [264, 261])
-def test_layouts_give_the_same_bits(vocab: int, kernel: str) -> None:
+@pytest.mark.parametrize(("vocab", "objective"), [(264, "kl"), (264, "entropy"), (261, "kl")])
+def test_layouts_give_the_same_bits(vocab: int, objective: str, kernel: str) -> None:
     """Strided, sliced, misaligned, in place, alone or again: a row is a row."""
     rows = make_rows(vocab, torch.bfloat16, (2, 2))
-    expected = run(rows, kernel)
+    expected = run(rows, kernel, objective)
     beside = {
         "sliced": torch.full((2, 3, vocab), torch.nan, dtype=torch.bfloat16, device=DEVICE)[:, :-1],
         "misaligned": torch.full((2, 4, vocab + 3), torch.nan, dtype=torch.bfloat16, device=DEVICE)[:, 1:3, 1:-2],
@@ -37,12 +38,12 @@ def test_layouts_give_the_same_bits(vocab: int, kernel: str) -> None:
         before = x._base.clone()
         strided = Rows(x, rows.target, rows.fields)
         for d_logits in (None, x):
-            for a, b in zip(expected, run(strided, kernel, d_logits=d_logits), strict=True):
+            for a, b in zip(expected, run(strided, kernel, objective, d_logits=d_logits), strict=True):
                 assert torch.equal(a, b), name
         x.copy_(rows.logits)
         assert torch.equal(x._base.view(torch.int16), before.view(torch.int16)), f"wrote beside the {name} rows"
     alone = Rows(rows.logits[1:, 1:], rows.target[1:, 1:], RowFields(*(f[1:, 1:] for f in rows.fields)))
-    for a, b in zip(expected, run(alone, kernel), strict=True):
+    for a, b in zip(expected, run(alone, kernel, objective), strict=True):
         assert torch.equal(a[1:, 1:], b)
 
 
@@ -81,6 +82,7 @@ def test_split_rows(vocab: int, readout: str, objective: str, monkeypatch: pytes
         return scratch[0]
 
     monkeypatch.setattr(launch, "_scratch", marked)
+    monkeypatch.setattr(launch, "_device", lambda device: launch.Device(5, (0, 0), False))
     monkeypatch.setattr(geometry, "whole_row", lambda shape, vocab: shape)
     monkeypatch.setattr(geometry, "SPLIT_MAX_WARPS", 1)
     rows = make_rows(vocab, shape=(1, 3))
@@ -99,6 +101,49 @@ def test_split_rows(vocab: int, readout: str, objective: str, monkeypatch: pytes
     assert not split[3][0, 2].any()
     if args.softcap is None:
         assert not split[3][0, 1, :3000].any()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "vocab", "readout", "registers", "needed"),
+    [
+        (torch.bfloat16, 262144, "linear", 128, 8),
+        (torch.bfloat16, 262144, "softcap", 128, 16),
+        (torch.float32, 262144, "linear", 232, 16),
+        (torch.float64, 128256, "linear", 168, 42),
+        (torch.bfloat16, 262144, "linear", None, 32),
+    ],
+)
+def test_split_rows_fit_on_the_device(
+    dtype: torch.dtype, vocab: int, readout: str, registers: int | None, needed: int
+) -> None:
+    """Slices wait for one another: if one of them cannot start, none ends."""
+    shape = geometry.slice_tile(dtype, vocab, readout)
+    assert geometry.programs(shape, vocab, needed, registers) == 4 * needed
+    reason = rf"split_row.*rows of {vocab} logits.*on each of {needed - 1} multiprocessors.*Plan\(kernel='two_sweep'\)"
+    with pytest.raises(RuntimeError, match=reason):
+        geometry.programs(shape, vocab, needed - 1, registers)
+
+
+@triton.jit
+def published(x: tl.tensor, record: tl.tensor, out: tl.tensor) -> None:
+    value = tl.load(x)
+    publish(record, value, value, value, value)
+    tl.debug_barrier()
+    tl.store(out, number(tl.load(record), value.dtype))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits"), [(torch.float64, torch.int64), (torch.float32, torch.int32)], ids=lambda x: str(x)
+)
+def test_no_number_is_published_as_nothing(dtype: torch.dtype, bits: torch.dtype) -> None:
+    """A word of 0 is waited for, for ever: neither 0 nor -0 nor a NaN of any bits may be one."""
+    largest = torch.iinfo(bits).max
+    for word in (0, -largest - 1, 1, largest, -1, -2):
+        x = torch.tensor(word, dtype=bits, device=DEVICE).view(dtype)
+        record, out = torch.zeros(4, dtype=torch.int64, device=DEVICE), torch.empty((), dtype=dtype, device=DEVICE)
+        published[(1,)](x, record, out)
+        assert record.all()
+        assert torch.equal(out.view(bits), x.view(bits)) or (out.isnan() and x.isnan())
 
 
 @triton.jit

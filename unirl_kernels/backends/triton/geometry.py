@@ -31,6 +31,9 @@ HELD_ELEMENTS_SOFTCAP = 32
 RESIDENT_WARPS = 16
 """Warps of ``split_row`` that share a multiprocessor. More would queue until the tickets are used up."""
 
+REGISTER_FILE = 65536
+"""Registers of a multiprocessor, sm_80 to sm_120."""
+
 
 class Tile(NamedTuple):
     """What a program reads at a time: [unroll, lanes, vector] columns, one thread per lane."""
@@ -62,7 +65,7 @@ def held_registers(dtype: torch.dtype, capability: tuple[int, int], *, plain: bo
     """Registers that a thread of ``split_row`` may use: few enough for 3 or 4 programs, without spills.
 
     At 128 four programs share a multiprocessor, at 168 three: 64 KiB of bf16 logits or 96 KiB of fp32 in registers.
-    Triton 3.7 and 3.9 spill nothing then, 3.6 up to 34 bytes.
+    Triton 3.6 and 3.7 spill nothing then.
 
     Args:
         dtype: of the logits.
@@ -87,6 +90,32 @@ def slices(shape: Tile, vocab: int) -> tuple[int, int]:
     count = -(-vocab // shape.columns)
     vectors = -(-vocab // (count * shape.vector))
     return count, vectors * shape.vector
+
+
+def programs(shape: Tile, vocab: int, multiprocessors: int, registers: int | None) -> int:
+    """How many programs of ``split_row`` to launch at most.
+
+    The slices of a row wait for one another, so all of them have to run at once.
+
+    Args:
+        shape: tile that holds a slice.
+        vocab: columns of a row.
+        multiprocessors: of the device.
+        registers: that a thread may use; None where nothing bounds them, and one program per multiprocessor is certain.
+
+    Raises:
+        RuntimeError: if the device cannot run all slices of a row at once.
+    """
+    count, _ = slices(shape, vocab)
+    wanted = RESIDENT_WARPS // shape.num_warps
+    certain = 1 if registers is None else min(wanted, REGISTER_FILE // (registers * shape.lanes))
+    if count > multiprocessors * certain:
+        raise RuntimeError(
+            f"kernel 'split_row' needs {count} programs at once for rows of {vocab} logits, and this device runs "
+            f"{multiprocessors * certain} ({certain} on each of {multiprocessors} multiprocessors); "
+            f"Plan(kernel='two_sweep') has no such limit"
+        )
+    return multiprocessors * wanted
 
 
 def whole_row(shape: Tile, vocab: int) -> Tile:

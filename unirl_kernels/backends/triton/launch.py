@@ -113,15 +113,15 @@ def _split_row(
     if triton.knobs.runtime.interpret:
         shape = geometry.whole_row(shape, vocab)
     slices, width = geometry.slices(shape, vocab)
-    scratch = _scratch(rows * slices, logits.device)
     device = _device(logits.device)
-    resident = device.multiprocessors * (geometry.RESIDENT_WARPS // shape.num_warps)
     tile_constants = _constants(shape, logits, d_logits)
     options: dict[str, Any] = dict(OPTIONS)
     if device.is_nvidia:
         plain = tile_constants["ALIGNED"] and not constants["ENTROPY"]
         options["maxnreg"] = geometry.held_registers(logits.dtype, device.capability, plain=plain)
-    split_row[min(rows * slices, resident),](
+    programs = geometry.programs(shape, vocab, device.multiprocessors, options.get("maxnreg"))
+    scratch = _scratch(rows * slices, logits.device)
+    split_row[min(rows * slices, programs),](
         *arguments, scratch, rows, width, **constants, **tile_constants, SLICES=slices,
         PADDED=triton.next_power_of_2(slices), num_warps=shape.num_warps, **options,
     )  # fmt: skip
