@@ -118,6 +118,11 @@ def programs(shape: Tile, vocab: int, multiprocessors: int, registers: int | Non
     return multiprocessors * wanted
 
 
+def half(shape: Tile) -> Tile:
+    """The tile that an unaligned slice is written by."""
+    return shape._replace(unroll=shape.unroll // 2)
+
+
 def whole_row(shape: Tile, vocab: int) -> Tile:
     """A tile that holds the row in one piece: where programs run one after another none can wait for another."""
     unroll = shape.unroll

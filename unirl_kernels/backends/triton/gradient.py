@@ -95,15 +95,13 @@ def descend(
     READOUT: tl.constexpr,
     ENTROPY: tl.constexpr,
     ALIGNED: tl.constexpr,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    UNROLL: tl.constexpr,
+    TILE: tl.constexpr,
 ) -> None:
     """Write ``size`` columns of d_logits, the last first: what was read last is still in a cache."""
-    TILE: tl.constexpr = LANES * VECTOR * UNROLL
-    head, body = head_and_body(d_row, size, ALIGNED, VECTOR)
+    COLUMNS: tl.constexpr = TILE.unroll * TILE.lanes * TILE.vector
+    head, body = head_and_body(d_row, size, ALIGNED, TILE.vector)
     if not ALIGNED:
-        columns, inside = fringe(head, body, size, VECTOR)
+        columns, inside = fringe(head, body, size, TILE.vector)
         edge = tl.load(row + columns, mask=inside, other=0.0).to(rate.dtype)
         d_edge = elementwise(edge, inner, base, rate, shift, common, per_bit, READOUT, ENTROPY)
         d_edge = tl.where(columns == target, at_target, d_edge)
@@ -111,20 +109,20 @@ def descend(
         row += head
         d_row += head
         target -= head
-    main = body // TILE * TILE
+    main = body // COLUMNS * COLUMNS
     if main < body:
-        x = load(row, main, body, True, ALIGNED, LANES, VECTOR, UNROLL).to(rate.dtype)
+        x = load(row, main, body, True, ALIGNED, TILE).to(rate.dtype)
         g = elementwise(x, inner, base, rate, shift, common, per_bit, READOUT, ENTROPY)
-        g = tl.where(is_column(target, main, LANES, VECTOR, UNROLL), at_target, g)
-        store(d_row, main, body, g, True, LANES, VECTOR, UNROLL)
-    for done in range(0, main, TILE):
-        start = main - TILE - done
-        x = load(row, start, body, False, ALIGNED, LANES, VECTOR, UNROLL).to(rate.dtype)
+        g = tl.where(is_column(target, main, TILE), at_target, g)
+        store(d_row, main, body, g, True, TILE)
+    for done in range(0, main, COLUMNS):
+        start = main - COLUMNS - done
+        x = load(row, start, body, False, ALIGNED, TILE).to(rate.dtype)
         g = elementwise(x, inner, base, rate, shift, common, per_bit, READOUT, ENTROPY)
         # The tile is known to hold the target or not before its elements are compared: two operations each.
-        if (target >= start) & (target < start + TILE):
-            g = tl.where(is_column(target, start, LANES, VECTOR, UNROLL), at_target, g)
-        store(d_row, start, body, g, False, LANES, VECTOR, UNROLL)
+        if (target >= start) & (target < start + COLUMNS):
+            g = tl.where(is_column(target, start, TILE), at_target, g)
+        store(d_row, start, body, g, False, TILE)
 
 
 @triton.jit
@@ -146,17 +144,15 @@ def write_row(
     READOUT: tl.constexpr,
     ENTROPY: tl.constexpr,
     ALIGNED: tl.constexpr,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    UNROLL: tl.constexpr,
+    TILE: tl.constexpr,
 ) -> None:
     """Write a row of d_logits, where log2 p_j = (u_j - base) factor log2(e) - shift."""
     if (d_logp == 0) & (d_entropy == 0) & (d_lse == 0):
-        fill(d_row, size, d_logp, ALIGNED, LANES, VECTOR, UNROLL)
+        fill(d_row, size, d_logp, ALIGNED, TILE)
     else:
         at_target, common, per_bit = coefficients(u_y, logp, entropy, d_logp, d_entropy, d_lse, inner, factor, READOUT)
         descend(row, d_row, size, target, at_target, inner, base, factor * LOG2E, shift, common, per_bit,
-                READOUT, ENTROPY, ALIGNED, LANES, VECTOR, UNROLL)  # fmt: skip
+                READOUT, ENTROPY, ALIGNED, TILE)  # fmt: skip
 
 
 @triton.jit
@@ -191,9 +187,7 @@ def backward(
     READOUT: tl.constexpr,
     COMPUTE: tl.constexpr,
     ALIGNED: tl.constexpr,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    UNROLL: tl.constexpr,
+    TILE: tl.constexpr,
 ) -> None:
     """One program per row, one read and one write."""
     row = tl.program_id(0)
@@ -216,6 +210,6 @@ def backward(
         write_row(x, d_x, size, y.to(tl.int32), u_y, logp_y, tl.load(entropy + row).to(COMPUTE),
                   optional(d_logp, row, zero), optional(d_entropy, row, zero), optional(d_lse, row, zero),
                   k, f, base, shift, READOUT, d_entropy is not None,
-                  ALIGNED, LANES, VECTOR, UNROLL)  # fmt: skip
+                  ALIGNED, TILE)  # fmt: skip
     else:
-        fill(d_x, size, absent(y, COMPUTE), ALIGNED, LANES, VECTOR, UNROLL)
+        fill(d_x, size, absent(y, COMPUTE), ALIGNED, TILE)

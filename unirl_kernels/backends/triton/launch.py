@@ -122,7 +122,7 @@ def _split_row(
     programs = geometry.programs(shape, vocab, device.multiprocessors, options.get("maxnreg"))
     scratch = _scratch(rows * slices, logits.device)
     split_row[min(rows * slices, programs),](
-        *arguments, scratch, rows, width, **constants, **tile_constants, SLICES=slices,
+        *arguments, scratch, rows, width, **constants, **tile_constants, HALF=geometry.half(shape), SLICES=slices,
         PADDED=triton.next_power_of_2(slices), num_warps=shape.num_warps, **options,
     )  # fmt: skip
 
@@ -173,9 +173,7 @@ def _constants(shape: geometry.Tile, *tensors: Tensor) -> dict[str, Any]:
     return {
         "COMPUTE": tl.float64 if tensors[0].dtype == torch.float64 else tl.float32,
         "ALIGNED": all(_aligned(x, shape.vector) for x in tensors),
-        "LANES": shape.lanes,
-        "VECTOR": shape.vector,
-        "UNROLL": shape.unroll,
+        "TILE": shape,
     }
 
 

@@ -54,9 +54,7 @@ def observe(
     place: tl.tensor,
     READOUT: tl.constexpr,
     MASKED: tl.constexpr,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    UNROLL: tl.constexpr,
+    TILE: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """Add the tile at ``start`` to what is known of each lane."""
     x = x.to(rate.dtype)
@@ -64,7 +62,7 @@ def observe(
     v = signed(x, inner, READOUT)
     counted = u
     if MASKED:
-        below = is_below(size, start, LANES, VECTOR, UNROLL)
+        below = is_below(size, start, TILE)
         counted = tl.where(below, u, 0.0)
         u = tl.where(below, u, float("-inf"))
         v = tl.where(below, v, float("-inf"))
@@ -89,16 +87,14 @@ def first_of(
     place: tl.tensor,
     READOUT: tl.constexpr,
     ALIGNED: tl.constexpr,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    UNROLL: tl.constexpr,
+    TILE: tl.constexpr,
 ) -> tl.tensor:
     """The row's first column with its largest logit, from the lanes' largest and the tiles where these came first."""
     row_peak = tl.max(peak, 0)
     start = tl.min(tl.where(peak == row_peak, place, size), 0)
-    v = signed(load(row, start, size, True, ALIGNED, LANES, VECTOR, UNROLL).to(peak.dtype), inner, READOUT)
-    found = is_below(size, start, LANES, VECTOR, UNROLL) & (v == row_peak)
-    columns = start + lane_start(LANES, VECTOR) + within_lane(LANES, VECTOR, UNROLL)
+    v = signed(load(row, start, size, True, ALIGNED, TILE).to(peak.dtype), inner, READOUT)
+    found = is_below(size, start, TILE) & (v == row_peak)
+    columns = start + lane_start(TILE) + within_lane(TILE)
     return tl.min(tl.min(tl.min(tl.where(found, columns, size), 2), 0), 0)
 
 
@@ -123,12 +119,10 @@ def observations(
     READOUT: tl.constexpr,
     COMPUTE: tl.constexpr,
     ALIGNED: tl.constexpr,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    UNROLL: tl.constexpr,
+    TILE: tl.constexpr,
 ) -> None:
     """One program per row, one read."""
-    TILE: tl.constexpr = LANES * VECTOR * UNROLL
+    COLUMNS: tl.constexpr = TILE.unroll * TILE.lanes * TILE.vector
     row = tl.program_id(0)
     y = tl.load(target + row)
     if (y >= 0) & (y < size):
@@ -137,19 +131,19 @@ def observations(
         k = tl.full((), inner, COMPUTE)
         at = start_of_row(logits, row, length, stride_b, stride_l)
         u_y = unscaled(tl.load(at + y).to(COMPUTE), k, READOUT)
-        top = tl.full((LANES,), float("-inf"), COMPUTE)
-        s = tl.full((LANES,), 0.0, COMPUTE)
-        sz, s2, su, peak, place = s, s, s, top, tl.full((LANES,), 0, tl.int32)
-        main = size // TILE * TILE
-        for start in range(0, main, TILE):
-            x = load(at, start, size, False, ALIGNED, LANES, VECTOR, UNROLL)
+        top = tl.full((TILE.lanes,), float("-inf"), COMPUTE)
+        s = tl.full((TILE.lanes,), 0.0, COMPUTE)
+        sz, s2, su, peak, place = s, s, s, top, tl.full((TILE.lanes,), 0, tl.int32)
+        main = size // COLUMNS * COLUMNS
+        for start in range(0, main, COLUMNS):
+            x = load(at, start, size, False, ALIGNED, TILE)
             top, s, sz, s2, su, peak, place = observe(x, start, size, k, rate, top, s, sz, s2, su, peak, place,
-                                                      READOUT, False, LANES, VECTOR, UNROLL)  # fmt: skip
+                                                      READOUT, False, TILE)  # fmt: skip
         if main < size:
-            x = load(at, main, size, True, ALIGNED, LANES, VECTOR, UNROLL)
+            x = load(at, main, size, True, ALIGNED, TILE)
             top, s, sz, s2, su, peak, place = observe(x, main, size, k, rate, top, s, sz, s2, su, peak, place,
-                                                      READOUT, True, LANES, VECTOR, UNROLL)  # fmt: skip
-        column = first_of(at, size, k, peak, place, READOUT, ALIGNED, LANES, VECTOR, UNROLL)
+                                                      READOUT, True, TILE)  # fmt: skip
+        column = first_of(at, size, k, peak, place, READOUT, ALIGNED, TILE)
         _, row_s2, _ = combine(top, s2, s2, 2.0 * rate)
         base, row_s, row_sz = combine(top, s, sz, rate)
         logp_y, h, log_sum = finish(base, row_s, row_sz, u_y, f)

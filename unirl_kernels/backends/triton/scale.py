@@ -20,22 +20,20 @@ def scale(
     stride_l: tl.int64,
     COMPUTE: tl.constexpr,
     ALIGNED: tl.constexpr,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    UNROLL: tl.constexpr,
+    TILE: tl.constexpr,
 ) -> None:
     """Few programs for many rows: starting them is all that happens when the factor is 1."""
-    TILE: tl.constexpr = LANES * VECTOR * UNROLL
+    COLUMNS: tl.constexpr = TILE.unroll * TILE.lanes * TILE.vector
     k = tl.load(factor).to(COMPUTE)
     if k != 1:
         for row in range(tl.program_id(0), rows, tl.num_programs(0)):
             start_of_x = start_of_row(x, row, length, stride_b, stride_l)
-            head, body = head_and_body(start_of_x, size, ALIGNED, VECTOR)
+            head, body = head_and_body(start_of_x, size, ALIGNED, TILE.vector)
             if not ALIGNED:
-                columns, inside = fringe(head, body, size, VECTOR)
+                columns, inside = fringe(head, body, size, TILE.vector)
                 edge = tl.load(start_of_x + columns, mask=inside, other=0.0).to(COMPUTE) * k
                 tl.store(start_of_x + columns, edge.to(x.dtype.element_ty), mask=inside)
             body_of_x = start_of_x + head
-            for start in range(0, body, TILE):
-                value = load(body_of_x, start, body, True, True, LANES, VECTOR, UNROLL).to(COMPUTE) * k
-                store(body_of_x, start, body, value, True, LANES, VECTOR, UNROLL)
+            for start in range(0, body, COLUMNS):
+                value = load(body_of_x, start, body, True, True, TILE).to(COMPUTE) * k
+                store(body_of_x, start, body, value, True, TILE)

@@ -6,7 +6,8 @@ the gradient from the exponentials that it still holds: one exp2 per logit.
 
 Progress: a program publishes before it waits, and draws the next ticket after the row is complete. So every row whose
 tickets are all drawn completes, at most one row is partly drawn, and its fewer than SLICES holders leave a slot to the
-others if at least SLICES programs are resident. Nothing requires all programs to be.
+others if at least SLICES programs are resident, which ``geometry.programs`` makes sure of. Nothing requires all
+programs to be.
 
 Records need no fence: a word of 8 bytes holds one number and is 0 until it is published, so a reader either has it or
 waits. They also carry the target's logit: read from the row, it could be a gradient already when d_logits is logits.
@@ -85,7 +86,7 @@ def collect(
 
 @triton.jit
 def add(s: tl.tensor, sz: tl.tensor, more_s: tl.tensor, more_sz: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """Both sums in one reduction: half as many waits for the other warps, and fewer registers."""
+    """Both sums in one reduction take fewer registers than in two, which decides whether sm_100 spills."""
     return s + more_s, sz + more_sz
 
 
@@ -97,12 +98,10 @@ def slice_differences(
     COMPUTE: tl.constexpr,
     READOUT: tl.constexpr,
     ALIGNED: tl.constexpr,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    UNROLL: tl.constexpr,
+    TILE: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """Maximum of u over a slice, and how far u is from it; -inf beyond the slice."""
-    u = masked(x, 0, count, inner, COMPUTE, READOUT, ALIGNED, LANES, VECTOR, UNROLL)
+    u = masked(x, 0, count, inner, COMPUTE, READOUT, ALIGNED, TILE)
     top = tl.max(tl.max(tl.max(u, 2), 0), 0)
     return top, u - finite_base(top)
 
@@ -131,15 +130,14 @@ def split_row(
     factor: tl.float64,
     scratch: tl.tensor,  # [1 + B * L * SLICES, WORDS] int64, zeros: the next ticket, then the records
     rows: tl.int32,  # B * L
-    width: tl.int32,  # columns of a slice, a multiple of VECTOR
+    width: tl.int32,  # columns of a slice, a multiple of a vector
     OBJECTIVE: tl.constexpr,
     ENTROPY: tl.constexpr,
     READOUT: tl.constexpr,
     COMPUTE: tl.constexpr,
     ALIGNED: tl.constexpr,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    UNROLL: tl.constexpr,
+    TILE: tl.constexpr,
+    HALF: tl.constexpr,  # TILE with half the unroll
     SLICES: tl.constexpr,
     PADDED: tl.constexpr,  # SLICES rounded up to a power of 2
 ) -> None:
@@ -163,7 +161,7 @@ def split_row(
             # 0 in the other slices: u(0) = 0, and the sum over slices is the target's.
             u_y = unscaled(tl.load(x + here, mask=owns, other=0.0).to(COMPUTE), k, READOUT)
             w, a, old, ref = row_fields(weight, advantage, old_logp, ref_logp, row, COMPUTE)
-            top, d = slice_differences(x, count, k, COMPUTE, READOUT, ALIGNED, LANES, VECTOR, UNROLL)
+            top, d = slice_differences(x, count, k, COMPUTE, READOUT, ALIGNED, TILE)
             t = d * rate
             e = tl.exp2(t)
             lane_s, lane_sz = lane_sums(t, e)
@@ -195,18 +193,18 @@ def split_row(
                 else:
                     g = e * common
                 if owns:
-                    g = tl.where(is_column(here, 0, LANES, VECTOR, UNROLL), at_target, g)
-                store(d_x, 0, count, g, True, LANES, VECTOR, UNROLL)
+                    g = tl.where(is_column(here, 0, TILE), at_target, g)
+                store(d_x, 0, count, g, True, TILE)
             else:
                 # From the cache: in registers the columns do not form the vectors to be stored, or the slope is gone.
                 # By half tiles, for shifting takes registers too.
                 descend(x, d_x, count, here, at_target, k, finite_base(top), rate, shift, common, per_bit,
-                        READOUT, ENTROPY, ALIGNED, LANES, VECTOR, UNROLL // 2)  # fmt: skip
+                        READOUT, ENTROPY, ALIGNED, HALF)  # fmt: skip
         else:
             nothing = absent(y, COMPUTE)
             if part == 0:
                 tl.store(loss + row, nothing)
                 tl.store(logp + row, nothing)
                 tl.store(entropy + row, nothing)
-            fill(d_x, count, nothing, ALIGNED, LANES, VECTOR, UNROLL)
+            fill(d_x, count, nothing, ALIGNED, TILE)
             ticket = tl.atomic_add(scratch, 1, sem="relaxed").to(tl.int32)

@@ -92,20 +92,18 @@ def masked(
     COMPUTE: tl.constexpr,
     READOUT: tl.constexpr,
     ALIGNED: tl.constexpr,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    UNROLL: tl.constexpr,
+    TILE: tl.constexpr,
 ) -> tl.tensor:
     """u of a tile that may reach beyond ``size`` columns, -inf there."""
     if ALIGNED and READOUT != "softcap":
         # The load itself puts it there, which saves a selection per element.
         OUTSIDE: tl.constexpr = float("inf") if READOUT == "negated" else float("-inf")
-        x = load(row, start, size, True, ALIGNED, LANES, VECTOR, UNROLL, OUTSIDE)
+        x = load(row, start, size, True, ALIGNED, TILE, OUTSIDE)
         return unscaled(x.to(COMPUTE), inner, READOUT)
     else:
-        x = load(row, start, size, True, ALIGNED, LANES, VECTOR, UNROLL)
+        x = load(row, start, size, True, ALIGNED, TILE)
         u = unscaled(x.to(COMPUTE), inner, READOUT)
-        return tl.where(is_below(size, start, LANES, VECTOR, UNROLL), u, float("-inf"))
+        return tl.where(is_below(size, start, TILE), u, float("-inf"))
 
 
 @triton.jit
@@ -116,21 +114,19 @@ def sweep(
     rate: tl.tensor,
     READOUT: tl.constexpr,
     ALIGNED: tl.constexpr,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    UNROLL: tl.constexpr,
+    TILE: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Sums over ``size`` columns of a row: base, s, sz."""
-    TILE: tl.constexpr = LANES * VECTOR * UNROLL
-    top = tl.full((LANES,), float("-inf"), rate.dtype)
-    s = tl.full((LANES,), 0.0, rate.dtype)
-    sz = tl.full((LANES,), 0.0, rate.dtype)
-    main = size // TILE * TILE
-    for start in range(0, main, TILE):
-        x = load(row, start, size, False, ALIGNED, LANES, VECTOR, UNROLL)
+    COLUMNS: tl.constexpr = TILE.unroll * TILE.lanes * TILE.vector
+    top = tl.full((TILE.lanes,), float("-inf"), rate.dtype)
+    s = tl.full((TILE.lanes,), 0.0, rate.dtype)
+    sz = tl.full((TILE.lanes,), 0.0, rate.dtype)
+    main = size // COLUMNS * COLUMNS
+    for start in range(0, main, COLUMNS):
+        x = load(row, start, size, False, ALIGNED, TILE)
         top, s, sz = accumulate(unscaled(x.to(rate.dtype), inner, READOUT), top, s, sz, rate)
     if main < size:
-        u = masked(row, main, size, inner, rate.dtype, READOUT, ALIGNED, LANES, VECTOR, UNROLL)
+        u = masked(row, main, size, inner, rate.dtype, READOUT, ALIGNED, TILE)
         top, s, sz = accumulate(u, top, s, sz, rate)
     return combine(top, s, sz, rate)
 
@@ -184,9 +180,7 @@ def statistics(
     READOUT: tl.constexpr,
     COMPUTE: tl.constexpr,
     ALIGNED: tl.constexpr,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    UNROLL: tl.constexpr,
+    TILE: tl.constexpr,
 ) -> None:
     """One program per row, one read."""
     row = tl.program_id(0)
@@ -196,7 +190,7 @@ def statistics(
         k = tl.full((), inner, COMPUTE)
         x = start_of_row(logits, row, length, stride_b, stride_l)
         u_y = unscaled(tl.load(x + y).to(COMPUTE), k, READOUT)
-        base, s, sz = sweep(x, size, k, f * LOG2E, READOUT, ALIGNED, LANES, VECTOR, UNROLL)
+        base, s, sz = sweep(x, size, k, f * LOG2E, READOUT, ALIGNED, TILE)
         logp_y, h, log_sum = finish(base, s, sz, u_y, f)
         tl.store(logp + row, logp_y)
         tl.store(entropy + row, h)

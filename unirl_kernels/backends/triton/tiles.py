@@ -1,5 +1,7 @@
 """Pieces of a row: [UNROLL, LANES, VECTOR] columns, one thread per lane and 16 bytes per vector.
 
+Kernels get the three sizes as TILE, a ``geometry.Tile``.
+
 Which thread sums which column decides the bits of the result, so it must not depend on where the row happens to lie in
 memory. A row that does not start at a multiple of 16 bytes is therefore read as the aligned 16-byte granules that it
 overlaps, two for each vector, and shifted into place: loads stay 128 bits wide, and lane i still holds the columns
@@ -15,35 +17,32 @@ import triton.language as tl
 
 
 @triton.jit
-def lane_start(LANES: tl.constexpr, VECTOR: tl.constexpr) -> tl.tensor:
+def lane_start(TILE: tl.constexpr) -> tl.tensor:
     """[1, LANES, 1] int32: the first column of each lane within a tile."""
-    return (tl.arange(0, LANES) * VECTOR)[None, :, None]
+    return (tl.arange(0, TILE.lanes) * TILE.vector)[None, :, None]
 
 
 @triton.jit
-def within_lane(LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr) -> tl.tensor:
+def within_lane(TILE: tl.constexpr) -> tl.tensor:
     """[UNROLL, 1, VECTOR] int32: where a lane's columns are, from its first. Constants, the same in every thread.
 
     Addresses, masks and comparisons are formed as (one number per lane) and (constants): as column numbers they would
     take one register per element, 32 in every thread, all along.
     """
-    return (tl.arange(0, UNROLL) * (LANES * VECTOR))[:, None, None] + tl.arange(0, VECTOR)[None, None, :]
+    later = tl.arange(0, TILE.unroll) * (TILE.lanes * TILE.vector)
+    return later[:, None, None] + tl.arange(0, TILE.vector)[None, None, :]
 
 
 @triton.jit
-def is_column(
-    column: tl.tensor, start: tl.tensor, LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr
-) -> tl.tensor:
+def is_column(column: tl.tensor, start: tl.tensor, TILE: tl.constexpr) -> tl.tensor:
     """[UNROLL, LANES, VECTOR] bool: whether an element of the tile at ``start`` is the one of ``column``."""
-    return column - start - lane_start(LANES, VECTOR) == within_lane(LANES, VECTOR, UNROLL)
+    return column - start - lane_start(TILE) == within_lane(TILE)
 
 
 @triton.jit
-def is_below(
-    size: tl.tensor, start: tl.tensor, LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr
-) -> tl.tensor:
+def is_below(size: tl.tensor, start: tl.tensor, TILE: tl.constexpr) -> tl.tensor:
     """[UNROLL, LANES, VECTOR] bool: whether an element of the tile at ``start`` is one of ``size`` columns."""
-    return size - start - lane_start(LANES, VECTOR) > within_lane(LANES, VECTOR, UNROLL)
+    return size - start - lane_start(TILE) > within_lane(TILE)
 
 
 @triton.jit
@@ -75,9 +74,7 @@ def load(
     size: tl.tensor,
     MASKED: tl.constexpr,
     ALIGNED: tl.constexpr,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    UNROLL: tl.constexpr,
+    TILE: tl.constexpr,
     OUTSIDE: tl.constexpr = 0.0,
 ) -> tl.tensor:
     """Columns ``start ...`` of a row, [UNROLL, LANES, VECTOR]. Beyond ``size``: OUTSIDE when ALIGNED, else anything.
@@ -90,14 +87,14 @@ def load(
         ALIGNED: whether ``row`` is a multiple of 16 bytes.
     """
     if ALIGNED:
-        at = tl.multiple_of(row + start + tile_columns(LANES, VECTOR, UNROLL), (16 // VECTOR, 16))
+        at = tl.multiple_of(row + start + tile_columns(TILE.lanes, TILE.vector, TILE.unroll), (16 // TILE.vector, 16))
         if MASKED:
-            x = tl.load(at, mask=whole_vectors(size, start, LANES, VECTOR, UNROLL), other=OUTSIDE)
+            x = tl.load(at, mask=whole_vectors(size, start, TILE.lanes, TILE.vector, TILE.unroll), other=OUTSIDE)
         else:
             x = tl.load(at)
-        return tl.reshape(x, UNROLL, LANES, VECTOR)
+        return tl.reshape(x, TILE.unroll, TILE.lanes, TILE.vector)
     else:
-        return _load_shifted(row, start, size, MASKED, LANES, VECTOR, UNROLL)
+        return _load_shifted(row, start, size, MASKED, TILE)
 
 
 @triton.jit
@@ -106,27 +103,27 @@ def _load_shifted(
     start: tl.tensor,
     size: tl.tensor,
     MASKED: tl.constexpr,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    UNROLL: tl.constexpr,
+    TILE: tl.constexpr,
 ) -> tl.tensor:
     """``load`` from any address: lane i takes granules i and i + 1, and of these 32 bytes the 16 of its vector."""
-    BYTES: tl.constexpr = 16 // VECTOR
+    BYTES: tl.constexpr = 16 // TILE.vector
     address = row.to(tl.uint64)
     beyond = address % 16
     granules = (address - beyond).to(tl.pointer_type(tl.uint64))
-    at = tl.multiple_of(granules + start // VECTOR * 2 + tile_columns(LANES, 2, UNROLL), (8, 16))
+    at = tl.multiple_of(granules + start // TILE.vector * 2 + tile_columns(TILE.lanes, 2, TILE.unroll), (8, 16))
     following = tl.multiple_of(at + 2, (8, 16))
     if MASKED:
         n = (beyond.to(tl.int32) + size * BYTES + 15) // 16 * 2  # words in granules that hold a byte of the row
-        low = tl.load(at, mask=whole_vectors(n, start // VECTOR * 2, LANES, 2, UNROLL), other=0)
-        high = tl.load(following, mask=whole_vectors(n - 2, start // VECTOR * 2, LANES, 2, UNROLL), other=0)
+        low = tl.load(at, mask=whole_vectors(n, start // TILE.vector * 2, TILE.lanes, 2, TILE.unroll), other=0)
+        high = tl.load(
+            following, mask=whole_vectors(n - 2, start // TILE.vector * 2, TILE.lanes, 2, TILE.unroll), other=0
+        )
     else:
         low = tl.load(at)
         # Without a shift the next granule is not needed, and may lie beyond the tensor or be written by another lane.
-        high = tl.load(following, mask=tl.broadcast_to(beyond > 0, UNROLL, LANES * 2), other=0)
-    w0, w1 = tl.split(tl.reshape(low, UNROLL, LANES, 2))
-    w2, w3 = tl.split(tl.reshape(high, UNROLL, LANES, 2))
+        high = tl.load(following, mask=tl.broadcast_to(beyond > 0, TILE.unroll, TILE.lanes * 2), other=0)
+    w0, w1 = tl.split(tl.reshape(low, TILE.unroll, TILE.lanes, 2))
+    w2, w3 = tl.split(tl.reshape(high, TILE.unroll, TILE.lanes, 2))
     far = beyond >= 8
     a = tl.where(far, w1, w0)
     b = tl.where(far, w2, w1)
@@ -135,7 +132,7 @@ def _load_shifted(
     # In two steps: a shift by all 64 bits is undefined.
     first = (a >> shift) | ((b << 1) << (63 - shift))
     second = (b >> shift) | ((c << 1) << (63 - shift))
-    return tl.reshape(_unpack(first, second, row, BYTES), UNROLL, LANES, VECTOR)
+    return tl.reshape(_unpack(first, second, row, BYTES), TILE.unroll, TILE.lanes, TILE.vector)
 
 
 @triton.jit
@@ -171,16 +168,14 @@ def store(
     size: tl.tensor,
     value: tl.tensor,
     MASKED: tl.constexpr,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    UNROLL: tl.constexpr,
+    TILE: tl.constexpr,
 ) -> None:
     """Write a tile's columns below ``size``, a multiple of VECTOR; ``row`` starts at a whole vector of its dtype."""
     BYTES: tl.constexpr = row.dtype.element_ty.primitive_bitwidth // 8
-    at = tl.multiple_of(row + start + tile_columns(LANES, VECTOR, UNROLL), (BYTES, VECTOR * BYTES))
-    value = tl.reshape(value.to(row.dtype.element_ty), UNROLL, LANES * VECTOR)
+    at = tl.multiple_of(row + start + tile_columns(TILE.lanes, TILE.vector, TILE.unroll), (BYTES, TILE.vector * BYTES))
+    value = tl.reshape(value.to(row.dtype.element_ty), TILE.unroll, TILE.lanes * TILE.vector)
     if MASKED:
-        tl.store(at, value, mask=whole_vectors(size, start, LANES, VECTOR, UNROLL))
+        tl.store(at, value, mask=whole_vectors(size, start, TILE.lanes, TILE.vector, TILE.unroll))
     else:
         tl.store(at, value)
 
@@ -214,16 +209,14 @@ def fill(
     size: tl.tensor,
     value: tl.tensor,
     ALIGNED: tl.constexpr,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    UNROLL: tl.constexpr,
+    TILE: tl.constexpr,
 ) -> None:
     """Set a row to ``value``."""
-    TILE: tl.constexpr = LANES * VECTOR * UNROLL
-    head, body = head_and_body(row, size, ALIGNED, VECTOR)
+    COLUMNS: tl.constexpr = TILE.unroll * TILE.lanes * TILE.vector
+    head, body = head_and_body(row, size, ALIGNED, TILE.vector)
     if not ALIGNED:
-        columns, inside = fringe(head, body, size, VECTOR)
+        columns, inside = fringe(head, body, size, TILE.vector)
         tl.store(row + columns, value.to(row.dtype.element_ty), mask=inside)
-    tile = tl.full((UNROLL, LANES, VECTOR), 0.0, value.dtype) + value
-    for start in range(0, body, TILE):
-        store(row + head, start, body, tile, True, LANES, VECTOR, UNROLL)
+    tile = tl.full((TILE.unroll, TILE.lanes, TILE.vector), 0.0, value.dtype) + value
+    for start in range(0, body, COLUMNS):
+        store(row + head, start, body, tile, True, TILE)

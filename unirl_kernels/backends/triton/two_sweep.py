@@ -78,9 +78,7 @@ def two_sweep(
     READOUT: tl.constexpr,
     COMPUTE: tl.constexpr,
     ALIGNED: tl.constexpr,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    UNROLL: tl.constexpr,
+    TILE: tl.constexpr,
 ) -> None:
     row = tl.program_id(0)
     y = tl.load(target + row)
@@ -91,7 +89,7 @@ def two_sweep(
         x = start_of_row(logits, row, length, stride_b, stride_l)
         u_y = unscaled(tl.load(x + y).to(COMPUTE), k, READOUT)
         w, a, old, ref = row_fields(weight, advantage, old_logp, ref_logp, row, COMPUTE)
-        base, s, sz = sweep(x, size, k, f * LOG2E, READOUT, ALIGNED, LANES, VECTOR, UNROLL)
+        base, s, sz = sweep(x, size, k, f * LOG2E, READOUT, ALIGNED, TILE)
         logp_y, h, lse = finish(base, s, sz, u_y, f)
         loss_y, d_logp, d_entropy, d_lse = weighted(
             OBJECTIVE, old_logp is None, parameters, w, a, old, ref, logp_y, h, lse
@@ -101,10 +99,10 @@ def two_sweep(
         tl.store(entropy + row, h)
         # The sums above made every thread wait until the row was read, so it may be overwritten now.
         write_row(x, d_x, size, y.to(tl.int32), u_y, logp_y, h, d_logp, d_entropy, d_lse, k, f, base, tl.log2(s),
-                  READOUT, ENTROPY, ALIGNED, LANES, VECTOR, UNROLL)  # fmt: skip
+                  READOUT, ENTROPY, ALIGNED, TILE)  # fmt: skip
     else:
         nothing = absent(y, COMPUTE)
         tl.store(loss + row, nothing)
         tl.store(logp + row, nothing)
         tl.store(entropy + row, nothing)
-        fill(d_x, size, nothing, ALIGNED, LANES, VECTOR, UNROLL)
+        fill(d_x, size, nothing, ALIGNED, TILE)
