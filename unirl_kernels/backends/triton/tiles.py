@@ -46,13 +46,16 @@ def is_below(size: tl.tensor, start: tl.tensor, TILE: tl.constexpr) -> tl.tensor
 
 
 @triton.jit
-def tile_columns(LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr) -> tl.tensor:
-    """[UNROLL, LANES * VECTOR] int32: the columns of a tile, as memory is accessed.
+def addresses(
+    first: tl.tensor, WIDTH: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr
+) -> tl.tensor:
+    """[UNROLL, LANES * VECTOR] pointers to a tile that starts at ``first``, a multiple of a vector of WIDTH bytes.
 
     Threads are laid out by the run of addresses that the compiler sees. Here it sees one along the last dimension; with
     lanes and vectors apart, runs of VECTOR would leave it to the version of Triton which of the others comes next.
     """
-    return (tl.arange(0, UNROLL) * (LANES * VECTOR))[:, None] + tl.arange(0, LANES * VECTOR)[None, :]
+    columns = (tl.arange(0, UNROLL) * (LANES * VECTOR))[:, None] + tl.arange(0, LANES * VECTOR)[None, :]
+    return tl.multiple_of(first + columns, (WIDTH // VECTOR, WIDTH))
 
 
 @triton.jit
@@ -87,7 +90,8 @@ def load(
         ALIGNED: whether ``row`` is a multiple of 16 bytes.
     """
     if ALIGNED:
-        at = tl.multiple_of(row + start + tile_columns(TILE.lanes, TILE.vector, TILE.unroll), (16 // TILE.vector, 16))
+        # Said of the scalar too, for the buffer instructions of AMD GPUs are made of scalar and offsets.
+        at = addresses(tl.multiple_of(row + start, 16), 16, TILE.lanes, TILE.vector, TILE.unroll)
         if MASKED:
             x = tl.load(at, mask=whole_vectors(size, start, TILE.lanes, TILE.vector, TILE.unroll), other=OUTSIDE)
         else:
@@ -110,7 +114,8 @@ def _load_shifted(
     address = row.to(tl.uint64)
     beyond = address % 16
     granules = (address - beyond).to(tl.pointer_type(tl.uint64))
-    at = tl.multiple_of(granules + start // TILE.vector * 2 + tile_columns(TILE.lanes, 2, TILE.unroll), (8, 16))
+    first_granule = tl.multiple_of(granules + start // TILE.vector * 2, 16)
+    at = addresses(first_granule, 16, TILE.lanes, 2, TILE.unroll)
     following = tl.multiple_of(at + 2, (8, 16))
     if MASKED:
         n = (beyond.to(tl.int32) + size * BYTES + 15) // 16 * 2  # words in granules that hold a byte of the row
@@ -172,7 +177,8 @@ def store(
 ) -> None:
     """Write a tile's columns below ``size``, a multiple of VECTOR; ``row`` starts at a whole vector of its dtype."""
     BYTES: tl.constexpr = row.dtype.element_ty.primitive_bitwidth // 8
-    at = tl.multiple_of(row + start + tile_columns(TILE.lanes, TILE.vector, TILE.unroll), (BYTES, TILE.vector * BYTES))
+    WIDTH: tl.constexpr = TILE.vector * BYTES
+    at = addresses(tl.multiple_of(row + start, WIDTH), WIDTH, TILE.lanes, TILE.vector, TILE.unroll)
     value = tl.reshape(value.to(row.dtype.element_ty), TILE.unroll, TILE.lanes * TILE.vector)
     if MASKED:
         tl.store(at, value, mask=whole_vectors(size, start, TILE.lanes, TILE.vector, TILE.unroll))
