@@ -109,7 +109,8 @@ CASES = {
     "grpo": GRPO({**SAMPLING, **BONUS, "beta": 0.04}, logged=("kl", "entropy", "reward")),
     "grpo-without-kl": GRPO({**SAMPLING, **BONUS, "beta": 0.0, "loss_type": "dr_grpo"}, logged=("entropy", "reward")),
     "grpo-sequences": GRPO({**SAMPLING, **GSPO, "beta": 0.04}, logged=("kl", "entropy")),
-    "grpo-high-entropy": GRPO({**SAMPLING, "beta": 0.0, "top_entropy_quantile": 0.5}, logged=("entropy",)),
+    # A quantile that no token's entropy is near: rounding would decide on which side of it the token falls.
+    "grpo-high-entropy": GRPO({**SAMPLING, "beta": 0.0, "top_entropy_quantile": 0.2}, logged=("entropy",)),
     "rloo": Case(trl.RLOOTrainer, trl.RLOOConfig, QUESTIONS, SAMPLING, logged=("kl", "entropy", "reward")),
     "dpo": DPO(logged=("rewards/margins", "logps/chosen", "logits/rejected", "entropy", "mean_token_accuracy")),
     "dpo-weighted": DPO({"use_weighting": True}, logged=("rewards/margins",)),
