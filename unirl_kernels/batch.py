@@ -100,9 +100,10 @@ class Batch:
 
     @property
     def offsets(self) -> Tensor:
-        """[S + 1] int64: sequence s holds the flat tokens offsets[s] to offsets[s + 1]."""
+        """[S + 1] int64, rising, in [0, T]: sequence s holds the flat tokens offsets[s] to offsets[s + 1]."""
         if self.cu_seqlens is not None:
-            return self.cu_seqlens.to(torch.int64)
+            # What could not be checked when the batch was made must not lead out of the tensors.
+            return self.cu_seqlens.to(torch.int64).clamp(0, self.target.numel()).cummax(0).values
         n, length = self.target.shape
         return torch.arange(n + 1, device=self.target.device) * length
 

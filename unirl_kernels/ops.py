@@ -278,7 +278,10 @@ class OnePass(torch.autograd.Function):
 
 
 def consume(logits: Tensor) -> None:
-    """Take the memory away from overwritten logits, so that using them fails instead of reading a gradient."""
+    """Take the memory away from overwritten logits, and from what they are a view of, so that using them fails instead
+    of reading a gradient."""
     torch.autograd.graph.increment_version(logits)
     if not torch.compiler.is_compiling():
-        logits.data = logits.new_empty(0)
+        for x in (logits, logits._base):
+            if x is not None:
+                x.data = x.new_empty(0)

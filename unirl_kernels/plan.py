@@ -13,13 +13,14 @@ class Plan:
         backend: ``cpu``, ``triton``, ``cuda`` or ``eager``; None takes the best that runs on the logits' device.
         kernel: the backend's kernel, or ``composed`` (statistics, then the objective under autograd, then the
             gradient: runs any objective); None takes the default of the backend.
-        overwrite_logits: put the gradient into the logits' memory. Using the logits afterwards raises. Linear heads
-            do so with their own in any case.
+        overwrite_logits: put the gradient into the logits' memory. The logits, and what they are a view of, are left
+            without elements (under ``torch.compile`` with the gradient: do not use them). Linear heads do so with
+            their own in any case.
         max_chunk_bytes: linear heads' memory for the logits of one chunk of tokens, bytes, > 0; at least one token
             must fit. None: 256 MiB on a CPU, 2 GiB elsewhere.
 
     Raises:
-        ValueError: when ``max_chunk_bytes`` is not positive.
+        TypeError, ValueError: when ``max_chunk_bytes`` is not a positive integer, or ``overwrite_logits`` not a bool.
     """
 
     backend: str | None = None
@@ -28,5 +29,11 @@ class Plan:
     max_chunk_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_chunk_bytes is not None and self.max_chunk_bytes <= 0:
+        if not isinstance(self.overwrite_logits, bool):
+            raise TypeError(f"overwrite_logits must be True or False, got {self.overwrite_logits!r}")
+        if self.max_chunk_bytes is None:
+            return
+        if not isinstance(self.max_chunk_bytes, int):
+            raise TypeError(f"max_chunk_bytes must be an int, got {self.max_chunk_bytes!r}")
+        if self.max_chunk_bytes <= 0:
             raise ValueError(f"max_chunk_bytes must be positive, got {self.max_chunk_bytes}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -34,9 +35,16 @@ class Readout:
                 raise TypeError(f"temperature must be a float32 tensor, got {self.temperature.dtype}")
             if self.temperature.requires_grad:
                 raise ValueError("temperature must not require a gradient: detach it")
-        elif not self.temperature > 0 or math.isinf(self.temperature):
+        elif not _number("temperature", self.temperature) > 0 or math.isinf(self.temperature):
             raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
-        if self.softcap is not None and (not self.softcap > 0 or math.isinf(self.softcap)):
+        if self.softcap is not None and (not _number("softcap", self.softcap) > 0 or math.isinf(self.softcap)):
             raise ValueError(f"softcap must be positive and finite, got {self.softcap}")
+        _number("scale", self.scale)
         if self.scale == 0 or not math.isfinite(self.scale):
             raise ValueError(f"scale must be finite and not 0, got {self.scale}")
+
+
+def _number(name: str, value: object) -> float:
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return float(value)

@@ -21,6 +21,14 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def check_kinds(**values: object) -> None:
+    """Raise a ``TypeError`` unless ``batch``, ``loss``, ``readout`` and ``plan`` are what they are called."""
+    kinds = {"batch": Batch, "loss": Loss, "readout": Readout, "plan": Plan}
+    for name, value in values.items():
+        if not isinstance(value, kinds[name]):
+            raise TypeError(f"{name} must be a {kinds[name].__name__}, got {type(value).__name__}")
+
+
 def check_numbers(name: str, value: object) -> Tensor:
     """The value, if it is a tensor of a dtype that kernels compute on; else a ``TypeError`` that names the argument."""
     if not isinstance(value, Tensor):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from unirl_kernels.api.arguments import (
     check_device,
+    check_kinds,
     check_numbers,
     check_places,
     check_targets,
@@ -151,6 +152,7 @@ def fused_linear_loss(
         IndexError: when a target is outside the vocabulary (on the CPU; on an accelerator its row becomes NaN).
         RuntimeError: when the named backend cannot run here.
     """
+    check_kinds(batch=batch, loss=loss, readout=readout, plan=plan)
     head = _head(hidden, weight, bias, batch.target, plan)
     kernel = kernel_of(loss, plan, hidden.device).kernel
     if any(_wanted(head)):

@@ -8,6 +8,7 @@ from torch import Tensor
 from unirl_kernels import ops
 from unirl_kernels.api.arguments import (
     check_device,
+    check_kinds,
     check_numbers,
     check_places,
     check_targets,
@@ -90,6 +91,7 @@ def token_observations(
 
 def _measured(operator: str, logits: Tensor, target: Tensor, readout: Readout, plan: Plan) -> list[Tensor]:
     """What an operator finds in each row, in target's shape."""
+    check_kinds(readout=readout, plan=plan)
     _check_logits(logits, target)
     backend, _ = choose(logits.device, plan.backend, plan.kernel)
     args = (places(target), *readout_arguments(readout, target, row_dtype(logits.dtype)), backend)
@@ -114,7 +116,8 @@ def fused_loss(
         L = sum_t w_t f(logp_t, entropy_t, ...),      dL/dz_j = w_t (f_logp (1[j=y] - p_j) + ...)
 
     A token-scope objective runs inside the kernel: one read and one write of the logits. An objective of sequence
-    or pair scope takes two passes: statistics, then the gradient in ``backward``.
+    or pair scope takes two passes, statistics, then the gradient in ``backward``; so do fp16 logits, whose gradient is
+    rounded after a loss scale has multiplied it, unless ``plan`` names a kernel.
 
     Args:
         logits: [B, L, V] or [T, V], as ``batch.target`` is laid out; float32, bfloat16 or float16 (float64 for
@@ -133,9 +136,12 @@ def fused_loss(
         IndexError: when a target is outside the vocabulary (on the CPU; on an accelerator its row becomes NaN).
         RuntimeError: when the named backend cannot run here.
     """
+    check_kinds(batch=batch, loss=loss, readout=readout, plan=plan)
     _check_logits(logits, batch.target)
     choice = kernel_of(loss, plan, logits.device)
-    if choice.kernel != COMPOSED and _wants_gradient(logits):
+    # A gradient in fp16 has to wait for the upstream one, which holds the loss scale: 1e-8 would be 0.
+    waits = logits.dtype == torch.float16 and plan.kernel is None
+    if choice.kernel != COMPOSED and _wants_gradient(logits) and not waits:
         return _one_pass(logits, batch, loss, readout, plan, choice)
     return _composed(logits, batch, loss, readout, plan)
 
@@ -173,10 +179,15 @@ def _check_logits(logits: Tensor, target: Tensor) -> None:
 
 
 def _check_overwritable(logits: Tensor) -> None:
-    if logits.is_leaf:
-        raise ValueError("overwrite_logits=True needs logits that were computed; got a leaf that requires a gradient")
-    if any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
-        raise ValueError(f"overwrite_logits=True needs logits of distinct elements, got strides {logits.stride()}")
+    if logits.is_leaf or (logits._base is not None and logits._base.is_leaf):
+        raise ValueError(
+            "overwrite_logits=True needs logits that were computed; got a leaf that requires a gradient, or a view of it"
+        )
+    reach = logits.shape[-1]
+    for stride, size in sorted(zip(logits.stride()[:-1], logits.shape[:-1], strict=True)):
+        if size > 1 and stride < reach:
+            raise ValueError(f"overwrite_logits=True needs rows that do not overlap, got strides {logits.stride()}")
+        reach += (size - 1) * stride
 
 
 def _wants_gradient(logits: Tensor) -> bool:

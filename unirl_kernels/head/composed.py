@@ -84,7 +84,25 @@ def _differentiated(loss: Loss, batch: Batch, stats: RowStats, weights: Tensor) 
         value = loss.composed(Tokens(batch, *leaves), weights)
         if not value.requires_grad:
             return value, RowGradients(None, None, None)
+        _check_no_others(value, leaves)
         return value.detach(), RowGradients(*torch.autograd.grad(value, leaves, allow_unused=True))
+
+
+def _check_no_others(value: Tensor, leaves: Sequence[Tensor]) -> None:
+    """Raise a ``ValueError`` where the objective depends on a parameter of its own, whose gradient would be lost."""
+    seen, left = set(), [value.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and all(variable is not leaf for leaf in leaves):
+            raise ValueError(
+                "the objective must not depend on tensors that require a gradient, which a linear head does not give "
+                f"them, got one of shape {tuple(variable.shape)}: form the loss from linear_token_stats"
+            )
+        left += [following for following, _ in node.next_functions]
 
 
 def _part(batch: Batch, group: Group) -> Batch:
