@@ -41,6 +41,11 @@ class Variant:
     readout: str = "linear"
     gradient: str = ""
 
+    @property
+    def is_plain(self) -> bool:
+        """Aligned rows, the usual loss, nothing rounded."""
+        return self == Variant(self.kernel, self.architecture, self.dtype, "vectors")
+
     def __str__(self) -> str:
         """What is as usual has no name: the loss, the readout, a gradient of the logits' dtype."""
         gradient = self.gradient and f"to_{self.gradient}"

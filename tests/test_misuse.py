@@ -85,7 +85,7 @@ def test_what_overwritten_logits_are_a_view_of_cannot_be_read_either() -> None:
 
 
 def test_view_of_a_leaf_is_not_overwritten() -> None:
-    with pytest.raises(ValueError, match="got a leaf that requires a gradient, or a view of it"):
+    with pytest.raises(ValueError, match="got a leaf that requires a gradient, or a view of one"):
         uk.fused_loss(logits(2, 4, V)[:, :-1], BATCH, uk.sft(), plan=OVERWRITING)
 
 

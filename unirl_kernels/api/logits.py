@@ -181,7 +181,8 @@ def _check_logits(logits: Tensor, target: Tensor) -> None:
 def _check_overwritable(logits: Tensor) -> None:
     if logits.is_leaf or (logits._base is not None and logits._base.is_leaf):
         raise ValueError(
-            "overwrite_logits=True needs logits that were computed; got a leaf that requires a gradient, or a view of it"
+            "overwrite_logits=True needs logits that were computed; "
+            "got a leaf that requires a gradient, or a view of one"
         )
     reach = logits.shape[-1]
     for stride, size in sorted(zip(logits.stride()[:-1], logits.shape[:-1], strict=True)):
