@@ -156,16 +156,35 @@ UNIRL_INLINE Observations<Real> finish(
   };
 }
 
-// Terms of a row's gradient, relative to any finite reference near the row's largest u.
+// u near the row's largest, and log p of a logit there.
+struct Anchor {
+  double reference;
+  double log_p;
+};
+
+// From the moments of all of a row. Not by way of lse, in which large logits would round log s away.
+UNIRL_INLINE Anchor anchor_of(const Moments<double>& row) { return {row.m, -log1p(row.s - 1)}; }
+
+// From statistics that were rounded when they were returned. log p_j is kappa (u_j - u_y) + logp, or kappa u_j - lse:
+// the number of smaller size brings the smaller rounding. The sweeps take the reference in fp32, but for fp64 logits:
+// rounded here, its error is part of log p.
+UNIRL_INLINE Anchor anchor_of(const Statistics<double>& at, const Readout<double>& readout, double u_target, bool fp64) {
+  const bool near = fabs(at.logp) < fabs(at.lse);
+  const double base = near ? u_target : 0, at_base = near ? at.logp : -at.lse;
+  const double reference = base - at_base / readout.kappa;
+  const double rounded = fp64 ? reference : static_cast<float>(reference);
+  return {rounded, readout.kappa * (rounded - base) + at_base};
+}
+
+// Terms of a row's gradient, relative to a finite reference; log_p is that of a logit there (see Anchor).
 template <class Real>
 UNIRL_INLINE GradientTerms<Real> gradient_terms(
     const Statistics<Real>& at,
     const Coefficients<Real>& d,
     const Readout<Real>& readout,
     Real reference,
+    Real log_p,
     Real x_target) {
-  // log p of a logit at the reference
-  const Real log_p = readout.kappa * reference - at.lse;
   const Real factor = exp(log_p) * readout.kappa * readout.gain;
   GradientTerms<Real> terms;
   terms.reference = reference;

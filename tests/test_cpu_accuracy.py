@@ -96,6 +96,22 @@ def test_the_first_maximum_wins(scale: float, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [1.0, -1.0])
+def test_equal_logits_of_any_size(scale: float, dtype: torch.dtype) -> None:
+    """p is 1 / V however large they are; in an lse of their size log V is lost."""
+    largest = torch.finfo(dtype).max
+    for value in (-largest, -3e4, 0.0, 3e4, min(1e12, largest), min(1e30, largest)):
+        logits = torch.full((1, 1, 4), value, dtype=dtype)
+        leaf = logits[0].requires_grad_()
+        readout, target = uk.Readout(scale=scale), torch.tensor([[2]])
+        loss = uk.fused_loss(leaf[None], uk.Batch(target), uk.sft(), readout=readout, plan=uk.Plan(backend="cpu")).loss
+        logp = uk.token_stats(leaf, target[0], readout=readout, plan=uk.Plan(backend="cpu")).logp
+        for result in (loss, -logp.sum()):
+            (gradient,) = torch.autograd.grad(result, leaf)
+            torch.testing.assert_close(gradient, scale * logits.new_tensor([[0.25, 0.25, -0.75, 0.25]]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_pass_loss_and_gradient(dtype: torch.dtype) -> None:
     code = GRPO.program.encode()
     for vocab in (7, 1000, SEGMENT + 3, 50257):
@@ -189,3 +205,19 @@ def test_a_certain_target_keeps_its_gradient() -> None:
     fields, params = RowFields(ones, None, None, None), torch.tensor(code.params, dtype=torch.float64)
     cpu.fused_loss(logits, target, fields, IDENTITY, code.program.encode(), params, d_logits, "rows")
     assert d_logits[at].item() == pytest.approx(-truth[at].item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("mask", [-1e4, -1e9])
+def test_a_finite_mask_in_a_chosen_answer(mask: float) -> None:
+    """DPO's gradient comes of two passes; the saturated pair pulls every token of the chosen answer alike."""
+    target = torch.randint(4, 50, (2, 3))
+    logits = torch.randn(2, 3, 50) * 2
+    logits[0, 1, target[0, 1]] = mask
+    batch = uk.Batch(target, ref_logp=torch.full(target.shape, -4.0))
+    results = []
+    for x, backend in ((logits, "cpu"), (logits, "eager"), (logits.double(), "eager")):
+        leaf = x.detach().requires_grad_()
+        loss = uk.fused_loss(leaf, batch, uk.dpo(), plan=uk.Plan(backend=backend)).loss
+        results.append(torch.autograd.grad(loss, leaf)[0])
+    assert results[2].abs().amax(-1).min() > 0.01
+    assert not (problems := violations(*results)), problems

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
 from torch import Tensor
@@ -142,6 +144,36 @@ def test_entropy_of_a_row_whose_target_is_masked(place: Place) -> None:
         results.append(torch.autograd.grad(stats.entropy.sum(), leaf)[0])
     torch.testing.assert_close(*results)
     assert results[0][0, 5] == 0
+
+
+MASKS = [
+    *((torch.float32, value) for value in (-1e4, -65504.0, -1e9, torch.finfo(torch.float32).min)),
+    (torch.float16, -65504.0),
+    (torch.bfloat16, -1e4),
+    (torch.float64, -1e9),
+]
+"""What stands for -inf where a dtype, or somebody's code, would rather have a finite number."""
+
+
+@pytest.mark.parametrize(("dtype", "mask"), MASKS, ids=str)
+def test_target_of_a_finite_mask(dtype: torch.dtype, mask: float, place: Place) -> None:
+    """Its log-probability is as large as the mask, and has the last place of that: no gradient may go by it."""
+    place.need(dtype)
+    logits = (torch.randn(2, 33) * 2).to(dtype)
+    logits[:, 3] = mask
+    logits[1, 20:] = mask
+    target = torch.tensor([3, 3])
+
+    def gradients(x: Tensor, stats: Callable[[Tensor], Sequence[Tensor]]) -> list[Tensor]:
+        leaf = x.detach().requires_grad_()
+        return [torch.autograd.grad(value.sum(), leaf, retain_graph=True)[0] for value in stats(leaf)]
+
+    truth = gradients(logits.double(), lambda x: oracle(x, target))
+    plain = gradients(logits.to(torch.promote_types(dtype, torch.float32)), lambda x: oracle(x, target))
+    got = gradients(logits.to(place.device), lambda x: uk.token_stats(x, target.to(place.device), plan=place.plan()))
+    for name, g, p, t in zip(uk.TokenStats._fields, got, plain, truth, strict=False):
+        problems = violations(g.cpu(), as_stored(p, dtype, place.interpreted), t)
+        assert not problems, f"{name}: {problems}"
 
 
 def test_target_of_a_probability_that_underflows(place: Place) -> None:

@@ -212,14 +212,11 @@ struct Backward {
 
   GradientTerms<double> operator()(
       int64_t row, const Readout<double>& readout, const Moments<double>&, const Target& target) const {
-    Statistics<double> statistics = {at.logp.get(row), at.entropy.get(row), at.lse.get(row)};
-    // As returned, lse has a last place of its own magnitude; from logp it has logp's, however large the logits are.
-    if (isfinite(statistics.logp)) statistics.lse = readout.kappa * target.u - statistics.logp;
-    // The kernels take the reference in fp32: rounded here, its error is part of the terms.
-    const double reference = statistics.lse / readout.kappa;
+    const Statistics<double> statistics = {at.logp.get(row), at.entropy.get(row), at.lse.get(row)};
+    const Anchor anchor = anchor_of(statistics, readout, target.u, at.lse.fp64);
     return gradient_terms(
-        statistics, {d.logp.get(row), d.entropy.get(row), d.lse.get(row)}, readout,
-        at.lse.fp64 ? reference : static_cast<float>(reference), target.x);
+        statistics, {d.logp.get(row), d.entropy.get(row), d.lse.get(row)}, readout, anchor.reference, anchor.log_p,
+        target.x);
   }
   void skip(int64_t) const {}
 };
@@ -252,8 +249,10 @@ struct Fuse {
     run_program(program, inputs, params, outputs);
     const double weight = fields.weight.get(row);
     out.loss.set(row, weight * outputs[0]);
+    const Anchor anchor = anchor_of(moments);
     return gradient_terms(
-        statistics, {weight * outputs[1], weight * outputs[2], weight * outputs[3]}, readout, moments.m, target.x);
+        statistics, {weight * outputs[1], weight * outputs[2], weight * outputs[3]}, readout, anchor.reference,
+        anchor.log_p, target.x);
   }
   void skip(int64_t row) const {
     out.loss.set(row, 0);

@@ -120,21 +120,18 @@ inline __device__ Moments<double> of_row(const Exchange& exchange, int blocks, c
   return combine<MAX_CLUSTER>(rank < blocks ? exchange.parts[rank].moments : widen(no_moments()), exponent);
 }
 
-// Terms in fp32, for the double functions would cost a block in five its registers. What fp32 cannot hold is the
-// difference between lse and the reference: that is taken before.
+// Terms in fp32, for the double functions would cost a block in five its registers.
 inline __device__ GradientTerms<float> terms_at(
-    float reference,
+    const Anchor& anchor,
     const Statistics<double>& at,
     const Coefficients<float>& d,
     const Readout<double>& readout,
     float x_target) {
-  const Statistics<float> relative = {
-      static_cast<float>(at.logp), static_cast<float>(at.entropy),
-      static_cast<float>(at.lse - readout.kappa * reference)};
+  const Statistics<float> statistics = {
+      static_cast<float>(at.logp), static_cast<float>(at.entropy), static_cast<float>(at.lse)};
   const Readout<float> narrow = {static_cast<float>(readout.gain), static_cast<float>(readout.kappa), readout.capped};
-  GradientTerms<float> terms = gradient_terms(relative, d, narrow, 0.0f, x_target);
-  terms.reference = reference;
-  return terms;
+  return gradient_terms(
+      statistics, d, narrow, static_cast<float>(anchor.reference), static_cast<float>(anchor.log_p), x_target);
 }
 
 template <class Format>

@@ -37,7 +37,7 @@ struct Fuse {
     const float weight = fields.weight[row];
     if (leads) set(row, weight * outputs[0], logp, entropy);
     const Coefficients<float> d = {weight * outputs[1], weight * outputs[2], weight * outputs[3]};
-    return terms_at(static_cast<float>(moments.m), statistics, d, readout, target.x);
+    return terms_at(anchor_of(moments), statistics, d, readout, target.x);
   }
 
   __device__ void absent(int64_t row, float value) const { set(row, value, value, value); }

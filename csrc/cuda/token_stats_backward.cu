@@ -19,12 +19,9 @@ struct Backward {
       const Moments<double>&,
       const Target& target,
       float*) const {
-    Statistics<double> statistics = {at.logp[row], at.entropy[row], at.lse[row]};
-    // As returned, lse has a last place of its own magnitude; from logp it has logp's, however large the logits are.
-    if (isfinite(statistics.logp)) statistics.lse = readout.kappa * target.u - statistics.logp;
-    const float reference = static_cast<float>(statistics.lse / readout.kappa);
+    const Statistics<double> statistics = {at.logp[row], at.entropy[row], at.lse[row]};
     const Coefficients<float> coefficients = {value(d.logp, row), value(d.entropy, row), value(d.lse, row)};
-    return terms_at(reference, statistics, coefficients, readout, target.x);
+    return terms_at(anchor_of(statistics, readout, target.u, false), statistics, coefficients, readout, target.x);
   }
 
   __device__ void absent(int64_t, float) const {}
