@@ -95,17 +95,18 @@ def test_the_first_maximum_wins(scale: float, dtype: torch.dtype) -> None:
     assert found.argmax[0].tolist() == [first for first, _ in places]
 
 
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [1.0, -1.0])
-def test_equal_logits_of_any_size(scale: float, dtype: torch.dtype) -> None:
+def test_equal_logits_of_any_size(scale: float, dtype: torch.dtype, backend: str) -> None:
     """p is 1 / V however large they are; in an lse of their size log V is lost."""
-    largest = torch.finfo(dtype).max
+    largest, plan = torch.finfo(dtype).max, uk.Plan(backend=backend)
     for value in (-largest, -3e4, 0.0, 3e4, min(1e12, largest), min(1e30, largest)):
         logits = torch.full((1, 1, 4), value, dtype=dtype)
         leaf = logits[0].requires_grad_()
         readout, target = uk.Readout(scale=scale), torch.tensor([[2]])
-        loss = uk.fused_loss(leaf[None], uk.Batch(target), uk.sft(), readout=readout, plan=uk.Plan(backend="cpu")).loss
-        logp = uk.token_stats(leaf, target[0], readout=readout, plan=uk.Plan(backend="cpu")).logp
+        loss = uk.fused_loss(leaf[None], uk.Batch(target), uk.sft(), readout=readout, plan=plan).loss
+        logp = uk.token_stats(leaf, target[0], readout=readout, plan=plan).logp
         for result in (loss, -logp.sum()):
             (gradient,) = torch.autograd.grad(result, leaf)
             torch.testing.assert_close(gradient, scale * logits.new_tensor([[0.25, 0.25, -0.75, 0.25]]))

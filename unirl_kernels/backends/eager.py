@@ -39,14 +39,21 @@ def _masked(value: Tensor, target: Tensor, vocab: int) -> Tensor:
     return torch.where(target == IGNORE, torch.zeros_like(value), value)
 
 
+def _of_target(values: Tensor, target: Tensor) -> Tensor:
+    return values.gather(-1, target.clamp(0, values.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
+
+
 def token_stats(logits: Tensor, target: Tensor, readout: ReadoutArgs) -> RowStats:
     z, _ = _readout(logits, readout)
     vocab = logits.shape[-1]
     # Not torch.logsumexp: a row with an infinite logit has no distribution, and must say so.
     peak = z.amax(-1)
-    lse = torch.where(peak == -torch.inf, peak, peak + torch.log(torch.exp(z - peak.unsqueeze(-1)).sum(-1)))
-    logp = z.gather(-1, target.clamp(0, vocab - 1).unsqueeze(-1)).squeeze(-1) - lse
-    log_p = z - lse.unsqueeze(-1)
+    below = z - peak.unsqueeze(-1)
+    log_s = torch.log(torch.exp(below).sum(-1))
+    lse = torch.where(peak == -torch.inf, peak, peak + log_s)
+    # Not by way of lse, in which large logits would round log s away.
+    log_p = below - log_s.unsqueeze(-1)
+    logp = _of_target(log_p, target)
     p = log_p.exp()
     entropy = -torch.where(p == 0, p, p * log_p).sum(-1)
     return RowStats(*(_masked(x, target, vocab) for x in (logp, entropy, lse)))
@@ -80,7 +87,10 @@ def token_stats_backward(
     vocab = logits.shape[-1]
     zero = torch.zeros_like(stats.lse)
     d_logp, d_entropy, d_lse = (zero if g is None else g.to(zero.dtype) for g in gradients)
-    log_p = z - stats.lse.unsqueeze(-1)
+    # log p_j is (z_j - z_y) + logp or z_j - lse. The number of smaller size brings the smaller rounding.
+    near = stats.logp.abs() < stats.lse.abs()
+    base, at_base = torch.where(near, _of_target(z, target), zero), torch.where(near, stats.logp, -stats.lse)
+    log_p = (z - base.unsqueeze(-1)) + at_base.unsqueeze(-1)
     p = log_p.exp()
     d_z = p * (d_lse - d_logp).unsqueeze(-1)
     if gradients.d_entropy is not None:
