@@ -168,7 +168,8 @@ UNIRL_INLINE Anchor anchor_of(const Moments<double>& row) { return {row.m, -log1
 // From statistics that were rounded when they were returned. log p_j is kappa (u_j - u_y) + logp, or kappa u_j - lse:
 // the number of smaller size brings the smaller rounding. The sweeps take the reference in fp32, but for fp64 logits:
 // rounded here, its error is part of log p.
-UNIRL_INLINE Anchor anchor_of(const Statistics<double>& at, const Readout<double>& readout, double u_target, bool fp64) {
+UNIRL_INLINE Anchor anchor_of(
+    const Statistics<double>& at, const Readout<double>& readout, double u_target, bool fp64) {
   const bool near = fabs(at.logp) < fabs(at.lse);
   const double base = near ? u_target : 0, at_base = near ? at.logp : -at.lse;
   const double reference = base - at_base / readout.kappa;
