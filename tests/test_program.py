@@ -56,7 +56,7 @@ EVERY_FUNCTION = {
     "sub": lambda x, y: x - y - 1,
     "tanh": lambda x, y: torch.tanh(x * y),
     "true_divide": lambda x, y: torch.true_divide(x, 2.5),
-    "where": lambda x, y: torch.where(x.detach() > 0.1, x, 0.0),
+    "where": lambda x, y: torch.where(x.detach() > 0.1, x, 0.0) + 3 * y.where(x > 0, 0.5 * x),
     "zeros_like": lambda x, y: torch.zeros_like(x) + x,
     "rdiv": lambda x, y: 2 / (1 + x * x),
 }
@@ -83,6 +83,18 @@ def test_every_function(name: str) -> None:
     away_from_zero[:, 0] = 0.25
     compare(EVERY_FUNCTION[name], torch.randn(2, 50, dtype=torch.float64))
     compare(EVERY_FUNCTION[name], away_from_zero if name in ("abs",) else ties)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x, y: x.where(condition=y > 0, other=y * y),
+        lambda x, y: torch.tensor(0.25, dtype=torch.float64).where(x > 0, x * y),
+        lambda x, y: torch.tensor(0.25, dtype=torch.float64) - torch.rsub(x.sub(y), y) / x.square().add(1),
+    ],
+)
+def test_methods_take_their_operands_in_their_own_order(f: object) -> None:
+    compare(f, torch.randn(2, 50, dtype=torch.float64))
 
 
 def test_the_table_of_functions_is_tested() -> None:
@@ -167,6 +179,7 @@ def test_limits_are_an_error_that_names_the_way_out() -> None:
         (lambda t: t.logp[0], "indexes tokens"),
         (lambda t: t.logp * len(t.logp), "number of tokens"),
         (lambda t: t.logp.undefined_thing(), "uses .undefined_thing"),
+        (lambda t: t.logp * t.advantage.max(), "calls max in a form .* expected 2 operands, got 1"),
         (lambda t: undefined_name * t.logp, "cannot be traced"),  # noqa: F821
     ],
 )

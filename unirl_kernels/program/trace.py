@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 
 from unirl_kernels.program.graph import Graph, assemble
-from unirl_kernels.program.ir import INPUTS, Op, Program
+from unirl_kernels.program.ir import ARITY, INPUTS, Op, Program
 
 WAY_OUT = "Run it with Plan(kernel='composed'): statistics first, then the objective as plain PyTorch under autograd"
 
@@ -90,14 +90,16 @@ class Symbol:
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Symbol:
-        return _call(getattr(func, "__name__", str(func)), args, kwargs or {})
+        name = getattr(func, "__name__", str(func))
+        table = METHODS if func is getattr(torch.Tensor, name, None) else FUNCTIONS
+        return _call(name, args, kwargs or {}, table)
 
     def __getattr__(self, name: str) -> Callable[..., Symbol]:
         if name.startswith("__"):
             raise AttributeError(name)
         if name not in FUNCTIONS:
             raise UnsupportedOperation(f"uses .{name}; one-pass kernels run {', '.join(sorted(FUNCTIONS))}")
-        return lambda *args, **kwargs: _call(name, (self, *args), kwargs)
+        return lambda *args, **kwargs: _call(name, (self, *args), kwargs, METHODS)
 
     def __add__(self, y: Any) -> Symbol:
         return _call("add", (self, y), {})
@@ -189,7 +191,12 @@ def _node(g: Graph, x: Any) -> int:
 
 
 def _direct(op: Op) -> Callable[..., int]:
-    return lambda g, *args: g.op(op, *(_node(g, x) for x in args))
+    def record(g: Graph, *args: Any) -> int:
+        if len(args) != ARITY[op]:
+            raise TypeError(f"expected {ARITY[op]} operands, got {len(args)}")
+        return g.op(op, *(_node(g, x) for x in args))
+
+    return record
 
 
 def _swapped(op: Op) -> Callable[..., int]:
@@ -284,17 +291,27 @@ FUNCTIONS: dict[str, Callable[..., int]] = {
     "where": _direct(Op.WHERE),
     "zeros_like": _filled(0),
 }
-"""Supported torch functions and tensor methods, by name."""
+"""Supported torch functions, by name."""
+
+
+def _where_method(g: Graph, x: Any, condition: Any, other: Any) -> int:
+    return FUNCTIONS["where"](g, condition, x, other)
+
+
+METHODS = FUNCTIONS | {"where": _where_method}
+"""Supported tensor methods: ``where`` alone takes its operands in another order than the function."""
 
 COMPARISONS = frozenset({"eq", "ge", "gt", "le", "lt", "logical_and", "logical_not", "logical_or", "ne"})
 
 
-def _call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Symbol:
+def _call(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], table: dict[str, Callable[..., int]] | None = None
+) -> Symbol:
     graph = next((x._graph for x in (*args, *kwargs.values()) if isinstance(x, Symbol)), None)
     if name not in FUNCTIONS or graph is None:
         raise UnsupportedOperation(f"uses {name}; one-pass kernels run {', '.join(sorted(FUNCTIONS))}")
     try:
-        return Symbol(graph, FUNCTIONS[name](graph, *args, **kwargs))
+        return Symbol(graph, (table or FUNCTIONS)[name](graph, *args, **kwargs))
     except TypeError as error:
         if isinstance(error, UnsupportedOperation):
             raise
