@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from dataclasses import dataclass
 
 import pytest
@@ -206,6 +208,20 @@ def test_unsupported_operations_name_the_way_out() -> None:
                 uk.fused_loss(leaf, batch, loss)
             assert words in str(error.value)
             assert "Plan(kernel='composed')" in str(error.value)
+
+
+def test_a_refusal_keeps_nothing_alive() -> None:
+    loss = uk.Loss(lambda t: torch.cumsum(t.logp, 0))
+
+    def refused() -> weakref.ref[Tensor]:
+        logits, batch = make_case(SMALL, BY_NAME["ppo"])
+        with pytest.raises(uk.UnsupportedOperation, match="cumsum"):
+            uk.fused_loss(logits, batch, loss)
+        return weakref.ref(logits)
+
+    seen = refused()
+    gc.collect()
+    assert seen() is None
 
 
 def test_the_way_out_works() -> None:

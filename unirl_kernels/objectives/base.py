@@ -53,7 +53,8 @@ class Loss:
 
     objective: Callable[[Any], Tensor]
     aggregation: Aggregation = SequenceMean()
-    _traced: Traced | UnsupportedOperation | None = field(init=False, repr=False, compare=False, default=None)
+    # Why an objective was refused is kept as text: an exception would keep every frame that it passed alive.
+    _traced: Traced | str | None = field(init=False, repr=False, compare=False, default=None)
     _params: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -63,12 +64,12 @@ class Loss:
             raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {self.scope!r}")
         if (self.scope == "pair") != isinstance(self.aggregation, PairMean):
             raise ValueError(f"aggregation of a {self.scope}-scope objective cannot be {self.aggregation}")
-        traced: Traced | UnsupportedOperation | None = None
+        traced: Traced | str | None = None
         if self.scope == "token":
             try:
                 traced = trace(self.objective)
             except UnsupportedOperation as error:
-                traced = error
+                traced = str(error)
         params = traced.params if isinstance(traced, Traced) else ()
         object.__setattr__(self, "_traced", traced)
         object.__setattr__(self, "_params", torch.tensor(params, dtype=torch.float64, device="cpu"))
@@ -90,8 +91,8 @@ class Loss:
             UnsupportedOperation: when the objective uses an operation that one-pass kernels cannot run.
             ValueError: when it is not of token scope.
         """
-        if isinstance(self._traced, UnsupportedOperation):
-            raise self._traced
+        if isinstance(self._traced, str):
+            raise UnsupportedOperation(self._traced)
         if self._traced is None:
             raise ValueError(f"a {self.scope}-scope objective has no scalar program")
         return self._traced
