@@ -210,6 +210,17 @@ def test_unsupported_operations_name_the_way_out() -> None:
             assert "Plan(kernel='composed')" in str(error.value)
 
 
+def test_a_tensor_that_learns_gets_its_gradient_or_an_error() -> None:
+    logits, batch = make_case(SMALL, BY_NAME["ppo"])
+    scale = torch.nn.Parameter(torch.tensor(0.5))
+    for objective in (lambda t: -scale * t.logp, lambda t: t.logp.clamp(max=2 * scale), lambda t: scale + t.logp):
+        with pytest.raises(uk.UnsupportedOperation, match=r"requires a gradient.*Plan\(kernel='composed'\)"):
+            uk.fused_loss(logits, batch, uk.Loss(objective))
+    uk.fused_loss(logits, batch, uk.Loss(lambda t: -scale * t.logp), plan=uk.Plan(kernel="composed")).loss.backward()
+    expected = -(reference.log_probs(logits, batch.target) * uk.SequenceMean().weights(batch)).sum()
+    torch.testing.assert_close(scale.grad, expected.float())
+
+
 def test_a_refusal_keeps_nothing_alive() -> None:
     loss = uk.Loss(lambda t: torch.cumsum(t.logp, 0))
 
@@ -254,6 +265,7 @@ def test_a_missing_field_is_an_error(place: Place) -> None:
         (lambda: uk.FixedLength(0), "n must be positive, got 0"),
         (lambda: uk.TokenMean(0), "count must be positive, got 0"),
         (lambda: uk.TokenMean(torch.ones(2)), r"count must be a 0-dim tensor, got shape \(2,\)"),
+        (lambda: uk.TokenMean(torch.ones((), requires_grad=True)), "count must not require a gradient"),
         (lambda: uk.Loss(Clip(), PairMean()), "aggregation of a token-scope objective cannot be PairMean"),
         (lambda: uk.Loss(uk.dpo().objective), "aggregation of a pair-scope objective cannot be SequenceMean"),
         (lambda: uk.Readout(temperature=0.0), "temperature must be positive and finite, got 0.0"),

@@ -179,7 +179,7 @@ def test_limits_are_an_error_that_names_the_way_out() -> None:
         (lambda t: t.logp[0], "indexes tokens"),
         (lambda t: t.logp * len(t.logp), "number of tokens"),
         (lambda t: t.logp.undefined_thing(), "uses .undefined_thing"),
-        (lambda t: t.logp * t.advantage.max(), "calls max in a form .* expected 2 operands, got 1"),
+        (lambda t: t.logp * t.advantage.max(), "calls max in a form .*expected 2 operands, got 1"),
         (lambda t: undefined_name * t.logp, "cannot be traced"),  # noqa: F821
     ],
 )

@@ -41,7 +41,7 @@ class TokenMean:
             batch holds), a number or a 0-dim tensor; None counts the batch's own.
 
     Raises:
-        ValueError: when ``count`` is not positive, or a tensor with dimensions.
+        ValueError: when ``count`` is not positive, or a tensor with dimensions or with a gradient.
     """
 
     count: float | Tensor | None = None
@@ -50,6 +50,8 @@ class TokenMean:
         if isinstance(self.count, Tensor):
             if self.count.dim():
                 raise ValueError(f"count must be a 0-dim tensor, got shape {tuple(self.count.shape)}")
+            if self.count.requires_grad:
+                raise ValueError("count must not require a gradient: weights are constants of the loss; detach it")
         elif self.count is not None and not self.count > 0:
             raise ValueError(f"count must be positive, got {self.count}")
 

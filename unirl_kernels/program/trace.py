@@ -182,6 +182,11 @@ def _node(g: Graph, x: Any) -> int:
     if isinstance(x, Symbol):
         return x.node
     if isinstance(x, torch.Tensor):
+        if x.requires_grad:
+            raise UnsupportedOperation(
+                "uses a tensor that requires a gradient, which one-pass kernels do not give it: detach it, or "
+                "call fused_loss with Plan(kernel='composed'), which does"
+            )
         if x.numel() != 1:
             raise UnsupportedOperation(f"uses a tensor of shape {tuple(x.shape)}; constants must be scalars")
         x = x.item()
@@ -224,7 +229,9 @@ def _relu(g: Graph, x: Any) -> int:
 
 def _power(g: Graph, x: Any, exponent: Any) -> int:
     base = _node(g, x)
-    if exponent == 0.5:
+    if isinstance(exponent, Symbol):
+        raise UnsupportedOperation("raises to a power that varies by token; supported are 0.5 and integers up to 8")
+    if isinstance(exponent, float) and exponent == 0.5:
         return g.op(Op.SQRT, base)
     if not isinstance(exponent, (int, float)) or exponent % 1 or not 1 <= abs(exponent) <= 8:
         raise UnsupportedOperation(f"raises to the power {exponent}; supported are 0.5 and integers up to 8")
@@ -235,7 +242,7 @@ def _power(g: Graph, x: Any, exponent: Any) -> int:
 
 
 def _softplus(g: Graph, x: Any, beta: float = 1, threshold: float = 20) -> int:
-    if beta != 1:
+    if not isinstance(beta, (int, float)) or beta != 1:
         raise UnsupportedOperation("uses softplus with beta != 1: scale the argument and the result")
     return g.op(Op.NEG, g.op(Op.LOGSIGMOID, g.op(Op.NEG, _node(g, x))))
 
