@@ -156,6 +156,20 @@ def _along(slope: Callable[[Graph, int, int], int]) -> Rule:
     return lambda g, y, x, dx: g.op(Op.MUL, slope(g, x[0], y), dx[0])
 
 
+def _selected(g: Graph, dx: int, product: int) -> int:
+    """``product`` where dx is not 0, else 0: an infinite slope times a derivative that ``where``, ``clamp`` or ``relu``
+    made 0 would be NaN, where PyTorch's backward pass selects and gives 0."""
+    if g.nodes[dx].kind in ("const", "param"):
+        return product
+    return g.op(Op.WHERE, dx, product, g.const(0))
+
+
+def _steep(slope: Callable[[Graph, int, int], int]) -> Rule:
+    """``_along`` of a function whose slope can be infinite."""
+    along = _along(slope)
+    return lambda g, y, x, dx: _selected(g, dx[0], along(g, y, x, dx))
+
+
 def _one_minus(g: Graph, x: int) -> int:
     return g.op(Op.SUB, g.const(1), x)
 
@@ -181,7 +195,11 @@ def _clamp(g: Graph, y: int, x: tuple[int, ...], dx: tuple[int, ...]) -> int:
 
 
 def _quotient(g: Graph, y: int, x: tuple[int, ...], dx: tuple[int, ...]) -> int:
-    return g.op(Op.DIV, g.op(Op.SUB, dx[0], g.op(Op.MUL, y, dx[1])), x[1])
+    if g.nodes[x[1]].kind in ("const", "param"):
+        return g.op(Op.DIV, dx[0], x[1])
+    change = g.op(Op.SUB, dx[0], _selected(g, dx[1], g.op(Op.MUL, y, dx[1])))
+    quotient = g.op(Op.DIV, change, x[1])
+    return quotient if all(g.nodes[d].kind in ("const", "param") for d in dx) else _selected(g, change, quotient)
 
 
 def _product(g: Graph, y: int, x: tuple[int, ...], dx: tuple[int, ...]) -> int:
@@ -209,9 +227,9 @@ RULES: dict[Op, Rule] = {
     Op.CLAMP: _clamp,
     Op.EXP: _along(lambda g, x, y: y),
     Op.EXPM1: _along(lambda g, x, y: g.op(Op.EXP, x)),
-    Op.LOG: _along(lambda g, x, y: g.op(Op.DIV, g.const(1), x)),
-    Op.LOG1P: _along(lambda g, x, y: g.op(Op.DIV, g.const(1), g.op(Op.ADD, g.const(1), x))),
-    Op.SQRT: _along(lambda g, x, y: g.op(Op.DIV, g.const(0.5), y)),
+    Op.LOG: _steep(lambda g, x, y: g.op(Op.DIV, g.const(1), x)),
+    Op.LOG1P: _steep(lambda g, x, y: g.op(Op.DIV, g.const(1), g.op(Op.ADD, g.const(1), x))),
+    Op.SQRT: _steep(lambda g, x, y: g.op(Op.DIV, g.const(0.5), y)),
     Op.TANH: _along(lambda g, x, y: _one_minus(g, g.op(Op.MUL, y, y))),
     Op.SIGMOID: _along(_sigmoid_slope),
     Op.LOGSIGMOID: _along(lambda g, x, y: g.op(Op.SIGMOID, g.op(Op.NEG, x))),

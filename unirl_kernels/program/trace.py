@@ -231,6 +231,8 @@ def _power(g: Graph, x: Any, exponent: Any) -> int:
     base = _node(g, x)
     if isinstance(exponent, Symbol):
         raise UnsupportedOperation("raises to a power that varies by token; supported are 0.5 and integers up to 8")
+    if isinstance(exponent, torch.Tensor) and exponent.numel() == 1 and not exponent.requires_grad:
+        exponent = exponent.item()
     if isinstance(exponent, float) and exponent == 0.5:
         return g.op(Op.SQRT, base)
     if not isinstance(exponent, (int, float)) or exponent % 1 or not 1 <= abs(exponent) <= 8:
