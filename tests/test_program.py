@@ -16,6 +16,9 @@ from unirl_kernels.program.trace import FUNCTIONS
 EVERY_FUNCTION = {
     "abs": lambda x, y: abs(x) + x.abs(),
     "add": lambda x, y: x + y + 2 + (3 + x),
+    "bitwise_and": lambda x, y: torch.where((x > 0) & (y > 0), x, y * y),
+    "bitwise_not": lambda x, y: torch.where(~(x > 0), x, y * y),
+    "bitwise_or": lambda x, y: torch.where((x > 0) | (y > 0), x, y * y),
     "clamp": lambda x, y: torch.clamp(x, -0.5, 0.5) * y,
     "clamp_max": lambda x, y: x.clamp(max=0.3) + torch.clamp_max(y, 0.1),
     "clamp_min": lambda x, y: x.clamp(min=-0.3) + x.clamp_min(0.2),
@@ -25,15 +28,16 @@ EVERY_FUNCTION = {
     "eq": lambda x, y: torch.where(x == y, x, 2 * y),
     "exp": lambda x, y: torch.exp(x - y),
     "expm1": lambda x, y: torch.expm1(x * 0.1) - y.expm1(),
+    "float": lambda x, y: (x > 0).float() * y + 1 - (y > 0).float(),
     "ge": lambda x, y: torch.where(x >= y, x, y * 3),
     "gt": lambda x, y: torch.where(x > 0, x * x, y),
     "le": lambda x, y: torch.where(x <= y, x, 3.0),
     "log": lambda x, y: torch.log(x.abs() + 1),
     "log1p": lambda x, y: torch.log1p(x * x),
     "log_sigmoid": lambda x, y: logsigmoid(x * 3 - y),
-    "logical_and": lambda x, y: torch.where((x > 0) & (y > 0), x, y * y),
-    "logical_not": lambda x, y: torch.where(~(x > 0), x, y * y),
-    "logical_or": lambda x, y: torch.where(torch.logical_or(x > 0, y > 0), x, y * y),
+    "logical_and": lambda x, y: torch.where(torch.logical_and(x, y > 0), x, y * y),
+    "logical_not": lambda x, y: torch.where(torch.logical_not(x), x, torch.where((x > 0).logical_not(), 3 * x, y)),
+    "logical_or": lambda x, y: torch.where(torch.logical_or(x.clamp(max=0), y > 0), x, y * y),
     "logsigmoid": lambda x, y: -logsigmoid(-x),
     "lt": lambda x, y: torch.where(x < y, x, -y),
     "max": lambda x, y: torch.max(x, y),
@@ -95,6 +99,27 @@ def test_every_function(name: str) -> None:
 )
 def test_methods_take_their_operands_in_their_own_order(f: object) -> None:
     compare(f, torch.randn(2, 50, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x, y: (x > 0) * y + (x > y) * 2 + (x > 0) * (y > 0) * x,
+        lambda x, y: torch.where(torch.logical_or(torch.sign(x) - 1, x > 9), x, y),
+        lambda x, y: torch.where(torch.where(x > 0, y > 0, x > -1) & True, x, y * y),
+        lambda x, y: torch.where(True & (torch.maximum(x > 0, y > 0).detach() | False), x, y * y),
+        lambda x, y: torch.where(~((x > 0) * (y > 0)), x, y * y) + (x > 0) / 2,
+    ],
+)
+def test_truth_values_are_those_of_pytorch(f: object) -> None:
+    values = torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0], dtype=torch.float64)
+    compare(f, torch.cartesian_prod(values, values).T.contiguous())
+
+
+def test_relu_of_nan_is_nan() -> None:
+    traced = trace(lambda t: torch.relu(t.logp))
+    nan = torch.tensor([float("nan")])
+    assert evaluate(traced.program, {"logp": nan}, torch.tensor(traced.params))[0].isnan()
 
 
 def test_the_table_of_functions_is_tested() -> None:
@@ -207,11 +232,25 @@ def test_limits_are_an_error_that_names_the_way_out() -> None:
         (lambda t: t.logp * torch.ones(3), r"tensor of shape \(3,\)"),
         (lambda t: t.logp + "x", "operand of type str"),
         (lambda t: softplus(t.logp, beta=2), "softplus with beta != 1"),
+        (lambda t: t.logp.max(0), "maximum with a plain number"),
+        (lambda t: torch.min(t.logp, 0), "minimum with a plain number"),
+        (lambda t: t.logp.maximum(0.5), "maximum with a plain number"),
+        (lambda t: ((t.logp > 0) + (t.entropy > 0)) * t.logp, r"calls add on truth values: use \.float\(\)"),
+        (lambda t: ((t.logp > 0) + True) * t.logp, "calls add on truth values"),
+        (lambda t: ((t.logp > 0) - (t.entropy > 0)) * t.logp, "calls sub on truth values"),
+        (lambda t: t.logp - (t.entropy > 0), "calls sub on truth values"),
+        (lambda t: -(t.logp > 0) * t.logp, "calls neg on truth values"),
+        (lambda t: (1 - (t.logp > 0)) * t.logp, "calls rsub on truth values"),
+        (lambda t: (t.logp & (t.logp > 0)) * t.logp, "&, | or ~ on what is not a truth value"),
+        (lambda t: ~t.logp, "&, | or ~ on what is not a truth value"),
+        (lambda t: torch.where(t.logp, t.logp, 0.0), "chooses by what is not a truth value"),
+        (lambda t: t.logp**t.entropy, "power that varies by token"),
         (lambda t: list(t.logp), "iterates over tokens"),
         (lambda t: t.logp[0], "indexes tokens"),
         (lambda t: t.logp * len(t.logp), "number of tokens"),
         (lambda t: t.logp.undefined_thing(), "uses .undefined_thing"),
-        (lambda t: t.logp * t.advantage.max(), "calls max in a form .*expected 2 operands, got 1"),
+        (lambda t: t.logp * t.advantage.max(), "calls max in a form"),
+        (lambda t: t.logp * t.advantage.exp(t.logp), r"calls exp in a form .*\(operands must number 1, not 2\)"),
         (lambda t: undefined_name * t.logp, "cannot be traced"),  # noqa: F821
     ],
 )

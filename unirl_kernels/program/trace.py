@@ -76,11 +76,17 @@ class SymbolicTokens:
 
 
 class Symbol:
-    """A scalar that remembers how it was computed. Behaves like a tensor for the supported operations."""
+    """A scalar that remembers how it was computed. Behaves like a tensor for the supported operations.
 
-    def __init__(self, graph: Graph, node: int) -> None:
+    Args:
+        graph, node: the expression.
+        truth: whether a tensor in its place would be of dtype bool, whose arithmetic differs from that of numbers.
+    """
+
+    def __init__(self, graph: Graph, node: int, truth: bool = False) -> None:
         self._graph = graph
         self.node = node
+        self.truth = truth
 
     @classmethod
     def __torch_function__(
@@ -147,16 +153,18 @@ class Symbol:
         return _call("ne", (self, y), {})
 
     def __and__(self, y: Any) -> Symbol:
-        return _call("logical_and", (self, y), {})
+        return _call("bitwise_and", (self, y), {})
 
     def __or__(self, y: Any) -> Symbol:
-        return _call("logical_or", (self, y), {})
+        return _call("bitwise_or", (self, y), {})
 
     def __invert__(self) -> Symbol:
-        return _call("logical_not", (self,), {})
+        return _call("bitwise_not", (self,), {})
 
     __radd__ = __add__
     __rmul__ = __mul__
+    __rand__ = __and__
+    __ror__ = __or__
     __hash__ = None  # type: ignore[assignment]
 
     def __bool__(self) -> NoReturn:
@@ -198,7 +206,7 @@ def _node(g: Graph, x: Any) -> int:
 def _direct(op: Op) -> Callable[..., int]:
     def record(g: Graph, *args: Any) -> int:
         if len(args) != ARITY[op]:
-            raise TypeError(f"expected {ARITY[op]} operands, got {len(args)}")
+            raise TypeError(f"operands must number {ARITY[op]}, not {len(args)}")
         return g.op(op, *(_node(g, x) for x in args))
 
     return record
@@ -208,8 +216,58 @@ def _swapped(op: Op) -> Callable[..., int]:
     return lambda g, x, y: g.op(op, _node(g, y), _node(g, x))
 
 
+def _is_truth(x: Any) -> bool:
+    if isinstance(x, torch.Tensor):
+        return x.dtype == torch.bool
+    return x.truth if isinstance(x, Symbol) else isinstance(x, bool)
+
+
+def _truth(g: Graph, x: Any) -> int:
+    """Node of x != 0, as 1 or 0."""
+    return _node(g, x) if _is_truth(x) else _differ(g, x, 0)
+
+
+def _differ(g: Graph, x: Any, y: Any) -> int:
+    return g.op(Op.SUB, g.const(1), g.op(Op.EQ, _node(g, x), _node(g, y)))
+
+
 def _not(g: Graph, x: Any) -> int:
-    return g.op(Op.SUB, g.const(1), _node(g, x))
+    return g.op(Op.SUB, g.const(1), _truth(g, x))
+
+
+def _and(g: Graph, x: Any, y: Any) -> int:
+    return g.op(Op.MUL, _truth(g, x), _truth(g, y))
+
+
+def _or(g: Graph, x: Any, y: Any) -> int:
+    return g.op(Op.MAXIMUM, _truth(g, x), _truth(g, y))
+
+
+def _bitwise(rule: Callable[..., int]) -> Callable[..., int]:
+    def record(g: Graph, *args: Any) -> int:
+        if not all(_is_truth(x) for x in args):
+            raise UnsupportedOperation("uses &, | or ~ on what is not a truth value: compare it first, as in (x > 0)")
+        return rule(g, *args)
+
+    return record
+
+
+def _extremum(op: Op) -> Callable[..., int]:
+    def record(g: Graph, x: Any, other: Any) -> int:
+        if not isinstance(x, (Symbol, torch.Tensor)) or not isinstance(other, (Symbol, torch.Tensor)):
+            raise UnsupportedOperation(
+                f"calls {op.name.lower()} with a plain number, which PyTorch takes for a dimension or refuses: "
+                "bound by a number with clamp"
+            )
+        return g.op(op, _node(g, x), _node(g, other))
+
+    return record
+
+
+def _where(g: Graph, condition: Any, input: Any, other: Any) -> int:
+    if not _is_truth(condition):
+        raise UnsupportedOperation("chooses by what is not a truth value: compare it first, as in (x != 0)")
+    return g.op(Op.WHERE, _node(g, condition), _node(g, input), _node(g, other))
 
 
 def _clamp(g: Graph, x: Any, min: Any = None, max: Any = None) -> int:
@@ -224,7 +282,7 @@ def _clamp(g: Graph, x: Any, min: Any = None, max: Any = None) -> int:
 
 def _relu(g: Graph, x: Any) -> int:
     zero = g.const(0)
-    return g.op(Op.WHERE, g.op(Op.LT, zero, _node(g, x)), _node(g, x), zero)
+    return g.op(Op.WHERE, g.op(Op.LE, _node(g, x), zero), zero, _node(g, x))  # NaN stays NaN
 
 
 def _power(g: Graph, x: Any, exponent: Any) -> int:
@@ -256,6 +314,9 @@ def _filled(value: float) -> Callable[..., int]:
 FUNCTIONS: dict[str, Callable[..., int]] = {
     "abs": _direct(Op.ABS),
     "add": _direct(Op.ADD),
+    "bitwise_and": _bitwise(_and),
+    "bitwise_not": _bitwise(_not),
+    "bitwise_or": _bitwise(_or),
     "clamp": _clamp,
     "clamp_max": lambda g, x, max: _clamp(g, x, None, max),
     "clamp_min": lambda g, x, min: _clamp(g, x, min, None),
@@ -265,23 +326,24 @@ FUNCTIONS: dict[str, Callable[..., int]] = {
     "eq": _direct(Op.EQ),
     "exp": _direct(Op.EXP),
     "expm1": _direct(Op.EXPM1),
+    "float": lambda g, x: _node(g, x),
     "ge": _swapped(Op.LE),
     "gt": _swapped(Op.LT),
     "le": _direct(Op.LE),
     "log": _direct(Op.LOG),
     "log1p": _direct(Op.LOG1P),
     "log_sigmoid": _direct(Op.LOGSIGMOID),
-    "logical_and": _direct(Op.MUL),
+    "logical_and": _and,
     "logical_not": _not,
-    "logical_or": _direct(Op.MAXIMUM),
+    "logical_or": _or,
     "logsigmoid": _direct(Op.LOGSIGMOID),
     "lt": _direct(Op.LT),
-    "max": _direct(Op.MAXIMUM),
-    "maximum": _direct(Op.MAXIMUM),
-    "min": _direct(Op.MINIMUM),
-    "minimum": _direct(Op.MINIMUM),
+    "max": _extremum(Op.MAXIMUM),
+    "maximum": _extremum(Op.MAXIMUM),
+    "min": _extremum(Op.MINIMUM),
+    "minimum": _extremum(Op.MINIMUM),
     "mul": _direct(Op.MUL),
-    "ne": lambda g, x, y: g.op(Op.SUB, g.const(1), g.op(Op.EQ, _node(g, x), _node(g, y))),
+    "ne": _differ,
     "neg": _direct(Op.NEG),
     "ones_like": _filled(1),
     "pow": _power,
@@ -297,31 +359,45 @@ FUNCTIONS: dict[str, Callable[..., int]] = {
     "sub": _direct(Op.SUB),
     "tanh": _direct(Op.TANH),
     "true_divide": _direct(Op.DIV),
-    "where": _direct(Op.WHERE),
+    "where": _where,
     "zeros_like": _filled(0),
 }
 """Supported torch functions, by name."""
 
 
 def _where_method(g: Graph, x: Any, condition: Any, other: Any) -> int:
-    return FUNCTIONS["where"](g, condition, x, other)
+    return _where(g, condition, x, other)
 
 
 METHODS = FUNCTIONS | {"where": _where_method}
 """Supported tensor methods: ``where`` alone takes its operands in another order than the function."""
 
-COMPARISONS = frozenset({"eq", "ge", "gt", "le", "lt", "logical_and", "logical_not", "logical_or", "ne"})
+LOGIC = frozenset({"bitwise_and", "bitwise_not", "bitwise_or", "logical_and", "logical_not", "logical_or"})
+TRUTHS = LOGIC | {"eq", "ge", "gt", "le", "lt", "ne"}
+"""Functions whose value is a truth value, whatever they are given."""
+
+OF_ONE_KIND = frozenset(
+    {"detach", "max", "maximum", "min", "minimum", "mul", "ones_like", "sign", "where", "zeros_like"}
+)
+"""Functions whose value is a truth value where all operands are."""
+
+NUMBERS_ONLY = frozenset({"abs", "log_sigmoid", "logsigmoid", "neg", "relu", "rsub", "softplus", "sub"})
+"""Functions that PyTorch refuses where an operand is a truth value."""
 
 
 def _call(
     name: str, args: tuple[Any, ...], kwargs: dict[str, Any], table: dict[str, Callable[..., int]] | None = None
 ) -> Symbol:
     graph = next((x._graph for x in (*args, *kwargs.values()) if isinstance(x, Symbol)), None)
+    truths = [_is_truth(x) for x in (*args, *kwargs.values())]
+    if (name in NUMBERS_ONLY and any(truths)) or (name == "add" and all(truths)):
+        raise UnsupportedOperation(f"calls {name} on truth values: use .float() to calculate with them, or &, | and ~")
     if name not in FUNCTIONS or graph is None:
         raise UnsupportedOperation(f"uses {name}; one-pass kernels run {', '.join(sorted(FUNCTIONS))}")
     try:
-        return Symbol(graph, (table or FUNCTIONS)[name](graph, *args, **kwargs))
+        node = (table or FUNCTIONS)[name](graph, *args, **kwargs)
     except TypeError as error:
         if isinstance(error, UnsupportedOperation):
             raise
         raise UnsupportedOperation(f"calls {name} in a form that one-pass kernels do not run ({error})") from None
+    return Symbol(graph, node, name in TRUTHS or (name in OF_ONE_KIND and all(truths)))
