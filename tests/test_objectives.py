@@ -221,6 +221,56 @@ def test_a_tensor_that_learns_gets_its_gradient_or_an_error() -> None:
     torch.testing.assert_close(scale.grad, expected.float())
 
 
+@pytest.mark.parametrize(
+    "objective",
+    [
+        lambda t: torch.where(t.advantage > 0, 1, 0),
+        lambda t: (t.advantage > 0) & (t.logp < -1),
+        lambda t: t.advantage > 0,
+        lambda t: torch.where(t.advantage > 0, 3, 0) * 2,
+        lambda t: 0.25,
+        lambda t: 3,
+        lambda t: torch.tensor(0.5, dtype=torch.float64),
+        lambda t: t.logp * torch.tensor([2.0]),
+    ],
+)
+def test_the_loss_is_the_same_with_and_without_a_gradient(objective: object, place: Place) -> None:
+    """Whatever the dtype that the objective returns: integers, truth values, Python numbers."""
+    if place.interpreted:
+        pytest.skip("the same program as elsewhere")
+    logits, batch = make_case(SMALL, BY_NAME["ppo"], place.device)
+    loss = uk.Loss(objective)
+    trained = uk.fused_loss(logits.clone().requires_grad_(), batch, loss, plan=place.plan()).loss
+    evaluated = uk.fused_loss(logits, batch, loss, plan=place.plan()).loss
+    assert evaluated.dtype == trained.dtype
+    torch.testing.assert_close(evaluated, trained.detach())
+
+
+def test_what_an_objective_must_return() -> None:
+    logits, batch = make_case(SMALL, BY_NAME["ppo"])
+    composed = uk.Plan(kernel="composed")
+    with pytest.raises(TypeError, match="objective must return a tensor of losses, got NoneType"):
+        uk.fused_loss(logits, batch, uk.Loss(lambda t: None), plan=composed)
+    with pytest.raises(ValueError, match=r"objective must return one loss per token, \d+, got \(\)"):
+        uk.fused_loss(logits, batch, uk.Loss(lambda t: t.logp.mean()), plan=composed)
+
+
+@pytest.mark.parametrize("count", [torch.tensor(0), torch.tensor(0.0), torch.tensor(7)])
+def test_ignored_tokens_weigh_nothing_whatever_the_count(count: Tensor, place: Place) -> None:
+    if place.interpreted:
+        pytest.skip("weights are the same everywhere")
+    target = torch.full((2, 3), uk.IGNORE, device=place.device)
+    batch, loss = uk.Batch(target), uk.Loss(uk.sft().objective, uk.TokenMean(count.to(place.device)))
+    weights = loss.aggregation.weights(batch)
+    assert weights.dtype == torch.float64
+    assert not weights.any()
+    for requires_grad in (True, False):
+        logits = torch.randn(2, 3, 5, device=place.device).requires_grad_(requires_grad)
+        assert uk.fused_loss(logits, batch, loss, plan=place.plan()).loss.item() == 0
+    batch.target[0, 0] = 1
+    assert uk.TokenMean(torch.tensor(7)).weights(batch)[0, 0].item() == 1 / 7
+
+
 def test_a_refusal_keeps_nothing_alive() -> None:
     loss = uk.Loss(lambda t: torch.cumsum(t.logp, 0))
 

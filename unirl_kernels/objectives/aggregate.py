@@ -57,7 +57,7 @@ class TokenMean:
 
     def weights(self, batch: Batch) -> Tensor:
         count = batch.valid.sum().clamp(min=1) if self.count is None else self.count
-        return batch.valid.double() / count
+        return (batch.valid.double() / count).masked_fill(~batch.valid, 0)  # 0 / 0 where nothing counts
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -105,15 +106,26 @@ class Loss:
             weights: of each token or pair, as the aggregation gives them.
 
         Raises:
-            ValueError: when the objective does not return one value per token or pair.
+            TypeError: when the objective returns neither a tensor nor a number.
+            ValueError: when it does not return one value per token or pair.
         """
-        values = self.objective(tokens)
-        weights = weights.reshape(-1).to(values.dtype)
+        weights = weights.reshape(-1).to(tokens.logp.dtype)
+        values = self._values(self.objective(tokens), weights)
         if values.shape != weights.shape:
             unit = "pair" if self.scope == "pair" else "token"
             raise ValueError(f"objective must return one loss per {unit}, {len(weights)}, got {tuple(values.shape)}")
         # Ignored places weigh 0, but 0 * inf would not be 0.
         return torch.where(weights == 0, torch.zeros_like(values), values * weights).sum()
+
+    def _values(self, returned: object, like: Tensor) -> Tensor:
+        """What the objective returned, in the statistics' dtype, as the one-pass kernels read it."""
+        if isinstance(returned, numbers.Real):
+            return torch.full_like(like, float(returned))
+        if not isinstance(returned, Tensor):
+            raise TypeError(f"objective must return a tensor of losses, got {type(returned).__name__}")
+        # An objective that could be traced looks at tokens one by one: one value is a constant, not a reduction.
+        constant = returned.numel() == 1 and isinstance(self._traced, Traced)
+        return (returned.reshape(()).expand_as(like) if constant else returned).to(like.dtype)
 
     def params(self, device: torch.device) -> Tensor:
         """[n_params] float64: the program's parameters on ``device``."""
