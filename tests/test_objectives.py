@@ -329,6 +329,29 @@ def test_impossible_values_fail_when_made(make: object, message: str) -> None:
         make()
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: uk.ppo("a"), r"low must be a number, got 'a' \(str\)"),
+        (lambda: uk.ppo([0.2, 0.2]), r"low must be a number, got \[0.2, 0.2\] \(list\)"),
+        (lambda: uk.ppo((0.2, None)), r"high must be a number, got None \(NoneType\)"),
+        (lambda: uk.ppo(torch.ones(2)), r"low must be a number, got a tensor of shape \(2,\)"),
+        (lambda: uk.grpo(beta="a"), r"beta must be a number, got 'a' \(str\)"),
+        (lambda: uk.dpo("a"), r"beta must be a number, got 'a' \(str\)"),
+        (lambda: uk.TokenMean("a"), r"count must be a number, got 'a' \(str\)"),
+        (lambda: uk.FixedLength(None), r"n must be a number, got None \(NoneType\)"),
+        (lambda: uk.Loss(3), r"objective must be callable, got 3 \(int\)"),
+        (lambda: uk.Loss(Clip), r"objective must be made first, as in Clip\(\), got the class"),
+        (lambda: uk.Loss(Clip(), None), r"aggregation must have a method weights\(batch\).* got None"),
+        (lambda: uk.Loss(Clip(), "mean"), r"aggregation must have a method weights\(batch\).* got 'mean'"),
+        (lambda: uk.Loss(Clip(), uk.TokenMean), r"aggregation must have a method weights\(batch\).* got <class"),
+    ],
+)
+def test_things_of_the_wrong_kind_fail_when_made(make: object, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
 def test_losses_are_printable_values() -> None:
     assert uk.grpo() == uk.grpo()
     assert uk.grpo() != uk.grpo(beta=0.1)

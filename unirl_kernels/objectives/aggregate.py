@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from unirl_kernels.batch import Batch
+from unirl_kernels.objectives.arguments import check_number
 
 
 class Aggregation(Protocol):
@@ -41,6 +42,7 @@ class TokenMean:
             batch holds), a number or a 0-dim tensor; None counts the batch's own.
 
     Raises:
+        TypeError: when ``count`` is not a number.
         ValueError: when ``count`` is not positive, or a tensor with dimensions or with a gradient.
     """
 
@@ -52,8 +54,10 @@ class TokenMean:
                 raise ValueError(f"count must be a 0-dim tensor, got shape {tuple(self.count.shape)}")
             if self.count.requires_grad:
                 raise ValueError("count must not require a gradient: weights are constants of the loss; detach it")
-        elif self.count is not None and not self.count > 0:
-            raise ValueError(f"count must be positive, got {self.count}")
+        elif self.count is not None:
+            check_number("count", self.count)
+            if not self.count > 0:
+                raise ValueError(f"count must be positive, got {self.count}")
 
     def weights(self, batch: Batch) -> Tensor:
         count = batch.valid.sum().clamp(min=1) if self.count is None else self.count
@@ -70,12 +74,14 @@ class FixedLength:
         n: the length, tokens, > 0 (usually the longest completion allowed).
 
     Raises:
+        TypeError: when ``n`` is not a number.
         ValueError: when ``n`` is not positive.
     """
 
     n: int
 
     def __post_init__(self) -> None:
+        check_number("n", self.n)
         if not self.n > 0:
             raise ValueError(f"n must be positive, got {self.n}")
 

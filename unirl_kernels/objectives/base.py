@@ -48,7 +48,7 @@ class Loss:
         aggregation: the weights of its values.
 
     Raises:
-        TypeError: when the objective is not callable.
+        TypeError: when the objective is not callable, or the aggregation has no weights.
         ValueError: when the scope is unknown or the aggregation does not fit it.
     """
 
@@ -60,7 +60,14 @@ class Loss:
 
     def __post_init__(self) -> None:
         if not callable(self.objective):
-            raise TypeError(f"objective must be callable, got {type(self.objective).__name__}")
+            raise TypeError(f"objective must be callable, got {self.objective!r} ({type(self.objective).__name__})")
+        if isinstance(self.objective, type) and issubclass(self.objective, Objective):
+            raise TypeError(f"objective must be made first, as in {self.objective.__name__}(), got the class")
+        if isinstance(self.aggregation, type) or not callable(getattr(self.aggregation, "weights", None)):
+            raise TypeError(
+                "aggregation must have a method weights(batch), as SequenceMean() and TokenMean() do, "
+                f"got {self.aggregation!r}"
+            )
         if self.scope not in SCOPES:
             raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {self.scope!r}")
         if (self.scope == "pair") != isinstance(self.aggregation, PairMean):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from unirl_kernels.objectives.arguments import check_number
 from unirl_kernels.objectives.base import Objective, Paradigm
 from unirl_kernels.objectives.tokens import Tokens
 
@@ -29,6 +30,7 @@ class Clip(Objective):
         low, high: how far the ratio may fall below and rise above 1; low in [0, 1], high >= 0.
 
     Raises:
+        TypeError: when a bound is not a number.
         ValueError: when a bound is outside its range.
     """
 
@@ -45,6 +47,8 @@ class Clip(Objective):
     )
 
     def __post_init__(self) -> None:
+        check_number("low", self.low)
+        check_number("high", self.high)
         if not 0 <= self.low <= 1:
             raise ValueError(f"low must lie in [0, 1], got {self.low}")
         if not self.high >= 0:
@@ -72,12 +76,14 @@ class KL(Objective):
         beta: the coefficient, >= 0.
 
     Raises:
+        TypeError: when ``beta`` is not a number.
         ValueError: when ``beta`` is negative.
     """
 
     beta: float = 0.04
 
     def __post_init__(self) -> None:
+        check_number("beta", self.beta)
         if not self.beta >= 0:
             raise ValueError(f"beta must be at least 0, got {self.beta}")
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from unirl_kernels.objectives.arguments import check_number
 from unirl_kernels.objectives.base import Objective, Paradigm
 from unirl_kernels.objectives.tokens import Tokens
 
@@ -26,6 +27,7 @@ class DPO(Objective):
         length_normalized: divide each sequence's log-ratio by its length, as (6) does.
 
     Raises:
+        TypeError: when ``beta`` is not a number.
         ValueError: when ``beta`` is not positive.
     """
 
@@ -43,6 +45,7 @@ class DPO(Objective):
     )
 
     def __post_init__(self) -> None:
+        check_number("beta", self.beta)
         if not self.beta > 0:
             raise ValueError(f"beta must be positive, got {self.beta}")
 
