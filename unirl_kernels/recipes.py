@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from unirl_kernels.objectives import (
     DPO,
     KL,
@@ -57,5 +59,9 @@ def grpo(clip: float | tuple[float, float] | None = 0.2, beta: float | None = 0.
     return Loss(PolicyGradient(surrogate, KL(beta) if beta else None), SequenceMean())
 
 
-def _clip(clip: float | tuple[float, float]) -> Clip:
-    return Clip(*clip) if isinstance(clip, tuple) else Clip(clip, clip)
+def _clip(clip: float | Sequence[float]) -> Clip:
+    if not isinstance(clip, (tuple, list)):
+        return Clip(clip, clip)
+    if len(clip) != 2:
+        raise ValueError(f"clip must be a number or (below, above), got {clip!r}")
+    return Clip(*clip)
