@@ -332,7 +332,7 @@ def test_impossible_values_fail_when_made(make: object, message: str) -> None:
 def test_a_clip_is_one_number_or_two() -> None:
     assert uk.ppo([0.2, 0.3]).objective == uk.ppo((0.2, 0.3)).objective == Clip(0.2, 0.3)
     with pytest.raises(ValueError, match=r"clip must be a number or \(below, above\), got \(1, 2, 3\)"):
-        uk.grpo(clip=(1, 2, 3))  # type: ignore[arg-type]
+        uk.grpo(clip=(1, 2, 3))
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def dpo(beta: float = 0.1, length_normalized: bool = False) -> Loss:
     return Loss(DPO(beta, length_normalized), PairMean())
 
 
-def ppo(clip: float | tuple[float, float] = 0.2) -> Loss:
+def ppo(clip: float | Sequence[float] = 0.2) -> Loss:
     """Proximal policy optimisation; see ``Clip``.
 
     Args:
@@ -48,7 +48,7 @@ def ppo(clip: float | tuple[float, float] = 0.2) -> Loss:
     return Loss(_clip(clip), SequenceMean())
 
 
-def grpo(clip: float | tuple[float, float] | None = 0.2, beta: float | None = 0.04) -> Loss:
+def grpo(clip: float | Sequence[float] | None = 0.2, beta: float | None = 0.04) -> Loss:
     """Group-relative policy optimisation; see ``PolicyGradient``.
 
     Args:
@@ -60,8 +60,7 @@ def grpo(clip: float | tuple[float, float] | None = 0.2, beta: float | None = 0.
 
 
 def _clip(clip: float | Sequence[float]) -> Clip:
-    if not isinstance(clip, (tuple, list)):
-        return Clip(clip, clip)
-    if len(clip) != 2:
+    bounds = clip if isinstance(clip, (tuple, list)) else (clip, clip)
+    if len(bounds) != 2:
         raise ValueError(f"clip must be a number or (below, above), got {clip!r}")
-    return Clip(*clip)
+    return Clip(*bounds)
