@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,7 +64,19 @@ class Case:
 def _leaves(operands: Operands) -> tuple[list[Tensor], list[Tensor]]:
     """The operands as leaves, and as a model would hand them over: computed, so that they may be overwritten."""
     leaves = [x.detach().requires_grad_() for x in operands]
-    return leaves, [x.view_as(x) for x in leaves]
+    return leaves, [_Computed.apply(x) for x in leaves]
+
+
+class _Computed(torch.autograd.Function):
+    """The identity, in the same memory but not as a view, so that overwriting it is not overwriting a leaf."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, d_x: Tensor) -> Tensor:
+        return d_x
 
 
 def _loss_and_gradient(function: Function, inputs: Inputs, operands: Operands) -> Callable[[], Outcome]:
