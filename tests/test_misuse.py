@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import unirl_kernels as uk
+from unirl_kernels.objectives import Clip, PairMean
 
 V = 9
 TARGET = torch.tensor([[1, 2, 3], [4, uk.IGNORE, 5]])
@@ -49,6 +50,58 @@ def test_another_kind_of_argument(call: str) -> None:
     function, message = CALLS[call]
     with pytest.raises(TypeError, match=message):
         function()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: uk.ppo(clip=-0.1), r"low must lie in \[0, 1\], got -0.1"),
+        (lambda: uk.ppo(clip=(0.1, -1)), "high must be at least 0, got -1"),
+        (lambda: uk.grpo(beta=-1), "beta must be at least 0, got -1"),
+        (lambda: uk.dpo(beta=0), "beta must be positive, got 0"),
+        (lambda: uk.FixedLength(0), "n must be positive, got 0"),
+        (lambda: uk.TokenMean(0), "count must be positive, got 0"),
+        (lambda: uk.TokenMean(torch.ones(2)), r"count must be a 0-dim tensor, got shape \(2,\)"),
+        (lambda: uk.TokenMean(torch.ones((), requires_grad=True)), "count must not require a gradient"),
+        (lambda: uk.Loss(Clip(), PairMean()), "aggregation of a token-scope objective cannot be PairMean"),
+        (lambda: uk.Loss(uk.dpo().objective), "aggregation of a pair-scope objective cannot be SequenceMean"),
+        (lambda: uk.Readout(temperature=0.0), "temperature must be positive and finite, got 0.0"),
+        (lambda: uk.Readout(softcap=-1.0), "softcap must be positive and finite, got -1.0"),
+        (lambda: uk.Readout(scale=0.0), "scale must be finite and not 0, got 0.0"),
+        (lambda: uk.Plan(max_chunk_bytes=0), "max_chunk_bytes must be positive, got 0"),
+    ],
+)
+def test_impossible_values_fail_when_made(make: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_clip_is_one_number_or_two() -> None:
+    assert uk.ppo([0.2, 0.3]).objective == uk.ppo((0.2, 0.3)).objective == Clip(0.2, 0.3)
+    with pytest.raises(ValueError, match=r"clip must be a number or \(below, above\), got \(1, 2, 3\)"):
+        uk.grpo(clip=(1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: uk.ppo("a"), r"low must be a number, got 'a' \(str\)"),
+        (lambda: uk.ppo((0.2, None)), r"high must be a number, got None \(NoneType\)"),
+        (lambda: uk.ppo(torch.ones(2)), r"low must be a number, got a tensor of shape \(2,\)"),
+        (lambda: uk.grpo(beta="a"), r"beta must be a number, got 'a' \(str\)"),
+        (lambda: uk.dpo("a"), r"beta must be a number, got 'a' \(str\)"),
+        (lambda: uk.TokenMean("a"), r"count must be a number, got 'a' \(str\)"),
+        (lambda: uk.FixedLength(None), r"n must be a number, got None \(NoneType\)"),
+        (lambda: uk.Loss(3), r"objective must be callable, got 3 \(int\)"),
+        (lambda: uk.Loss(Clip), r"objective must be made first, as in Clip\(\), got the class"),
+        (lambda: uk.Loss(Clip(), None), r"aggregation must have a method weights\(batch\).* got None"),
+        (lambda: uk.Loss(Clip(), "mean"), r"aggregation must have a method weights\(batch\).* got 'mean'"),
+        (lambda: uk.Loss(Clip(), uk.TokenMean), r"aggregation must have a method weights\(batch\).* got <class"),
+    ],
+)
+def test_things_of_the_wrong_kind_fail_when_made(make: object, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        make()
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -12,7 +12,7 @@ class Plan:
     Args:
         backend: ``cpu``, ``triton``, ``cuda`` or ``eager``; None takes the best that runs on the logits' device.
         kernel: the backend's kernel, or ``composed`` (statistics, then the objective under autograd, then the
-            gradient: runs any objective); None takes the default of the backend.
+            gradient: runs any objective); None takes the default of the backend, for fp16 logits ``composed``.
         overwrite_logits: put the gradient into the logits' memory. The logits, and what they are a view of, are left
             without elements (under ``torch.compile`` with the gradient: do not use them). Linear heads do so with
             their own in any case.
