@@ -1,4 +1,4 @@
-"""What torch itself offers for a backend to offer: memory, and matrix products."""
+"""Buffers and matmuls of torch itself, for backends that have none of their own."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends.products import Mixed, Products, Widened
+from unirl_kernels.backends.matmuls import Matmuls, Mixed, Widened
 
 
-def products(weight: Tensor, dtype: torch.dtype) -> Products:
-    """The products of a linear head's weight, [V, D], with operands in ``dtype``."""
+def matmuls(weight: Tensor, dtype: torch.dtype) -> Matmuls:
+    """The matmuls of a linear head's weight, [V, D], with operands in ``dtype``."""
     # fp16 has no room for the gradients of single tokens: 1e-8 is 0.
     return Mixed(weight.to(dtype)) if weight.is_cuda and dtype == torch.bfloat16 else Widened(weight, dtype)
 

@@ -1,4 +1,4 @@
-"""The three matrix products of a linear head, with fp32 results whatever the operands are (fp64 for fp64).
+"""The three matmuls of a linear head, with fp32 results whatever the operands are (fp64 for fp64).
 
     logits = hidden W^T + b        d_hidden = d_logits W        d_W = d_logits^T hidden
 
@@ -18,15 +18,15 @@ SLICE_BYTES = 2**24
 """Of the weight in fp32, where a device cannot multiply 16-bit operands into fp32."""
 
 
-class Products(Protocol):
-    """The products of one weight. ``hidden`` is [n, D] in the operands' dtype; results are fp32."""
+class Matmuls(Protocol):
+    """The matmuls of one weight. ``hidden`` is [n, D] in the operands' dtype; results are fp32."""
 
     @property
     def row_bytes(self) -> int:
         """Memory that the logits of one token and their gradient take."""
         ...
 
-    def memory_of_gradient(self, logits: Tensor) -> Tensor:
+    def gradient_buffer(self, logits: Tensor) -> Tensor:
         """[n, V] for the gradient of the logits, in the dtype that is multiplied: their own where it is theirs."""
         ...
 
@@ -45,7 +45,7 @@ class Products(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Mixed:
-    """Products of a device that multiplies 16-bit operands into fp32 results; the gradient of the logits is one."""
+    """Matmuls of a device that multiplies 16-bit operands into fp32 results; the gradient of the logits is one."""
 
     weight: Tensor  # [V, D] of the operands' dtype
 
@@ -59,7 +59,7 @@ class Mixed:
         step = 16 // self.weight.itemsize
         return -(-self.weight.shape[0] // step) * step
 
-    def memory_of_gradient(self, logits: Tensor) -> Tensor:
+    def gradient_buffer(self, logits: Tensor) -> Tensor:
         return self.weight.new_empty(logits.shape[0], self._row)[:, : logits.shape[1]]
 
     def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -79,7 +79,7 @@ class Mixed:
 
 @dataclass(frozen=True, eq=False)
 class Widened:
-    """Products of fp32 or fp64 operands; 16-bit ones are converted, a slice of the vocabulary at a time."""
+    """Matmuls of fp32 or fp64 operands; 16-bit ones are converted, a slice of the vocabulary at a time."""
 
     weight: Tensor  # [V, D]
     dtype: torch.dtype
@@ -88,7 +88,7 @@ class Widened:
     def row_bytes(self) -> int:
         return self.weight.shape[0] * self._wide_dtype.itemsize
 
-    def memory_of_gradient(self, logits: Tensor) -> Tensor:
+    def gradient_buffer(self, logits: Tensor) -> Tensor:
         return logits
 
     @property
