@@ -19,7 +19,7 @@ from unirl_kernels.backends import (
     RowObservations,
     RowStats,
 )
-from unirl_kernels.backends.moments import statistics
+from unirl_kernels.backends.moments import kappa_of, statistics
 from unirl_kernels.backends.torch_defaults import empty as empty
 from unirl_kernels.backends.torch_defaults import matmuls as matmuls
 from unirl_kernels.backends.torch_defaults import release_memory as release_memory
@@ -48,9 +48,9 @@ def _mapped(logits: Tensor, readout: ReadoutArgs) -> Mapped:
     if readout.softcap is not None:
         u = torch.tanh(x * (readout.scale / readout.softcap))
         slope = readout.scale / temperature.unsqueeze(-1) * (1 - u * u)
-        return Mapped(u, readout.softcap / temperature, slope)
+        return Mapped(u, kappa_of(readout, x), slope)
     u = -x if readout.scale < 0 else x
-    return Mapped(u, abs(readout.scale) / temperature, readout.scale / temperature.unsqueeze(-1))
+    return Mapped(u, kappa_of(readout, x), readout.scale / temperature.unsqueeze(-1))
 
 
 def _masked(value: Tensor, target: Tensor, vocab: int) -> Tensor:
