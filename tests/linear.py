@@ -15,10 +15,10 @@ from torch import Tensor
 import unirl_kernels as uk
 from tests.cases import BY_NAME, LossCase, Shape, make_target
 from tests.places import PLACES, Place
-from unirl_kernels import reference
-from unirl_kernels.accuracy import condition_of, violations
 from unirl_kernels.backends import COMPOSED, choose, load
 from unirl_kernels.objectives import Tokens
+from unirl_kernels.testing import oracle
+from unirl_kernels.testing.budgets import condition_of, violations
 
 WIDTH = 12
 RAGGED = Shape("ragged", "a sequence of no tokens, prompts and padding", (3, 1, 0, 4), 37)
@@ -92,9 +92,9 @@ class SequenceRatio:
 
 
 def sequence_ratio(logits: Tensor, batch: uk.Batch) -> Tensor:
-    logp, entropy = reference.log_probs(logits, batch.target).reshape(-1), reference.entropy(logits).reshape(-1)
+    logp, entropy = oracle.log_probs(logits, batch.target).reshape(-1), oracle.entropy(logits).reshape(-1)
     total = logp.new_zeros(())
-    tokens = reference.sequences(batch)
+    tokens = oracle.sequences(batch)
     for o, advantage in zip(tokens, batch.advantage, strict=True):
         if len(o):
             ratio = torch.exp((logp[o] - batch.old_logp.reshape(-1)[o]).sum() / len(o))
@@ -135,7 +135,7 @@ def make_head(
     weight = weight.to(dtype)
     head_bias = torch.randn(shape.vocab).to(dtype) if bias else None
     exact = hidden.double() @ weight.double().t() + (0 if head_bias is None else head_bias.double())
-    logp = reference.log_probs(exact, target).float()
+    logp = oracle.log_probs(exact, target).float()
     old_logp, ref_logp = logp + 0.3 * torch.randn(logp.shape), logp + 0.2 * torch.randn(logp.shape)
     ignored = target == uk.IGNORE
     old_logp[ignored], ref_logp[ignored] = float("nan"), float("inf")
@@ -216,12 +216,12 @@ def naive(
     """
     hidden, weight, bias = leaves = leaves_of(head)
     batch = head.batch
-    logits = reference.apply_readout(logits_of(hidden, weight, bias, factors), **readout)
-    logp, entropy = reference.log_probs(logits, batch.target), reference.entropy(logits)
+    logits = oracle.apply_readout(logits_of(hidden, weight, bias, factors), **readout)
+    logp, entropy = oracle.log_probs(logits, batch.target), oracle.entropy(logits)
     if isinstance(loss, CustomCase):
         value = loss.oracle(logits, batch)
     else:
-        value = reference.loss(loss.algorithm, logits, batch, **loss.hyper)
+        value = oracle.loss(loss.algorithm, logits, batch, **loss.hyper)
     if not value.requires_grad:  # no token at all
         gradients = [None if x is None else torch.zeros_like(x) for x in leaves]
     else:
@@ -281,7 +281,7 @@ def check_gradients(
 def largest_lse(head: LinearHead, readout: dict[str, Any]) -> float:
     """The largest |log sum exp|, what rounding of logits is relative to."""
     hidden, weight, bias = head.used.to(torch.float64).operands
-    logits = reference.apply_readout(hidden @ weight.t() + (0 if bias is None else bias), **readout)
+    logits = oracle.apply_readout(hidden @ weight.t() + (0 if bias is None else bias), **readout)
     return torch.logsumexp(logits, -1).abs().max().item()
 
 
@@ -339,4 +339,4 @@ def counted(monkeypatch: pytest.MonkeyPatch, backend: str) -> Iterator[Count]:
 
 def ends_of(batch: uk.Batch) -> list[int]:
     """Valid tokens up to the end of each sequence."""
-    return list(itertools.accumulate(len(o) for o in reference.sequences(batch)))
+    return list(itertools.accumulate(len(o) for o in oracle.sequences(batch)))
