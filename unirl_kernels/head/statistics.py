@@ -107,9 +107,7 @@ def _merged(tiles: Sequence[RowMoments], readout: ReadoutArgs) -> Measured:
     return Measured(statistics(moments, kappa), moments)
 
 
-def _merged_observations(
-    tiles: Sequence[Tile], row: RowMoments, readout: ReadoutArgs, vocab: int
-) -> RowObservations:
+def _merged_observations(tiles: Sequence[Tile], row: RowMoments, readout: ReadoutArgs, vocab: int) -> RowObservations:
     """Observations of a row from those of its tiles, with w the probability of falling into a tile:
 
         log sum p^2 = log sum_tiles w^2 e^l        mean = sum_tiles n mean / V

@@ -220,9 +220,13 @@ class Loss:
 
     def composed(self, tokens: Tokens, weights: Sequence[Tensor]) -> Tensor:
         """The loss as plain PyTorch, 0-dim: the sum of its terms, each with its weights (see ``Term.composed``)."""
-        constant = isinstance(self._traced, tuple)
-        values = [term.composed(tokens, w, constant) for term, w in zip(self.terms, weights, strict=True)]
+        values = self.values(tokens, weights)
         return values[0] if len(values) == 1 else torch.stack(values).sum()
+
+    def values(self, tokens: Tokens, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The value of each term, 0-dim."""
+        constant = isinstance(self._traced, tuple)
+        return tuple(term.composed(tokens, w, constant) for term, w in zip(self.terms, weights, strict=True))
 
     def weights(self, batch: Batch) -> tuple[Tensor, ...]:
         """Weights of each term's tokens or pairs; see ``Term.weights``."""
