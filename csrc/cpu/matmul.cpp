@@ -1,4 +1,4 @@
-#include "products.h"
+#include "matmul.h"
 
 #include <algorithm>
 #include <atomic>
@@ -63,8 +63,8 @@ void cut_into_grid(Plan& plan, int64_t rows, int64_t columns, int64_t lanes) {
   plan.tile_columns = round_up(ceil_div(columns, across), lanes);
 }
 
-Plan plan_for(const Product& product, const PanelKernels& kernels) {
-  const int64_t rows = product.rows.lanes, columns = product.columns.lanes, depth = product.rows.depth;
+Plan plan_for(const Matmul& matmul, const PanelKernels& kernels) {
+  const int64_t rows = matmul.rows.lanes, columns = matmul.columns.lanes, depth = matmul.rows.depth;
   const int64_t units = std::max<int64_t>(ceil_div(depth, kernels.unit_depth), 1);
   const int64_t staying = STAYING_UNITS / units / kernels.lanes * kernels.lanes;
   const double work = double(rows) * double(columns) * double(depth) / double(MULTIPLICATIONS_PER_THREAD);
@@ -130,15 +130,15 @@ class Packed {
 
 class Tiles {
  public:
-  Tiles(const Product& product, const PanelKernels& kernels)
-      : product_(product),
+  Tiles(const Matmul& matmul, const PanelKernels& kernels)
+      : matmul_(matmul),
         kernels_(kernels),
-        plan_(plan_for(product, kernels)),
-        down_(ceil_div(product.rows.lanes, plan_.tile_rows)),
-        across_(ceil_div(product.columns.lanes, plan_.tile_columns)) {
+        plan_(plan_for(matmul, kernels)),
+        down_(ceil_div(matmul.rows.lanes, plan_.tile_rows)),
+        across_(ceil_div(matmul.columns.lanes, plan_.tile_columns)) {
     // Blocks are about equal, and all but the last a whole number of vectors.
-    const int64_t blocks = std::max<int64_t>(ceil_div(product.rows.depth, BLOCK_UNITS * kernels.unit_depth), 1);
-    block_ = round_up(std::max<int64_t>(ceil_div(product.rows.depth, blocks), 1), kernels.unit_depth * kernels.lanes);
+    const int64_t blocks = std::max<int64_t>(ceil_div(matmul.rows.depth, BLOCK_UNITS * kernels.unit_depth), 1);
+    block_ = round_up(std::max<int64_t>(ceil_div(matmul.rows.depth, blocks), 1), kernels.unit_depth * kernels.lanes);
   }
 
   void run() {
@@ -149,8 +149,8 @@ class Tiles {
  private:
   // Whoever is free takes the next tile: no bit depends on who does.
   void work() {
-    Packed rows(product_.rows, plan_.tile_rows, block_, plan_.rows_stay, kernels_);
-    Packed columns(product_.columns, plan_.tile_columns, block_, plan_.columns_stay, kernels_);
+    Packed rows(matmul_.rows, plan_.tile_rows, block_, plan_.rows_stay, kernels_);
+    Packed columns(matmul_.columns, plan_.tile_columns, block_, plan_.columns_stay, kernels_);
     for (int64_t i = next_++; i < down_ * across_; i = next_++) {
       if (plan_.columns_stay) {
         tile(rows, i % down_, columns, i / down_);
@@ -162,24 +162,24 @@ class Tiles {
 
   void tile(Packed& rows, int64_t row_tile, Packed& columns, int64_t column_tile) const {
     const int64_t row = row_tile * plan_.tile_rows, column = column_tile * plan_.tile_columns;
-    const int64_t depth = product_.rows.depth;
-    const Tile to = {product_.result + row * product_.row_stride + column, product_.row_stride,
-                     std::min(plan_.tile_rows, product_.rows.lanes - row),
-                     std::min(plan_.tile_columns, product_.columns.lanes - column)};
+    const int64_t depth = matmul_.rows.depth;
+    const Tile to = {matmul_.result + row * matmul_.row_stride + column, matmul_.row_stride,
+                     std::min(plan_.tile_rows, matmul_.rows.lanes - row),
+                     std::min(plan_.tile_columns, matmul_.columns.lanes - column)};
     int64_t deep = 0;
     do {
       const uint32_t* const left = rows.panels(row_tile, deep, kernels_.pack_rows);
       const uint32_t* const right = columns.panels(column_tile, deep, kernels_.pack_columns);
       const int64_t units = ceil_div(std::min(block_, depth - deep), kernels_.unit_depth);
-      const float* const bias = deep > 0 || product_.bias == nullptr ? nullptr : product_.bias + column;
-      kernels_.multiply(left, right, units, bias, product_.add || deep > 0, to);
+      const float* const bias = deep > 0 || matmul_.bias == nullptr ? nullptr : matmul_.bias + column;
+      kernels_.multiply(left, right, units, bias, matmul_.add || deep > 0, to);
       deep += block_;
     } while (deep < depth);
     rows.finished(row_tile);
     columns.finished(column_tile);
   }
 
-  const Product& product_;
+  const Matmul& matmul_;
   const PanelKernels& kernels_;
   const Plan plan_;
   const int64_t down_, across_;
@@ -189,9 +189,9 @@ class Tiles {
 
 }  // namespace
 
-void multiply(const Product& product) {
-  if (product.rows.lanes == 0 || product.columns.lanes == 0) return;
-  Tiles(product, *kernels_of(product.columns.format)).run();
+void multiply(const Matmul& matmul) {
+  if (matmul.rows.lanes == 0 || matmul.columns.lanes == 0) return;
+  Tiles(matmul, *kernels_of(matmul.columns.format)).run();
 }
 
 Format multiplied_as(Format format) {
@@ -199,9 +199,9 @@ Format multiplied_as(Format format) {
   return kernels != nullptr && kernels->unit_depth == 2 ? Format::BF16 : Format::FP32;
 }
 
-std::string products_unavailable(Format format) {
+std::string matmuls_unavailable(Format format) {
   if (kernels_of(format) != nullptr) return "";
-  return "products need the instruction set avx2 or avx512, this is " + instruction_set();
+  return "matmuls need the instruction set avx2 or avx512, this is " + instruction_set();
 }
 
 }  // namespace unirl::cpu
