@@ -38,14 +38,14 @@ def check_input(name: str, value: object) -> Tensor:
     if value.is_nested or value.layout != torch.strided:
         kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
         raise TypeError(f"{name} must be a dense tensor, got {kind}: nested tensors are packed batches with cu_seqlens")
-    _check_whole(name, value)
+    check_whole(name, value)
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} must be one of {', '.join(map(name_of, DTYPES))}, got {name_of(value.dtype)}")
     _check_memory(name, value)
     return value
 
 
-def _check_whole(name: str, value: Tensor) -> None:
+def check_whole(name: str, value: Tensor) -> None:
     """Raise a ``ValueError`` for sharded tensors: a shard looks like a small tensor."""
     if hasattr(value, "full_tensor"):
         raise ValueError(

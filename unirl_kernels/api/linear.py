@@ -116,7 +116,8 @@ def fused_linear_loss(
     Logits exist for a chunk of tokens at a time, in float32, are replaced by their gradient in one pass, and give the
     gradients of hidden states, weight and bias at once: three matmuls in all. A loss of wider scope
     takes as many where its sequences or pairs (all of the batch, for batch scope) fit a chunk, and four (statistics
-    first) where one does not or under ``torch.compile``; ``explain`` says which. Gradients that nothing requires are not computed.
+    first) where one does not or under ``torch.compile``; ``explain`` says which. Gradients that nothing requires are
+    not computed.
 
     Args:
         hidden: [B, L, D] or [T, D], as ``batch.target`` is laid out; float32, bfloat16 or float16 (float64 for

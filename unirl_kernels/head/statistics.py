@@ -30,8 +30,8 @@ TOKENS_OF_TILE = 1024
 
 
 def measure(head: Head, target: Tensor, readout: ReadoutArgs, max_chunk_bytes: int | None) -> Measured:
-    """Statistics and moments of all tokens, [T] each; 0 where the target is ``IGNORE``, NaN where it is otherwise outside
-    [0, V).
+    """Statistics and moments of all tokens, [T] each; 0 where the target is ``IGNORE``, NaN where it is otherwise
+    outside [0, V).
 
     Args:
         head: what makes the logits.

@@ -77,8 +77,8 @@ def sweep(
         wanted: which gradients.
 
     Returns:
-        ``HeadGradients`` in the dtypes of hidden states, weight and bias, but fp32 for fp16, which holds the gradients of
-        single tokens only after a loss scale; zero at tokens in no chunk.
+        ``HeadGradients`` in the dtypes of hidden states, weight and bias, but fp32 for fp16, which holds the gradients
+        of single tokens only after a loss scale; zero at tokens in no chunk.
     """
     vocab, d = head.weight.shape
     tokens = head.hidden.shape[0] if wanted.hidden else 0

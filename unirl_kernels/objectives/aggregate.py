@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, Protocol
 
 import torch
@@ -25,6 +25,14 @@ class Aggregation(Protocol):
         ...
 
 
+class _Value:
+    """Written as it is made: arguments that have their default are left out."""
+
+    def __repr__(self) -> str:
+        given = [f for f in fields(self) if getattr(self, f.name) is not f.default]  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in given)})"
+
+
 def _sequences(batch: Batch, count: float | Tensor | None, empty: Empty) -> Tensor:
     """How many sequences a mean over sequences counts, 0-dim float64."""
     if count is not None:
@@ -44,8 +52,8 @@ def _masked(weights: Tensor, batch: Batch) -> Tensor:
     return torch.where(batch.valid, weights, 0)
 
 
-@dataclass(frozen=True)
-class SequenceMean:
+@dataclass(frozen=True, repr=False)
+class SequenceMean(_Value):
     """Mean over sequences of the mean over tokens, w = 1 / (S |o|).
 
     Source: Shao et al. 2024 (arXiv:2402.03300v3), eq. 3.
@@ -73,8 +81,8 @@ class SequenceMean:
         return _masked(batch.per_token(1 / (_sequences(batch, self.count, self.empty) * lengths)), batch)
 
 
-@dataclass(frozen=True)
-class TokenMean:
+@dataclass(frozen=True, repr=False)
+class TokenMean(_Value):
     """Mean over all tokens, w = 1 / count.
 
     Source: Yu et al. 2025 (DAPO, arXiv:2503.14476), eq. 8.
@@ -98,8 +106,8 @@ class TokenMean:
         return _masked(batch.valid.double() / count, batch)
 
 
-@dataclass(frozen=True)
-class FixedLength:
+@dataclass(frozen=True, repr=False)
+class FixedLength(_Value):
     """Sum over tokens over a constant length, mean over sequences, w = 1 / (S n).
 
     Source: Liu et al. 2025 (Dr. GRPO, arXiv:2503.20783), section 3.2.
@@ -129,8 +137,8 @@ class FixedLength:
         return _masked(batch.valid.double() / (_sequences(batch, self.count, self.empty) * self.n), batch)
 
 
-@dataclass(frozen=True)
-class GroupMean:
+@dataclass(frozen=True, repr=False)
+class GroupMean(_Value):
     """Mean over groups of the mean over all tokens of a group, w = 1 / (G tokens of the group).
 
     A group holds the samples of one question (SkyRL's prompt mean, slime's rollout mean).
@@ -162,8 +170,8 @@ class GroupMean:
         return _masked(batch.per_token(1 / (tokens.clamp(min=1).double() * count)), batch)
 
 
-@dataclass(frozen=True)
-class PairMean:
+@dataclass(frozen=True, repr=False)
+class PairMean(_Value):
     """Mean over pairs of sequences, w = 1 / P; for objectives of pair scope (DPO).
 
     Args:
@@ -185,8 +193,8 @@ class PairMean:
         return torch.ones(pairs, dtype=torch.float64, device=batch.target.device) / count
 
 
-@dataclass(frozen=True)
-class Weighted:
+@dataclass(frozen=True, repr=False)
+class Weighted(_Value):
     """Another aggregation's weights times a field: sample weights, loss scales, masks that keep the denominator.
 
     A token whose field is 0 is left out and still counts in |o|.

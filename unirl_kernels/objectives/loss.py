@@ -137,6 +137,9 @@ class Loss:
     """
 
     terms: tuple[Term, ...]
+    """The objectives with their aggregations and coefficients; one, unless the loss is a sum."""
+    scope: str
+    """The widest scope of the terms."""
 
     def __init__(self, objective: Callable[[Any], Tensor], aggregation: Aggregation = SequenceMean()) -> None:
         _check_objective(objective)
@@ -147,6 +150,7 @@ class Loss:
 
     def _set_terms(self, terms: tuple[Term, ...]) -> None:
         self.terms = terms
+        self.scope = max((term.scope for term in terms), key=SCOPES.index)
         # Why an objective was refused is kept as text: an exception would keep every frame that it passed alive.
         self._traced: str | tuple[Traced, Traced] | None = None
         self._params: tuple[Tensor, Tensor] | None = None
@@ -183,11 +187,6 @@ class Loss:
     def aggregation(self) -> Aggregation:
         """The aggregation of a loss that is no sum."""
         return self._single.aggregation
-
-    @property
-    def scope(self) -> str:
-        """The widest scope of the terms."""
-        return max((term.scope for term in self.terms), key=SCOPES.index)
 
     @property
     def paradigm(self) -> Paradigm | None:
