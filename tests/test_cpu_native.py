@@ -25,23 +25,26 @@ def test_opcodes_agree() -> None:
 
 
 def run(text: str, fields: Tensor, params: Tensor) -> list[Tensor]:
-    """loss and d_logits of a program on rows of two equal logits; fields: [n_fields, rows]."""
-    logits = torch.zeros(1, fields.shape[1], 2, dtype=torch.float64)
+    """loss and d_logits of a program on rows with the probabilities ``P``; fields: [n_fields, rows]."""
+    logits = P.log().expand(1, fields.shape[1], 2).clone()
     target = torch.zeros(1, fields.shape[1], dtype=torch.int64)
     d_logits = torch.empty_like(logits)
     out = cpu.fused_loss(logits, target, IDENTITY, ProgramArgs(text, fields[:, None], params), d_logits, "rows")
     return [out.loss[0], d_logits[0]]
 
 
-STATISTICS = (-math.log(2), math.log(2), math.log(2))
-"""logp, entropy and lse of two equal logits."""
+P = torch.tensor([0.25, 0.75], dtype=torch.float64)
+"""Of the rows in ``run``, whose target is the first column."""
+
+STATISTICS = (math.log(0.25), -float(P @ P.log()), 0.0)
 
 
 def expected(program: Program, fields: Tensor, params: Tensor) -> list[Tensor]:
     stats = [torch.full_like(fields[0], x) for x in STATISTICS]
-    loss, d_logp, d_entropy, d_lse = evaluate(program, stats, fields, params)
-    # p = 1/2, and log p + H = 0.
-    return [loss, torch.stack([0.5 * d_logp + 0.5 * d_lse, -0.5 * d_logp + 0.5 * d_lse], -1)]
+    loss, *gradients = evaluate(program, stats, fields, params)
+    d_logp, d_entropy, d_lse = (x.unsqueeze(-1) for x in gradients)
+    one_hot = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    return [loss, d_logp * (one_hot - P) + d_lse * P - d_entropy * P * (P.log() + STATISTICS[1])]
 
 
 @pytest.mark.parametrize("op", Op)
@@ -84,7 +87,7 @@ def test_results_keep_their_registers_as_long_as_they_are_read(reach: int) -> No
 
 def pairwise_sum(n: int) -> str:
     """n results, all of which are read only afterwards: n registers, for the sum of two takes that of one of them."""
-    values = [Instruction(Op.NEG, (2,)) for _ in range(n)]
+    values = [Instruction(Op.NEG, (1,)) for _ in range(n)]
     sums = [Instruction(Op.ADD, (3 if i == 0 else 2 + n + i, 3 + (i + 1))) for i in range(n - 1)]
     return Program(0, 0, (*values, *sums), (3 + len(values) + len(sums) - 1, ZERO, ZERO, ZERO)).text
 
@@ -92,7 +95,7 @@ def pairwise_sum(n: int) -> str:
 def test_results_that_are_kept_are_limited() -> None:
     none, fields = torch.empty(0, dtype=torch.float64), torch.empty(0, 1, dtype=torch.float64)
     most = native.MAX_LIVE
-    assert run(pairwise_sum(most), fields, none)[0].item() == pytest.approx(-most * STATISTICS[2])
+    assert run(pairwise_sum(most), fields, none)[0].item() == pytest.approx(-most * STATISTICS[1])
     message = f"program must keep at most {most} results for later instructions at a time, instruction {most} is one"
     with pytest.raises(ValueError, match=message):
         run(pairwise_sum(most + 1), fields, none)

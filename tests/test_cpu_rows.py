@@ -172,7 +172,8 @@ def test_a_target_that_is_elsewhere(scale: float, dtype: torch.dtype) -> None:
     assert (there.moments.u_target == -torch.inf).all()
     assert (there.stats.logp == -torch.inf).all()
     pairs = [*zip(here.moments[:3], there.moments[:3], strict=True)]
-    pairs += [*zip(here.stats[1:], there.stats[1:], strict=True), *zip(*(x.observations for x in (here, there)))]
+    pairs += zip(here.stats[1:], there.stats[1:], strict=True)
+    pairs += zip(here.observations, there.observations, strict=True)
     for a, b in pairs:
         assert torch.equal(a, b)
     gradients = RowGradients(*torch.randn(3, 1, 3, dtype=row_dtype(dtype)))
