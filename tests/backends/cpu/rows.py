@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-import unirl_kernels as uk
-from unirl_kernels.backends import ReadoutArgs, RowFields, cpu, eager
-from unirl_kernels.program import trace
+from unirl_kernels.backends import FusedRows, ProgramArgs, ReadoutArgs, RowMoments, cpu, eager
+from unirl_kernels.program import trace, weight_name
 
 if reason := cpu.unavailable(torch.device("cpu")):
     raise RuntimeError(f"the cpu backend must run here: {reason}")
@@ -27,8 +27,22 @@ READOUTS = {
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SEGMENT = cpu._native().SEGMENT
 
-GRPO = trace(uk.grpo(clip=0.2, beta=0.04).objective)
+
+def grpo(t: Any) -> Any:
+    """GRPO's token loss with a KL term (Shao et al. 2024, arXiv:2402.03300v3, eq. 3), and an entropy bonus."""
+    ratio, distance = torch.exp(t.logp - t.old_logp), t.ref_logp - t.logp
+    policy = -torch.minimum(ratio * t.advantage, ratio.clamp(0.8, 1.2) * t.advantage)
+    return policy + 0.04 * (torch.expm1(distance) - distance) - 0.01 * t.entropy
+
+
+GRPO = trace([grpo])
 PARAMS = torch.tensor(GRPO.params, dtype=torch.float64)
+
+
+def program_of(objective: Callable[[Any], Any], weight: Tensor) -> ProgramArgs:
+    """An objective that reads statistics alone."""
+    traced = trace([objective])
+    return ProgramArgs(traced.text, weight[None], torch.tensor(traced.params, dtype=torch.float64))
 
 
 @contextmanager
@@ -48,19 +62,25 @@ def rows_of(dtype: torch.dtype, tokens: int, vocab: int) -> tuple[Tensor, Tensor
     return (torch.randn(1, tokens, vocab) * 3).to(dtype), torch.randint(0, vocab, (1, tokens))
 
 
-def fields_of(logits: Tensor, target: Tensor) -> RowFields:
-    """Both signs of advantage, old and reference log-probabilities at a realistic distance."""
-    logp = eager.token_stats(logits, target, IDENTITY).logp.double()
+def fields_of(logits: Tensor, target: Tensor) -> Tensor:
+    """Those of ``GRPO``: both signs of advantage, old and reference log-probabilities at a realistic distance."""
+    logp = eager.token_stats(logits, target, IDENTITY).stats.logp.double()
     noise = 0.2 * torch.randn(2, *target.shape)
-    advantage = torch.randn(target.shape)
-    fields = (torch.rand(target.shape) + 0.1, advantage, logp + noise[0], logp + noise[1])
-    return RowFields(*(x.to(row_dtype(logits.dtype)) for x in fields))
+    named = {"advantage": torch.randn(target.shape), "old_logp": logp + noise[0], "ref_logp": logp + noise[1]}
+    named[weight_name(0)] = torch.rand(target.shape) + 0.1
+    return torch.stack([named[name].to(row_dtype(logits.dtype)) for name in GRPO.fields])
 
 
-def fused(logits: Tensor, target: Tensor, fields: RowFields, d_logits: Tensor | None = None) -> list[Tensor]:
+def fused(logits: Tensor, target: Tensor, fields: Tensor, d_logits: Tensor | None = None) -> list[Tensor]:
+    """loss, logp, entropy, lse and d_logits of ``GRPO``."""
     d_logits = cpu.empty(logits.shape, logits.dtype, logits.device) if d_logits is None else d_logits
-    rows = cpu.fused_loss(logits, target, fields, IDENTITY, GRPO.program.encode(), PARAMS, d_logits, "rows")
+    rows = cpu.fused_loss(logits, target, IDENTITY, ProgramArgs(GRPO.text, fields, PARAMS), d_logits, "rows")
+    assert isinstance(rows, FusedRows)
     return [*rows, d_logits]
+
+
+def rows_of_moments(moments: RowMoments, rows: slice) -> RowMoments:
+    return RowMoments(*(x[:, rows].contiguous() for x in moments))
 
 
 def z_of(x: Tensor, readout: ReadoutArgs) -> Tensor:
