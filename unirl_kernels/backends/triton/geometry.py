@@ -96,7 +96,7 @@ def _fill(dtype: torch.dtype, vocab: int, warp_size: int, max_warps: int, unroll
 
 
 def split(shape: Tile, vocab: int) -> Split:
-    """How rows are split into slices that a tile holds. Slices are equal, but for the last one, and of whole vectors."""
+    """How rows are split into slices that a tile holds: of whole vectors, and equal but for the last one."""
     count = -(-vocab // shape.columns)
     return Split(shape, shape._replace(unroll=shape.unroll // 2), count, 1 << (count - 1).bit_length())
 

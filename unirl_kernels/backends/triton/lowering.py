@@ -44,8 +44,8 @@ def source(program: Program) -> str:
         program: the scalar program of an objective.
 
     Returns:
-        Source of ``objective(params, logp, entropy, lse, f0, f1, ...)``, which returns loss, d_logp, d_entropy and d_lse.
-        ``params`` points to the parameters, float64; f0, f1, ... are the program's fields.
+        Source of ``objective(params, logp, entropy, lse, f0, f1, ...)``, which returns loss, d_logp, d_entropy and
+        d_lse. ``params`` points to the parameters, float64; f0, f1, ... are the program's fields.
     """
     inputs = [*STATISTICS, *(f"f{i}" for i in range(program.n_fields))]
     parameters = [f"p{i}" for i in range(program.n_params)]

@@ -23,8 +23,8 @@ class Strides(NamedTuple):
     """Where the rows of a [B, L, V] tensor lie."""
 
     length: tl.tensor  # L
-    b: tl.tensor
-    l: tl.tensor  # noqa: E741
+    sequence: tl.tensor  # elements from one sequence to the next
+    token: tl.tensor
 
 
 class Row(NamedTuple):
@@ -46,7 +46,8 @@ class Readout(NamedTuple):
 @triton.jit
 def start_of_row(x: tl.tensor, row: tl.tensor, strides: Strides) -> tl.tensor:
     """Pointer to row b * L + l of [B, L, V]. 64 bits: T V may exceed 2^31."""
-    return x + (row // strides.length).to(tl.int64) * strides.b + (row % strides.length).to(tl.int64) * strides.l
+    sequence, token = row // strides.length, row % strides.length
+    return x + sequence.to(tl.int64) * strides.sequence + token.to(tl.int64) * strides.token
 
 
 @triton.jit
@@ -108,7 +109,7 @@ def slope(u: tl.tensor, outer: tl.tensor, READOUT: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def row_fields(fields: tl.tensor, row: tl.tensor, rows: tl.tensor, FIELDS: tl.constexpr) -> tuple[tl.tensor, ...]:
+def row_fields(fields: tl.tensor, row: tl.tensor, rows: tl.tensor, FIELDS: tl.constexpr) -> tl.tuple:
     """The fields of a row, from [FIELDS, rows]."""
     values = ()
     for i in tl.static_range(FIELDS):
@@ -117,14 +118,14 @@ def row_fields(fields: tl.tensor, row: tl.tensor, rows: tl.tensor, FIELDS: tl.co
 
 
 @triton.jit
-def write(tensors: tuple[tl.tensor, ...], row: tl.tensor, values: tuple[tl.tensor, ...]) -> None:
+def write(tensors: tl.tuple, row: tl.tensor, values: tl.tuple) -> None:
     """Write a row's entry of each tensor."""
     for i in tl.static_range(len(tensors)):
         tl.store(tensors[i] + row, values[i])
 
 
 @triton.jit
-def write_to_all(tensors: tuple[tl.tensor, ...], row: tl.tensor, value: tl.tensor) -> None:
+def write_to_all(tensors: tl.tuple, row: tl.tensor, value: tl.tensor) -> None:
     """Write the same value as a row's entry of each tensor."""
     for i in tl.static_range(len(tensors)):
         tl.store(tensors[i] + row, value)

@@ -57,7 +57,7 @@ from unirl_kernels.backends.triton.statistics import (
     rescaled,
     statistics_of,
 )
-from unirl_kernels.backends.triton.tiles import fill, is_column, store
+from unirl_kernels.backends.triton.tiles import fill_slice, is_column, store
 
 RECORD = tl.constexpr(4)
 """Numbers in a slice's record: its ``Moments``, with sz in bits."""
@@ -73,10 +73,10 @@ class Slice(NamedTuple):
 
 @triton.jit
 def add(
-    s: tl.tensor, sz: tl.tensor, n: tl.tensor, more_s: tl.tensor, more_sz: tl.tensor, more_n: tl.tensor
+    s: tl.tensor, sz: tl.tensor, n: tl.tensor, other_s: tl.tensor, other_sz: tl.tensor, other_n: tl.tensor
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Sums in one reduction take fewer registers than one by one, which decides whether sm_100 spills."""
-    return s + more_s, sz + more_sz, n + more_n
+    return s + other_s, sz + other_sz, n + other_n
 
 
 @triton.jit
@@ -243,7 +243,13 @@ def split_row(
         y = tl.load(target + row)
         count = tl.minimum(width, size - first)
         d_x = start_of_row(d_logits, row, Strides(length, d_stride_b, d_stride_l)) + first
-        if is_computed(y, size):
+        value = absent(y, COMPUTE)
+        silent = not is_computed(y, size)
+        if silent:
+            if part == 0:
+                write_to_all((loss, logp, entropy, lse), row, value)
+            ticket = draw(scratch)
+        else:
             readout = readout_of(inner, factor, row_temperature, row, COMPUTE)
             x = start_of_row(logits, row, Strides(length, stride_b, stride_l)) + first
             x = Row(x, count, column_of(y) - first)
@@ -259,13 +265,10 @@ def split_row(
                 tl.store(loss + row, loss_y)
                 write((logp, entropy, lse), row, stats)
             gradients = Gradients(d_logp, d_entropy, d_lse)
-            if is_zero(gradients):
-                fill(d_x, count, tl.full((), 0.0, COMPUTE), SPLIT.tile)
-            else:
+            value = tl.full((), 0.0, COMPUTE)
+            silent = is_zero(gradients)
+            if not silent:
                 terms = terms_of(moments, stats, gradients, readout, READOUT)
                 write_slice(x, d_x, held, readout, moments, terms, ENTROPY, READOUT, SPLIT)
-        else:
-            if part == 0:
-                write_to_all((loss, logp, entropy, lse), row, absent(y, COMPUTE))
-            fill(d_x, count, absent(y, COMPUTE), SPLIT.tile)
-            ticket = draw(scratch)
+        if silent:
+            fill_slice(d_x, count, value, SPLIT.tile)

@@ -159,7 +159,7 @@ def sweep(row: Row, readout: Readout, READOUT: tl.constexpr, TILE: tl.constexpr)
 
 @triton.jit
 def statistics_of(moments: Moments, readout: Readout) -> Stats:
-    """Statistics of a row. logp <= 0 and H >= 0 for certain: tanh of the target may round otherwise than in the sweep."""
+    """Statistics of a row: logp <= 0 although tanh of the target may round otherwise than in the sweep, and H >= 0."""
     log_s = log1p(moments.s_minus_1)
     base = finite_base(moments.top)
     logp = (moments.u_target - base) * readout.kappa - log_s

@@ -209,10 +209,25 @@ def fringe(head: tl.tensor, body: tl.tensor, size: tl.tensor, VECTOR: tl.constex
 def fill(row: tl.tensor, size: tl.tensor, value: tl.tensor, TILE: tl.constexpr) -> None:
     """Set a row to ``value``."""
     COLUMNS: tl.constexpr = TILE.unroll * TILE.lanes * TILE.vector
+    head, body = fill_fringe(row, size, value, TILE)
+    tile = tl.full((TILE.unroll, TILE.lanes, TILE.vector), 0.0, value.dtype) + value
+    for start in range(0, body, COLUMNS):
+        store(row + head, start, body, tile, True, TILE)
+
+
+@triton.jit
+def fill_slice(row: tl.tensor, size: tl.tensor, value: tl.tensor, TILE: tl.constexpr) -> None:
+    """Set columns that fit into a tile to ``value``."""
+    head, body = fill_fringe(row, size, value, TILE)
+    tile = tl.full((TILE.unroll, TILE.lanes, TILE.vector), 0.0, value.dtype) + value
+    store(row + head, 0, body, tile, True, TILE)
+
+
+@triton.jit
+def fill_fringe(row: tl.tensor, size: tl.tensor, value: tl.tensor, TILE: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """Set the columns that lie in no aligned vector to ``value``. Returns where the others lie, as ``head_and_body``."""
     head, body = head_and_body(row, size, TILE)
     if not TILE.aligned:
         columns, inside = fringe(head, body, size, TILE.vector)
         tl.store(row + columns, value.to(row.dtype.element_ty), mask=inside)
-    tile = tl.full((TILE.unroll, TILE.lanes, TILE.vector), 0.0, value.dtype) + value
-    for start in range(0, body, COLUMNS):
-        store(row + head, start, body, tile, True, TILE)
+    return head, body
