@@ -115,17 +115,12 @@ def _entropy_bonus(t: Any) -> Any:
     return -torch.minimum(ratio * t.advantage, ratio.clamp(0.8, 1.2) * t.advantage) - 0.01 * t.entropy
 
 
-def _code(objective: str) -> tuple[int, ...]:
+def _program(objective: str) -> str:
+    """Text of the program of an objective."""
     import unirl_kernels as uk
     from unirl_kernels.program import trace
 
-    return tuple(trace(_entropy_bonus if objective == "entropy" else uk.grpo().objective).program.encode())
-
-
-def _kernel(name: str) -> Any:
-    from unirl_kernels.backends.triton import launch
-
-    return getattr(launch, name)
+    return trace([_entropy_bonus if objective == "entropy" else uk.grpo().objective]).text
 
 
 def tile_of(variant: Variant) -> Any:
@@ -135,50 +130,58 @@ def tile_of(variant: Variant) -> Any:
     dtype, vocab = DTYPES[variant.dtype], VOCABULARIES[variant.rows]
     warp_size = 32 if variant.architecture.startswith("sm_") else 64
     if variant.kernel == "split_row":
-        return geometry.slice_tile(dtype, vocab, variant.readout, warp_size)
-    return geometry.tile(dtype, vocab, warp_size)
+        shape = geometry.slice_tile(dtype, vocab, variant.readout, warp_size)
+    else:
+        shape = geometry.tile(dtype, vocab, warp_size)
+    return shape._replace(aligned=variant.rows == "vectors")
+
+
+def constants_of(variant: Variant) -> dict[str, Any]:
+    """Arguments that are known when a kernel is compiled."""
+    from unirl_kernels.backends.triton import geometry
+    from unirl_kernels.backends.triton.lowering import device_function
+    from unirl_kernels.program import parsed
+
+    shape, text = tile_of(variant), _program(variant.objective)
+    program = parsed(text)
+    return {
+        "OBJECTIVE": device_function(text),
+        "FIELDS": program.n_fields,
+        "ENTROPY": program.has_entropy_gradient,
+        "READOUT": variant.readout,
+        "TILE": shape,
+        "SPLIT": geometry.split(shape, VOCABULARIES[variant.rows]),
+        "row_temperature": None,
+    }
+
+
+def types_of(variant: Variant) -> dict[str, str]:
+    """Types of the pointers that are not to fp32."""
+    typed = dict.fromkeys(("logits", "x"), f"*{variant.dtype}")
+    typed |= {"d_logits": f"*{variant.gradient or variant.dtype}"}
+    if variant.dtype == "fp64":
+        stats, moments = ("logp", "entropy", "lse"), ("top", "s_minus_1", "sz", "u_target")
+        observations = ("log_sum_sq_probs", "mean_logit", "largest")
+        typed |= dict.fromkeys(("loss", "fields", *stats, *moments, *observations), "*fp64")
+    return typed | {"target": "*i64", "argmax": "*i64", "parameters": "*fp64", "scratch": "*i64"}
 
 
 def compile_variant(variant: Variant) -> Any:
     """The compiled kernel, as ``launch`` would have it compiled."""
     import triton
-    import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from unirl_kernels.backends.triton import geometry, launch
-    from unirl_kernels.backends.triton.lowering import device_function
-    from unirl_kernels.program import ZERO, Program
 
-    dtype, vocab = DTYPES[variant.dtype], VOCABULARIES[variant.rows]
+    constants, typed = constants_of(variant), types_of(variant)
     nvidia = variant.architecture.startswith("sm_")
-    shape = tile_of(variant)
     options: dict[str, Any] = dict(launch.OPTIONS)
-    slices, _ = geometry.slices(shape, vocab)
-    code = _code(variant.objective)
-    entropy = Program.decode(code).outputs[2] != ZERO
-    constants = {
-        "OBJECTIVE": device_function(code),
-        "ENTROPY": entropy,
-        "READOUT": variant.readout,
-        "COMPUTE": tl.float64 if dtype == torch.float64 else tl.float32,
-        "ALIGNED": variant.rows == "vectors",
-        "TILE": shape,
-        "HALF": geometry.half(shape),
-        "SLICES": slices,
-        "PADDED": triton.next_power_of_2(slices),
-        "row_temperature": None,
-    }
     if variant.kernel == "split_row" and nvidia:
         capability = divmod(int(variant.architecture[3:]), 10)
-        plain = variant.rows == "vectors" and not entropy
-        options["maxnreg"] = geometry.held_registers(dtype, capability, plain=plain)
-    typed = dict.fromkeys(("logits", "d_logits", "x"), f"*{variant.dtype}")
-    typed["d_logits"] = f"*{variant.gradient or variant.dtype}"
-    if dtype == torch.float64:
-        typed |= dict.fromkeys(("loss", "logp", "entropy", "lse", "log_sum_sq_probs", "mean_logit", "largest"), "*fp64")
-    typed |= {"target": "*i64", "argmax": "*i64", "parameters": "*fp64", "scratch": "*i64"}
-    kernel = _kernel(variant.kernel)
+        plain = variant.rows == "vectors" and not constants["ENTROPY"]
+        options["maxnreg"] = geometry.held_registers(DTYPES[variant.dtype], capability, plain=plain)
+    kernel = getattr(launch, variant.kernel)
     signature, constexprs = {}, {}
     for i, parameter in enumerate(kernel.params):
         if parameter.name in constants:
@@ -190,7 +193,7 @@ def compile_variant(variant: Variant) -> Any:
         GPUTarget("cuda", int(variant.architecture[3:]), 32) if nvidia else GPUTarget("hip", variant.architecture, 64)
     )
     source = ASTSource(kernel, signature=signature, constexprs=constexprs)
-    return triton.compile(source, target=target, options={"num_warps": shape.num_warps, **options})
+    return triton.compile(source, target=target, options={"num_warps": constants["TILE"].num_warps, **options})
 
 
 def measure(variant: Variant) -> Usage:
