@@ -12,7 +12,7 @@ WORKERS ?= 2
 PY      = $(VENV)/bin/python
 SOURCES = setup.py $(shell find csrc -type f)
 
-.PHONY: setup demo test lint types bench bench-providers gpu-check clean
+.PHONY: setup demo test test-all lint types bench bench-providers gpu-check clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.built
@@ -36,8 +36,14 @@ demo: setup
 	$(PY) -m examples.demo $(ARGS)
 
 # Passive: threads of two workers that wait for each other by spinning take the cores from the ones that work.
+PYTEST = OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(WORKERS) --dist worksteal
+
 test: lint types
-	OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+# The slow tests too, and every variant of the Triton kernels compiled.
+test-all: lint types
+	UNIRL_COMPILE_GATE=full $(PYTEST) $(ARGS)
 
 lint: setup
 	$(PY) -m ruff check .
