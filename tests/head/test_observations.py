@@ -155,6 +155,7 @@ def test_gradients_are_those_of_linear_token_stats(place: Place) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow_interpreted
 def test_compiles_without_a_graph_break(place: Place) -> None:
     torch.compiler.reset()
     hidden, weight, bias, target = arguments(place)

@@ -100,6 +100,7 @@ def test_scaling_the_advantage_scales_the_gradient() -> None:
     torch.testing.assert_close(twice, 2 * once)
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("loss", LOSSES, ids=str)
 def test_gradcheck(loss: LossCase, place: Place) -> None:
     if not place.runs(loss) or (place.interpreted and loss.name not in ("grpo", "dpo")):

@@ -80,6 +80,7 @@ def value_and_gradient(f: object, logits: Tensor, *args: object) -> tuple[Tensor
     return value.detach(), gradient
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("name", ["grpo", "dpo"])
 def test_compiles_without_a_graph_break(name: str, place: Place) -> None:
     """Batch built inside, metrics read inside; a new coefficient compiles nothing, new lengths once for all."""
