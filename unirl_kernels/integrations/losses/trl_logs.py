@@ -16,6 +16,14 @@ from unirl_kernels.objectives.ratios import ratio
 from unirl_kernels.objectives.scores import Score
 
 
+def sequence_advantage(t: Any) -> Tensor:
+    """The advantage of each sequence, [S]; the mean of its tokens' where it was given by token."""
+    try:
+        return t.sequence_field("advantage")  # type: ignore[no-any-return]
+    except ValueError:
+        return t.sequence_mean(t.advantage)  # type: ignore[no-any-return]
+
+
 def sequence_means(t: Any, values: Tensor, empty: float) -> Tensor:
     """Mean of [T] values over each sequence, [S], and ``empty`` where it has no tokens."""
     return torch.where(t.lengths > 0, t.sequence_mean(values), empty)
@@ -93,7 +101,7 @@ class SequenceClips(Parameters):
     def __call__(self, t: Any) -> dict[str, Any]:
         log_ratio = t.logp - t.old_logp
         r = ratio(t.sequence_sum(log_ratio) if self.summed else t.sequence_mean(log_ratio))
-        below, above = clipped_sides(r, t.sequence_mean(t.advantage), self)
+        below, above = clipped_sides(r, sequence_advantage(t), self)
         return {
             "clip_ratio/low_mean": below,
             "clip_ratio/high_mean": above,
@@ -118,7 +126,7 @@ class CISPOLog(Parameters):
     def __call__(self, t: Any) -> dict[str, Any]:
         log_ratio, advantage = t.logp - t.old_logp, t.advantage
         if self.by_sequence:
-            log_ratio, advantage = t.sequence_mean(log_ratio), t.sequence_mean(advantage)
+            log_ratio, advantage = t.sequence_mean(log_ratio), sequence_advantage(t)
         above = (ratio(log_ratio) > self.upper) & (advantage > 0)
         return {"cispo_clip_ratio": above.to(log_ratio.dtype)}
 
