@@ -77,7 +77,8 @@ def check(
     found = dict(same(out))
     assert found.keys() == logged.keys()
     compared = {"loss": (out.loss.detach(), value, true_value), "gradient": (leaf.grad, gradient, true_gradient)}
-    compared |= {name: (x, *map(torch.tensor, (logged[name], truth[name]))) for name, x in found.items()}
+    for name, x in found.items():
+        compared[name] = (x, *(torch.tensor(of[name], dtype=torch.float64) for of in (logged, truth)))
     for name, (ours, plain, exactly) in compared.items():
         condition = condition_of(exactly.double(), size)
         problems = violations(ours, plain.float(), exactly.double(), condition=condition)

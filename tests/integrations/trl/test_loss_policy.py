@@ -6,6 +6,7 @@ import inspect
 import math
 import textwrap
 from collections import defaultdict
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,6 +38,11 @@ class Accelerator:
 
     num_processes = 1
     sync_gradients = True
+    device = torch.device("cpu")
+    parallelism_config = None
+
+    def autocast(self) -> Any:
+        return nullcontext()
 
     def gather(self, x: Tensor) -> Tensor:
         return x
@@ -183,7 +189,13 @@ def test_grpo_loss_types(kind: str, level: str, given: dict[str, Any]) -> None:
         {"max_completion_length": 9, "loss_type": "dr_grpo"},
         {"epsilon_high": 1.1, "loss_type": "cispo"},
         {"sapo_temperature_pos": 0.5, "sapo_temperature_neg": 2.0, "loss_type": "sapo"},
-        {"vespo_k_pos": 1.0, "vespo_lambda_pos": 0.0, "vespo_k_neg": 0.5, "vespo_lambda_neg": 1.0, "loss_type": "vespo"},
+        {
+            "vespo_k_pos": 1.0,
+            "vespo_lambda_pos": 0.0,
+            "vespo_k_neg": 0.5,
+            "vespo_lambda_neg": 1.0,
+            "loss_type": "vespo",
+        },
     ],
     ids=lambda options: "-".join(options),
 )

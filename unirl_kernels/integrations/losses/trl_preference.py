@@ -12,7 +12,7 @@ from torch import Tensor
 from unirl_kernels.batch import Batch
 from unirl_kernels.integrations.losses.options import Options
 from unirl_kernels.integrations.losses.rules import Logged, TokensOfStep
-from unirl_kernels.integrations.losses.trl_logs import JudgedLog, PairLog
+from unirl_kernels.integrations.losses.trl_logs import JudgedLog, NoLog, PairLog
 from unirl_kernels.integrations.losses.trl_policy import check_router_loss
 from unirl_kernels.objectives import (
     AOT,
@@ -77,14 +77,12 @@ def dpo(options: Options) -> Loss:
     for kind, coefficient in zip(kinds, coefficients, strict=True):
         if score is not ratio and kind not in OF_DIVERGENCES:
             raise options.refused("f_divergence_type", f"{kind} has the reverse KL alone; set 'reverse_kl'")
-        if weighted and kind in ("aot", "aot_unpaired"):
-            raise options.refused("use_weighting", f"{kind} sorts the sequences of pairs; set False")
+        if weighted and kind in ("aot", "aot_unpaired", "sft"):
+            raise options.refused("use_weighting", f"TRL has no weights of pairs with {kind}; set False")
         objective = SFT() if kind == "sft" else _preference(options, kind, beta, ratio, score)
         if weighted:
-            objective = Scaled(objective, MeanPairConfidence() if kind == "sft" else PairConfidence())
-        if not terms:
-            objective = Logged(objective, log)
-        term = Loss(objective, ChosenTokenMean() if kind == "sft" else PairMean())
+            objective = Scaled(objective, PairConfidence())
+        term = Loss(Logged(objective, NoLog() if terms else log), ChosenTokenMean() if kind == "sft" else PairMean())
         terms.append(term if coefficient == 1 else coefficient * term)
     return sum(terms[1:], terms[0])
 
@@ -222,16 +220,6 @@ class PairConfidence(Parameters):
     def __call__(self, t: Any) -> Tensor:
         chosen, rejected = t.pairs(torch.exp(t.sequence_mean(t.logp - t.log_sum_sq_probs)))
         return chosen * rejected
-
-
-@dataclass(frozen=True)
-class MeanPairConfidence(Parameters):
-    """The mean of ``PairConfidence`` over the batch, at each token."""
-
-    scope = "batch"
-
-    def __call__(self, t: Any) -> Tensor:
-        return PairConfidence()(t).mean().expand(t.logp.shape)
 
 
 @dataclass(frozen=True)
