@@ -284,7 +284,7 @@ def test_grpo_counts_tokens_of_all_processes(given: dict[str, Any], monkeypatch:
 def test_vespo_needs_one_within_the_bounds(bound: dict[str, float]) -> None:
     named = {f"vllm_importance_sampling_{name}": x for name, x in bound.items()}
     mode = {"vllm_importance_sampling_mode": "token_mask", "use_vllm": True}
-    with pytest.raises(ValueError, match="vllm_importance_sampling_clip_m.* cannot be part of the loss"):
+    with pytest.raises(ValueError, match=r"vllm_importance_sampling_clip_m.* cannot be part of the loss"):
         ours.loss(config_of(trl.GRPOConfig, loss_type="vespo", **mode, **named))
 
 
@@ -293,7 +293,7 @@ def test_other_configurations_are_refused() -> None:
 
     with pytest.raises(TypeError, match=r"config must be one of GRPOConfig, .*, got trl.experimental.gmpo"):
         ours.loss(config_of(GMPOConfig))
-    with pytest.raises(TypeError, match="config must be one of GRPOConfig, .*, got dict"):
+    with pytest.raises(TypeError, match=r"config must be one of GRPOConfig, .*, got dict"):
         ours.loss({"loss_type": "grpo"})
 
 

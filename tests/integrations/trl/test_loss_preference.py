@@ -229,7 +229,7 @@ def test_kto(kind: str, kl: float, precompute: bool, given: dict[str, Any]) -> N
 def test_kto_refuses_by_name() -> None:
     config = trl.KTOConfig(**PLAIN)
     config.loss_type = "bco"
-    with pytest.raises(ValueError, match="KTOConfig.loss_type must be one of 'kto', 'apo_zero_unpaired', got 'bco'"):
+    with pytest.raises(ValueError, match=r"KTOConfig.loss_type must be one of 'kto', 'apo_zero_unpaired', got 'bco'"):
         ours.loss(config)
 
 
@@ -264,5 +264,5 @@ def test_sft_refuses_label_smoothing_where_trl_applies_it() -> None:
     assert ours.loss(trl.SFTConfig(loss_type="dft", **smooth)) == ours.loss(trl.SFTConfig(loss_type="dft", **PLAIN))
     config = trl.SFTConfig(**PLAIN)
     config.loss_type = "hinge"
-    with pytest.raises(ValueError, match="SFTConfig.loss_type must be one of 'nll', .*, got 'hinge'"):
+    with pytest.raises(ValueError, match=r"SFTConfig.loss_type must be one of 'nll', .*, got 'hinge'"):
         ours.loss(config)
