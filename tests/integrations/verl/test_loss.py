@@ -30,13 +30,13 @@ REJECTIONS = {
     "token_k2": 0.03,
     "token_k3": 0.03,
     "seq_sum_k1": "0.7_1.6",
-    "seq_sum_k2": 0.3,
-    "seq_sum_k3": 0.3,
+    "seq_sum_k2": 0.15,
+    "seq_sum_k3": 0.15,
     "seq_mean_k1": "0.9_1.1",
     "seq_mean_k2": "0.06",
     "seq_mean_k3": 0.06,
-    "seq_max_k2": 0.2,
-    "seq_max_k3": 0.2,
+    "seq_max_k2": 0.09,
+    "seq_max_k3": 0.09,
 }
 
 
@@ -181,7 +181,7 @@ def test_bypass_weights(
 def test_bypass_rejections(
     names: str, kind: str, aggregation: str, losses: ModuleType, given: dict[str, Any]
 ) -> None:
-    threshold = REJECTIONS.get(names, "0.5_2,0.4")
+    threshold = REJECTIONS.get(names, "0.8_1.3,0.1")
     correction = {"rollout_rs": names, "rollout_rs_threshold": threshold, "loss_type": kind, "rollout_is": "token"}
     options = {"loss_agg_mode": aggregation, "entropy_coeff": 0.1, "use_kl_loss": True}
     config = config_of(losses, policy={"loss_mode": "bypass_mode", "rollout_correction": correction}, **options)
