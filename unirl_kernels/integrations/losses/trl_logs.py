@@ -146,7 +146,7 @@ class VESPOLog(Parameters):
             vespo, t = self.objective.objective, self.objective.with_field(t)
         else:
             vespo = self.objective
-        phi = vespo.metrics(t)["phi"]
+        phi: Any = vespo.metrics(t)["phi"]
         return {"vespo/phi_seq_mean": sequence_means(t, phi, 1.0)}
 
 

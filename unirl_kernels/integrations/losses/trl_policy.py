@@ -115,13 +115,15 @@ def _surrogate(options: Options, kind: str, by_sequence: bool) -> tuple[Objectiv
         upper = options.number(name, NonNegative)
         return (SequenceCISPO if by_sequence else CISPO)(0.0, upper), CISPOLog(upper, by_sequence)
     if kind == "sapo":
-        taus = (options.number(f"sapo_temperature_{sign}", Positive) for sign in ("pos", "neg"))
-        return (SequenceSAPO if by_sequence else SAPO)(*taus), NoLog()
-    names = ("k_pos", "lambda_pos", "k_neg", "lambda_neg")
-    exponents = {name: options.number(f"vespo_{name}", NonNegative) for name in names}
+        positive, negative = (options.number(f"sapo_temperature_{sign}", Positive) for sign in ("pos", "neg"))
+        return (SequenceSAPO if by_sequence else SAPO)(positive, negative), NoLog()
+    (k_up, lambda_up), (k_down, lambda_down) = (
+        (options.number(f"vespo_k_{sign}", NonNegative), options.number(f"vespo_lambda_{sign}", NonNegative))
+        for sign in ("pos", "neg")
+    )
+    weight = "rollout_weight" if _corrects(options) else None
     # TRL keeps the lambdas from 0.
-    bounded = (max(x, 1e-4) if name.startswith("lambda") else x for name, x in exponents.items())
-    vespo = VESPO(*bounded, rollout_weight="rollout_weight" if _corrects(options) else None)
+    vespo = VESPO(k_up, max(lambda_up, 1e-4), k_down, max(lambda_down, 1e-4), weight)
     return vespo, VESPOLog(vespo)
 
 

@@ -73,7 +73,7 @@ def dpo(options: Options) -> Loss:
     score = _divergence(options, ratio)
     log = PairLog(beta, ratio, PolicyPart(ratio))
     weighted = options.flag("use_weighting")
-    terms = []
+    terms: list[Loss] = []
     for kind, coefficient in zip(kinds, coefficients, strict=True):
         if score is not ratio and kind not in OF_DIVERGENCES:
             raise options.refused("f_divergence_type", f"{kind} has the reverse KL alone; set 'reverse_kl'")
@@ -237,11 +237,11 @@ def kto(options: Options) -> Loss:
     """The loss of a KTOConfig; see ``trl.loss``."""
     check_router_loss(options)
     beta = options.number("beta", Positive)
-    weights = [options.number(f"{name}_weight", NonNegative) for name in ("desirable", "undesirable")]
+    desirable, undesirable = (options.number(f"{name}_weight", NonNegative) for name in ("desirable", "undesirable"))
     score = LogRatio(PRECOMPUTED if options.flag("precompute_ref_log_probs") else None)
     objectives: dict[str, Objective] = {
-        "kto": KTO(beta, *weights, score),
-        "apo_zero_unpaired": Scaled(APOZeroUnpaired(beta, score), LabelWeight(*weights)),
+        "kto": KTO(beta, desirable, undesirable, score),
+        "apo_zero_unpaired": Scaled(APOZeroUnpaired(beta, score), LabelWeight(desirable, undesirable)),
     }
     objective = options.choice("loss_type", objectives)
     return Loss(Logged(objective, JudgedLog(beta, score, options.get("loss_type") == "kto")), SequenceMean())

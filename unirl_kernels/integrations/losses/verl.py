@@ -121,7 +121,7 @@ def _counts(options: Options) -> tuple[Any, Any, Any]:
     given = options.get("global_batch_info")
     found = {"dp_size": 1, "batch_num_tokens": None, "global_batch_size": None, **dict(given)}
     for name, value in found.items():
-        if isinstance(value, numbers.Real) and not value > 0:
+        if isinstance(value, int | float) and not value > 0:
             raise ValueError(f"{options.title}.global_batch_info[{name!r}] must be positive, got {value!r}")
     processes = found["dp_size"]
     tokens, sequences = (

@@ -64,9 +64,8 @@ class TrustLog(ActorLog):
     most: Positive = 20.0
 
     def values(self, t: Any) -> dict[str, Any]:
-        own = self.objective.metrics(t)
-        truncated = CISPO(0.0, self.most, bound=BOUND).metrics(t)["clip_fraction"]
-        return {**super().values(t), "actor/pg_clipfrac_lower": truncated * (1 - own["masked_fraction"])}
+        own: dict[str, Any] = {**self.objective.metrics(t), **CISPO(0.0, self.most, bound=BOUND).metrics(t)}
+        return {**super().values(t), "actor/pg_clipfrac_lower": own["clip_fraction"] * (1 - own["masked_fraction"])}
 
 
 @dataclass(frozen=True)

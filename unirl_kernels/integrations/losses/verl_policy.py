@@ -113,8 +113,8 @@ class Policy:
     def sapo(self) -> Loss:
         if self._averaged is None:
             raise ValueError(f"{self._options.title}.global_batch_info must have global_batch_size with 'sapo'")
-        taus = (self._options.number(name, Positive) for name in ("tau_pos", "tau_neg"))
-        objective = SAPO(*taus, bound=BOUND)
+        positive, negative = (self._options.number(name, Positive) for name in ("tau_pos", "tau_neg"))
+        objective = SAPO(positive, negative, BOUND)
         return self._weighted(objective, ActorLog(objective, ZERO, ZERO, BOUND), self._averaged)
 
     def clip_cov(self) -> Loss:
