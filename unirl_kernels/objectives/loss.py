@@ -305,7 +305,9 @@ def _check_objective(objective: object) -> None:
     if not callable(objective):
         raise TypeError(f"objective must be callable, got {objective!r} ({type(objective).__name__})")
     if getattr(objective, "__module__", None) == "unirl_kernels.recipes":
-        raise TypeError(f"objective must be an objective, got the recipe {name_of(objective)}, which makes a loss itself")
+        raise TypeError(
+            f"objective must be an objective, got the recipe {name_of(objective)}, which makes a loss itself"
+        )
     if isinstance(objective, type) and issubclass(objective, Objective):
         raise TypeError(f"objective must be made first, as in {objective.__name__}(), got the class")
     if scope_of(objective) not in SCOPES:
