@@ -33,6 +33,10 @@ def readout_args(readout: Readout, target: Tensor, dtype: torch.dtype, batch: Ba
     """
     temperature = readout.temperature
     if not isinstance(temperature, Tensor):
+        if torch.compiler.is_compiling() and temperature != 1:
+            # An operator's numbers are constants of the compiled code: each temperature would compile again.
+            rows = torch.ones(target.shape, dtype=dtype, device=target.device) * temperature
+            return ReadoutArgs(readout.scale, readout.softcap, 1.0, as_rows(rows))
         return ReadoutArgs(readout.scale, readout.softcap, float(temperature), None)
     check_device("temperature", temperature, target.device, "target")
     if temperature.shape != target.shape:

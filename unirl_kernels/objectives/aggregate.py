@@ -33,13 +33,11 @@ class _Value:
         return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in given)})"
 
 
-def _sequences(batch: Batch, count: float | Tensor | None, empty: Empty) -> Tensor:
-    """How many sequences a mean over sequences counts, 0-dim float64."""
+def _sequences(batch: Batch, count: float | Tensor | None, empty: Empty) -> float | Tensor:
+    """How many sequences a mean over sequences counts; a tensor is 0-dim."""
     if count is not None:
-        return torch.as_tensor(count, dtype=torch.float64, device=batch.target.device)
-    if empty == "count":
-        return torch.tensor(batch.n_sequences, dtype=torch.float64, device=batch.target.device)
-    return (batch.lengths > 0).sum().clamp(min=1).double()
+        return count
+    return batch.n_sequences if empty == "count" else (batch.lengths > 0).sum().clamp(min=1).double()
 
 
 def _check_empty(empty: str) -> None:
@@ -134,7 +132,7 @@ class FixedLength(_Value):
         _check_empty(self.empty)
 
     def weights(self, batch: Batch) -> Tensor:
-        return _masked(batch.valid.double() / (_sequences(batch, self.count, self.empty) * self.n), batch)
+        return _masked(batch.valid.double() / self.n / _sequences(batch, self.count, self.empty), batch)
 
 
 @dataclass(frozen=True, repr=False)

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -124,6 +124,9 @@ class Loss:
     Losses add up: ``uk.grpo() - 0.01 * uk.Loss(entropy, uk.TokenMean())`` is a loss, and each term keeps its
     aggregation. Terms of token scope run in one pass together. A coefficient is a number or a 0-dim tensor.
 
+    It may be made inside of a compiled function (torch.compile): numbers that change are variables of its graph. There
+    the scope is not checked, since compiled code never cuts a batch.
+
     The objective is read when the loss is made: a closure that later changes a number it refers to changes nothing;
     make a new loss (a fraction of a millisecond, no compilation).
 
@@ -144,11 +147,16 @@ class Loss:
     scope: str
     """The widest scope of the terms."""
 
-    def __init__(self, objective: Callable[[Any], Tensor], aggregation: Aggregation = SequenceMean()) -> None:
+    # The default is a class: torch.compile cannot name an object that is the default of a method.
+    def __init__(
+        self, objective: Callable[[Any], Tensor], aggregation: Aggregation | type[SequenceMean] = SequenceMean
+    ) -> None:
+        aggregation = SequenceMean() if aggregation is SequenceMean else cast(Aggregation, aggregation)
         _check_objective(objective)
         _check_aggregation(aggregation, scope_of(objective))
         self._set_terms((Term(objective, aggregation),))
-        if self.scope != "token" or isinstance(self._traced, str):
+        # torch.compile would compile the check, too; it never cuts a batch of what is not traced.
+        if not torch.compiler.is_compiling() and (self.scope != "token" or isinstance(self._traced, str)):
             self._fault = scope_fault(objective)
             if self._fault is not None:
                 warnings.warn(f"{self._fault}. Linear heads refuse it", stacklevel=2)
@@ -156,7 +164,7 @@ class Loss:
     def _set_terms(self, terms: tuple[Term, ...], fault: str | None = None) -> None:
         self.terms = terms
         self._fault = fault
-        self.scope = max((term.scope for term in terms), key=SCOPES.index)
+        self.scope = SCOPES[max([SCOPES.index(term.scope) for term in terms])]
         # Why an objective was refused is kept as text: an exception would keep every frame that it passed alive.
         self._traced: str | tuple[Traced, Traced] | None = None
         self._params: tuple[Tensor, Tensor] | None = None
@@ -167,10 +175,11 @@ class Loss:
             sampled = trace(objectives, BEYOND_ONE_TOKEN)
             on_policy = trace(objectives, BEYOND_ONE_TOKEN, on_policy=True) if "old_logp" in sampled.fields else sampled
         except UnsupportedOperation as error:
-            self._traced = str(error)
+            self._traced = error.args[0]
         else:
             self._traced = (sampled, on_policy)
-            self._params = (_tensor(sampled.params), _tensor(on_policy.params))
+            if not torch.compiler.is_compiling():
+                self._params = (_tensor(sampled.params), _tensor(on_policy.params))
 
     @classmethod
     def _of(cls, terms: tuple[Term, ...], fault: str | None) -> Loss:
@@ -228,8 +237,7 @@ class Loss:
         """[n_params] float64: the program's parameters on ``device``."""
         params = self.traced(on_policy).params
         if torch.compiler.is_compiling():
-            assert self._params is not None
-            return self._params[on_policy].to(device)
+            return _compiled(params, device) if self._params is None else self._params[on_policy].to(device)
         return _on_device(params, device)
 
     def composed(self, tokens: Tokens, weights: Sequence[Tensor]) -> Tensor:
@@ -328,6 +336,13 @@ def _check_aggregation(aggregation: object, scope: str) -> None:
 
 def _tensor(params: tuple[float, ...]) -> Tensor:
     return torch.tensor(params, dtype=torch.float64, device="cpu")
+
+
+def _compiled(params: tuple[float, ...], device: torch.device) -> Tensor:
+    """Parameters of a loss that is made inside of a compiled function: a coefficient may be a variable of it."""
+    one = torch.ones((), dtype=torch.float64, device=device)
+    # As multiplications, which torch.compile can move to tensors: it would compile again for each number of a list.
+    return torch.stack([one * p for p in params])
 
 
 # Copied once per value: a CUDA graph cannot record a copy from pageable memory, and what it recorded must stay.
