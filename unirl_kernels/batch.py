@@ -257,9 +257,9 @@ class Batch:
         """The flat positions from begin to end as one packed sequence; every field has a value per token."""
         given = [name for name in FIELDS if getattr(self, name) is not None]
         taken = {name: self.per_token_field(name).reshape(-1)[begin:end] for name in (*given, *self.fields)}
-        known = {name: taken.pop(name) for name in given}
+        advantage, old_logp, ref_logp = (taken.pop(name, None) for name in FIELDS)
         ends = torch.tensor([0, end - begin], device=self.target.device)
-        return Batch(self.target.reshape(-1)[begin:end], **known, cu_seqlens=ends, fields=taken)
+        return Batch(self.target.reshape(-1)[begin:end], advantage, old_logp, ref_logp, ends, taken)
 
 
 def _readable(x: Tensor) -> bool:

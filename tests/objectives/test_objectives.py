@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import math
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -98,6 +100,7 @@ def test_scaling_the_advantage_scales_the_gradient() -> None:
     torch.testing.assert_close(twice, 2 * once)
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("loss", LOSSES, ids=str)
 def test_gradcheck(loss: LossCase, place: Place) -> None:
     if not place.runs(loss) or (place.interpreted and loss.name not in ("grpo", "dpo")):
@@ -192,13 +195,10 @@ def test_own_objective_of_sequence_scope(place: Place) -> None:
 def test_unsupported_operations_name_the_way_out() -> None:
     logits, batch = make_case(SMALL, BY_NAME["ppo"])
     cases = {
-        "cumsum": lambda t: torch.cumsum(t.logp, 0),
-        ".mean": lambda t: t.logp - t.logp.mean(),
-        "torch.where": lambda t: t.logp if t.advantage > 0 else -t.logp,
-        "torch functions, not math": lambda t: t.logp * math.exp(t.advantage),
-        "t.reward": lambda t: t.reward * t.logp,
-        "shape": lambda t: t.logp / t.logp.shape[0],
-        "power 1.5": lambda t: t.logp**1.5,
+        "sinh": lambda t: torch.sinh(t.logp),
+        ".cos": lambda t: t.logp.cos() * t.advantage,
+        "power that varies": lambda t: t.advantage.abs() ** t.entropy,
+        "float16": lambda t: t.logp.to(torch.float16),
     }
     for words, objective in cases.items():
         loss = uk.Loss(objective)
@@ -208,6 +208,25 @@ def test_unsupported_operations_name_the_way_out() -> None:
                 uk.fused_loss(leaf, batch, loss)
             assert words in str(error.value)
             assert "Plan(kernel='composed')" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [
+        (lambda t: torch.cumsum(t.logp, 0), "uses cumsum.*another gradient when other tokens are left out"),
+        (lambda t: t.logp - t.logp.mean(), r"uses \.mean.*another loss when other tokens are left out"),
+        (lambda t: t.logp / t.logp.shape[0], "another loss when other tokens are left out"),
+        (lambda t: t.logp if t.advantage > 0 else -t.logp, "branches on the value of a token: choose with torch.where"),
+        (lambda t: t.logp * math.exp(t.advantage), "use torch functions, not math"),
+        (lambda t: t.logp * torch.ones(11), r"tensor of shape \(11,\).*cannot be run on a synthetic batch"),
+        (lambda t: t.to_tokens(t.sequence_sum(t.logp)), "uses t.to_tokens, which looks beyond one token"),
+        (lambda t: None, "must return a tensor of losses, got NoneType"),
+        (lambda t: t.logp.mean(), r"must return one loss per token, 11 of the synthetic batch, got shape \(\)"),
+    ],
+)
+def test_an_objective_that_looks_beyond_a_token_is_refused(objective: object, words: str) -> None:
+    with pytest.raises(ValueError, match=rf"(?s)<lambda> \(.*test_objectives.py:\d+\).*{words}.*scope = 'batch'"):
+        uk.Loss(objective)
 
 
 def test_a_tensor_that_learns_gets_its_gradient_or_an_error() -> None:
@@ -246,13 +265,23 @@ def test_the_loss_is_the_same_with_and_without_a_gradient(objective: object, pla
     torch.testing.assert_close(evaluated, trained.detach())
 
 
+@dataclass(frozen=True)
+class OfBatch:
+    """An objective that sees all of the batch."""
+
+    function: Callable[[Tokens], object]
+    scope: ClassVar[str] = "batch"
+
+    def __call__(self, t: Tokens) -> object:
+        return self.function(t)
+
+
 def test_what_an_objective_must_return() -> None:
     logits, batch = make_case(SMALL, BY_NAME["ppo"])
-    composed = uk.Plan(kernel="composed")
     with pytest.raises(TypeError, match="objective must return a tensor of losses, got NoneType"):
-        uk.fused_loss(logits, batch, uk.Loss(lambda t: None), plan=composed)
+        uk.fused_loss(logits, batch, uk.Loss(OfBatch(lambda t: None)))
     with pytest.raises(ValueError, match=r"objective must return one loss per token, \d+, got \(\)"):
-        uk.fused_loss(logits, batch, uk.Loss(lambda t: t.logp.mean()), plan=composed)
+        uk.fused_loss(logits, batch, uk.Loss(OfBatch(lambda t: t.logp.mean())))
 
 
 @pytest.mark.parametrize("count", [torch.tensor(0), torch.tensor(0.0), torch.tensor(7)])
@@ -272,11 +301,11 @@ def test_ignored_tokens_weigh_nothing_whatever_the_count(count: Tensor, place: P
 
 
 def test_a_refusal_keeps_nothing_alive() -> None:
-    loss = uk.Loss(lambda t: torch.cumsum(t.logp, 0))
+    loss = uk.Loss(lambda t: torch.sinh(t.logp))
 
     def refused() -> weakref.ref[Tensor]:
         logits, batch = make_case(SMALL, BY_NAME["ppo"])
-        with pytest.raises(uk.UnsupportedOperation, match="cumsum"):
+        with pytest.raises(uk.UnsupportedOperation, match="sinh"):
             uk.fused_loss(logits, batch, loss)
         return weakref.ref(logits)
 
@@ -288,10 +317,10 @@ def test_a_refusal_keeps_nothing_alive() -> None:
 def test_the_way_out_works() -> None:
     logits, batch = make_case(SMALL, BY_NAME["ppo"])
     leaf = logits.clone().requires_grad_()
-    loss = uk.Loss(lambda t: -(t.logp * torch.cumsum(torch.ones_like(t.logp), 0)))
+    loss = uk.Loss(lambda t: torch.sinh(t.logp / 8))
     out = uk.fused_loss(leaf, batch, loss, plan=uk.Plan(kernel="composed"))
-    places = torch.arange(1, batch.target.numel() + 1).view(batch.target.shape)
-    expected = -(oracle.log_probs(logits, batch.target) * places * uk.SequenceMean().weights(batch)).sum()
+    logp = oracle.log_probs(logits.double(), batch.target)
+    expected = (torch.sinh(logp / 8) * uk.SequenceMean().weights(batch)).sum()
     torch.testing.assert_close(out.loss, expected.float())
 
 
@@ -299,9 +328,9 @@ def test_a_missing_field_is_an_error(place: Place) -> None:
     logits, batch = make_case(SMALL, BY_NAME["grpo"], place.device)
     for requires_grad in (True, False):
         leaf = logits.clone().requires_grad_(requires_grad)
-        with pytest.raises(ValueError, match=r"reads ref_logp, but batch\.ref_logp is None"):
+        with pytest.raises(ValueError, match=r"reads t\.ref_logp, but batch\.ref_logp is None"):
             uk.fused_loss(leaf, uk.Batch(batch.target, batch.advantage), uk.grpo(), plan=place.plan())
-        with pytest.raises(ValueError, match=r"reads advantage, but batch\.advantage is None"):
+        with pytest.raises(ValueError, match=r"reads t\.advantage, but batch\.advantage is None"):
             uk.fused_loss(leaf, uk.Batch(batch.target), uk.ppo(), plan=place.plan())
 
 
@@ -317,6 +346,6 @@ def test_explain_shows_the_row_the_coefficient_and_the_function() -> None:
     for words in ("GRPO", "pi_old", "GC =", "0.75", "1.25", "0.125", "@triton.jit", "one pass"):
         assert words in text, words
     assert "two passes" in str(uk.explain(uk.dpo()))
-    assert "cumsum" in str(uk.explain(uk.Loss(lambda t: torch.cumsum(t.logp, 0))))
+    assert "sinh" in str(uk.explain(uk.Loss(lambda t: torch.sinh(t.logp))))
     with pytest.raises(TypeError, match="loss must be a Loss"):
         uk.explain(Clip())

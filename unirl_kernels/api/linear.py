@@ -144,7 +144,7 @@ def fused_linear_loss(
     kernel = kernel_of(loss, plan, hidden.device).kernel
     head, sweep = HeadArgs(_flat(hidden), weight, bias), _sweep(hidden, weight, bias, plan)
     wanted = Wanted(*(torch.is_grad_enabled() and x is not None and x.requires_grad for x in head))
-    dtype, shape = row_dtype(sweep.dtype), batch.target.shape
+    dtype = row_dtype(sweep.dtype)
     found: Sequence[Tensor] | None = None
     if any(wanted):
         of_readout = readout_args(readout, batch.target, dtype, batch)
@@ -156,10 +156,10 @@ def fused_linear_loss(
             found = ComposedLinear.apply(*head, Composition(batch, loss, groups, of_readout), sweep)
     if found is not None:
         value, *stats = found
-        return LossOutput(value, *(x.view(shape) for x in stats), batch, loss)
+        return LossOutput.of(value, stats, batch, loss)
     stats = _measured(LinearStatistics, hidden, weight, bias, batch.target, readout, plan, batch)
     value = loss.composed(Tokens(batch, *stats), loss.weights(batch))
-    return LossOutput(value, *(x.detach() for x in stats), batch, loss)
+    return LossOutput.of(value, stats, batch, loss)
 
 
 def _groups(head: HeadArgs, sweep: SweepArgs, batch: Batch, loss: Loss) -> Sequence[Group] | None:

@@ -146,7 +146,7 @@ class Loss:
         _check_aggregation(aggregation, scope_of(objective))
         self._set_terms((Term(objective, aggregation),))
         if self.scope != "token" or isinstance(self._traced, str):
-            check_scope(objective)
+            check_scope(objective, refused=self._traced if isinstance(self._traced, str) else None)
 
     def _set_terms(self, terms: tuple[Term, ...]) -> None:
         self.terms = terms
@@ -260,7 +260,8 @@ class Loss:
                 )
         elif not isinstance(coefficient, numbers.Real):
             return NotImplemented
-        return Loss._of(tuple(replace(term, coefficient=coefficient * term.coefficient) for term in self.terms))
+        factor: Any = coefficient
+        return Loss._of(tuple(replace(term, coefficient=factor * term.coefficient) for term in self.terms))
 
     __rmul__ = __mul__
 

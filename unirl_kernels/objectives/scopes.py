@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import numbers
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from unirl_kernels.batch import IGNORE, Batch
 from unirl_kernels.objectives.tokens import Tokens
-from unirl_kernels.program.trace import name_of
+from unirl_kernels.program.trace import WAY_OUT, name_of
 
 SCOPES = ("token", "sequence", "pair", "batch")
 """From the narrowest to the widest."""
@@ -39,8 +40,12 @@ def scope_of(objective: object) -> str:
     return str(getattr(objective, "scope", "token"))
 
 
-def check_scope(objective: Objective) -> None:
+def check_scope(objective: Objective, refused: str | None = None) -> None:
     """Check that an objective looks no further than its scope says.
+
+    Args:
+        objective: the objective.
+        refused: why one-pass kernels cannot run it, where it was traced.
 
     Raises:
         ValueError: naming the objective and the way out; also where it cannot be run on a synthetic batch at all.
@@ -52,9 +57,12 @@ def check_scope(objective: Objective) -> None:
     by_value = hasattr(objective, "__dataclass_params__") and type(objective).__hash__ is not None
     fault = _remembered_fault(objective) if by_value else _fault(objective)
     if fault is not None:
+        subject = f"objective {name_of(objective)} of scope {scope!r}"
+        if refused is not None:
+            subject = f"{refused.removesuffix(f'. {WAY_OUT}')}; as plain PyTorch, in scope {scope!r}, it"
         raise ValueError(
-            f"objective {name_of(objective)} of scope {scope!r} {fault}. Give it scope = 'batch' if it is to see all "
-            "of the batch; pass tensors as Batch(fields=...), not as captured variables"
+            f"{subject} {fault}. Give it scope = 'batch' if it is to see all of the batch; pass tensors as "
+            "Batch(fields=...), not as captured variables"
         )
 
 
@@ -68,7 +76,7 @@ def _fault(objective: Objective) -> str | None:
     first: str | None = None
     names: tuple[str, ...] = ()
     kinds_of_names: Iterator[tuple[torch.dtype, ...]] = iter([()])
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False), _no_hooks():
         for _ in range(MAX_TRIES):
             kinds = next(kinds_of_names, None)
             if kinds is None:
@@ -83,6 +91,11 @@ def _fault(objective: Objective) -> str | None:
                 names = tuple(synthetic.fields)
                 kinds_of_names = itertools.product(KINDS, repeat=len(names))
     return first
+
+
+def _no_hooks() -> AbstractContextManager[None]:
+    """Hides the saved tensors of the check from activation checkpointing around it."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)  # type: ignore[no-any-return]
 
 
 def _difference(objective: Objective, synthetic: Synthetic) -> str | None:
@@ -190,6 +203,8 @@ class Outcome(NamedTuple):
 def _run(objective: Objective, synthetic: Synthetic, part: Part) -> Outcome:
     stats = synthetic.stats[:, part.tokens].requires_grad_()
     losses = objective(Probe(synthetic, part, stats))
+    if not isinstance(losses, (Tensor, numbers.Real)):
+        raise TypeError(f"objective must return a tensor of losses, got {type(losses).__name__}")
     if isinstance(losses, numbers.Real):
         losses = torch.full(part.units.shape, float(losses), dtype=torch.float64)
     if losses.shape != part.units.shape or not losses.requires_grad:

@@ -125,7 +125,7 @@ class Operator:
         """Arguments as the schema has them."""
         values: list[Any] = []
         for group in groups:
-            if hasattr(group, "_fields"):
+            if isinstance(group, tuple):
                 values += group
             else:
                 values.append(group)
