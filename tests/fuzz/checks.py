@@ -70,7 +70,7 @@ def stored(allowed: Tensor, truth: Tensor, dtype: torch.dtype, roundings: int = 
     least = limits.smallest_normal * limits.eps
     rounding = roundings * limits.eps / 2 * (truth.abs() + allowed)
     allowed = allowed + rounding + least * max(1.0, abs(factor))
-    return torch.where(truth.abs() * (1 + limits.eps) > limits.max, torch.inf, allowed)
+    return torch.where(allowed.isnan() | (truth.abs() * (1 + limits.eps) > limits.max), torch.inf, allowed)
 
 
 def combined(weights: Tensor, weights_allowed: Tensor, basis: Tensor, basis_allowed: Tensor, eps: float) -> tuple[Tensor, Tensor]:

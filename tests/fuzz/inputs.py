@@ -141,7 +141,8 @@ def _logits(inputs: Inputs, random: Random, generator: torch.Generator) -> None:
     case = inputs.case
     dtype = getattr(torch, case.dtype)
     x = _values(inputs, random, generator)
-    x[~inputs.valid] = random.choice((0.0, math.nan, math.inf))
+    if case.layout != "expanded":  # there a row is all rows
+        x[~inputs.valid] = random.choice((0.0, math.nan, math.inf))
     largest = torch.finfo(dtype).max
     x = torch.where(x.isinf(), x, x.clamp(-largest, largest)).to(dtype).reshape(*inputs.target.shape, case.vocab)
     inputs.logits = placed(x, case.layout, random)
@@ -220,7 +221,8 @@ def _head(inputs: Inputs, random: Random, generator: torch.Generator) -> None:
     bias = normal(vocab) if random.random() < 0.5 or case.values in ("offset", "masked") else None
     if bias is not None and case.values == "offset":
         bias += random.choice((-300.0, 100.0, 1000.0))
-    hidden[~inputs.valid] = random.choice((0.0, math.nan, math.inf))
+    if case.layout != "expanded":
+        hidden[~inputs.valid] = random.choice((0.0, math.nan, math.inf))
     if bias is not None and case.values == "masked":
         hidden_columns = torch.rand(vocab, generator=generator) < 0.5
         hidden_columns[inputs.flat_target.clamp(min=0)] = False

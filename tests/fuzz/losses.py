@@ -31,8 +31,8 @@ WIDE = {
         "chosen, rejected = t.pairs(t.sequence_mean({f}))\nreturn chosen * torch.sigmoid(rejected.detach())",
     ),
     "batch": (
-        "x = {f}\nreturn x - x.mean()",
-        "return {f} * (t.valid * {f}).sum() / t.valid.sum().clamp(min=1)",
+        "x = {f}\nreturn x - x.mean(-1, keepdim=True)",
+        "return {f} * (t.valid * {f}).sum(-1, keepdim=True) / t.valid.sum(-1, keepdim=True).clamp(min=1)",
         "reward = t.sequence_mean({f})\nreturn {f} * t.to_tokens(reward - t.group_mean(reward))",
     ),
 }
@@ -163,22 +163,21 @@ class RandomLoss:
         return (names & {*FIELDS, "advantage", "old_logp", "ref_logp"}) | weights | groups
 
     def evaluate(self, inputs: Inputs, stats: Statistics) -> Evaluated:
-        """By plain PyTorch, in the dtype of the statistics."""
+        """By plain PyTorch, in the dtype of the statistics, [n, T] each."""
         leaves = torch.stack(list(stats)).requires_grad_()
         tokens = Tokens(inputs, Statistics(*leaves.unbind()))
         terms, size = [], torch.zeros((), dtype=torch.float64)
         for term in self.terms:
             weights = term.coefficient * term.aggregation.weights(inputs)
-            values = term.objective(tokens)
-            values = torch.where(weights != 0, values.to(leaves.dtype), 0)
-            terms.append((values * weights.to(leaves.dtype)).sum())
-            size = size + (values.detach() * weights).abs().sum()
+            values = torch.where(weights != 0, term.objective(tokens).to(leaves.dtype), 0)
+            terms.append((values * weights.to(leaves.dtype)).sum(-1))
+            size = size + (values.detach() * weights).abs().sum(-1)
         total = torch.stack(terms).sum()
         derivatives = torch.zeros_like(leaves)
         if total.requires_grad:
             (found,) = torch.autograd.grad(total, leaves, allow_unused=True)
             derivatives = derivatives if found is None else found
-        return Evaluated(torch.stack(terms).detach().double(), derivatives.double(), size)
+        return Evaluated(torch.stack(terms, -1).detach().double(), derivatives.movedim(1, 0).double(), size)
 
     def __str__(self) -> str:
         return "\n".join(

@@ -14,7 +14,7 @@ from tests.fuzz.inputs import Inputs
 
 
 class Statistics(NamedTuple):
-    """[T] each."""
+    """[..., T] each."""
 
     logp: Tensor
     entropy: Tensor
@@ -22,7 +22,7 @@ class Statistics(NamedTuple):
 
 
 def readout(x: Tensor, inputs: Inputs, temperature: Tensor) -> Tensor:
-    """z = softcap tanh(scale x / softcap) / temperature of rows x, [T, V]."""
+    """z = softcap tanh(scale x / softcap) / temperature of rows x, [..., T, V]."""
     case = inputs.case
     z = x * case.scale
     if case.softcap is not None:
@@ -31,16 +31,17 @@ def readout(x: Tensor, inputs: Inputs, temperature: Tensor) -> Tensor:
 
 
 def statistics(z: Tensor, target: Tensor) -> Statistics:
-    """Of rows of z, [T, V]; a row that is ignored has those of its first column as target."""
+    """Of rows of z, [..., T, V]; the target of an ignored row is its first column."""
     log_p = torch.log_softmax(z, -1)
     p = log_p.exp()
     entropy = -(p * torch.where(p > 0, log_p, 0.0)).sum(-1)
-    logp = log_p.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    column = target.clamp(min=0).expand(z.shape[:-1]).unsqueeze(-1)
+    logp = log_p.gather(-1, column).squeeze(-1)
     return Statistics(logp, entropy, torch.logsumexp(z, -1))
 
 
 class Observations(NamedTuple):
-    """[T] each."""
+    """[..., T] each."""
 
     log_sum_sq_probs: Tensor
     mean_logit: Tensor
@@ -57,7 +58,8 @@ class Tokens:
 
     Args:
         inputs: the case's.
-        stats: [T] each, in the precision to compute in; 0 at ignored positions.
+        stats: [n, T] each, n batches that differ in their statistics alone, in the precision to compute in; 0 at
+            ignored positions.
     """
 
     def __init__(self, inputs: Inputs, stats: Statistics) -> None:
@@ -70,51 +72,38 @@ class Tokens:
         inputs = self._inputs
         if name == "old_logp" and name not in inputs.fields:
             return self.logp.detach()
-        value = inputs.per_token(name)
-        value = torch.where(inputs.valid, value, torch.zeros_like(value))
-        if value.dtype == torch.bool:
-            return value
-        return value.to(self.logp.dtype if value.is_floating_point() and name != "precise" else _wide(value.dtype))
+        return self._wide(torch.where(inputs.valid, x := inputs.per_token(name), torch.zeros_like(x)))
+
+    def _wide(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.bool:
+            x = x.to(torch.promote_types(x.dtype, self.logp.dtype) if x.is_floating_point() else torch.int64)
+        return x.expand(len(self.logp), -1)
 
     @property
     def valid(self) -> Tensor:
-        return self._inputs.valid
-
-    @property
-    def lengths(self) -> Tensor:
-        return torch.tensor([len(o) for o in self._inputs.positions])
-
-    def sequence_field(self, name: str) -> Tensor:
-        return self._inputs.fields[name].expand(self._inputs.n_sequences)
+        return self._inputs.valid.expand(len(self.logp), -1)
 
     def to_tokens(self, x: Tensor) -> Tensor:
-        return x[self._inputs.sequence_of]
+        return x[:, self._inputs.sequence_of]
 
     def sequence_sum(self, x: Tensor) -> Tensor:
-        zero = x.new_zeros(())
-        return torch.stack([x[o].sum() if o else zero for o in self._inputs.positions])
+        return torch.stack([x[:, o].sum(-1) for o in self._inputs.positions], -1)
 
     def sequence_mean(self, x: Tensor) -> Tensor:
-        zero = x.new_zeros(())
-        return torch.stack([x[o].sum() / len(o) if o else zero for o in self._inputs.positions])
+        return torch.stack([x[:, o].sum(-1) / max(1, len(o)) for o in self._inputs.positions], -1)
 
     def sequence_scan(self, x: Tensor, decay: float, reverse: bool = False) -> Tensor:
-        out = [x.new_zeros(())] * len(x)
+        out = [torch.zeros_like(x[:, 0])] * x.shape[1] if x.shape[1] else []
         for o in self._inputs.positions:
-            y = x.new_zeros(())
+            y = x.new_zeros(len(x))
             for t in reversed(o) if reverse else o:
-                y = x[t] + decay * y
-                out[t] = y
-        return torch.stack(out) if out else x
+                y = out[t] = x[:, t] + decay * y
+        return torch.stack(out, -1) if out else x
 
     def pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        half = len(x) // 2
-        return (x[:half], x[half:]) if not self._inputs.interleaved else (x[::2], x[1::2])
+        half = x.shape[1] // 2
+        return (x[:, ::2], x[:, 1::2]) if self._inputs.interleaved else (x[:, :half], x[:, half:])
 
     def group_mean(self, x: Tensor) -> Tensor:
         groups = self._inputs.fields["group"].tolist()
-        return torch.stack([torch.stack([x[j] for j, h in enumerate(groups) if h == g]).mean() for g in groups])
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype.is_floating_point else torch.int64
+        return torch.stack([x[:, [j for j, h in enumerate(groups) if h == g]].mean(-1) for g in groups], -1)

@@ -9,7 +9,7 @@ in every direction.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ from tests.fuzz.naive import Statistics
 RUNS = 4
 ULPS = 8
 OWN = torch.finfo(torch.float64).eps
+"""An ulp of the truth."""
 
 
 def row_dtype(dtype: str) -> torch.dtype:
@@ -36,6 +37,10 @@ def difference(x: Tensor, truth: Tensor) -> Tensor:
     return torch.where(same, 0.0, torch.where(apart.isfinite(), apart, torch.inf))
 
 
+def _finite(x: Tensor) -> Tensor:
+    return torch.where(x.isfinite(), x, 0.0)
+
+
 @dataclass(frozen=True)
 class Rows:
     """Truth and budgets of rows of logits, [T, V].
@@ -45,94 +50,102 @@ class Rows:
         basis: [3, T, V] float64, derivatives of logp, entropy, lse with respect to the logits x.
         stats_allowed: [3, T], errors that the statistics may have.
         basis_allowed: [3, T], errors that elements of a row of the basis may have.
-        plain: bases of the eager runs, in the rows' dtype.
-        observations, observations_allowed: the truth of log_sum_sq_probs and mean_logit, and their budgets; [T].
+        plain: [RUNS, 3, T, V], bases of the eager runs, in the rows' dtype.
+        observations, observations_allowed: log_sum_sq_probs, mean_logit (and argmax); [T] each.
     """
 
     stats: Statistics
     basis: Tensor
     stats_allowed: Tensor
     basis_allowed: Tensor
-    plain: list[Tensor]
+    plain: Tensor
     observations: naive.Observations
     observations_allowed: tuple[Tensor, Tensor]
 
 
-def rows_of(x: Tensor, plain: Sequence[Tensor], inputs: Inputs) -> Rows:
+def rows_of(x: Tensor, plain: Tensor, inputs: Inputs) -> Rows:
     """Truth and budgets.
 
     Args:
         x: [T, V] float64, the logits; anything at ignored positions.
-        plain: ``RUNS`` times the same logits in the rows' dtype, as plain PyTorch has them.
+        plain: [RUNS, T, V], the same logits in the rows' dtype, as plain PyTorch has them.
         inputs: the case's.
     """
-    exact, other = _measured(x, inputs, None), _measured(x, inputs, 1)
-    runs = [_measured(p, inputs, None if k == 0 else 1000 + k) for k, p in enumerate(plain)]
-    limits = torch.finfo(plain[0].dtype)
-
-    def allowed(of: Callable[[_Measured], Tensor], size: Tensor, least: Tensor) -> Tensor:
-        truth = of(exact)
-        errors = torch.stack([difference(of(run), truth) for run in (*runs, other)])
-        return 2 * errors.amax(0) + ULPS * limits.eps * _finite(size) + least
-
-    # What exp makes 0, times the size of its logarithm; and the roundings of the truth itself.
-    lost = limits.smallest_normal * 128 * x.shape[-1] + ULPS * OWN * (1 + exact.entropy_size)
+    exact, runs = _measured(x.expand(2, -1, -1), inputs), _measured(plain, inputs)
+    limits, vocab = torch.finfo(plain.dtype), x.shape[-1]
     slope = abs(inputs.case.scale) / inputs.row_temperature
-    stats = torch.stack([s.abs() for s in exact.stats])
-    stats[2] = torch.maximum(stats[2], exact.z.amax(-1).abs()) if x.shape[-1] else stats[2]
-    basis = allowed(lambda run: run.basis, exact.basis.abs().amax(-1, keepdim=True), (lost * slope).unsqueeze(-1))
-    observations = [
-        allowed(lambda run: run.observations[0], exact.observations[0].abs(), lost),
-        allowed(lambda run: run.observations[1], exact.z.abs().mean(-1), lost),
-    ]
+    # What exp makes 0, times the size of its logarithm; and the roundings of the truth itself.
+    lost = limits.smallest_normal * 128 * vocab + (ULPS + vocab) * OWN * (1 + exact.stats[0, 1].nan_to_num())
+
+    def allowed(found: Tensor, truths: Tensor, size: Tensor, least: Tensor) -> Tensor:
+        errors = torch.maximum(difference(found, truths[0]).amax(0), difference(truths[1], truths[0]))
+        return 2 * errors + ULPS * limits.eps * _finite(size) + least
+
+    # Sums of exponentials are 1 at least: their ulps are those of 1, or of a larger log-probability.
+    sizes = exact.stats[0].abs().clamp(min=1)
+    sizes[2] = torch.maximum(sizes[2], exact.z[0].amax(-1).abs())
+    observed_sizes = (exact.observations[0][0].abs().clamp(min=1), exact.z[0].abs().mean(-1))
+    of_basis = allowed(runs.basis, exact.basis, _basis_sizes(exact), (lost * slope).unsqueeze(-1))
     return Rows(
-        exact.stats,
-        exact.basis,
-        allowed(lambda run: torch.stack(list(run.stats)), stats, lost),
-        basis.amax(-1),
-        [run.basis for run in runs],
-        exact.observations,
-        (observations[0], observations[1]),
+        Statistics(*exact.stats[0].unbind()),
+        exact.basis[0],
+        allowed(runs.stats, exact.stats, sizes, lost),
+        of_basis.amax(-1),
+        runs.basis,
+        naive.Observations(*(o[0] for o in exact.observations)),
+        (
+            allowed(runs.observations[0], exact.observations[0], observed_sizes[0], lost),
+            allowed(runs.observations[1], exact.observations[1], observed_sizes[1], lost),
+        ),
     )
 
 
-def _finite(x: Tensor) -> Tensor:
-    return torch.where(x.isfinite(), x, 0.0)
+def _basis_sizes(exact: _Measured) -> Tensor:
+    """[3, T, 1]: the largest element of a row; of the entropy's derivative the parts -p log p and -p H, which cancel."""
+    sizes = exact.basis[0].abs().amax(-1, keepdim=True)
+    log_p = exact.z[0] - exact.stats[0, 2].unsqueeze(-1)
+    p = log_p.exp()
+    surprise = log_p.abs() + exact.stats[0, 1].unsqueeze(-1)
+    parts = torch.where(p > 0, p * surprise, 0.0) * exact.slope[0]
+    return torch.stack([sizes[0], torch.maximum(sizes[1], parts.amax(-1, keepdim=True)), sizes[2]])
 
 
 @dataclass(frozen=True)
 class _Measured:
-    z: Tensor
-    stats: Statistics
-    basis: Tensor
-    observations: naive.Observations
+    """Of several runs, along the first dimension."""
 
-    @property
-    def entropy_size(self) -> Tensor:
-        """[T], size of what entropies are summed from where p is not 0."""
-        return self.stats.entropy.nan_to_num()
+    z: Tensor  # [n, T, V]
+    slope: Tensor  # [n, T, V], |dz/dx|
+    stats: Tensor  # [n, 3, T]
+    basis: Tensor  # [n, 3, T, V]
+    observations: naive.Observations  # [n, T]
 
 
-def _measured(x: Tensor, inputs: Inputs, seed: int | None) -> _Measured:
-    """Statistics and their derivatives by autograd.
+def _measured(x: Tensor, inputs: Inputs) -> _Measured:
+    """Statistics and their derivatives by autograd: of the first run as they come, of the others with z, and what
+    tanh is taken of, rounded in other ways.
 
     Args:
-        seed: of another rounding of z; None as it comes.
+        x: [n, T, V].
     """
-    leaf = torch.where(inputs.valid.unsqueeze(-1), x, 0).requires_grad_()
-    used = leaf
-    random = None if seed is None else torch.Generator().manual_seed(seed)
-    if random is not None and inputs.case.softcap is not None:
-        used = leaf + _rounding(leaf, random)
-    z = naive.readout(used, inputs, inputs.row_temperature)
-    if random is not None:
-        z = z + torch.where(_rounds(z, leaf, inputs), _rounding(z, random), 0)
+    used = torch.where(inputs.valid.unsqueeze(-1), x, 0)
+    # A copy for each statistic, and one for z: one pass backwards finds all derivatives.
+    leaf = used.unsqueeze(1).repeat(1, 4, 1, 1).requires_grad_()
+    random = torch.Generator().manual_seed(len(x))
+    capped = inputs.case.softcap is not None
+    moved = leaf + _rounding(used, 1, random).unsqueeze(1) if capped else leaf
+    z = naive.readout(moved, inputs, inputs.row_temperature)
+    # tanh is right to two ulps.
+    rounding = torch.where(_rounds(z[:, 0], used, inputs), _rounding(z[:, 0].detach(), 1 + capped, random), 0)
+    z = z + rounding.unsqueeze(1)
     stats = naive.statistics(z, inputs.flat_target)
-    basis = torch.stack([torch.autograd.grad(s.sum(), leaf, retain_graph=True)[0] for s in stats])
+    parts = [stats[k][:, k] for k in range(3)]
+    (found,) = torch.autograd.grad(sum(s.sum() for s in parts) + z[:, 3].sum(), leaf)
     with torch.no_grad():
-        observed = naive.observations(leaf, z, inputs.case.scale)
-    zeroed = Statistics(*(torch.where(inputs.valid, s.detach(), 0) for s in stats))
-    return _Measured(z.detach(), zeroed, torch.where(inputs.valid.unsqueeze(-1), basis, 0), observed)
+        z = z[:, 0].detach()
+        observed = naive.observations(used, z, inputs.case.scale)
+        kept = torch.where(inputs.valid, torch.stack(parts, 1).detach(), 0)
+        return _Measured(z, found[:, 3].abs(), kept, torch.where(inputs.valid.unsqueeze(-1), found[:, :3], 0), observed)
 
 
 def _rounds(z: Tensor, x: Tensor, inputs: Inputs) -> Tensor:
@@ -143,20 +156,21 @@ def _rounds(z: Tensor, x: Tensor, inputs: Inputs) -> Tensor:
         return z.double() != naive.readout(x.double(), inputs, inputs.row_temperature)
 
 
-def _rounding(x: Tensor, random: torch.Generator) -> Tensor:
-    """An ulp of each element up or down, or nothing."""
-    steps = torch.randint(-1, 2, x.shape, generator=random)
-    return torch.where(x.isfinite(), x * (torch.finfo(x.dtype).eps * steps), 0).detach()
+def _rounding(x: Tensor, ulps: int, random: torch.Generator) -> Tensor:
+    """So many ulps of each element up or down, or nothing; nothing in the first run."""
+    steps = torch.randint(-1, 2, x.shape, generator=random) * ulps
+    steps[0] = 0
+    return torch.where(x.isfinite(), x * (torch.finfo(x.dtype).eps * steps), 0)
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A loss and its derivatives with respect to the statistics.
+    """Losses and their derivatives with respect to the statistics, of n batches.
 
     Args:
-        terms: [n], values of the terms.
-        derivatives: [3, T].
-        size: [], sum of the sizes of the contributions.
+        terms: [n, terms], values of the terms.
+        derivatives: [n, 3, T].
+        size: [n], sum of the sizes of the contributions.
     """
 
     terms: Tensor
@@ -169,41 +183,41 @@ class Coefficients:
     """Truth and budgets of a loss of statistics.
 
     Args:
-        truth: at the true statistics.
-        terms_allowed: [n].
-        derivatives_allowed: [3, T].
+        terms, terms_allowed: [terms].
+        derivatives, derivatives_allowed: [3, T].
     """
 
-    truth: Evaluated
+    terms: Tensor
     terms_allowed: Tensor
+    derivatives: Tensor
     derivatives_allowed: Tensor
 
 
-def coefficients(evaluate: Callable[[Statistics], Evaluated], rows: Rows, dtype: torch.dtype, lse: bool) -> Coefficients:
+def coefficients(evaluate: Callable[[Statistics], Evaluated], rows: Rows, dtype: torch.dtype) -> Coefficients:
     """Truth and budgets of a loss.
 
     Args:
-        evaluate: the loss, in the dtype of the statistics that it is given.
+        evaluate: the loss, in the dtype of the statistics that it is given, [n, T] each.
         rows: the truth of the statistics, and their budgets.
         dtype: of the rows.
-        lse: whether the loss reads it.
     """
-    truth = evaluate(rows.stats)
+    truth = evaluate(Statistics(*(s.unsqueeze(0) for s in rows.stats)))
     eps = torch.finfo(dtype).eps
     terms, derivatives = torch.zeros_like(truth.terms), torch.zeros_like(truth.derivatives)
-    for signs in itertools.product((1, -1), (1, -1), (1, -1) if lse else (1,)):
-        changed = _changed(rows, [*signs, 1][:3], dtype)
-        run = evaluate(changed)
-        terms = torch.maximum(terms, difference(run.terms, truth.terms))
-        derivatives = torch.maximum(derivatives, difference(run.derivatives, truth.derivatives))
-    terms = terms + ULPS * eps * _finite(truth.size)
-    return Coefficients(truth, terms, derivatives + ULPS * eps * _finite(truth.derivatives.abs()))
+    # In fp64 too: where fp32 rounds everything away, what is left of a wrong statistic would not show.
+    for precision in {dtype, torch.float64}:
+        runs = evaluate(Statistics(*(s.to(precision) for s in _changed(rows))))
+        terms = torch.maximum(terms, difference(runs.terms, truth.terms).amax(0))
+        derivatives = torch.maximum(derivatives, difference(runs.derivatives, truth.derivatives).amax(0))
+    terms = terms[0] + ULPS * eps * _finite(truth.size)
+    derivatives = derivatives[0] + ULPS * eps * _finite(truth.derivatives[0].abs())
+    return Coefficients(truth.terms[0], terms, truth.derivatives[0], derivatives)
 
 
-def _changed(rows: Rows, signs: Sequence[int], dtype: torch.dtype) -> Statistics:
-    changed = [
-        torch.where(s.isfinite() & a.isfinite(), s + sign * a, s)
-        for s, a, sign in zip(rows.stats, rows.stats_allowed, signs, strict=True)
-    ]
-    logp, entropy, lse = (x.to(dtype) for x in changed)
+def _changed(rows: Rows) -> Statistics:
+    """[8, T] each: the statistics, off by what they may be in every direction."""
+    signs = torch.tensor(list(itertools.product((1.0, -1.0), repeat=3)), dtype=torch.float64)
+    stats, allowed = torch.stack(list(rows.stats)), rows.stats_allowed
+    step = torch.where(stats.isfinite() & allowed.isfinite(), allowed, 0)
+    logp, entropy, lse = (stats + signs.unsqueeze(-1) * step).unbind(1)
     return Statistics(logp.clamp(max=0), entropy.clamp(min=0), lse)
