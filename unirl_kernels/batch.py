@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -60,7 +60,8 @@ class Batch:
     cu_seqlens: Tensor | None = None  # [S + 1]
     fields: Mapping[str, Tensor] = field(default_factory=dict)  # [], [S] or target's shape each
     pairs: Literal["halves", "interleaved"] = "halves"
-    _of_sequences: frozenset[str] = field(init=False, repr=False, default=frozenset())
+    # Which fields have a value per sequence. No field of the dataclass: dataclasses.replace must make it anew.
+    _of_sequences: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         check_dtype("target", self.target, torch.int64)

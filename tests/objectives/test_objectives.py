@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -199,9 +200,15 @@ def test_unsupported_operations_name_the_way_out() -> None:
         ".cos": lambda t: t.logp.cos() * t.advantage,
         "power that varies": lambda t: t.advantage.abs() ** t.entropy,
         "float16": lambda t: t.logp.to(torch.float16),
+        "torch.where": lambda t: t.logp if t.advantage > 0 else -t.logp,
+        "torch functions, not math": lambda t: t.logp * math.exp(t.advantage),
+        "cumsum": lambda t: torch.cumsum(t.logp, 0),
+        ".mean": lambda t: t.logp - t.logp.mean(),
     }
     for words, objective in cases.items():
-        loss = uk.Loss(objective)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loss = uk.Loss(objective)
         for requires_grad in (True, False):
             leaf = logits.clone().requires_grad_(requires_grad)
             with pytest.raises(uk.UnsupportedOperation) as error:
@@ -213,20 +220,60 @@ def test_unsupported_operations_name_the_way_out() -> None:
 @pytest.mark.parametrize(
     ("objective", "words"),
     [
-        (lambda t: torch.cumsum(t.logp, 0), "uses cumsum.*another gradient when other tokens are left out"),
-        (lambda t: t.logp - t.logp.mean(), r"uses \.mean.*another loss when other tokens are left out"),
+        (lambda t: torch.cumsum(t.logp, 0), "another gradient when other tokens are left out"),
+        (lambda t: t.logp - t.logp.mean(), "another loss when other tokens are left out"),
         (lambda t: t.logp / t.logp.shape[0], "another loss when other tokens are left out"),
-        (lambda t: t.logp if t.advantage > 0 else -t.logp, "branches on the value of a token: choose with torch.where"),
-        (lambda t: t.logp * math.exp(t.advantage), "use torch functions, not math"),
-        (lambda t: t.logp * torch.ones(11), r"tensor of shape \(11,\).*cannot be run on a synthetic batch"),
-        (lambda t: t.to_tokens(t.sequence_sum(t.logp)), "uses t.to_tokens, which looks beyond one token"),
+        (lambda t: t.logp if t.advantage > 0 else -t.logp, "cannot be run on a synthetic batch"),
+        (lambda t: t.logp * torch.ones(11), "cannot be run on a synthetic batch"),
+        (lambda t: t.to_tokens(t.sequence_sum(t.logp)), "another loss when other tokens are left out"),
         (lambda t: None, "must return a tensor of losses, got NoneType"),
         (lambda t: t.logp.mean(), r"must return one loss per token, 11 of the synthetic batch, got shape \(\)"),
     ],
 )
-def test_an_objective_that_looks_beyond_a_token_is_refused(objective: object, words: str) -> None:
-    with pytest.raises(ValueError, match=rf"(?s)<lambda> \(.*test_objectives.py:\d+\).*{words}.*scope = 'batch'"):
-        uk.Loss(objective)
+def test_an_objective_that_looks_beyond_a_token_is_refused_by_linear_heads(objective: object, words: str) -> None:
+    message = rf"(?s)<lambda> \(.*test_objectives.py:\d+\).*{words}.*scope = 'batch'"
+    with pytest.warns(UserWarning, match=message):
+        loss = uk.Loss(objective)
+    batch = uk.Batch(torch.tensor([[1, 2, 3]]))
+    for of_sum in (loss, uk.sft() + 0.5 * loss):
+        for requires_grad in (True, False):
+            hidden, weight = torch.randn(1, 3, 4, requires_grad=requires_grad), torch.randn(5, 4)
+            with pytest.raises(ValueError, match=message):
+                uk.fused_linear_loss(hidden, weight, batch, of_sum, plan=uk.Plan(kernel="composed"))
+
+
+@pytest.mark.parametrize(
+    ("scope", "objective"),
+    [
+        ("sequence", lambda t: t.logp * t.to_tokens(t.sequence_sum(t.logp)).mean()),
+        ("sequence", lambda t: t.logp.detach() + (t.logp.mean() - t.logp.mean().detach())),
+        ("sequence", lambda t: t.logp * t.to_tokens(t.group_mean(t.sequence_sum(t.logp)))),
+        ("pair", lambda t: t.pairs(t.sequence_sum(t.logp))[0] - t.pairs(t.sequence_sum(t.logp))[1].mean()),
+        ("pair", lambda t: torch.sort(t.pairs(t.sequence_sum(t.logp))[0]).values),
+    ],
+)
+def test_an_objective_that_looks_beyond_its_scope_is_found(scope: str, objective: object) -> None:
+    objective.scope = scope
+    with pytest.warns(UserWarning, match=f"of scope '{scope}' gives a .* when other {scope}s are left out"):
+        uk.Loss(objective, uk.PairMean() if scope == "pair" else uk.SequenceMean())
+
+
+@pytest.mark.parametrize(
+    ("scope", "objective"),
+    [
+        ("token", lambda t: torch.sinh(t.logp) * t.advantage),
+        ("token", lambda t: torch.where(t.flag, torch.cosh(t.logp), t.entropy)),
+        ("sequence", lambda t: -t.to_tokens(t.sequence_mean(t.logp)) * t.advantage),
+        ("sequence", lambda t: torch.where(t.to_tokens(t.sequence_field("label")), t.logp, -t.logp)),
+        ("sequence", lambda t: t.sequence_scan(t.logp, 0.9, reverse=True) * t.lengths[0].clamp(max=1)),
+        ("pair", lambda t: t.pairs(t.sequence_sum(t.logp))[0] - t.pairs(t.sequence_field("reward"))[1]),
+        ("batch", lambda t: t.logp - t.logp.mean()),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_an_objective_that_keeps_to_its_scope_is_not_refused(scope: str, objective: object) -> None:
+    objective.scope = scope
+    uk.Loss(objective, uk.PairMean() if scope == "pair" else uk.SequenceMean()).check_scopes()
 
 
 def test_a_tensor_that_learns_gets_its_gradient_or_an_error() -> None:

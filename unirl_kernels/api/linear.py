@@ -134,14 +134,17 @@ def fused_linear_loss(
         ``LossOutput``, its loss differentiable in hidden, weight and bias.
 
     Raises:
-        TypeError, ValueError: when an argument does not fit, naming it, what was expected and what came; when the
-            objective reads a field that the batch lacks, or uses an operation that the kernel cannot run.
+        TypeError, ValueError: when an argument does not fit, naming it, what was expected and what came; when an
+            objective reads a field that the batch lacks, uses an operation that the kernel cannot run, or looks
+            further than its scope says.
         IndexError: when a target is outside the vocabulary (on the CPU; on an accelerator its row becomes NaN).
         RuntimeError: when the named backend cannot run here.
     """
     check_kinds(batch=batch, loss=loss, readout=readout, plan=plan)
     check_head(hidden, weight, bias, batch.target)
     kernel = kernel_of(loss, plan, hidden.device).kernel
+    if kernel == COMPOSED:
+        loss.check_scopes()
     head, sweep = HeadArgs(_flat(hidden), weight, bias), _sweep(hidden, weight, bias, plan)
     wanted = Wanted(*(torch.is_grad_enabled() and x is not None and x.requires_grad for x in head))
     dtype = row_dtype(sweep.dtype)

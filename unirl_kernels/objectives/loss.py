@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from unirl_kernels.batch import RESERVED, Batch
 from unirl_kernels.objectives.aggregate import Aggregation, FixedLength, GroupMean, PairMean, SequenceMean, TokenMean
-from unirl_kernels.objectives.scopes import SCOPES, check_scope, scope_of
+from unirl_kernels.objectives.scopes import SCOPES, scope_fault, scope_of
 from unirl_kernels.objectives.tokens import Tokens
 from unirl_kernels.program import STATISTICS, Traced, UnsupportedOperation, trace, weight_name
 from unirl_kernels.program.trace import name_of
@@ -132,8 +133,10 @@ class Loss:
 
     Raises:
         TypeError: when the objective is not callable, or the aggregation has no weights.
-        ValueError: when the scope is unknown, the aggregation does not fit it, or the objective looks further than its
-            scope says.
+        ValueError: when the scope is unknown, or the aggregation does not fit it.
+
+    Warns:
+        UserWarning: when the objective looks further than its scope says; linear heads refuse it.
     """
 
     terms: tuple[Term, ...]
@@ -146,10 +149,13 @@ class Loss:
         _check_aggregation(aggregation, scope_of(objective))
         self._set_terms((Term(objective, aggregation),))
         if self.scope != "token" or isinstance(self._traced, str):
-            check_scope(objective, refused=self._traced if isinstance(self._traced, str) else None)
+            self._fault = scope_fault(objective)
+            if self._fault is not None:
+                warnings.warn(f"{self._fault}. Linear heads refuse it", stacklevel=2)
 
-    def _set_terms(self, terms: tuple[Term, ...]) -> None:
+    def _set_terms(self, terms: tuple[Term, ...], fault: str | None = None) -> None:
         self.terms = terms
+        self._fault = fault
         self.scope = max((term.scope for term in terms), key=SCOPES.index)
         # Why an objective was refused is kept as text: an exception would keep every frame that it passed alive.
         self._traced: str | tuple[Traced, Traced] | None = None
@@ -167,10 +173,19 @@ class Loss:
             self._params = (_tensor(sampled.params), _tensor(on_policy.params))
 
     @classmethod
-    def _of(cls, terms: tuple[Term, ...]) -> Loss:
+    def _of(cls, terms: tuple[Term, ...], fault: str | None) -> Loss:
         loss = object.__new__(cls)
-        loss._set_terms(terms)
+        loss._set_terms(terms, fault)
         return loss
+
+    def check_scopes(self) -> None:
+        """Check that the loss may be computed on parts of a batch.
+
+        Raises:
+            ValueError: naming an objective that looks further than its scope says, and the way out.
+        """
+        if self._fault is not None:
+            raise ValueError(self._fault)
 
     @property
     def _single(self) -> Term:
@@ -241,7 +256,9 @@ class Loss:
     def __add__(self, other: object) -> Loss:
         if isinstance(other, numbers.Real) and other == 0:  # the start of sum([...])
             return self
-        return Loss._of(self.terms + other.terms) if isinstance(other, Loss) else NotImplemented
+        if not isinstance(other, Loss):
+            return NotImplemented
+        return Loss._of(self.terms + other.terms, self._fault or other._fault)
 
     __radd__ = __add__
 
@@ -261,7 +278,8 @@ class Loss:
         elif not isinstance(coefficient, numbers.Real):
             return NotImplemented
         factor: Any = coefficient
-        return Loss._of(tuple(replace(term, coefficient=factor * term.coefficient) for term in self.terms))
+        terms = tuple(replace(term, coefficient=factor * term.coefficient) for term in self.terms)
+        return Loss._of(terms, self._fault)
 
     __rmul__ = __mul__
 
@@ -286,6 +304,10 @@ def _written(term: Term) -> str:
 def _check_objective(objective: object) -> None:
     if not callable(objective):
         raise TypeError(f"objective must be callable, got {objective!r} ({type(objective).__name__})")
+    if getattr(objective, "__module__", None) == "unirl_kernels.recipes":
+        raise TypeError(
+            f"objective must be an objective, got the recipe {name_of(objective)}, which makes a loss itself"
+        )
     if isinstance(objective, type) and issubclass(objective, Objective):
         raise TypeError(f"objective must be made first, as in {objective.__name__}(), got the class")
     if scope_of(objective) not in SCOPES:

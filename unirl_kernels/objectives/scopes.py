@@ -1,7 +1,8 @@
 """How far an objective looks: declared by its ``scope``, and checked on a small synthetic batch.
 
 An objective of token, sequence or pair scope may be run on a part of the batch, as linear heads do in chunks. Its
-losses on a part must be those on the whole. The check runs it on both, once when a loss is made, on the CPU.
+losses on a part must be those on the whole. The check runs it on both, once when a loss is made, on the CPU. Linear
+heads refuse what does not pass; on logits, where the whole batch is at hand, making the loss warns.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from unirl_kernels.batch import IGNORE, Batch
 from unirl_kernels.objectives.tokens import Tokens
-from unirl_kernels.program.trace import WAY_OUT, name_of
+from unirl_kernels.program.trace import name_of
 
 SCOPES = ("token", "sequence", "pair", "batch")
 """From the narrowest to the widest."""
@@ -40,30 +41,25 @@ def scope_of(objective: object) -> str:
     return str(getattr(objective, "scope", "token"))
 
 
-def check_scope(objective: Objective, refused: str | None = None) -> None:
-    """Check that an objective looks no further than its scope says.
+def scope_fault(objective: Objective) -> str | None:
+    """Why an objective must not be run on parts of a batch: it looks further than its scope says, or cannot be run on
+    a synthetic batch at all. None where it looks no further.
 
-    Args:
-        objective: the objective.
-        refused: why one-pass kernels cannot run it, where it was traced.
-
-    Raises:
-        ValueError: naming the objective and the way out; also where it cannot be run on a synthetic batch at all.
+    Returns:
+        A sentence that names the objective and the way out.
     """
     scope = scope_of(objective)
     if scope == "batch":
-        return
+        return None
     # Values (frozen dataclasses) are checked once per value; functions are equal only to themselves.
     by_value = hasattr(objective, "__dataclass_params__") and type(objective).__hash__ is not None
     fault = _remembered_fault(objective) if by_value else _fault(objective)
-    if fault is not None:
-        subject = f"objective {name_of(objective)} of scope {scope!r}"
-        if refused is not None:
-            subject = f"{refused.removesuffix(f'. {WAY_OUT}')}; as plain PyTorch, in scope {scope!r}, it"
-        raise ValueError(
-            f"{subject} {fault}. Give it scope = 'batch' if it is to see all of the batch; pass tensors as "
-            "Batch(fields=...), not as captured variables"
-        )
+    if fault is None:
+        return None
+    return (
+        f"objective {name_of(objective)} of scope {scope!r} {fault}. Give it scope = 'batch' if it is to see all of "
+        "the batch; pass tensors as Batch(fields=...), not as captured variables"
+    )
 
 
 @lru_cache(maxsize=1024)
