@@ -34,7 +34,7 @@ def test_narrow_dtypes_neither_round_nor_wrap(name: str, kernel: str) -> None:
     value = uk.fused_loss(logits, batch, loss, plan=uk.Plan("cpu", kernel)).loss
     logp = torch.log_softmax(logits.double(), -1).gather(-1, target.unsqueeze(-1)).flatten()
     terms = factor * logp
-    rounding = 8 * torch.finfo(torch.float32).eps * float(terms.abs().sum())
+    rounding = 8 * torch.finfo(torch.float32).eps * terms.abs().sum().item()
     assert abs(value.item() - terms.sum().item()) <= rounding
 
 
@@ -62,3 +62,13 @@ def test_an_integer_that_would_be_rounded_is_refused() -> None:
     batch = uk.Batch(target, fields={"x": torch.tensor([0, 1, 2, 2**24 + 1], dtype=torch.uint32).view(4, 1)})
     with pytest.raises(ValueError, match=r"fields\['x'\] must hold integers of at most 16777216 .* got 16777217"):
         uk.fused_loss(logits, batch, uk.Loss(lambda t: t.x * 1.0), plan=uk.Plan("cpu", "rows"))
+
+
+def test_weights_of_as_many_pairs_as_tokens() -> None:
+    """[S / 2] and [T] are the same shape where half of the sequences are empty."""
+    batch = uk.Batch(
+        torch.zeros(1, dtype=torch.int64), cu_seqlens=torch.tensor([0, 1, 1]), fields={"share": torch.tensor([4.0, 2.0])}
+    )
+    twice = uk.Weighted(uk.Weighted(uk.PairMean(), "share"), "share")
+    assert uk.Weighted(uk.PairMean(), "share").weights(batch).tolist() == [8]
+    assert twice.weights(batch).tolist() == [64]
