@@ -215,7 +215,14 @@ class Weighted(_Value):
 
     def weights(self, batch: Batch) -> Tensor:
         weights = self.base.weights(batch)
-        if weights.shape == batch.target.shape:
+        if not _weighs_pairs(self.base, weights, batch):
             return torch.where(weights == 0, 0, weights * batch.per_token_field(self.field).double())
         chosen, rejected = batch.split_pairs(batch.per_sequence_field(self.field).double())
         return weights * chosen * rejected
+
+
+def _weighs_pairs(aggregation: Aggregation, weights: Tensor, batch: Batch) -> bool:
+    """Whether weights are of pairs. Their shape alone does not tell where a batch has as many pairs as tokens."""
+    if isinstance(aggregation, Weighted):
+        return _weighs_pairs(aggregation.base, weights, batch)
+    return isinstance(aggregation, PairMean) or weights.shape != batch.target.shape
