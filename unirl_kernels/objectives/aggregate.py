@@ -45,9 +45,10 @@ def _check_empty(empty: str) -> None:
         raise ValueError(f"empty must be 'count' or 'skip', got {empty!r}")
 
 
-def _masked(weights: Tensor, batch: Batch) -> Tensor:
-    """0 at ignored tokens, where a division may have given NaN."""
-    return torch.where(batch.valid, weights, 0)
+def _over(numerator: Tensor, count: float | Tensor, batch: Batch) -> Tensor:
+    """A quotient, 0 at ignored tokens: a count in a tensor may be 0, and 0 / 0 is NaN."""
+    quotient = numerator / count
+    return quotient.masked_fill(~batch.valid, 0) if isinstance(count, Tensor) else quotient
 
 
 @dataclass(frozen=True, repr=False)
@@ -75,8 +76,8 @@ class SequenceMean(_Value):
         _check_empty(self.empty)
 
     def weights(self, batch: Batch) -> Tensor:
-        lengths = batch.lengths.clamp(min=1).double()
-        return _masked(batch.per_token(1 / (_sequences(batch, self.count, self.empty) * lengths)), batch)
+        lengths = batch.per_token(batch.lengths.clamp(min=1).double())
+        return _over(batch.valid / lengths, _sequences(batch, self.count, self.empty), batch)
 
 
 @dataclass(frozen=True, repr=False)
@@ -101,7 +102,7 @@ class TokenMean(_Value):
 
     def weights(self, batch: Batch) -> Tensor:
         count = batch.valid.sum().clamp(min=1) if self.count is None else self.count
-        return _masked(batch.valid.double() / count, batch)
+        return _over(batch.valid.double(), count, batch)
 
 
 @dataclass(frozen=True, repr=False)
@@ -132,7 +133,7 @@ class FixedLength(_Value):
         _check_empty(self.empty)
 
     def weights(self, batch: Batch) -> Tensor:
-        return _masked(batch.valid.double() / self.n / _sequences(batch, self.count, self.empty), batch)
+        return _over(batch.valid.double() / self.n, _sequences(batch, self.count, self.empty), batch)
 
 
 @dataclass(frozen=True, repr=False)
@@ -165,7 +166,7 @@ class GroupMean(_Value):
         members = (same & (lengths > 0)).sum(-1).clamp(min=1)
         own = ((lengths > 0).double() / members).sum().clamp(min=1)
         count = own if self.count is None else self.count
-        return _masked(batch.per_token(1 / (tokens.clamp(min=1).double() * count)), batch)
+        return _over(batch.valid / batch.per_token(tokens.clamp(min=1).double()), count, batch)
 
 
 @dataclass(frozen=True, repr=False)

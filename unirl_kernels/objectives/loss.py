@@ -75,9 +75,11 @@ class Term:
         if weights.requires_grad:
             raise ValueError(f"aggregation {self.aggregation} must give weights without a gradient: detach them")
         weights = weights.double()
-        if unit == "token":
-            weights = torch.where(batch.valid, weights, 0)
-        return torch.where(weights == 0, 0, weights * self.coefficient)
+        if unit == "token" and not isinstance(self.aggregation, OF_TOKENS):
+            weights = weights.masked_fill(~batch.valid, 0)
+        if isinstance(self.coefficient, Tensor):
+            return torch.where(weights == 0, 0, weights * self.coefficient)  # 0 * inf would not be 0
+        return weights if self.coefficient == 1 else weights * self.coefficient
 
     def composed(self, tokens: Tokens, weights: Tensor, constant: bool) -> Tensor:
         """The term as plain PyTorch, 0-dim: the sum of the objective's values times their weights.

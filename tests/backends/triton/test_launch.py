@@ -13,7 +13,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tests.backends.triton.rows import BACKEND, DEVICE, OBJECTIVES, PLAIN, READOUTS, RESULTS, Rows, check, make_rows, run
+from tests.backends.triton.rows import (
+    BACKEND,
+    DEVICE,
+    OBJECTIVES,
+    PLAIN,
+    READOUTS,
+    RESULTS,
+    Rows,
+    check,
+    make_rows,
+    run,
+)
 from unirl_kernels.backends.triton import geometry
 from unirl_kernels.backends.triton.split_row import number, publish
 from unirl_kernels.backends.triton.statistics import Moments
