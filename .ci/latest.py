@@ -70,10 +70,14 @@ def outcome(target: str, succeeded: bool, printed: str) -> str:
     return ("passed" if succeeded else "failed") + (f": {counts[-1].strip()}" if counts else "")
 
 
+FAILED = re.compile(r"^(?:(?:FAILED|ERROR) |Would reformat: |[A-Z]{1,4}\d{3} |\S+:\d+: error: ).*", flags=re.MULTILINE)
+"""Lines of pytest, of ruff and of mypy."""
+
+
 def failures(printed: str) -> list[str]:
-    """What failed, by name: tests, and errors of ruff and mypy."""
-    found = re.findall(r"^(?:FAILED|ERROR) .*|^\S+:\d+: error: .*|^\S+:\d+:\d+: .*", printed, flags=re.MULTILINE)
-    return [line.replace(str(COPY), ".")[:400] for line in dict.fromkeys(found)]
+    """What failed, by name; what a check printed last where none is named."""
+    found = [line.replace(str(COPY), ".")[:400] for line in dict.fromkeys(FAILED.findall(printed))]
+    return found or printed.splitlines()[-5:]
 
 
 def main() -> int:
@@ -83,7 +87,7 @@ def main() -> int:
         succeeded, printed = make(target)
         rows.append((target, outcome(target, succeeded, printed)))
         if not succeeded:
-            failed += failures(printed) or printed.splitlines()[-5:]
+            failed += failures(printed)
         if target == "setup" and not succeeded:
             break
     python = COPY / ".venv" / "bin" / "python"

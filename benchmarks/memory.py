@@ -1,4 +1,6 @@
-"""Peak memory of one call in a fresh process: ``python -m benchmarks.memory WORK KEY``, WORK as JSON.
+"""Peak memory of one call in a fresh process: ``python -m benchmarks.memory WORK KEY SOURCE``.
+
+WORK as JSON; SOURCE is that of a user's own provider, or empty.
 
 There, nothing that another provider left behind in an allocator or a cache hides what this one needs.
 """
@@ -18,6 +20,7 @@ from benchmarks.buffers import Ring
 from benchmarks.cases import Case
 from benchmarks.levels import level_of
 from benchmarks.measure import peak_extra_bytes
+from benchmarks.own import own
 from benchmarks.providers import Provider
 from benchmarks.selection import chosen
 from benchmarks.work import Work
@@ -33,7 +36,7 @@ def peak_in_fresh_process(provider: Provider, work: Work) -> int:
     Raises:
         RuntimeError: when the process fails, with the last line of what it said.
     """
-    command = [sys.executable, "-m", "benchmarks.memory", json.dumps(asdict(work)), provider.key]
+    command = [sys.executable, "-m", "benchmarks.memory", json.dumps(asdict(work)), provider.key, provider.source]
     environment = os.environ | KEEP_NOTHING
     done = subprocess.run(command, capture_output=True, text=True, cwd=CHECKOUT, env=environment)
     if done.returncode:
@@ -42,8 +45,9 @@ def peak_in_fresh_process(provider: Provider, work: Work) -> int:
     return int(done.stdout.split()[-1])
 
 
-def _peak(work: Work, key: str) -> int:
-    provider = next(p for p in chosen(work, ["all"], ["all"]) if p.key == key)
+def _peak(work: Work, key: str, source: str) -> int:
+    known = chosen(work, ["all"], ["all"])
+    provider = own(source, work) if source else next(p for p in known if p.key == key)
     inputs = level_of(work).make(work)
     case = Case(provider.bind(inputs), inputs, [Ring(x) for x in inputs.operands], provider.overwrites)
     case()
@@ -52,4 +56,4 @@ def _peak(work: Work, key: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(f"{_peak(Work(**json.loads(sys.argv[1])), sys.argv[2])}\n")
+    sys.stdout.write(f"{_peak(Work(**json.loads(sys.argv[1])), *sys.argv[2:])}\n")

@@ -12,6 +12,12 @@ from unirl_kernels.testing import oracle
 
 HELP = "kernels and peers side by side: time against the floor, memory, errors"
 
+OWN = """your own kernel or peer, held against fp64 as the others are; may be given several times.
+FUNCTION(logits, batch), or FUNCTION(hidden, weight, batch) with --hidden, returns the loss or (loss, logp);
+in the modes of statistics it returns logp or (logp, entropy). logits [B, L, V], hidden [B, L, D], weight [V, D],
+batch a unirl_kernels.Batch; loss 0-dim and differentiable, logp and entropy [B, L]. The loss is --loss with its
+default numbers. FUNCTION.overwrites = True: it leaves the gradients in the memory of the operands"""
+
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
@@ -31,6 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--device", help=DEVICE_HELP)
     add("--kernels", type=_names, default=["all"], help="of this package: all, none, or names as cpu,triton/two_sweep")
     add("--peers", type=_names, default=["all"], help="all, none, or names as eager,compile,trl")
+    add("--provider", action="append", default=[], metavar="FILE.py:FUNCTION", help=OWN)
     place = parser.add_mutually_exclusive_group()
     place.add_argument("--overwrite", action="store_true", help="of logits, only gradients in their memory")
     place.add_argument("--fresh", action="store_true", help="of logits, only gradients in fresh memory")

@@ -38,12 +38,14 @@ class Provider:
         kernel: which of theirs.
         bind: makes the function.
         overwrites: the gradient comes into the operand's memory.
+        source: ``FILE.py:FUNCTION`` where it is the user's own, see ``own``; else empty.
     """
 
     name: str
     kernel: str
     bind: Bind
     overwrites: bool = False
+    source: str = ""
 
     @property
     def key(self) -> str:

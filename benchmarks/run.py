@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +14,9 @@ from benchmarks import hardware
 from benchmarks.arguments import usable_device
 from benchmarks.defaults import ROUNDS, SIZE, SWEPT_SIZE, SWEPT_TOKENS, SWEPT_VOCABS
 from benchmarks.measurement import Measurement
+from benchmarks.own import own
 from benchmarks.providers import OURS, Provider
-from benchmarks.record import OK, Record, Run, size
+from benchmarks.record import FAILED, OK, WRONG, Record, Run, size
 from benchmarks.selection import chosen
 from benchmarks.table import remarks, terminal
 from benchmarks.terminal import Stages, open_console
@@ -30,12 +31,14 @@ def run_bench(options: argparse.Namespace) -> int:
         The exit code, 0.
 
     Raises:
-        CommandFailed: when something that was asked for cannot be had, or a kernel of this package is wrong.
+        CommandFailed: when something that was asked for cannot be had, or a kernel of this package, or the user's own,
+            is wrong.
     """
     _check_level(options)
     device = usable_device(options.device)
     rounds = options.rounds or ROUNDS[device.type]
     works = [(work, _providers(work, options)) for work in _works(options, device)]
+    answerable = {OURS} | {provider.name for _, providers in works for provider in providers if provider.source}
     _make_writable(options.out)
     console = open_console()
     runs: list[Run] = []
@@ -43,15 +46,16 @@ def run_bench(options: argparse.Namespace) -> int:
         runs.append(measured(work, providers, rounds, options.memory and not options.sweep, console))
         if options.out is not None:
             record_of(runs, device).save(options.out)
-    if wrong := wrong_kernels(runs):
+    if wrong := wrong_kernels(runs, answerable):
         raise CommandFailed(wrong)
     return 0
 
 
-def wrong_kernels(runs: Sequence[Run]) -> str:
-    """Which kernels of this package are wrong or failed, and why; empty where none is."""
-    rows = [row for run in runs for row in run.rows if row.name == OURS and row.status != OK]
-    return "; ".join(f"{row.kernel} is {row.status}: {row.reasons[0]}" for row in rows)
+def wrong_kernels(runs: Sequence[Run], names: Collection[str] = (OURS,)) -> str:
+    """Which kernels of providers with these names are wrong or failed, and why; empty where none is."""
+    rows = [row for run in runs for row in run.rows if row.name in names and row.status != OK]
+    said = {WRONG: "is wrong", FAILED: "failed"}
+    return "; ".join(f"{row.kernel} {said[row.status]}: {row.reasons[0]}" for row in rows)
 
 
 def _check_level(options: argparse.Namespace) -> None:
@@ -81,8 +85,9 @@ def _works(options: argparse.Namespace, device: torch.device) -> Iterator[Work]:
 
 def _providers(work: Work, options: argparse.Namespace) -> list[Provider]:
     overwrite = True if options.overwrite else False if options.fresh else None
+    users = [own(text, work) for text in dict.fromkeys(options.provider)]
     try:
-        return chosen(work, options.kernels, options.peers, overwrite)
+        return [*users, *chosen(work, options.kernels, options.peers, overwrite)]
     except ValueError as error:
         raise CommandFailed(str(error)) from error
 

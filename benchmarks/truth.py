@@ -1,7 +1,7 @@
 """The parity gate: what a provider computed, held against fp64 before its time counts.
 
 The gradient's truth is equation (1) with the coefficients typed in, see ``oracle.coefficients``; nothing here is
-shared with the kernels. The budget is that of ``accuracy``.
+shared with the kernels. The budget is that of ``testing.budgets``.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <memory>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -89,9 +90,11 @@ Rows rows_without_logits(
 }
 
 // The decoded program, whose fields (of the statistics' dtype) and params are there.
-inline Program program_of(const ProgramArgs& args, const at::Tensor& logits, at::ScalarType dtype) {
+inline std::shared_ptr<const Program> program_of(
+    const ProgramArgs& args, const at::Tensor& logits, at::ScalarType dtype) {
   const auto& [text, fields, params] = args;
-  const Program program = decode_program(text);
+  const std::shared_ptr<const Program> decoded = decode_program(text);
+  const Program& program = *decoded;
   require(fields.scalar_type() == dtype && fields.device() == logits.device() && fields.is_contiguous() &&
               fields.dim() == 3 && fields.size(0) == program.n_fields && fields.size(1) == logits.size(0) &&
               fields.size(2) == logits.size(1),
@@ -104,7 +107,7 @@ inline Program program_of(const ProgramArgs& args, const at::Tensor& logits, at:
           "params must be a contiguous Double vector on ", logits.device(), " with the program's ", program.n_params,
           " numbers, got ", params.scalar_type(), " ", params.sizes(), " on ", params.device());
   require_memory(params, "params");
-  return program;
+  return decoded;
 }
 
 #ifdef UNIRL_WITH_CUDA

@@ -102,17 +102,16 @@ UNIRL_INLINE Real evaluate(Op op, Real x, Real y, Real z) {
   return Real(NAN);
 }
 
-// Run a program on one row. inputs(r): register r < FIRST_RESULT; results: room for MAX_LIVE.
+// Run a program on one row. inputs(r): register r < FIRST_RESULT; results: room for MAX_LIVE; outputs: N_OUTPUTS.
 template <class Real, class Inputs>
-UNIRL_INLINE void run_program(
-    const Program& program, const Inputs& inputs, Real* results, Real (&outputs)[N_OUTPUTS]) {
+UNIRL_INLINE void run_program(const Program& program, const Inputs& inputs, Real* results, Real* outputs) {
   const auto read = [&](int at) { return at < FIRST_RESULT ? inputs(at) : results[at - FIRST_RESULT]; };
-  for (int i = 0; i < program.n_instructions; ++i) {
+  UNIRL_ROLLED for (int i = 0; i < program.n_instructions; ++i) {
     const Instruction& instruction = program.instructions[i];
     const Real x = read(instruction.args[0]), y = read(instruction.args[1]), z = read(instruction.args[2]);
     results[instruction.to - FIRST_RESULT] = evaluate(instruction.op, x, y, z);
   }
-  for (int i = 0; i < N_OUTPUTS; ++i) {
+  UNIRL_ROLLED for (int i = 0; i < N_OUTPUTS; ++i) {
     outputs[i] = program.outputs[i] == ALWAYS_ZERO ? Real(0) : read(program.outputs[i]);
   }
 }

@@ -1,7 +1,9 @@
 #include "program_code.h"
 
 #include <charconv>
+#include <mutex>
 #include <stdexcept>
+#include <unordered_map>
 
 namespace unirl {
 namespace {
@@ -86,25 +88,24 @@ class Decoder {
 
   void check() const {
     for (int i = 0; i < program_.n_instructions; ++i) {
-      const std::string where = "instruction " + std::to_string(i);
       if (opcode(i) < 0 || opcode(i) >= N_OPCODES) {
-        refuse(where + " must be an opcode in [0, " + std::to_string(N_OPCODES) + "), got " +
-               std::to_string(opcode(i)));
+        refuse("instruction " + std::to_string(i) + " must be an opcode in [0, " + std::to_string(N_OPCODES) +
+               "), got " + std::to_string(opcode(i)));
       }
-      for (int k = 0; k < arity(i); ++k) {
-        check_register(operand(i, k), first_result_ + i, "operand " + std::to_string(k) + " of " + where);
-      }
+      for (int k = 0; k < arity(i); ++k) check_register(operand(i, k), first_result_ + i, "operand", i, k);
     }
     for (int i = 0; i < N_OUTPUTS; ++i) {
       if (output(i) == NO_REGISTER) continue;
-      check_register(output(i), first_result_ + program_.n_instructions, "output " + std::to_string(i));
+      check_register(output(i), first_result_ + program_.n_instructions, "output", i, -1);
     }
   }
 
-  static void check_register(int64_t value, int64_t end, const std::string& what) {
-    if (value < 0 || value >= end) {
-      refuse(what + " must be a register in [0, " + std::to_string(end) + "), got " + std::to_string(value));
-    }
+  // of: number of the instruction or output that names the register; operand: of an instruction, or -1.
+  static void check_register(int64_t value, int64_t end, const char* what, int of, int operand) {
+    if (value >= 0 && value < end) return;
+    const std::string number = std::to_string(of);
+    refuse(std::string(what) + " " + (operand < 0 ? number : std::to_string(operand) + " of instruction " + number) +
+           " must be a register in [0, " + std::to_string(end) + "), got " + std::to_string(value));
   }
 
   void find_last_readers() {
@@ -164,6 +165,18 @@ std::vector<std::string> opcode_names() {
   return names;
 }
 
-Program decode_program(const std::string& text) { return Decoder(text).decode(); }
+std::shared_ptr<const Program> decode_program(const std::string& text) {
+  // Decoding costs some microseconds, a look-up a tenth of one. A process has few programs: one per objective.
+  constexpr size_t MOST_KEPT = 256;
+  static std::mutex mutex;
+  static auto& kept = *new std::unordered_map<std::string, std::shared_ptr<const Program>>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = kept.find(text);
+  if (found != kept.end()) return found->second;
+  const auto program = std::make_shared<const Program>(Decoder(text).decode());
+  if (kept.size() == MOST_KEPT) kept.clear();
+  kept.emplace(text, program);
+  return program;
+}
 
 }  // namespace unirl

@@ -11,8 +11,10 @@
 
 #if defined(__CUDACC__)
 #define UNIRL_INLINE __host__ __device__ inline
+#define UNIRL_ROLLED _Pragma("unroll 1")
 #else
 #define UNIRL_INLINE inline
+#define UNIRL_ROLLED
 #endif
 
 namespace unirl {
@@ -151,12 +153,11 @@ UNIRL_INLINE RowMoments<Real> row_moments(const Moments<Real>& row, const Readou
   return {row.s != row.s ? Real(NAN) : row.m, row.s - 1, readout.kappa * row.sz, u_target};
 }
 
-// Statistics of a row. The entropy is taken relative to the maximum: H = log s - sz / s has two terms of one sign, so
-// nothing cancels. With a softcap the sweeps may round u of one logit differently: without the bounds logp would be
-// above 0 and H below 0 by that. NaN passes.
+// Statistics of a row; log_s: log1p(s - 1). The entropy is taken relative to the maximum: H = log s - sz / s has two
+// terms of one sign, so nothing cancels. With a softcap the sweeps may round u of one logit differently: without the
+// bounds logp would be above 0 and H below 0 by that. NaN passes.
 template <class Real>
-UNIRL_INLINE Statistics<Real> finish(const RowMoments<Real>& row, Real kappa) {
-  const Real log_s = log1p(row.s_minus_1);
+UNIRL_INLINE Statistics<Real> finish(const RowMoments<Real>& row, Real kappa, Real log_s) {
   const Real logp = kappa * (row.u_target - row.top) - log_s, entropy = log_s - row.sz / (1 + row.s_minus_1);
   return {logp > 0 ? Real(0) : logp, entropy < 0 ? Real(0) : entropy, kappa * row.top + log_s};
 }

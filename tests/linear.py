@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -148,11 +148,16 @@ def make_head(
     return LinearHead(hidden, weight, head_bias, uk.Batch(*fields))
 
 
+def given(batch: uk.Batch) -> dict[str, Any]:
+    """The arguments that a batch was made of."""
+    return {f.name: getattr(batch, f.name) for f in fields(batch) if f.init}
+
+
 def budget(head: LinearHead, tokens: int | None, backend: str) -> int | None:
     """``max_chunk_bytes`` for chunks of that many tokens; None for all in one."""
     if tokens is None:
         return None
-    return tokens * load(backend).products(head.weight, head.hidden.dtype).row_bytes
+    return tokens * load(backend).matmuls(head.weight, head.hidden.dtype).row_bytes
 
 
 def plan_of(place: Place, head: LinearHead, tokens: int | None) -> uk.Plan:
@@ -212,7 +217,7 @@ def naive(
     """Loss and gradients by the oracle on the whole logits, in the dtype of the head.
 
     Args:
-        factors: of the products.
+        factors: of the matmuls.
     """
     hidden, weight, bias = leaves = leaves_of(head)
     batch = head.batch
@@ -242,7 +247,7 @@ def check(
     factors as such or in fp32; either is plain.
 
     Args:
-        factors: of the products, where not of the hidden states' dtype.
+        factors: of the matmuls, where not of the hidden states' dtype.
     """
     exact = {name: x.double() if isinstance(x, Tensor) else x for name, x in readout.items()}
     truth = naive(head.used.to(torch.float64), loss, exact)
@@ -291,29 +296,29 @@ class Count:
     def __init__(self) -> None:
         self.logits = {"logits": 0, "d_hidden": 0, "add_d_weight": 0}
 
-    def products(self, logits: int) -> dict[str, float]:
-        """How many products of each kind were taken of that many logits."""
+    def matmuls(self, logits: int) -> dict[str, float]:
+        """How many matmuls of each kind were taken of that many logits."""
         return {name: n / logits for name, n in self.logits.items()}
 
 
 @contextmanager
-def changed_products(monkeypatch: pytest.MonkeyPatch, backend: str, change: Callable[[Any], Any]) -> Iterator[None]:
-    """Products of a backend replaced by what ``change`` makes of them."""
+def changed_matmuls(monkeypatch: pytest.MonkeyPatch, backend: str, change: Callable[[Any], Any]) -> Iterator[None]:
+    """Matmuls of a backend replaced by what ``change`` makes of them."""
     module = load(backend)
-    original = module.products
+    original = module.matmuls
     with monkeypatch.context() as patch:
-        patch.setattr(module, "products", lambda *args: change(original(*args)))
+        patch.setattr(module, "matmuls", lambda *args: change(original(*args)))
         yield
 
 
 class Wrapped:
-    """Products that hand everything on."""
+    """Matmuls that hand everything on."""
 
-    def __init__(self, products: Any) -> None:
-        self.products = products
+    def __init__(self, matmuls: Any) -> None:
+        self.matmuls = matmuls
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.products, name)
+        return getattr(self.matmuls, name)
 
 
 @contextmanager
@@ -323,17 +328,17 @@ def counted(monkeypatch: pytest.MonkeyPatch, backend: str) -> Iterator[Count]:
     class Counting(Wrapped):
         def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
             count.logits["logits"] += out.numel()
-            self.products.logits(hidden, bias, out)
+            self.matmuls.logits(hidden, bias, out)
 
         def d_hidden(self, d_logits: Tensor) -> Tensor:
             count.logits["d_hidden"] += d_logits.numel()
-            return self.products.d_hidden(d_logits)
+            return self.matmuls.d_hidden(d_logits)
 
         def add_d_weight(self, d_logits: Tensor, hidden: Tensor, total: Tensor, first: bool) -> None:
             count.logits["add_d_weight"] += d_logits.numel()
-            self.products.add_d_weight(d_logits, hidden, total, first)
+            self.matmuls.add_d_weight(d_logits, hidden, total, first)
 
-    with changed_products(monkeypatch, backend, Counting):
+    with changed_matmuls(monkeypatch, backend, Counting):
         yield count
 
 

@@ -23,9 +23,9 @@ ARROWS = {
     "objectives": {"objectives", "program", "batch"},
     "recipes": {"objectives"},
     "backends": {"backends", "program", "batch"},
-    "ops": {"backends", "batch"},
-    "head": {"head", "ops", "objectives", "backends", "batch"},
-    "api": {"api", "head", "ops", "backends", "objectives", "batch", "plan", "readout"},
+    "operators": {"operators", "backends", "batch"},
+    "head": {"head", "operators", "objectives", "backends", "batch"},
+    "api": {"api", "head", "operators", "backends", "objectives", "batch", "plan", "readout"},
     "integrations": {"integrations", "api", "objectives", "batch", "plan", "readout"},
     "explain": {"head", "objectives", "program", "backends", "batch", "plan"},
 }

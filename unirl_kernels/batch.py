@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -60,7 +60,8 @@ class Batch:
     cu_seqlens: Tensor | None = None  # [S + 1]
     fields: Mapping[str, Tensor] = field(default_factory=dict)  # [], [S] or target's shape each
     pairs: Literal["halves", "interleaved"] = "halves"
-    _of_sequences: frozenset[str] = field(init=False, repr=False, default=frozenset())
+    # Which fields have a value per sequence. No field of the dataclass: dataclasses.replace must make it anew.
+    _of_sequences: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         check_dtype("target", self.target, torch.int64)
@@ -217,7 +218,8 @@ class Batch:
             ValueError: when the batch lacks it, or it has a value per token.
         """
         value, shape = self.get(name), (self.n_sequences,)
-        if value.dim() and name not in self._of_sequences:
+        # Where every sequence is one token, a value for each token is a value for each sequence.
+        if value.dim() and tuple(value.shape) != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
         return value.expand(shape)
 
@@ -257,9 +259,9 @@ class Batch:
         """The flat positions from begin to end as one packed sequence; every field has a value per token."""
         given = [name for name in FIELDS if getattr(self, name) is not None]
         taken = {name: self.per_token_field(name).reshape(-1)[begin:end] for name in (*given, *self.fields)}
-        known = {name: taken.pop(name) for name in given}
+        advantage, old_logp, ref_logp = (taken.pop(name, None) for name in FIELDS)
         ends = torch.tensor([0, end - begin], device=self.target.device)
-        return Batch(self.target.reshape(-1)[begin:end], **known, cu_seqlens=ends, fields=taken)
+        return Batch(self.target.reshape(-1)[begin:end], advantage, old_logp, ref_logp, ends, taken)
 
 
 def _readable(x: Tensor) -> bool:

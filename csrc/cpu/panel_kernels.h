@@ -1,5 +1,5 @@
-// Packing, and the register tile of matrix multiplication, once for every instruction set. Besides what simd.h asks for, a
-// unit defines UNIRL_BF16_DOT where it multiplies bf16.
+// Packing, and the register tile of matrix multiplication, once for every instruction set. Besides what simd.h asks
+// for, a unit defines UNIRL_BF16_DOT where it multiplies bf16.
 #pragma once
 
 #include "../simd.h"

@@ -94,9 +94,9 @@ void fused_loss(const Tensor& logits, const Tensor& target, int64_t ignore, cons
   const auto& [text, fields, params] = program_args;
   const auto& [loss, logp, entropy, lse] = out;
   const Rows of = rows(logits, target, ignore, readout);
-  const Program program = program_of(program_args, logits, row_dtype(logits));
+  const std::shared_ptr<const Program> program = program_of(program_args, logits, row_dtype(logits));
   const ProgramInputs from = {
-      program, {fields.data_ptr(), row_dtype(logits) == at::kDouble}, params.data_ptr<double>()};
+      *program, {fields.data_ptr(), row_dtype(logits) == at::kDouble}, params.data_ptr<double>()};
   const FusedColumns to = {column(loss, logits, "loss"), statistics({logp, entropy, lse}, logits)};
   const Matrix gradient = matrix(d_logits, logits, "d_logits");
   const py::gil_scoped_release no_gil;

@@ -177,7 +177,7 @@ void measure(
     const Moments<double>& sums,
     const Target& target) {
   const RowMoments<double> moments = row_moments(sums, readout, target.u);
-  set(out, row, unirl::finish(moments, readout.kappa), moments);
+  set(out, row, unirl::finish(moments, readout.kappa, log1p(moments.s_minus_1)), moments);
 }
 
 struct Measure {
@@ -220,15 +220,6 @@ struct Observe {
   }
 };
 
-GradientTerms<double> terms_of(
-    const RowMoments<double>& row,
-    const Statistics<double>& at,
-    const Coefficients<double>& d,
-    const Readout<double>& readout,
-    const Target& target) {
-  return gradient_terms(at, d, readout, row.top, log1p(row.s_minus_1), target.x);
-}
-
 struct Backward {
   typedef Moments<double> Sums;
   static constexpr bool READS = false, WRITES = true;
@@ -240,7 +231,9 @@ struct Backward {
     const RowMoments<double> of_row = {
         moments.top.get(row), moments.s_minus_1.get(row), moments.sz.get(row), moments.u_target.get(row)};
     const Coefficients<double> coefficients = {d.logp.get(row), d.entropy.get(row), d.lse.get(row)};
-    return terms_of(of_row, unirl::finish(of_row, readout.kappa), coefficients, readout, target);
+    const double log_s = log1p(of_row.s_minus_1);
+    const Statistics<double> statistics = unirl::finish(of_row, readout.kappa, log_s);
+    return gradient_terms(statistics, coefficients, readout, of_row.top, log_s, target.x);
   }
   void absent(int64_t, double) const {}
 };
@@ -255,12 +248,14 @@ struct Fuse {
   GradientTerms<double> operator()(
       int64_t row, const Readout<double>& readout, const Moments<double>& sums, const Target& target) const {
     const RowMoments<double> moments = row_moments(sums, readout, target.u);
-    const Statistics<double> at = unirl::finish(moments, readout.kappa);
-    set(out.statistics, row, at);
+    const double log_s = log1p(moments.s_minus_1);
+    const Statistics<double> statistics = unirl::finish(moments, readout.kappa, log_s);
+    set(out.statistics, row, statistics);
     double results[MAX_LIVE], outputs[N_OUTPUTS];
     run_program(from.program, [&](int at) { return input(at, row); }, results, outputs);
     out.loss.set(row, outputs[0]);
-    return terms_of(moments, at, {outputs[1], outputs[2], outputs[3]}, readout, target);
+    const Coefficients<double> d = {outputs[1], outputs[2], outputs[3]};
+    return gradient_terms(statistics, d, readout, moments.top, log_s, target.x);
   }
   // Statistics as they are returned, rounded: given back as old_logp they make a ratio of exactly 1.
   double input(int at, int64_t row) const {

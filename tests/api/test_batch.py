@@ -32,14 +32,51 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         r"advantage must have shape \(4,\) or \(4, 128\), got \(5,\)",
     ),
     "advantage's dtype": (
-        lambda: uk.Batch(T, advantage=torch.zeros(4, dtype=torch.int64)),
+        lambda: uk.Batch(T, advantage=torch.zeros(4, dtype=torch.complex64)),
         TypeError,
-        "advantage must be float32, got int64",
+        "advantage must be real, integer or bool, got complex64",
     ),
-    "rounded log-probabilities": (
-        lambda: uk.Batch(T, old_logp=torch.zeros(4, 128, dtype=torch.bfloat16)),
+    "fields that are no mapping": (
+        lambda: uk.Batch(T, fields=[torch.ones(4)]),
         TypeError,
-        "old_logp must be float32, got bfloat16",
+        "fields must map names to tensors, got list",
+    ),
+    "a field's shape": (
+        lambda: uk.Batch(T, fields={"reward": torch.ones(5)}),
+        ValueError,
+        r"fields\['reward'\] must have shape \(\) or \(4,\) or \(4, 128\), got \(5,\)",
+    ),
+    "a field that is no tensor": (
+        lambda: uk.Batch(T, fields={"reward": 1.0}),
+        TypeError,
+        r"fields\['reward'\] must be a tensor, got float",
+    ),
+    "a field's name": (
+        lambda: uk.Batch(T, fields={"my reward": torch.ones(4)}),
+        ValueError,
+        "identifiers and do not start with _, got 'my reward'",
+    ),
+    "a name that is an argument": (
+        lambda: uk.Batch(T, fields={"old_logp": torch.ones(4, 128)}),
+        ValueError,
+        "name that is taken, got 'old_logp', an argument of Batch",
+    ),
+    "a name that tokens have": (
+        lambda: uk.Batch(T, fields={"lengths": torch.ones(4)}),
+        ValueError,
+        "name that is taken, got 'lengths', an attribute of the tokens",
+    ),
+    "pairs": (
+        lambda: uk.Batch(T, pairs="neighbours"),
+        ValueError,
+        "pairs must be 'halves' or 'interleaved', got 'neighbours'",
+    ),
+    "values per token or per sequence": (
+        lambda: uk.Batch(
+            torch.tensor([1, 2]), advantage=torch.ones(2), cu_seqlens=torch.tensor([0, 2, 2], dtype=torch.int32)
+        ),
+        ValueError,
+        "advantage is ambiguous: target has 2 tokens in as many sequences, some of them empty",
     ),
     "differentiable old_logp": (
         lambda: uk.Batch(T, old_logp=torch.zeros(4, 128, requires_grad=True)),
@@ -84,9 +121,9 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     ),
     "no words": (lambda: uk.token_stats(LOGITS[..., :0], T), ValueError, "logits must have at least one column"),
     "temperatures of other tokens": (
-        lambda: uk.token_stats(LOGITS, T, readout=uk.Readout(temperature=torch.ones(4))),
+        lambda: uk.token_stats(LOGITS, T, readout=uk.Readout(temperature=torch.ones(5))),
         ValueError,
-        r"temperature must have shape \(4, 128\), got \(4,\)",
+        r"temperature must have shape \(4, 128\) or one value per sequence, got \(5,\)",
     ),
     "unknown backend": (
         lambda: uk.token_stats(LOGITS, T, plan=uk.Plan(backend="gpu")),

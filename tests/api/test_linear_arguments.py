@@ -13,7 +13,7 @@ from torch import Tensor
 
 import unirl_kernels as uk
 from tests.cases import BY_NAME
-from tests.linear import PACKED, RAGGED, SEQUENCE_SCOPE, LinearHead, budget, leaves_of, make_head
+from tests.linear import PACKED, RAGGED, SEQUENCE_SCOPE, LinearHead, budget, given, leaves_of, make_head
 from unirl_kernels.backends import load
 
 D, V = 4, 7
@@ -163,7 +163,7 @@ def test_the_least_memory_that_is_enough(function: Callable[..., Tensor]) -> Non
         return function(**values | {"plan": uk.Plan(backend, max_chunk_bytes=max_chunk_bytes)})
 
     for backend in ("cpu", "eager"):
-        row = load(backend).products(values["weight"], torch.float32).row_bytes
+        row = load(backend).matmuls(values["weight"], torch.float32).row_bytes
         torch.testing.assert_close(within(backend, row), within(backend, None))
         message = f"max_chunk_bytes must hold the logits of one token, {row} bytes, got {row - 1}"
         refused(partial(within, backend, row - 1), ValueError, message)
@@ -246,14 +246,14 @@ def test_target_of_statistics_outside_the_vocabulary_packed() -> None:
 @pytest.mark.parametrize("kernel", [None, "composed"])
 def test_a_field_that_the_objective_reads(field: str, gradient: bool, kernel: str | None) -> None:
     head = make_head(RAGGED, BY_NAME["grpo"])
-    fields = {name: x for name, x in vars(head.batch).items() if name != field}
+    fields = {name: x for name, x in given(head.batch).items() if name != field}
     hidden = head.hidden.requires_grad_(gradient)
     refused(
         lambda: uk.fused_linear_loss(
             hidden, head.weight, uk.Batch(**fields), uk.grpo(), bias=head.bias, plan=uk.Plan(kernel=kernel)
         ),
         ValueError,
-        f"the objective reads {field}, but batch.{field} is None",
+        f"the objective reads t.{field}, but batch.{field} is None",
     )
 
 
@@ -290,12 +290,12 @@ def test_an_unknown_kernel_of_statistics() -> None:
 
 def odd(tokens: int | None) -> tuple[LinearHead, uk.Plan]:
     head = make_head(RAGGED, BY_NAME["dpo"])
-    target, _, _, ref_logp, _ = vars(head.batch).values()
-    head = LinearHead(head.hidden[:3], head.weight, head.bias, uk.Batch(target[:3], ref_logp=ref_logp[:3]))
+    batch = uk.Batch(head.batch.target[:3], ref_logp=head.batch.ref_logp[:3])
+    head = LinearHead(head.hidden[:3], head.weight, head.bias, batch)
     return head, uk.Plan(max_chunk_bytes=budget(head, tokens, "cpu"))
 
 
-ODD = "target must hold an even number of sequences, the chosen and then the rejected, got 3"
+ODD = "target must hold an even number of sequences, chosen and rejected, got 3"
 
 
 @pytest.mark.parametrize("tokens", [3, None])

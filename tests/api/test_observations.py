@@ -167,8 +167,8 @@ def test_targets_that_are_no_words(place: Place) -> None:
             observe(logits, target, place)
     readout = ReadoutArgs(1.0, None, 1.0, None)
     rows = load(place.backend).token_observations(logits.to(place.device), target.to(place.device), readout)
-    assert rows.argmax[0, 1:].tolist() == [-1, -1]
-    for x in rows[:-1]:
+    assert rows.observations.argmax[0, 1:].tolist() == [-1, -1]
+    for x in (*rows.stats, *rows.moments, *rows.observations[:-1]):
         assert x[0, 1:].isnan().all()
         assert x[0, 0].isfinite()
 

@@ -96,10 +96,11 @@ def test_derived_coefficient_is_the_typed_one(loss: LossCase) -> None:
     _, batch = make_case(SHAPES[0], loss)
     logits, _ = make_case(SHAPES[0], loss)
     logp = oracle.log_probs(logits.double(), batch.target)
-    traced = loss.make().traced
-    fields = {"old_logp": batch.old_logp, "ref_logp": batch.ref_logp, "advantage": batch.per_token(batch.advantage)}
-    inputs = {"logp": logp} | {name: x.double() for name, x in fields.items() if name in traced.program.reads}
-    _, d_logp, d_entropy, d_lse = evaluate(traced.program, inputs, torch.tensor(traced.params, dtype=torch.float64))
+    made = loss.make()
+    traced, ones = made.traced(), (torch.ones_like(logp),)
+    fields = torch.stack([made.field(name, batch, ones).double().expand_as(logp) for name in traced.fields])
+    params = torch.tensor(traced.params, dtype=torch.float64)
+    _, d_logp, d_entropy, d_lse = evaluate(traced.program, (logp, logp, logp), fields, params)
     hyper = {name: x for name, x in loss.hyper.items() if name not in ("how", "n")}
     gc = oracle.coefficients(loss.algorithm, logp, batch, **hyper).view(logp.shape)
     torch.testing.assert_close(-d_logp[batch.valid], gc[batch.valid], rtol=1e-12, atol=1e-14)

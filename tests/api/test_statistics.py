@@ -222,6 +222,7 @@ def test_log_probabilities_are_fp32_accurate_in_every_dtype(place: Place) -> Non
         assert (stats.logp.cpu().double() - truth).abs().max() < 2e-6
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("readout", READOUTS)
 def test_gradcheck(readout: str, place: Place) -> None:
     """fp64 logits run the same kernels in fp64: analytic against numeric gradients of all three statistics."""

@@ -32,7 +32,7 @@ class LossModule(nn.Module):
 
 def part_of(head: LinearHead, rank: int) -> LinearHead:
     """Every second sequence, or pair of sequences."""
-    target, *fields, _ = vars(head.batch).values()
+    target, *fields = (head.batch.target, head.batch.advantage, head.batch.old_logp, head.batch.ref_logp)
     batch = uk.Batch(target[rank::WORLD], *(x[rank::WORLD] for x in fields))
     return LinearHead(head.hidden[rank::WORLD], head.weight, head.bias, batch)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import unirl_kernels as uk
 from benchmarks import __main__ as benchmarks
+from benchmarks.record import OK, Record
 from examples.demo import __main__ as demo
 from tests import ROOT
 from unirl_kernels import cli
@@ -148,11 +149,23 @@ def in_a_loop(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     assert not torch.equal(model.lm_head.weight, before)
 
 
+def speed(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """The provider is right, by the command that stands above it."""
+    monkeypatch.chdir(folder)
+    (folder / "my_kernel.py").write_text(PYTHON["Speed"])
+    quoted = next(words for words in COMMANDS.values() if "--provider" in words)
+    small = ["--device", "cpu", "--tokens", "64", "--vocab", "101", "--rounds", "2", "--no-memory", "--peers", "none"]
+    assert benchmarks.main([*quoted[3:], *small, "--kernels", "none", "--out", "out.json"]) == 0
+    ((row,),) = (run.rows for run in Record.load(folder / "out.json").runs)
+    assert (row.key, row.status) == ("my_kernel.py my_sft", OK)
+
+
 SECTIONS: dict[str, Callable[[pytest.MonkeyPatch, Path], None]] = {
     "Quick start": quick_start,
     "Use it in TRL": in_trl,
     "Use it in transformers": in_transformers,
     "Use it in your own loop": in_a_loop,
+    "Speed": speed,
 }
 ELSEWHERE = {"Use it in verl"}  # tests/integrations/verl: its lines are a module that verl's workers import
 

@@ -1,4 +1,4 @@
-"""The parity check of linear heads must be able to fail: wrong products do not get past it."""
+"""The parity check of linear heads must be able to fail: wrong matmuls do not get past it."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ from torch import Tensor
 
 import unirl_kernels as uk
 from tests.cases import BY_NAME
-from tests.linear import RAGGED, Wrapped, budget, changed_products, check, fused, make_head
+from tests.linear import RAGGED, Wrapped, budget, changed_matmuls, check, fused, make_head
 
 
 class WithoutSecondChunk(Wrapped):
-    def __init__(self, products: Any) -> None:
-        super().__init__(products)
+    def __init__(self, matmuls: Any) -> None:
+        super().__init__(matmuls)
         self.calls = 0
 
     def add_d_weight(self, d_logits: Tensor, hidden: Tensor, total: Tensor, first: bool) -> None:
         self.calls += 1
         if self.calls != 2:
-            self.products.add_d_weight(d_logits, hidden, total, first)
+            self.matmuls.add_d_weight(d_logits, hidden, total, first)
 
 
 class WithoutAccumulation(Wrapped):
     def add_d_weight(self, d_logits: Tensor, hidden: Tensor, total: Tensor, first: bool) -> None:
-        self.products.add_d_weight(d_logits, hidden, total, True)
+        self.matmuls.add_d_weight(d_logits, hidden, total, True)
 
 
 class WithoutBias(Wrapped):
     def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        self.products.logits(hidden, None, out)
+        self.matmuls.logits(hidden, None, out)
 
 
 class RoundedLogits(Wrapped):
     def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        self.products.logits(hidden, bias, out)
+        self.matmuls.logits(hidden, bias, out)
         out.copy_(out.bfloat16())
 
 
 class RoundedGradient(Wrapped):
     def d_hidden(self, d_logits: Tensor) -> Tensor:
-        return self.products.d_hidden(d_logits.bfloat16().float())
+        return self.matmuls.d_hidden(d_logits.bfloat16().float())
 
 
 MUTANTS: dict[str, tuple[Callable[[Any], Any], str]] = {
@@ -64,7 +64,7 @@ def test_a_wrong_product_fails(backend: str, mutant: str, name: str, monkeypatch
     head = make_head(RAGGED, loss)
     plan = uk.Plan(backend, max_chunk_bytes=budget(head, 5, backend))
     check(fused(head, loss.make(), plan), head, loss)
-    with changed_products(monkeypatch, backend, change):
+    with changed_matmuls(monkeypatch, backend, change):
         got = fused(head, loss.make(), plan)
     with pytest.raises(AssertionError, match=where):
         check(got, head, loss)

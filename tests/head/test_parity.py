@@ -23,6 +23,7 @@ from tests.linear import (
     check,
     ends_of,
     fused,
+    given,
     make_head,
     of,
     plan_of,
@@ -157,8 +158,8 @@ def test_an_objective_that_only_runs_composed(tokens: int | None) -> None:
 def test_on_policy_and_advantages_per_token(place: Place) -> None:
     loss = BY_NAME["grpo"]
     head = make_head(PACKED, loss, device=place.device)
-    target, _, _, ref_logp, cu_seqlens = vars(head.batch).values()
-    batch = uk.Batch(target, torch.randn(target.shape).to(place.device), None, ref_logp, cu_seqlens)
+    of = given(head.batch) | {"old_logp": None, "advantage": torch.randn(head.batch.target.shape).to(place.device)}
+    batch = uk.Batch(**of)
     head = LinearHead(head.hidden, head.weight, head.bias, batch)
     for tokens in (1, 3, None):
         check(fused(head, loss.make(), plan_of(place, head, tokens)), head, loss)
@@ -214,7 +215,7 @@ def test_gradcheck(place: Place, loss: LossCase) -> None:
     batch = uk.Batch(*(x.to(place.device) for x in fields))
     wide = {"dtype": torch.float64, "device": place.device}
     operands = [torch.randn(*shape, **wide).requires_grad_() for shape in ((2, 3, 3), (5, 3), (5,))]
-    row_bytes = load(place.backend).products(operands[1], torch.float64).row_bytes
+    row_bytes = load(place.backend).matmuls(operands[1], torch.float64).row_bytes
     for tokens in (1, 3, 4):
         plan = uk.Plan(place.backend, place.kernel, max_chunk_bytes=tokens * row_bytes)
 

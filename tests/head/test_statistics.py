@@ -114,11 +114,11 @@ def test_under_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tiles_are_as_wide_as_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """``WORDS_OF_TILE`` is true."""
     seen: list[tuple[int, ...]] = []
-    products = load("cpu").products
+    matmuls = load("cpu").matmuls
 
     def spy(weight: Tensor, dtype: torch.dtype) -> object:
         seen.append(tuple(weight.shape))
-        return products(weight, dtype)
+        return matmuls(weight, dtype)
 
     head = make_head(RAGGED, BY_NAME["sft"])
     place = next(p for p in NATIVE if p.backend == "cpu")
@@ -126,7 +126,7 @@ def test_tiles_are_as_wide_as_said(monkeypatch: pytest.MonkeyPatch) -> None:
     for tiles in TILES:
         plan = plan_of(head, place, tiles, monkeypatch)
         with monkeypatch.context() as patch:
-            patch.setattr(load("cpu"), "products", spy)
+            patch.setattr(load("cpu"), "matmuls", spy)
             seen.clear()
             stats_of(head, plan)
         # A bound on memory is first held against what a row of the whole weight takes.

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gc
 import math
+import warnings
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -98,6 +101,7 @@ def test_scaling_the_advantage_scales_the_gradient() -> None:
     torch.testing.assert_close(twice, 2 * once)
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("loss", LOSSES, ids=str)
 def test_gradcheck(loss: LossCase, place: Place) -> None:
     if not place.runs(loss) or (place.interpreted and loss.name not in ("grpo", "dpo")):
@@ -192,22 +196,84 @@ def test_own_objective_of_sequence_scope(place: Place) -> None:
 def test_unsupported_operations_name_the_way_out() -> None:
     logits, batch = make_case(SMALL, BY_NAME["ppo"])
     cases = {
-        "cumsum": lambda t: torch.cumsum(t.logp, 0),
-        ".mean": lambda t: t.logp - t.logp.mean(),
+        "sinh": lambda t: torch.sinh(t.logp),
+        ".cos": lambda t: t.logp.cos() * t.advantage,
+        "power that varies": lambda t: t.advantage.abs() ** t.entropy,
+        "float16": lambda t: t.logp.to(torch.float16),
         "torch.where": lambda t: t.logp if t.advantage > 0 else -t.logp,
         "torch functions, not math": lambda t: t.logp * math.exp(t.advantage),
-        "t.reward": lambda t: t.reward * t.logp,
-        "shape": lambda t: t.logp / t.logp.shape[0],
-        "power 1.5": lambda t: t.logp**1.5,
+        "cumsum": lambda t: torch.cumsum(t.logp, 0),
+        ".mean": lambda t: t.logp - t.logp.mean(),
     }
     for words, objective in cases.items():
-        loss = uk.Loss(objective)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loss = uk.Loss(objective)
         for requires_grad in (True, False):
             leaf = logits.clone().requires_grad_(requires_grad)
             with pytest.raises(uk.UnsupportedOperation) as error:
                 uk.fused_loss(leaf, batch, loss)
             assert words in str(error.value)
             assert "Plan(kernel='composed')" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [
+        (lambda t: torch.cumsum(t.logp, 0), "another gradient when other tokens are left out"),
+        (lambda t: t.logp - t.logp.mean(), "another loss when other tokens are left out"),
+        (lambda t: t.logp / t.logp.shape[0], "another loss when other tokens are left out"),
+        (lambda t: t.logp if t.advantage > 0 else -t.logp, "cannot be run on a synthetic batch"),
+        (lambda t: t.logp * torch.ones(11), "cannot be run on a synthetic batch"),
+        (lambda t: t.to_tokens(t.sequence_sum(t.logp)), "another loss when other tokens are left out"),
+        (lambda t: None, "must return a tensor of losses, got NoneType"),
+        (lambda t: t.logp.mean(), r"must return one loss per token, 11 of the synthetic batch, got shape \(\)"),
+    ],
+)
+def test_an_objective_that_looks_beyond_a_token_is_refused_by_linear_heads(objective: object, words: str) -> None:
+    message = rf"(?s)<lambda> \(.*test_objectives.py:\d+\).*{words}.*scope = 'batch'"
+    with pytest.warns(UserWarning, match=message):
+        loss = uk.Loss(objective)
+    batch = uk.Batch(torch.tensor([[1, 2, 3]]))
+    for of_sum in (loss, uk.sft() + 0.5 * loss):
+        for requires_grad in (True, False):
+            hidden, weight = torch.randn(1, 3, 4, requires_grad=requires_grad), torch.randn(5, 4)
+            with pytest.raises(ValueError, match=message):
+                uk.fused_linear_loss(hidden, weight, batch, of_sum, plan=uk.Plan(kernel="composed"))
+
+
+@pytest.mark.parametrize(
+    ("scope", "objective"),
+    [
+        ("sequence", lambda t: t.logp * t.to_tokens(t.sequence_sum(t.logp)).mean()),
+        ("sequence", lambda t: t.logp.detach() + (t.logp.mean() - t.logp.mean().detach())),
+        ("sequence", lambda t: t.logp * t.to_tokens(t.group_mean(t.sequence_sum(t.logp)))),
+        ("pair", lambda t: t.pairs(t.sequence_sum(t.logp))[0] - t.pairs(t.sequence_sum(t.logp))[1].mean()),
+        ("pair", lambda t: torch.sort(t.pairs(t.sequence_sum(t.logp))[0]).values),
+    ],
+)
+def test_an_objective_that_looks_beyond_its_scope_is_found(scope: str, objective: object) -> None:
+    objective.scope = scope
+    with pytest.warns(UserWarning, match=f"of scope '{scope}' gives a .* when other {scope}s are left out"):
+        uk.Loss(objective, uk.PairMean() if scope == "pair" else uk.SequenceMean())
+
+
+@pytest.mark.parametrize(
+    ("scope", "objective"),
+    [
+        ("token", lambda t: torch.sinh(t.logp) * t.advantage),
+        ("token", lambda t: torch.where(t.flag, torch.cosh(t.logp), t.entropy)),
+        ("sequence", lambda t: -t.to_tokens(t.sequence_mean(t.logp)) * t.advantage),
+        ("sequence", lambda t: torch.where(t.to_tokens(t.sequence_field("label")), t.logp, -t.logp)),
+        ("sequence", lambda t: t.sequence_scan(t.logp, 0.9, reverse=True) * t.lengths[0].clamp(max=1)),
+        ("pair", lambda t: t.pairs(t.sequence_sum(t.logp))[0] - t.pairs(t.sequence_field("reward"))[1]),
+        ("batch", lambda t: t.logp - t.logp.mean()),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_an_objective_that_keeps_to_its_scope_is_not_refused(scope: str, objective: object) -> None:
+    objective.scope = scope
+    uk.Loss(objective, uk.PairMean() if scope == "pair" else uk.SequenceMean()).check_scopes()
 
 
 def test_a_tensor_that_learns_gets_its_gradient_or_an_error() -> None:
@@ -246,13 +312,23 @@ def test_the_loss_is_the_same_with_and_without_a_gradient(objective: object, pla
     torch.testing.assert_close(evaluated, trained.detach())
 
 
+@dataclass(frozen=True)
+class OfBatch:
+    """An objective that sees all of the batch."""
+
+    function: Callable[[Tokens], object]
+    scope: ClassVar[str] = "batch"
+
+    def __call__(self, t: Tokens) -> object:
+        return self.function(t)
+
+
 def test_what_an_objective_must_return() -> None:
     logits, batch = make_case(SMALL, BY_NAME["ppo"])
-    composed = uk.Plan(kernel="composed")
     with pytest.raises(TypeError, match="objective must return a tensor of losses, got NoneType"):
-        uk.fused_loss(logits, batch, uk.Loss(lambda t: None), plan=composed)
+        uk.fused_loss(logits, batch, uk.Loss(OfBatch(lambda t: None)))
     with pytest.raises(ValueError, match=r"objective must return one loss per token, \d+, got \(\)"):
-        uk.fused_loss(logits, batch, uk.Loss(lambda t: t.logp.mean()), plan=composed)
+        uk.fused_loss(logits, batch, uk.Loss(OfBatch(lambda t: t.logp.mean())))
 
 
 @pytest.mark.parametrize("count", [torch.tensor(0), torch.tensor(0.0), torch.tensor(7)])
@@ -272,11 +348,11 @@ def test_ignored_tokens_weigh_nothing_whatever_the_count(count: Tensor, place: P
 
 
 def test_a_refusal_keeps_nothing_alive() -> None:
-    loss = uk.Loss(lambda t: torch.cumsum(t.logp, 0))
+    loss = uk.Loss(lambda t: torch.sinh(t.logp))
 
     def refused() -> weakref.ref[Tensor]:
         logits, batch = make_case(SMALL, BY_NAME["ppo"])
-        with pytest.raises(uk.UnsupportedOperation, match="cumsum"):
+        with pytest.raises(uk.UnsupportedOperation, match="sinh"):
             uk.fused_loss(logits, batch, loss)
         return weakref.ref(logits)
 
@@ -288,10 +364,10 @@ def test_a_refusal_keeps_nothing_alive() -> None:
 def test_the_way_out_works() -> None:
     logits, batch = make_case(SMALL, BY_NAME["ppo"])
     leaf = logits.clone().requires_grad_()
-    loss = uk.Loss(lambda t: -(t.logp * torch.cumsum(torch.ones_like(t.logp), 0)))
+    loss = uk.Loss(lambda t: torch.sinh(t.logp / 8))
     out = uk.fused_loss(leaf, batch, loss, plan=uk.Plan(kernel="composed"))
-    places = torch.arange(1, batch.target.numel() + 1).view(batch.target.shape)
-    expected = -(oracle.log_probs(logits, batch.target) * places * uk.SequenceMean().weights(batch)).sum()
+    logp = oracle.log_probs(logits.double(), batch.target)
+    expected = (torch.sinh(logp / 8) * uk.SequenceMean().weights(batch)).sum()
     torch.testing.assert_close(out.loss, expected.float())
 
 
@@ -299,9 +375,9 @@ def test_a_missing_field_is_an_error(place: Place) -> None:
     logits, batch = make_case(SMALL, BY_NAME["grpo"], place.device)
     for requires_grad in (True, False):
         leaf = logits.clone().requires_grad_(requires_grad)
-        with pytest.raises(ValueError, match=r"reads ref_logp, but batch\.ref_logp is None"):
+        with pytest.raises(ValueError, match=r"reads t\.ref_logp, but batch\.ref_logp is None"):
             uk.fused_loss(leaf, uk.Batch(batch.target, batch.advantage), uk.grpo(), plan=place.plan())
-        with pytest.raises(ValueError, match=r"reads advantage, but batch\.advantage is None"):
+        with pytest.raises(ValueError, match=r"reads t\.advantage, but batch\.advantage is None"):
             uk.fused_loss(leaf, uk.Batch(batch.target), uk.ppo(), plan=place.plan())
 
 
@@ -317,6 +393,6 @@ def test_explain_shows_the_row_the_coefficient_and_the_function() -> None:
     for words in ("GRPO", "pi_old", "GC =", "0.75", "1.25", "0.125", "@triton.jit", "one pass"):
         assert words in text, words
     assert "two passes" in str(uk.explain(uk.dpo()))
-    assert "cumsum" in str(uk.explain(uk.Loss(lambda t: torch.cumsum(t.logp, 0))))
+    assert "sinh" in str(uk.explain(uk.Loss(lambda t: torch.sinh(t.logp))))
     with pytest.raises(TypeError, match="loss must be a Loss"):
         uk.explain(Clip())

@@ -29,42 +29,56 @@ from tests.linear import (
     plan_of,
 )
 from tests.places import Place
-from unirl_kernels.backends import COMPOSED
+from unirl_kernels.api.rows import program_args
+from unirl_kernels.backends import COMPOSED, ReadoutArgs, RowGradients
+from unirl_kernels.operators import linear
 
 of_native = pytest.mark.parametrize("place", NATIVE, ids=str)
 
 
 def operator_arguments(place: Place, head: LinearHead) -> dict[str, tuple[object, ...]]:
     hidden, weight, bias = leaves_of(head)
-    traced, target = uk.grpo().traced, head.batch.target
+    operands = linear.HeadArgs(*(None if x is None else x.detach() for x in (hidden.reshape(-1, WIDTH), weight, bias)))
+    target = head.batch.target
     row = torch.randn(target.shape).to(target.device)
-    readout = (1.0, None, 1.0, None)
-    fields = (row.abs(), head.batch.per_token(head.batch.advantage).contiguous(), head.batch.old_logp)
-    program = (traced.code, uk.grpo().params(target.device), place.backend, place.kernel)
-    how = (head.hidden.dtype, budget(head, 3, place.backend))
-    operands = (hidden.reshape(-1, WIDTH), weight, bias, target)
-    constant = tuple(x.detach() for x in operands)
-    forward = (*readout, place.backend, *how)
-    stats = torch.ops.unirl.linear_token_stats(*constant, *forward)
-    wanted = [True, True, True]
+    readout = ReadoutArgs(1.0, None, 1.0, None)
+    program = program_args(uk.grpo(), head.batch, torch.float32)
+    sweep = linear.SweepArgs(head.hidden.dtype, budget(head, 3, place.backend), place.backend)
+    wanted = linear.Wanted(True, True, True)
+    moments = linear.linear_token_stats(operands, target, readout, sweep).moments
+    gradients = RowGradients(row, None, row)
     return {
-        "linear_token_stats": (*operands, *forward),
-        "linear_token_stats_backward": (*constant, *stats, row, None, row, *forward, wanted),
-        "fused_linear_loss": (*operands, *fields, head.batch.ref_logp, *readout, *program, *how, wanted),
+        "linear_token_stats": (operands, target, readout, sweep),
+        "linear_token_observations": (operands, target, readout, sweep),
+        "linear_token_stats_backward": (operands, target, readout, moments, gradients, sweep, wanted),
+        "fused_linear_loss": (operands, target, readout, program, place.kernel, sweep, wanted),
     }
 
 
-@pytest.mark.parametrize("name", ["linear_token_stats", "linear_token_stats_backward", "fused_linear_loss"])
+@pytest.mark.parametrize(
+    "name",
+    ["linear_token_stats", "linear_token_observations", "linear_token_stats_backward", "fused_linear_loss"],
+)
 def test_opcheck(name: str) -> None:
-    """One fake and one autograd formula serve every backend."""
+    """One fake serves every backend."""
     arguments = operator_arguments(Place("cpu", "rows", "cpu"), make_head(RAGGED, BY_NAME["grpo"], torch.bfloat16))
-    torch.library.opcheck(getattr(torch.ops.unirl, name), arguments[name])
+    operator = getattr(linear, name)
+    torch.library.opcheck(getattr(torch.ops.unirl, name).default, operator.flat(arguments[name]))
+
+
+def test_the_bare_operator_refuses_a_gradient() -> None:
+    place, head = Place("cpu", "rows", "cpu"), make_head(RAGGED, BY_NAME["grpo"])
+    operands, *rest = operator_arguments(place, head)["linear_token_stats"]
+    leaf = operands._replace(hidden=operands.hidden.requires_grad_())
+    with pytest.raises(RuntimeError, match="linear_token_stats has no gradient of its own"):
+        linear.linear_token_stats(leaf, *rest).stats.logp.sum().backward()
 
 
 def cut(head: LinearHead, length: int) -> LinearHead:
     """Its first places."""
-    target, advantage, old_logp, ref_logp, _ = vars(head.batch).values()
-    batch = uk.Batch(*(x[:, :length].clone() for x in (target,)), advantage, old_logp[:, :length], ref_logp[:, :length])
+    whole = head.batch
+    target, old_logp, ref_logp = (x[:, :length].clone() for x in (whole.target, whole.old_logp, whole.ref_logp))
+    batch = uk.Batch(target, whole.advantage, old_logp, ref_logp)
     return LinearHead(head.hidden[:, :length].clone(), head.weight, head.bias, batch)
 
 
@@ -88,7 +102,7 @@ def test_compiles_without_a_graph_break(place: Place, loss: LossCase) -> None:
     compiled = torch.compile(f, fullgraph=True, backend=count)
     for k, (length, compilations) in enumerate(((4, 1), (4, 1), (3, 2), (2, 2))):
         part = cut(head, length)
-        fields = tuple(vars(part.batch).values())[:4]
+        fields = (part.batch.target, part.batch.advantage, part.batch.old_logp, part.batch.ref_logp)
         results = []
         for g in (compiled, f):
             leaves = leaves_of(part.used)

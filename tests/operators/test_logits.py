@@ -9,7 +9,9 @@ from torch import Tensor
 import unirl_kernels as uk
 from tests.cases import BY_NAME, SHAPES, make_case
 from tests.places import Place
-from unirl_kernels.backends import COMPOSED
+from unirl_kernels.api.rows import program_args
+from unirl_kernels.backends import COMPOSED, ReadoutArgs, RowGradients
+from unirl_kernels.operators import rows
 
 SMALL = SHAPES[0]
 
@@ -20,22 +22,26 @@ def example(place: Place, dtype: torch.dtype = torch.float32) -> tuple[Tensor, u
 
 
 def operator_arguments(place: Place, logits: Tensor, batch: uk.Batch) -> dict[str, tuple[object, ...]]:
-    traced = uk.grpo().traced
     row = torch.randn(batch.target.shape, device=place.device)
-    readout = (1.0, None, 1.0, None)
-    fields = (row.abs(), batch.per_token(batch.advantage).contiguous(), batch.old_logp, batch.ref_logp)
-    program = (traced.code, uk.grpo().params(row.device), place.backend, place.kernel)
-    stats = torch.ops.unirl.token_stats(logits.detach(), batch.target, *readout, place.backend)
-    backward = (batch.target, *stats, row, None, row, *readout, place.backend)
+    readout = ReadoutArgs(1.0, None, 1.0, None)
+    program = program_args(uk.grpo(), batch, torch.float32)
+    moments = rows.token_stats(logits, batch.target, readout, place.backend).moments
+    backward = (batch.target, readout, moments, RowGradients(row, None, row), place.backend)
     return {
-        "token_stats": (logits, batch.target, *readout, place.backend),
-        "token_observations": (logits, batch.target, *readout, place.backend),
-        "token_stats_backward": (logits.detach(), *backward),
-        "token_stats_backward_": (logits.detach().clone(), *backward),
-        "fused_loss": (logits, batch.target, *fields, *readout, *program),
-        "fused_loss_": (logits.detach().clone(), batch.target, *fields, *readout, *program),
-        "scale_": (logits.detach().clone(), torch.tensor(2.0, device=place.device), place.backend),
+        "token_stats": (logits, batch.target, readout, place.backend),
+        "token_observations": (logits, batch.target, readout, place.backend),
+        "token_stats_backward": (logits, *backward),
+        "token_stats_backward_": (logits.clone(), *backward),
+        "fused_loss": (logits, batch.target, readout, program, place.backend, place.kernel),
+        "fused_loss_": (logits.clone(), batch.target, readout, program, place.backend, place.kernel),
+        "scale_": (logits.clone(), torch.tensor(2.0, device=place.device), place.backend),
     }
+
+
+def check_operator(name: str, place: Place) -> None:
+    logits, batch = example(place)
+    arguments = operator_arguments(place, logits, batch)[name]
+    torch.library.opcheck(getattr(torch.ops.unirl, name).default, getattr(rows, name).flat(arguments))
 
 
 STATISTICS = ["token_stats", "token_observations", "token_stats_backward", "token_stats_backward_", "scale_"]
@@ -47,18 +53,24 @@ def test_opcheck_of_statistics(name: str, place: Place) -> None:
         pytest.skip("statistics are the same for every one-pass kernel")
     if name == "token_observations":
         place.need_observations()
+    check_operator(name, place)
+
+
+@pytest.mark.parametrize("name", ["token_stats", "fused_loss"])
+def test_the_bare_operator_refuses_a_gradient(name: str) -> None:
+    place = Place("cpu", "rows", "cpu")
     logits, batch = example(place)
-    arguments = operator_arguments(place, logits.requires_grad_(), batch)[name]
-    torch.library.opcheck(getattr(torch.ops.unirl, name), arguments)
+    _, *rest = operator_arguments(place, logits, batch)[name]
+    found = getattr(rows, name)(logits.requires_grad_(), *rest)
+    with pytest.raises(RuntimeError, match=f"{name} has no gradient of its own"):
+        found.stats.logp.sum().backward()
 
 
 @pytest.mark.parametrize("name", ["fused_loss", "fused_loss_"])
 def test_opcheck_of_losses(name: str, place: Place) -> None:
     if place.kernel == COMPOSED:
         pytest.skip("the composed kernel is not an operator")
-    logits, batch = example(place)
-    arguments = operator_arguments(place, logits.requires_grad_(), batch)[name]
-    torch.library.opcheck(getattr(torch.ops.unirl, name), arguments)
+    check_operator(name, place)
 
 
 def value_and_gradient(f: object, logits: Tensor, *args: object) -> tuple[Tensor, Tensor]:
@@ -68,6 +80,7 @@ def value_and_gradient(f: object, logits: Tensor, *args: object) -> tuple[Tensor
     return value.detach(), gradient
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("name", ["grpo", "dpo"])
 def test_compiles_without_a_graph_break(name: str, place: Place) -> None:
     """Batch built inside, metrics read inside; a new coefficient compiles nothing, new lengths once for all."""

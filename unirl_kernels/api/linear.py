@@ -134,17 +134,20 @@ def fused_linear_loss(
         ``LossOutput``, its loss differentiable in hidden, weight and bias.
 
     Raises:
-        TypeError, ValueError: when an argument does not fit, naming it, what was expected and what came; when the
-            objective reads a field that the batch lacks, or uses an operation that the kernel cannot run.
+        TypeError, ValueError: when an argument does not fit, naming it, what was expected and what came; when an
+            objective reads a field that the batch lacks, uses an operation that the kernel cannot run, or looks
+            further than its scope says.
         IndexError: when a target is outside the vocabulary (on the CPU; on an accelerator its row becomes NaN).
         RuntimeError: when the named backend cannot run here.
     """
     check_kinds(batch=batch, loss=loss, readout=readout, plan=plan)
     check_head(hidden, weight, bias, batch.target)
     kernel = kernel_of(loss, plan, hidden.device).kernel
+    if kernel == COMPOSED:
+        loss.check_scopes()
     head, sweep = HeadArgs(_flat(hidden), weight, bias), _sweep(hidden, weight, bias, plan)
     wanted = Wanted(*(torch.is_grad_enabled() and x is not None and x.requires_grad for x in head))
-    dtype, shape = row_dtype(sweep.dtype), batch.target.shape
+    dtype = row_dtype(sweep.dtype)
     found: Sequence[Tensor] | None = None
     if any(wanted):
         of_readout = readout_args(readout, batch.target, dtype, batch)
@@ -156,10 +159,10 @@ def fused_linear_loss(
             found = ComposedLinear.apply(*head, Composition(batch, loss, groups, of_readout), sweep)
     if found is not None:
         value, *stats = found
-        return LossOutput(value, *(x.view(shape) for x in stats), batch, loss)
+        return LossOutput.of(value, stats, batch, loss)
     stats = _measured(LinearStatistics, hidden, weight, bias, batch.target, readout, plan, batch)
     value = loss.composed(Tokens(batch, *stats), loss.weights(batch))
-    return LossOutput(value, *(x.detach() for x in stats), batch, loss)
+    return LossOutput.of(value, stats, batch, loss)
 
 
 def _groups(head: HeadArgs, sweep: SweepArgs, batch: Batch, loss: Loss) -> Sequence[Group] | None:

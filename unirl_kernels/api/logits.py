@@ -74,12 +74,12 @@ def _measured(function: Any, logits: Tensor, target: Tensor, readout: Readout, p
     check_kinds(readout=readout, plan=plan)
     check_logits(logits, target)
     backend, _ = choose(logits.device, plan.backend, plan.kernel)
-    overwrite = plan.overwrite_logits and _wants_gradient(logits)
-    if overwrite:
+    rows = (as_rows(target), readout_args(readout, target, row_dtype(logits.dtype)), backend)
+    if not _wants_gradient(logits):
+        return [x.view(target.shape) for x in function.without_gradient(logits, *rows)]
+    if plan.overwrite_logits:
         check_overwritable(logits)
-    of_readout = readout_args(readout, target, row_dtype(logits.dtype))
-    found = function.apply(logits, as_rows(target), of_readout, backend, overwrite)
-    return [x.view(target.shape) for x in found]
+    return [x.view(target.shape) for x in function.apply(logits, *rows, plan.overwrite_logits)]
 
 
 def fused_loss(
@@ -124,7 +124,7 @@ def fused_loss(
         return _one_pass(logits, batch, loss, readout, plan, choice)
     stats = token_stats(logits, batch.target, readout=_spread(readout, batch), plan=_for_statistics(plan))
     value = loss.composed(Tokens(batch, *stats), loss.weights(batch))
-    return LossOutput(value, *(x.detach() for x in stats), batch, loss)
+    return LossOutput.of(value, stats, batch, loss)
 
 
 def _one_pass(logits: Tensor, batch: Batch, loss: Loss, readout: Readout, plan: Plan, choice: Choice) -> LossOutput:
@@ -135,7 +135,7 @@ def _one_pass(logits: Tensor, batch: Batch, loss: Loss, readout: Readout, plan: 
     value, *stats = OnePass.apply(logits, as_rows(target), of_readout, program, *choice, plan.overwrite_logits)
     if plan.overwrite_logits:
         consume(logits)
-    return LossOutput(value, *(x.view(target.shape) for x in stats), batch, loss)
+    return LossOutput.of(value, stats, batch, loss)
 
 
 def _spread(readout: Readout, batch: Batch) -> Readout:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -58,7 +58,8 @@ class TokenObservations(NamedTuple):
         return cls(**{name: named[name] for name in cls._fields})
 
 
-class MetricParts(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class MetricParts:
     """A metric in parts that ranks can reduce: sums and counts add up, min and max by their extremum. 0-dim each."""
 
     sum: Tensor
@@ -87,6 +88,12 @@ class LossOutput:
     lse: Tensor
     _batch: Batch
     _loss: Loss
+
+    @classmethod
+    def of(cls, value: Tensor, stats: Iterable[Tensor], batch: Batch, loss: Loss) -> LossOutput:
+        """From the statistics of each token, in any shape."""
+        logp, entropy, lse = (x.detach().view(batch.target.shape) for x in stats)
+        return cls(value, logp, entropy, lse, batch, loss)
 
     @property
     def metrics(self) -> dict[str, Tensor]:

@@ -95,7 +95,8 @@ def token_observations(logits: Tensor, target: Tensor, readout: ReadoutArgs) -> 
     mean = u.mean(-1) * kappa
     values = (_masked(x, target, vocab) for x in (log_sum_sq_probs, mean, largest))
     known = (((target >= 0) & (target < vocab)) | (target == ELSEWHERE)) & ~s.isnan()
-    return Observed(*measured, RowObservations(*values, torch.where(known, signed.argmax(-1), -1)))
+    argmax = torch.where(known, signed.argmax(-1), -1)
+    return Observed(*measured, RowObservations._make((*values, argmax)))
 
 
 def token_stats_backward(

@@ -1,7 +1,8 @@
 """How far an objective looks: declared by its ``scope``, and checked on a small synthetic batch.
 
 An objective of token, sequence or pair scope may be run on a part of the batch, as linear heads do in chunks. Its
-losses on a part must be those on the whole. The check runs it on both, once when a loss is made, on the CPU.
+losses on a part must be those on the whole. The check runs it on both, once when a loss is made, on the CPU. Linear
+heads refuse what does not pass; on logits, where the whole batch is at hand, making the loss warns.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import itertools
 import numbers
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -39,23 +41,25 @@ def scope_of(objective: object) -> str:
     return str(getattr(objective, "scope", "token"))
 
 
-def check_scope(objective: Objective) -> None:
-    """Check that an objective looks no further than its scope says.
+def scope_fault(objective: Objective) -> str | None:
+    """Why an objective must not be run on parts of a batch: it looks further than its scope says, or cannot be run on
+    a synthetic batch at all. None where it looks no further.
 
-    Raises:
-        ValueError: naming the objective and the way out; also where it cannot be run on a synthetic batch at all.
+    Returns:
+        A sentence that names the objective and the way out.
     """
     scope = scope_of(objective)
     if scope == "batch":
-        return
+        return None
     # Values (frozen dataclasses) are checked once per value; functions are equal only to themselves.
     by_value = hasattr(objective, "__dataclass_params__") and type(objective).__hash__ is not None
     fault = _remembered_fault(objective) if by_value else _fault(objective)
-    if fault is not None:
-        raise ValueError(
-            f"objective {name_of(objective)} of scope {scope!r} {fault}. Give it scope = 'batch' if it is to see all "
-            "of the batch; pass tensors as Batch(fields=...), not as captured variables"
-        )
+    if fault is None:
+        return None
+    return (
+        f"objective {name_of(objective)} of scope {scope!r} {fault}. Give it scope = 'batch' if it is to see all of "
+        "the batch; pass tensors as Batch(fields=...), not as captured variables"
+    )
 
 
 @lru_cache(maxsize=1024)
@@ -68,7 +72,7 @@ def _fault(objective: Objective) -> str | None:
     first: str | None = None
     names: tuple[str, ...] = ()
     kinds_of_names: Iterator[tuple[torch.dtype, ...]] = iter([()])
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False), _no_hooks():
         for _ in range(MAX_TRIES):
             kinds = next(kinds_of_names, None)
             if kinds is None:
@@ -83,6 +87,11 @@ def _fault(objective: Objective) -> str | None:
                 names = tuple(synthetic.fields)
                 kinds_of_names = itertools.product(KINDS, repeat=len(names))
     return first
+
+
+def _no_hooks() -> AbstractContextManager[None]:
+    """Hides the saved tensors of the check from activation checkpointing around it."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)  # type: ignore[no-any-return]
 
 
 def _difference(objective: Objective, synthetic: Synthetic) -> str | None:
@@ -190,6 +199,8 @@ class Outcome(NamedTuple):
 def _run(objective: Objective, synthetic: Synthetic, part: Part) -> Outcome:
     stats = synthetic.stats[:, part.tokens].requires_grad_()
     losses = objective(Probe(synthetic, part, stats))
+    if not isinstance(losses, (Tensor, numbers.Real)):
+        raise TypeError(f"objective must return a tensor of losses, got {type(losses).__name__}")
     if isinstance(losses, numbers.Real):
         losses = torch.full(part.units.shape, float(losses), dtype=torch.float64)
     if losses.shape != part.units.shape or not losses.requires_grad:

@@ -65,7 +65,7 @@ def moments_like(target: Tensor, dtype: torch.dtype) -> RowMoments:
 
 def observations_like(target: Tensor, dtype: torch.dtype) -> RowObservations:
     values = (row_like(target, dtype) for _ in RowObservations._fields[:-1])
-    return RowObservations(*values, torch.empty_like(target))
+    return RowObservations._make((*values, torch.empty_like(target)))
 
 
 def _gradient_like(logits: Tensor) -> Tensor:

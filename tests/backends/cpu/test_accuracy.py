@@ -24,7 +24,6 @@ from tests.backends.cpu.rows import (
     z_of,
 )
 from tests.observed import check
-from unirl_kernels.testing.budgets import condition_of, violations
 from unirl_kernels.backends import (
     ELSEWHERE,
     ProgramArgs,
@@ -38,6 +37,7 @@ from unirl_kernels.backends import (
 )
 from unirl_kernels.batch import IGNORE
 from unirl_kernels.program import weight_name
+from unirl_kernels.testing.budgets import condition_of, violations
 
 VOCABS = (1, 7, 16, 63, 64, 65, SEGMENT - 1, SEGMENT, SEGMENT + 1, 50257)
 """One column; less than a vector; around a step of each instruction set; around a segment; several and a rest."""

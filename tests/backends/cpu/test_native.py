@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from unirl_kernels.backends import ProgramArgs, ReadoutArgs, RowGradients, cpu
-from unirl_kernels.program import MAX_FIELDS, MAX_INSTRUCTIONS, MAX_PARAMS, ZERO, Op, Program, evaluate
+from unirl_kernels.program import (
+    MAX_FIELDS,
+    MAX_INSTRUCTIONS,
+    MAX_PARAMS,
+    ZERO,
+    Op,
+    Program,
+    evaluate,
+)
 from unirl_kernels.program.ir import ARITY, Instruction
 
 native = cpu._native()
@@ -85,20 +93,20 @@ def test_results_keep_their_registers_as_long_as_they_are_read(reach: int) -> No
             torch.testing.assert_close(got, truth, rtol=1e-12, atol=1e-12)
 
 
-def pairwise_sum(n: int) -> str:
-    """n results, all of which are read only afterwards: n registers, for the sum of two takes that of one of them."""
+def sum_of(n: int) -> Program:
+    """n results, all of which are read only afterwards: the sum of two takes the register of one."""
     values = [Instruction(Op.NEG, (1,)) for _ in range(n)]
-    sums = [Instruction(Op.ADD, (3 if i == 0 else 2 + n + i, 3 + (i + 1))) for i in range(n - 1)]
-    return Program(0, 0, (*values, *sums), (3 + len(values) + len(sums) - 1, ZERO, ZERO, ZERO)).text
+    sums = [Instruction(Op.ADD, (3 if i == 0 else 2 + n + i, 4 + i)) for i in range(n - 1)]
+    return Program(0, 0, (*values, *sums), (2 + len(values) + len(sums), ZERO, ZERO, ZERO))
 
 
-def test_results_that_are_kept_are_limited() -> None:
-    none, fields = torch.empty(0, dtype=torch.float64), torch.empty(0, 1, dtype=torch.float64)
+def test_results_that_wait_are_limited() -> None:
     most = native.MAX_LIVE
-    assert run(pairwise_sum(most), fields, none)[0].item() == pytest.approx(-most * STATISTICS[1])
-    message = f"program must keep at most {most} results for later instructions at a time, instruction {most} is one"
+    none, fields = torch.empty(0, dtype=torch.float64), torch.empty(0, 1, dtype=torch.float64)
+    assert run(sum_of(most).text, fields, none)[0].item() == pytest.approx(-most * STATISTICS[1])
+    message = f"program must keep at most {most} results for later instructions at a time, instruction {most} is"
     with pytest.raises(ValueError, match=message):
-        run(pairwise_sum(most + 1), fields, none)
+        run(sum_of(most + 1).text, fields, none)
 
 
 def test_programs_are_checked() -> None:

@@ -80,7 +80,8 @@ int main(int, char** argv) {
     parts[rank] = widen(no_moments());
     if (rank < cluster && n > 0) parts[rank] = of_slice(u.data() + begin, n, VECTOR_BYTES / bytes, exponent);
   }
-  const Statistics<double> at = finish(combine(parts, exponent), readout, static_cast<double>(u[target]));
+  const RowMoments<double> row = row_moments(combine(parts, exponent), readout, static_cast<double>(u[target]));
+  const Statistics<double> at = finish(row, readout.kappa, log1p(row.s_minus_1));
   const Geometry chosen = geometry(vocab, bytes);
   printf("%.17g %.17g %.17g %d\n", at.logp, at.entropy, at.lse, chosen.cluster);
 }

@@ -233,7 +233,7 @@ def test_certain_target_keeps_its_relative_accuracy(row: Row, cluster: int) -> N
     [
         ((7, "peaked"), (1, 1)),
         ((32000, "peaked"), (2, 4)),
-        ((151936, "peaked"), (8, 16)),
+        ((151936, "peaked"), (8, 8)),
         ((262208, "peaked"), (8, 16)),
     ],
     indirect=["row"],

@@ -93,7 +93,7 @@ def within_budget(
     truth: Mapping[str, Tensor],
     condition: Mapping[str, float] = {},
 ) -> None:
-    """Assert that each tensor errs at most twice as much as the plain one, and a few roundings; see ``accuracy``."""
+    """Assert that each tensor errs at most twice as much as the plain one, and a few roundings."""
     assert got.keys() == plain.keys() == truth.keys()
     problems = {}
     for name, value in got.items():

@@ -38,7 +38,7 @@ from unirl_kernels.backends.triton.statistics import (
     no_sums,
     rescaled,
     statistics_of,
-    without_largest,
+    sum_minus_1,
 )
 from unirl_kernels.backends.triton.tiles import is_below, lane_start, load, within_lane
 
@@ -127,7 +127,7 @@ def log_sum_of_squares(seen: Seen, s_minus_1: tl.tensor, rate: tl.tensor) -> tl.
     squares = Sums(seen.sums.top, seen.s2, seen.s2)
     base = finite_base(tl.max(squares.top, 0))
     s2, _ = rescaled(base, squares, 2.0 * rate)
-    return minimum(log1p(without_largest(base, squares, s2)) - 2.0 * log1p(s_minus_1), 0.0)
+    return minimum(log1p(sum_minus_1(s2)) - 2.0 * log1p(s_minus_1), 0.0)
 
 
 @kernel

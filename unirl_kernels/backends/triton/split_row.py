@@ -23,9 +23,9 @@ import triton
 import triton.language as tl
 
 from unirl_kernels.backends.triton.gradient import (
-    Gradients,
     Terms,
     descend,
+    evaluated,
     from_log2,
     is_zero,
     log2_prob,
@@ -73,27 +73,24 @@ class Slice(NamedTuple):
 
 @triton.jit
 def add(
-    s: tl.tensor, sz: tl.tensor, n: tl.tensor, other_s: tl.tensor, other_sz: tl.tensor, other_n: tl.tensor
+    s: tl.tensor, ones: tl.tensor, sz: tl.tensor, other_s: tl.tensor, other_ones: tl.tensor, other_sz: tl.tensor
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Sums in one reduction take fewer registers than one by one, which decides whether sm_100 spills."""
-    return s + other_s, sz + other_sz, n + other_n
+    return s + other_s, ones + other_ones, sz + other_sz
 
 
 @triton.jit
 def read_slice(x: Row, readout: Readout, READOUT: tl.constexpr, TILE: tl.constexpr) -> Slice:
     u_target = u_of_target(x, readout, READOUT)
     u = masked(x, 0, readout, READOUT, TILE)
-    lane_top = tl.max(tl.max(u, 2), 0)
-    top = tl.max(lane_top, 0)
-    base = finite_base(top)
-    d = u - base
+    top = tl.max(tl.max(tl.max(u, 2), 0), 0)
+    d = u - finite_base(top)
     t = d * readout.rate
     e = tl.exp2(t)
     s, sz = lane_sums(t, e)
-    # As in ``without_largest``.
-    holds = lane_top == base
-    s, sz, n = tl.reduce((tl.where(holds, s - 1.0, s), sz, holds.to(tl.int32)), 0, add)
-    return Slice(Moments(top, s + (n - 1), sz, u_target), d, e)
+    ones = tl.floor(s)
+    s, ones, sz = tl.reduce((s - ones, ones, sz), 0, add)
+    return Slice(Moments(top, s + (ones - 1.0), sz, u_target), d, e)
 
 
 @triton.jit
@@ -162,10 +159,26 @@ def merged(entries: tl.tensor, rate: tl.tensor, SPLIT: tl.constexpr) -> Moments:
     top = tl.max(tops, 0)
     base = finite_base(top)
     s, sz = rescaled(base, Sums(tops, 1.0 + s_minus_1, sz), rate)
-    # As in ``without_largest``, but that the slices have left out their 1 themselves.
+    # Slices that hold the row's largest logit have left out its 1; all of these but one are added again.
     holds = tops == base
     row_s_minus_1 = tl.sum(tl.where(holds, s_minus_1, s), 0) + (tl.sum(holds.to(tl.int32), 0) - 1)
     return Moments(top, row_s_minus_1, tl.sum(sz, 0) * LN2, tl.max(tl.where(exists, u_target, float("-inf")), 0))
+
+
+@triton.jit
+def exchange(
+    scratch: tl.tensor,
+    row: tl.tensor,
+    part: tl.tensor,
+    moments: Moments,
+    rate: tl.tensor,
+    SPLIT: tl.constexpr,
+) -> tuple[Moments, tl.tensor]:
+    """Publish the moments of a slice and wait for those of the others. The moments of the row, and the next ticket."""
+    records = scratch + (1 + row.to(tl.int64) * SPLIT.slices) * RECORD
+    publish(records + part * RECORD, moments)
+    entries, ticket = wait(scratch, records, (row + 1) * SPLIT.slices - 1, SPLIT)
+    return merged(entries, rate, SPLIT), ticket
 
 
 @triton.jit
@@ -251,20 +264,16 @@ def split_row(
             ticket = draw(scratch)
         else:
             readout = readout_of(inner, factor, row_temperature, row, COMPUTE)
-            x = start_of_row(logits, row, Strides(length, stride_b, stride_l)) + first
-            x = Row(x, count, column_of(y) - first)
-            held = read_slice(x, readout, READOUT, SPLIT.tile)
-            records = scratch + (1 + row.to(tl.int64) * SPLIT.slices) * RECORD
-            publish(records + part * RECORD, held.moments)
+            start = start_of_row(logits, row, Strides(length, stride_b, stride_l)) + first
+            x = Row(start, count, column_of(y) - first)
             values = row_fields(fields, row, rows, FIELDS)
-            entries, ticket = wait(scratch, records, (row + 1) * SPLIT.slices - 1, SPLIT)
-            moments = merged(entries, readout.rate, SPLIT)
+            held = read_slice(x, readout, READOUT, SPLIT.tile)
+            moments, ticket = exchange(scratch, row, part, held.moments, readout.rate, SPLIT)
             stats = statistics_of(moments, readout)
-            loss_y, d_logp, d_entropy, d_lse = OBJECTIVE(parameters, *stats, *values)
+            loss_y, gradients = evaluated(OBJECTIVE, parameters, stats, values)
             if part == 0:
                 tl.store(loss + row, loss_y)
                 write((logp, entropy, lse), row, stats)
-            gradients = Gradients(d_logp, d_entropy, d_lse)
             value = tl.full((), 0.0, COMPUTE)
             silent = is_zero(gradients)
             if not silent:

@@ -107,23 +107,22 @@ def accumulate(u: tl.tensor, sums: Sums, rate: tl.tensor) -> Sums:
 
 
 @triton.jit
-def without_largest(base: tl.tensor, sums: Sums, s: tl.tensor) -> tl.tensor:
-    """Sum over lanes of s, less the 1 of the row's largest logit.
+def sum_minus_1(s: tl.tensor) -> tl.tensor:
+    """Sum over lanes of s, minus the 1 of the row's largest logit.
 
-    Where one logit has nearly all of the probability, the others' share would be lost beside its 1. The lanes that
-    hold the largest logit leave out the 1 before the lanes are added; all of these but one are added again.
+    Where one logit has nearly all of the probability, the share of the others would be lost beside its 1. So ones and
+    what is left of them are added apart.
     """
-    holds = sums.top == base
-    return tl.sum(tl.where(holds, s - 1.0, s), 0) + (tl.sum(holds.to(tl.int32), 0) - 1)
+    ones = tl.floor(s)
+    return tl.sum(s - ones, 0) + (tl.sum(ones, 0) - 1.0)
 
 
 @triton.jit
 def combine(sums: Sums, u_target: tl.tensor, rate: tl.tensor) -> Moments:
     """Moments of a row from the sums of its lanes."""
     top = tl.max(sums.top, 0)
-    base = finite_base(top)
-    s, sz = rescaled(base, sums, rate)
-    return Moments(top, without_largest(base, sums, s), tl.sum(sz, 0) * LN2, u_target)
+    s, sz = rescaled(finite_base(top), sums, rate)
+    return Moments(top, sum_minus_1(s), tl.sum(sz, 0) * LN2, u_target)
 
 
 @triton.jit

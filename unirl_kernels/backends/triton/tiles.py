@@ -225,7 +225,7 @@ def fill_slice(row: tl.tensor, size: tl.tensor, value: tl.tensor, TILE: tl.const
 
 @triton.jit
 def fill_fringe(row: tl.tensor, size: tl.tensor, value: tl.tensor, TILE: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """Set the columns that lie in no aligned vector to ``value``. Returns where the others lie, as ``head_and_body``."""
+    """Set the columns that lie in no aligned vector to ``value``. Returns head and body."""
     head, body = head_and_body(row, size, TILE)
     if not TILE.aligned:
         columns, inside = fringe(head, body, size, TILE.vector)

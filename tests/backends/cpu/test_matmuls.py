@@ -1,6 +1,6 @@
 """The native matmuls of a linear head: numbers, strides, bits, and what they refuse.
 
-As ``test_cpu_instruction_sets.py`` does, this file runs again in fresh processes with the other instruction sets.
+As in ``test_instruction_sets``, this file runs again in fresh processes with the other instruction sets.
 """
 
 from __future__ import annotations

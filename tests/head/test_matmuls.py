@@ -1,4 +1,4 @@
-"""The products of a linear head: no more of them than needed, right on every kind of device, and what they cost."""
+"""The matmuls of a linear head: no more of them than needed, right on every kind of device, and what they cost."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.linear import (
     SEQUENCE_SCOPE,
     Wrapped,
     budget,
-    changed_products,
+    changed_matmuls,
     check,
     counted,
     fused,
@@ -31,13 +31,14 @@ from tests.linear import (
 )
 from tests.places import PLACES, Place
 from unirl_kernels.backends import COMPOSED, load
-from unirl_kernels.backends.products import Mixed, Widened
-from unirl_kernels.head.sweep import Head, Wanted, sweep
+from unirl_kernels.backends.matmuls import Mixed, Widened
+from unirl_kernels.head.sweep import Head, sweep
+from unirl_kernels.operators.linear import Wanted
 
 CPU = torch.device("cpu")
 MIB = 2**20
 BACKENDS = [place for place in NATIVE if place.kernel == COMPOSED]
-"""Products are the same for every kernel."""
+"""Matmuls are the same for every kernel."""
 of_backends = pytest.mark.parametrize("place", BACKENDS, ids=str)
 
 VALID, WORDS = 8, 37
@@ -47,7 +48,7 @@ VALID, WORDS = 8, 37
 @of_backends
 @pytest.mark.parametrize("frozen", [(), ("weight",), ("hidden",), ("bias",), ("hidden", "bias"), ("weight", "bias")])
 @pytest.mark.parametrize("tokens", [1, 3, None])
-def test_one_pass_takes_three_products_and_fewer_where_something_is_frozen(
+def test_one_pass_takes_three_matmuls_and_fewer_where_something_is_frozen(
     place: Place, frozen: Sequence[str], tokens: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     head = make_head(RAGGED, BY_NAME["grpo"], device=place.device)
@@ -55,7 +56,7 @@ def test_one_pass_takes_three_products_and_fewer_where_something_is_frozen(
     plan = uk.Plan(place.backend, max_chunk_bytes=budget(head, tokens, place.backend))
     with counted(monkeypatch, place.backend) as count:
         got = fused(head, uk.grpo(), plan, frozen=frozen)
-    assert count.products(VALID * WORDS) == {
+    assert count.matmuls(VALID * WORDS) == {
         "logits": 1,
         "d_hidden": "hidden" not in frozen,
         "add_d_weight": "weight" not in frozen,
@@ -69,7 +70,7 @@ def test_one_pass_takes_three_products_and_fewer_where_something_is_frozen(
 @of_backends
 @pytest.mark.parametrize(("tokens", "forwards"), [(None, 1), (5, 1), (4, 2), (1, 2)])
 @pytest.mark.parametrize("frozen", [(), ("weight",), ("hidden",)])
-def test_pairs_that_fit_a_chunk_take_three_products_and_others_four(
+def test_pairs_that_fit_a_chunk_take_three_matmuls_and_others_four(
     place: Place, tokens: int | None, forwards: int, frozen: Sequence[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The longest pair has 5 tokens."""
@@ -77,7 +78,7 @@ def test_pairs_that_fit_a_chunk_take_three_products_and_others_four(
     plan = uk.Plan(place.backend, max_chunk_bytes=budget(head, tokens, place.backend))
     with counted(monkeypatch, place.backend) as count:
         fused(head, uk.dpo(), plan, frozen=frozen)
-    assert count.products(VALID * WORDS) == {
+    assert count.matmuls(VALID * WORDS) == {
         "logits": forwards,
         "d_hidden": "hidden" not in frozen,
         "add_d_weight": "weight" not in frozen,
@@ -90,7 +91,7 @@ def test_sequences_that_fit_a_chunk(place: Place, tokens: int, forwards: int, mo
     head = make_head(RAGGED, SEQUENCE_SCOPE, device=place.device)
     with counted(monkeypatch, place.backend) as count:
         fused(head, SEQUENCE_SCOPE.make(), uk.Plan(place.backend, max_chunk_bytes=budget(head, tokens, place.backend)))
-    assert count.products(VALID * WORDS) == {"logits": forwards, "d_hidden": 1, "add_d_weight": 1}
+    assert count.matmuls(VALID * WORDS) == {"logits": forwards, "d_hidden": 1, "add_d_weight": 1}
 
 
 @of_backends
@@ -115,7 +116,7 @@ def test_nothing_but_the_logits_where_no_gradient_is_wanted(
         for x in (hidden, weight, bias):
             x.requires_grad_(False)
         values.append(loss())
-    assert count.products(VALID * WORDS) == {"logits": 3, "d_hidden": 0, "add_d_weight": 0}
+    assert count.matmuls(VALID * WORDS) == {"logits": 3, "d_hidden": 0, "add_d_weight": 0}
     for value in values:
         assert not value.requires_grad
         torch.testing.assert_close(value, expected)
@@ -131,9 +132,9 @@ def test_statistics_take_one_product_and_their_gradients_what_is_wanted(
     plan = uk.Plan(place.backend, max_chunk_bytes=budget(head, 3, place.backend))
     with counted(monkeypatch, place.backend) as count:
         stats = uk.linear_token_stats(hidden, weight, head.batch.target, bias=bias, plan=plan)
-        assert count.products(VALID * WORDS) == {"logits": 1, "d_hidden": 0, "add_d_weight": 0}
+        assert count.matmuls(VALID * WORDS) == {"logits": 1, "d_hidden": 0, "add_d_weight": 0}
         gradients_of(stats.logp.sum(), leaves)
-    assert count.products(VALID * WORDS) == {
+    assert count.matmuls(VALID * WORDS) == {
         "logits": 2,
         "d_hidden": "hidden" not in frozen,
         "add_d_weight": "weight" not in frozen,
@@ -144,7 +145,7 @@ def test_statistics_take_one_product_and_their_gradients_what_is_wanted(
 def test_ignored_tokens_are_not_multiplied(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     with counted(monkeypatch, place.backend) as count:
         fused(make_head(NOTHING, BY_NAME["grpo"], device=place.device), uk.grpo(), uk.Plan(place.backend))
-    assert count.products(1) == {"logits": 0, "d_hidden": 0, "add_d_weight": 0}
+    assert count.matmuls(1) == {"logits": 0, "d_hidden": 0, "add_d_weight": 0}
 
 
 @of_backends
@@ -155,11 +156,11 @@ def test_gradients_that_nobody_wants_have_no_memory(place: Place) -> None:
     assert [x.numel() for x in gradients] == [0, 0, 0]
 
 
-# Products of devices that multiply 16-bit operands into fp32, which a CPU does not.
+# Matmuls of devices that multiply 16-bit operands into fp32, which a CPU does not.
 
 
 @pytest.fixture
-def _mixed_products_on_the_cpu() -> Iterator[None]:
+def _mixed_matmuls_on_the_cpu() -> Iterator[None]:
     """The overloads with ``out_dtype``, which PyTorch has for CUDA alone, for the CPU as well: operands are widened."""
     library = torch.library.Library("aten", "IMPL", "CPU")
 
@@ -188,41 +189,41 @@ def _mixed_products_on_the_cpu() -> Iterator[None]:
 
 
 def exact(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Numbers whose products and sums fp32 holds without rounding."""
+    """Numbers whose matmuls and sums fp32 holds without rounding."""
     return (torch.randint(-8, 9, shape) / 8).to(dtype)
 
 
-@pytest.mark.usefixtures("_mixed_products_on_the_cpu")
+@pytest.mark.usefixtures("_mixed_matmuls_on_the_cpu")
 @pytest.mark.parametrize("bias", [None, torch.float32, torch.bfloat16], ids=str)
-def test_products_into_fp32(bias: torch.dtype | None) -> None:
+def test_matmuls_into_fp32(bias: torch.dtype | None) -> None:
     weight, hidden = exact(33, 6, dtype=torch.bfloat16), exact(5, 6, dtype=torch.bfloat16)
-    products = Mixed(weight)
-    assert products.row_bytes == 33 * 4 + 40 * 2
+    matmuls = Mixed(weight)
+    assert matmuls.row_bytes == 33 * 4 + 40 * 2
     added = None if bias is None else exact(33, dtype=bias)
     logits = torch.full((5, 33), torch.nan)
-    products.logits(hidden, added, logits)
+    matmuls.logits(hidden, added, logits)
     expected = hidden.double() @ weight.double().t() + (0 if added is None else added.double())
     assert torch.equal(logits.double(), expected)
 
-    d_logits = products.memory_of_gradient(logits).copy_(exact(5, 33, dtype=torch.float32))
+    d_logits = matmuls.gradient_buffer(logits).copy_(exact(5, 33, dtype=torch.float32))
     assert d_logits.dtype == torch.bfloat16
     assert d_logits.stride() == (40, 1)
-    d_hidden = products.d_hidden(d_logits)
+    d_hidden = matmuls.d_hidden(d_logits)
     assert d_hidden.dtype == torch.float32
     assert torch.equal(d_hidden.double(), d_logits.double() @ weight.double())
 
     total = torch.full((33, 6), torch.nan)
     one = d_logits.double().t() @ hidden.double()
-    products.add_d_weight(d_logits, hidden, total, first=True)
+    matmuls.add_d_weight(d_logits, hidden, total, first=True)
     assert torch.equal(total.double(), one)
-    products.add_d_weight(d_logits, hidden, total, first=False)
+    matmuls.add_d_weight(d_logits, hidden, total, first=False)
     assert torch.equal(total.double(), 2 * one)
 
 
-@pytest.mark.usefixtures("_mixed_products_on_the_cpu")
+@pytest.mark.usefixtures("_mixed_matmuls_on_the_cpu")
 @pytest.mark.parametrize("name", ["grpo", "dpo"])
 @pytest.mark.parametrize("place", [p for p in PLACES if p.kernel == COMPOSED and p.backend != "cpu"], ids=str)
-def test_products_into_fp32_round_the_gradient_and_nothing_else(
+def test_matmuls_into_fp32_round_the_gradient_and_nothing_else(
     place: Place, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A head on them: loss, logp and entropy within the fp32 budget; gradients as if d_logits were rounded once."""
@@ -231,18 +232,18 @@ def test_products_into_fp32_round_the_gradient_and_nothing_else(
     plan = uk.Plan(place.backend, max_chunk_bytes=5 * Mixed(head.weight).row_bytes)
 
     class RoundedOnce(Wrapped):
-        def memory_of_gradient(self, logits: Tensor) -> Tensor:
+        def gradient_buffer(self, logits: Tensor) -> Tensor:
             return logits.bfloat16()
 
         def d_hidden(self, d_logits: Tensor) -> Tensor:
-            return self.products.d_hidden(d_logits.float())
+            return self.matmuls.d_hidden(d_logits.float())
 
         def add_d_weight(self, d_logits: Tensor, *args: Any, **kwargs: Any) -> None:
-            self.products.add_d_weight(d_logits.float(), *args, **kwargs)
+            self.matmuls.add_d_weight(d_logits.float(), *args, **kwargs)
 
-    with changed_products(monkeypatch, place.backend, lambda _: Mixed(head.weight)):
+    with changed_matmuls(monkeypatch, place.backend, lambda _: Mixed(head.weight)):
         got = fused(head, loss.make(), plan)
-    with changed_products(monkeypatch, place.backend, lambda _: RoundedOnce(Widened(head.weight, torch.bfloat16))):
+    with changed_matmuls(monkeypatch, place.backend, lambda _: RoundedOnce(Widened(head.weight, torch.bfloat16))):
         expected = fused(head, loss.make(), plan)
     check(got._replace(d_hidden=None, d_weight=None, d_bias=None), head, loss)
     for a, b in zip(got[1:4], expected[1:4], strict=True):
