@@ -22,7 +22,6 @@ __all__ = [
     "BatchNormalized",
     "IcePop",
     "OffPolicyMask",
-    "RolloutRule",
     "SequenceIcePop",
     "SequenceMask",
     "SequenceTruncatedRatio",

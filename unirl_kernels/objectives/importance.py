@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unirl_kernels.objectives.arguments import Bound, Field, NonNegative, Positive, Share
+from unirl_kernels.objectives.arguments import Field, NonNegative, Positive, Share
 from unirl_kernels.objectives.loss import Metrics, Objective
-from unirl_kernels.objectives.ratios import BOUND, ratio
+from unirl_kernels.objectives.ratios import ratio
 from unirl_kernels.objectives.tokens import Tokens
 
 __all__ = ["CISPO", "TOPR", "ImportanceWeighted", "MaskedCISPO", "ShapedLikelihood"]
@@ -19,25 +19,23 @@ __all__ = ["CISPO", "TOPR", "ImportanceWeighted", "MaskedCISPO", "ShapedLikeliho
 class CISPO(Objective):
     """-sg(clip(r, lower, upper)) A log pi with r = pi / pi_old.
 
-    Source: MiniMax 2025 (arXiv:2506.13585). Upper alone: TRL, Liger, ScaleRL; both: verl (bound 20),
+    Source: MiniMax 2025 (arXiv:2506.13585). Upper alone: TRL, Liger, ScaleRL; both: verl,
     SkyRL. The clamped REINFORCE of torchforge is (0.1, 10), truncated importance sampling of ROLL (0, 1).
 
     Args:
         lower, upper: of the ratio itself, >= 0.
         against: the field with the log-probabilities of the policy that sampled.
-        bound: of |log r|, in (0, 80].
     """
 
     lower: NonNegative = 0.0
     upper: NonNegative = 5.0
     against: Field = "old_logp"
-    bound: Bound = BOUND
 
     def __call__(self, t: Tokens) -> Tensor:
         return -self._ratio(t).clamp(self.lower, self.upper).detach() * t.advantage * t.logp
 
     def _ratio(self, t: Tokens) -> Tensor:
-        return ratio(t.logp - getattr(t, self.against), self.bound)
+        return ratio(t.logp - getattr(t, self.against))
 
     def metrics(self, t: Tokens) -> Metrics:
         """``clip_fraction``: tokens outside the bounds; ``/high``: above them with A > 0; ``ppo_kl``."""

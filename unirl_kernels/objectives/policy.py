@@ -10,18 +10,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unirl_kernels.objectives.arguments import AboveOne, Bound, Field, NonNegative, Share
+from unirl_kernels.objectives.arguments import AboveOne, Field, NonNegative, Share
 from unirl_kernels.objectives.loss import Metrics, Objective, Paradigm
 from unirl_kernels.objectives.penalties import KL
-from unirl_kernels.objectives.ratios import BOUND, clip_metrics, clipped, ratio
+from unirl_kernels.objectives.ratios import clip_metrics, clipped, ratio
 from unirl_kernels.objectives.tokens import Tokens
 
 __all__ = ["Clip", "DualClip", "PolicyGradient", "Ratio", "Reinforce", "TwoSidedClip"]
 
 
-def ratio_to_old(t: Tokens, bound: float = BOUND) -> Tensor:
+def ratio_to_old(t: Tokens) -> Tensor:
     """r = pi / pi_old."""
-    return ratio(t.logp - t.old_logp, bound)
+    return ratio(t.logp - t.old_logp)
 
 
 def ppo_kl(t: Tokens) -> dict[str, Tensor]:
@@ -97,26 +97,24 @@ class Clip(Objective):
 class DualClip(Objective):
     """``Clip`` whose loss is at most -c A where A < 0.
 
-    Source: Ye et al. 2020 (arXiv:1912.09729); verl ``vanilla`` (bound 20), AReaL, slime, NeMo RL, OpenRLHF.
+    Source: Ye et al. 2020 (arXiv:1912.09729); verl ``vanilla``, AReaL, slime, NeMo RL, OpenRLHF.
 
     Args:
         low, high: as in ``Clip``.
         c: the largest ratio that counts where A < 0, > 1.
-        bound: of |log r|, in (0, 80].
     """
 
     low: Share = 0.2
     high: NonNegative = 0.2
     c: AboveOne = 3.0
-    bound: Bound = BOUND
 
     def __call__(self, t: Tokens) -> Tensor:
-        loss = clipped(ratio_to_old(t, self.bound), t.advantage, self.low, self.high)
+        loss = clipped(ratio_to_old(t), t.advantage, self.low, self.high)
         return torch.where(t.advantage < 0, torch.minimum(loss, -self.c * t.advantage), loss)
 
     def metrics(self, t: Tokens) -> Metrics:
         """Those of ``Clip``, and ``clip_fraction/dual``: tokens above c with A < 0."""
-        r = ratio_to_old(t, self.bound)
+        r = ratio_to_old(t)
         dual = ((r > self.c) & (t.advantage < 0)).to(r.dtype)
         return clip_metrics(r, t.advantage, self.low, self.high) | {"clip_fraction/dual": dual} | ppo_kl(t)
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unirl_kernels.objectives.arguments import AboveOne, Bound, NonNegative, Positive, Share
+from unirl_kernels.objectives.arguments import AboveOne, NonNegative, Positive, Share
 from unirl_kernels.objectives.loss import Metrics, Objective
 from unirl_kernels.objectives.policy import ppo_kl, ratio_to_old
-from unirl_kernels.objectives.ratios import BOUND, clip_metrics, clipped, ratio
+from unirl_kernels.objectives.ratios import clip_metrics, clipped, ratio
 from unirl_kernels.objectives.tokens import Tokens
 
 __all__ = ["ASPO", "DCPO", "DRPO", "SAPO", "SPO", "SimplePPO"]
@@ -20,21 +20,19 @@ __all__ = ["ASPO", "DCPO", "DRPO", "SAPO", "SPO", "SimplePPO"]
 class SAPO(Objective):
     """Soft adaptive policy optimisation, -(4 / tau) sigma(tau (r - 1)) A: a gate in place of the clip.
 
-    Source: Gao et al. 2025 (arXiv:2511.20347); TRL, verl (bound 20).
+    Source: Gao et al. 2025 (arXiv:2511.20347); TRL, verl, SkyRL, AReaL.
 
     Args:
         positive, negative: tau where A > 0, and elsewhere; > 0.
-        bound: of |log r|, in (0, 80].
     """
 
     positive: Positive = 1.0
     negative: Positive = 1.05
-    bound: Bound = BOUND
 
     def __call__(self, t: Tokens) -> Tensor:
         positive, negative = torch.full_like(t.logp, self.positive), torch.full_like(t.logp, self.negative)
         tau = torch.where(t.advantage > 0, positive, negative)
-        return -torch.sigmoid(tau * (ratio_to_old(t, self.bound) - 1)) * (4 / tau) * t.advantage
+        return -torch.sigmoid(tau * (ratio_to_old(t) - 1)) * (4 / tau) * t.advantage
 
     def metrics(self, t: Tokens) -> Metrics:
         """``ppo_kl``."""

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unirl_kernels.testing.budgets import condition_of, violations
 from unirl_kernels.backends import FusedRows, ProgramArgs, ReadoutArgs, load
 from unirl_kernels.program import Traced, trace, weight_name
+from unirl_kernels.testing.budgets import condition_of, violations
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKEND = load("triton")
