@@ -6,7 +6,6 @@ import functools
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -88,8 +87,8 @@ class Data(dict[str, Any]):
 
 
 @pytest.fixture
-def losses(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def losses(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """verl.workers.utils.losses."""
     for name, module in _loaded().items():
         monkeypatch.setitem(sys.modules, name, module)
-    yield sys.modules["verl.workers.utils.losses"]
+    return sys.modules["verl.workers.utils.losses"]

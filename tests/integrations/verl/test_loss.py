@@ -24,7 +24,22 @@ MODES = (
     "bypass_mode",
 )
 AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
-PENALTIES = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3", "kl+", "k1+", "abs+", "mse+", "k2+", "low_var_kl+", "k3+")
+PENALTIES = (
+    "kl",
+    "k1",
+    "abs",
+    "mse",
+    "k2",
+    "low_var_kl",
+    "k3",
+    "kl+",
+    "k1+",
+    "abs+",
+    "mse+",
+    "k2+",
+    "low_var_kl+",
+    "k3+",
+)
 REJECTIONS = {
     "token_k1": "0.8_1.3",
     "token_k2": 0.03,
@@ -135,13 +150,20 @@ def test_policy_losses(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_options_of_policy_losses(
-    mode: str, losses: ModuleType, given: dict[str, Any], chosen_alike: None
-) -> None:
+def test_options_of_policy_losses(mode: str, losses: ModuleType, given: dict[str, Any], chosen_alike: None) -> None:
     bounds = {"clip_ratio_low": None, "clip_ratio_high": 0.15, "clip_ratio": 0.2 if mode == "clip_cov" else 0.05}
     bounds["clip_ratio_high"] = 0.2 if mode == "clip_cov" else 0.15
     config = config_of(losses, policy={"loss_mode": mode, **COV}, clip_ratio_c=1.2, tau_pos=0.7, tau_neg=1.9, **bounds)
     compare(losses, config, given)
+
+
+@pytest.mark.parametrize("far", [-25.0, 25.0])
+@pytest.mark.parametrize("mode", ["vanilla", "dppo_tv", "dppo_kl", "sapo", "cispo"])
+def test_ratios_beyond_verls_bound(mode: str, far: float, losses: ModuleType, given: dict[str, Any]) -> None:
+    given["old"][0, 0] -= far
+    given["old"][2, 1] -= far
+    given["advantage"] = given["advantage"].abs() * torch.tensor([1.0, 1, -1, 1, 1], dtype=torch.float64).unsqueeze(-1)
+    compare(losses, config_of(losses, policy={"loss_mode": mode}), given)
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -178,9 +200,7 @@ def test_bypass_weights(
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("kind", ["ppo_clip", "reinforce"])
 @pytest.mark.parametrize("names", [*REJECTIONS, "token_k1,seq_max_k3"])
-def test_bypass_rejections(
-    names: str, kind: str, aggregation: str, losses: ModuleType, given: dict[str, Any]
-) -> None:
+def test_bypass_rejections(names: str, kind: str, aggregation: str, losses: ModuleType, given: dict[str, Any]) -> None:
     threshold = REJECTIONS.get(names, "0.8_1.3,0.1")
     correction = {"rollout_rs": names, "rollout_rs_threshold": threshold, "loss_type": kind, "rollout_is": "token"}
     options = {"loss_agg_mode": aggregation, "entropy_coeff": 0.1, "use_kl_loss": True}
@@ -229,7 +249,11 @@ def test_padded_length_is_of_padded_targets(losses: ModuleType, given: dict[str,
         ({}, {"loss_mode": "dro", "dro_beta": None}, "ActorConfig.policy_loss.dro_beta must be a number, got None"),
         ({}, {"loss_mode": "kl_cov", "kl_cov_ratio": 0.0}, "kl_cov_ratio must be positive, got 0.0"),
         ({"global_batch_info": {"dp_size": 2}}, {}, "global_batch_info must have batch_num_tokens with dp_size=2"),
-        ({"global_batch_info": {"batch_num_tokens": 0}}, {}, r"global_batch_info\['batch_num_tokens'\] must be positive"),
+        (
+            {"global_batch_info": {"batch_num_tokens": 0}},
+            {},
+            r"global_batch_info\['batch_num_tokens'\] must be positive",
+        ),
         (
             {"global_batch_info": {"dp_size": 2, "batch_num_tokens": 9}},
             {"loss_mode": "sapo"},

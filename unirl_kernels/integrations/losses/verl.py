@@ -70,8 +70,8 @@ def loss(actor_config: Any, rollout_correction: Any = None) -> Loss:
     penalty, so ``actor/pg_loss``, ``actor/entropy_loss`` and ``kl_loss`` are terms divided by their coefficients.
     Not there is ``rollout_corr/...`` of bypass mode; verl's own function computes it of ``out.logp``.
 
-    Where verl differs: ``gspo`` bounds a log-ratio from below, too, at -10; losses that verl does not bound are bounded
-    at e^40; a batch without a valid token is 0, not NaN.
+    Where verl differs: a log-ratio is bounded at 40, which verl bounds at 20 or not at all, and in ``gspo`` at -10 from
+    below, too (values change by less than 5e-5 of the advantage); a batch without a valid token is 0, not NaN.
 
     Args:
         actor_config: the actor's configuration.

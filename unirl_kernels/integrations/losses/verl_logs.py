@@ -64,7 +64,7 @@ class TrustLog(ActorLog):
     most: Positive = 20.0
 
     def values(self, t: Any) -> dict[str, Any]:
-        own: dict[str, Any] = {**self.objective.metrics(t), **CISPO(0.0, self.most, bound=BOUND).metrics(t)}
+        own: dict[str, Any] = {**self.objective.metrics(t), **CISPO(0.0, self.most).metrics(t)}
         return {**super().values(t), "actor/pg_clipfrac_lower": own["clip_fraction"] * (1 - own["masked_fraction"])}
 
 

@@ -57,7 +57,9 @@ class Policy:
         weight: of the samples, computed before; None for none.
     """
 
-    def __init__(self, options: Options, aggregation: Aggregation, averaged: Aggregation | None, weight: Rule | None) -> None:
+    def __init__(
+        self, options: Options, aggregation: Aggregation, averaged: Aggregation | None, weight: Rule | None
+    ) -> None:
         self._options, self._own = options, options.part("policy_loss")
         self._aggregation, self._averaged, self._weight = aggregation, averaged, weight
 
@@ -94,7 +96,7 @@ class Policy:
         return found[0], found[1]
 
     def _dual_clip(self) -> DualClip:
-        return DualClip(*self._bounds(), self._options.number("clip_ratio_c", AboveOne), bound=BOUND)
+        return DualClip(*self._bounds(), self._options.number("clip_ratio_c", AboveOne))
 
     def vanilla(self) -> Loss:
         objective = self._dual_clip()
@@ -103,7 +105,7 @@ class Policy:
     def dppo(self, trust: Callable[..., Rule]) -> Loss:
         low, high = self._bounds(*((Share, Share) if trust is TrustTV else (NonNegative, NonNegative)))
         most = self._options.number("clip_ratio_c", Positive)
-        objective = Scaled(CISPO(0.0, most, bound=BOUND), trust(low, high))
+        objective = Scaled(CISPO(0.0, most), trust(low, high))
         return self._weighted(objective, TrustLog(objective, "masked_fraction", None, BOUND, most=most))
 
     def gspo(self) -> Loss:
@@ -114,7 +116,7 @@ class Policy:
         if self._averaged is None:
             raise ValueError(f"{self._options.title}.global_batch_info must have global_batch_size with 'sapo'")
         positive, negative = (self._options.number(name, Positive) for name in ("tau_pos", "tau_neg"))
-        objective = SAPO(positive, negative, BOUND)
+        objective = SAPO(positive, negative)
         return self._weighted(objective, ActorLog(objective, ZERO, ZERO, BOUND), self._averaged)
 
     def clip_cov(self) -> Loss:
@@ -149,7 +151,7 @@ class Policy:
 
     def cispo(self) -> Loss:
         low, high = self._bounds()
-        objective = CISPO(1 - low, 1 + high, bound=BOUND)
+        objective = CISPO(1 - low, 1 + high)
         return self._weighted(objective, ActorLog(objective, "clip_fraction", ZERO, BOUND))
 
     def bypass(self, correction: Options) -> Loss:
