@@ -203,6 +203,14 @@ def test_grpo_options(options: dict[str, Any], level: str, given: dict[str, Any]
     compare(config_of(trl.GRPOConfig, importance_sampling_level=level, **options), given)
 
 
+@pytest.mark.parametrize("side", [-1.0, 1.0])
+def test_grpo_logs_the_extremes_of_sequences(side: float, given: dict[str, Any]) -> None:
+    given["advantages"] = side * given["advantages"].abs()
+    moved = torch.tensor([1, 0, 1, 1, 0, 0])  # in each sequence some tokens are clipped, some not
+    given["old"] = scored_of(given).logp - 0.5 * side * moved
+    compare(config_of(trl.GRPOConfig), given)
+
+
 @pytest.mark.parametrize("kind", ["grpo", "dapo", "vespo"])
 @pytest.mark.parametrize("mode", MODES)
 def test_grpo_vllm_correction(mode: str, kind: str, given: dict[str, Any]) -> None:

@@ -165,6 +165,15 @@ def test_ratios_beyond_verls_bound(mode: str, far: float, losses: ModuleType, gi
     compare(losses, config_of(losses, policy={"loss_mode": mode}), given)
 
 
+@pytest.mark.parametrize("mode", ["dppo_tv", "dppo_kl"])
+def test_truncated_outside_of_the_trust_region(mode: str, losses: ModuleType, given: dict[str, Any]) -> None:
+    given["advantage"] = given["advantage"].abs()
+    given["logits"][0, 0, given["target"][0, 0]] += 8.0
+    logp = torch.log_softmax(given["logits"][0, 0], -1)[given["target"][0, 0]]
+    given["old"][0, 0] = logp - 1.5  # the ratio is beyond 3, and the probability has risen by more than 0.2
+    compare(losses, config_of(losses, policy={"loss_mode": mode}), given)
+
+
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_counts_of_the_step(aggregation: str, losses: ModuleType, given: dict[str, Any]) -> None:
     config = config_of(losses, loss_agg_mode=aggregation, loss_scale_factor=17, entropy_coeff=0.1, use_kl_loss=True)
