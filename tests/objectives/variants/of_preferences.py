@@ -45,6 +45,7 @@ from unirl_kernels.objectives import (
     Hinge,
     JensenShannon,
     KTOBatch,
+    LengthMean,
     LogRatio,
     MeanLogp,
     OddsRatio,
@@ -274,6 +275,13 @@ ROWS = [
         "f-divergence js",
         lambda: uk.Loss(DPO(B, score=JensenShannon()), PAIRS),
         of_margin(dpo, lambda o: math.log(2) + log_sigma(R(o))),
+        REF,
+    ),
+    Row(
+        137,
+        "f-divergence js, by length",
+        lambda: uk.Loss(DPO(B, score=LengthMean(JensenShannon())), PAIRS),
+        of_margin(dpo, lambda o: (math.log(2) + log_sigma(R(o))) / max(len(o), 1)),
         REF,
     ),
     Row(

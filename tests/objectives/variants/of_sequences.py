@@ -47,10 +47,12 @@ from unirl_kernels.objectives import (
     Reinforce,
     Scaled,
     SecondMoment,
+    SequenceCISPO,
     SequenceImportanceWeighted,
     SequenceMeanAdvantage,
     SequenceOneSide,
     SequenceSAPO,
+    SequenceTwoSidedClip,
     SimPER,
     TargetPolicy,
     TopEntropy,
@@ -77,6 +79,15 @@ def s(o: Answer) -> Tensor:
 
 def gspo(o: Answer, low: float = 0.05, high: float = 0.06) -> Tensor:
     return ppo(s(o), o.advantage, low, high)
+
+
+def gspo_two_sided(o: Answer) -> Tensor:
+    bounded = torch.clamp(s(o), max=1.02)
+    return -torch.minimum(bounded * o.advantage, torch.clamp(s(o), 0.95, 1.06) * o.advantage)
+
+
+def cispo(o: Answer) -> Tensor:
+    return -sg(torch.clamp(s(o), max=1.02)) * o.advantage * o.logp
 
 
 def gspo_with_kl(o: Answer) -> Tensor:
@@ -247,6 +258,14 @@ def rho_1(answers: list[Answer]) -> Tensor:
 
 ROWS = [
     Row(92, "gspo", lambda: uk.Loss(GSPO(0.05, 0.06)), of_sequences(gspo), A),
+    Row(
+        92,
+        "gspo, two-sided",
+        lambda: uk.Loss(SequenceTwoSidedClip(0.05, 0.06, 1.02)),
+        of_sequences(gspo_two_sided),
+        A,
+    ),
+    Row(92, "cispo, sequence level", lambda: uk.Loss(SequenceCISPO(0.0, 1.02), TOKENS), token_mean(cispo), A),
     Row(
         93,
         "gspo + KL r k3",
