@@ -13,7 +13,8 @@ from torch.utils._pytree import register_pytree_node
 from unirl_kernels.backends import RowObservations
 from unirl_kernels.batch import Batch
 from unirl_kernels.objectives import Loss, Tokens
-from unirl_kernels.objectives.policy import kl_estimate
+from unirl_kernels.objectives.penalties import kl_estimate
+from unirl_kernels.objectives.policy import ratio_to_old
 
 
 class TokenStats(NamedTuple):
@@ -109,7 +110,8 @@ class LossOutput:
         """``metrics`` as sum, count, min and max, for one reduction across ranks."""
         with torch.no_grad():
             tokens = self._tokens()
-            values = {"entropy": tokens.entropy, "ratio_mean": torch.exp(tokens.logp - tokens.old_logp)}
+            values: dict[str, Tensor | tuple[Tensor, Tensor]] = {"entropy": tokens.entropy}
+            values["ratio_mean"] = ratio_to_old(tokens)
             if self._batch.ref_logp is not None:
                 values["kl"] = kl_estimate(tokens)
             for k, term in enumerate(self._loss.terms):
@@ -127,12 +129,15 @@ class LossOutput:
     def _tokens(self) -> Tokens:
         return Tokens(self._batch, self.logp, self.entropy, self.lse)
 
-    def _parts(self, value: Tensor) -> MetricParts:
+    def _parts(self, metric: Tensor | tuple[Tensor, Tensor]) -> MetricParts:
         """Of values per token, of which the valid ones count, or per sequence or pair, of which all do."""
+        value, chosen = metric if isinstance(metric, tuple) else (metric, None)
         value = value.to(self.logp.dtype)
         counted = self._batch.valid.reshape(-1)
         if value.shape != counted.shape:
             counted = torch.ones_like(value, dtype=torch.bool)
+        if chosen is not None:
+            counted = counted & chosen
         return MetricParts(
             torch.where(counted, value, 0).sum(),
             counted.sum().to(value.dtype),
