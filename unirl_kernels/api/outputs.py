@@ -100,8 +100,9 @@ class LossOutput:
         """Means over valid tokens, sequences or pairs: 0-dim tensors, computed when read, without waiting for a device.
 
         ``entropy``; ``ratio_mean``, pi / pi_old (1 on policy); ``kl``, estimate k3 of KL(pi || pi_ref), where the
-        batch has ``ref_logp``; and what the objectives add, such as ``clip_fraction``. Two objectives of a sum that
-        add the same name are told apart by the number of their term: ``clip_fraction.1``.
+        batch has ``ref_logp``; and what the objectives add, such as ``clip_fraction``, which goes before these where
+        the name is the same. Two objectives of a sum that add the same name are told apart by the number of their
+        term: ``clip_fraction.1``.
         """
         return {name: parts.mean for name, parts in self.metric_parts.items()}
 
@@ -114,10 +115,11 @@ class LossOutput:
             values["ratio_mean"] = ratio_to_old(tokens)
             if self._batch.ref_logp is not None:
                 values["kl"] = kl_estimate(tokens)
+            added: dict[str, Tensor | tuple[Tensor, Tensor]] = {}
             for k, term in enumerate(self._loss.terms):
                 for name, value in getattr(term.objective, "metrics", lambda t: {})(tokens).items():
-                    values[f"{name}.{k}" if name in values else name] = value
-            return {name: self._parts(value) for name, value in values.items()}
+                    added[f"{name}.{k}" if name in added else name] = value
+            return {name: self._parts(value) for name, value in (values | added).items()}
 
     @property
     def terms(self) -> tuple[Tensor, ...]:
