@@ -23,8 +23,9 @@ from unirl_kernels.program import trace
 TOKENS = (1, 4)
 """[B, L]; the target of the second is ignored, that of the third is no position of the vocabulary."""
 
+IDENTITY = ReadoutArgs(1.0, None, 1.0, None)
 READOUTS = {
-    "plain": ReadoutArgs(1.0, None, 1.0, None),
+    "plain": IDENTITY,
     "cold": ReadoutArgs(1.5, None, 0.3, None),
     "negative scale": ReadoutArgs(-0.8, None, 1.0, None),
     "softcap": ReadoutArgs(0.9, 5.0, 1.0, None),
@@ -38,18 +39,18 @@ LAYOUTS = {"contiguous": (1, 0, 0), "aligned": (16, 16, 0), "unaligned": (1, 1, 
 row starts."""
 
 
-def clipped_with_kl(t: Any) -> Any:
+def policy(t: Any) -> Any:
     ratio = torch.exp(t.logp - t.old_logp)
     d = t.ref_logp - t.logp
-    policy = -torch.minimum(ratio * t.advantage, ratio.clamp(0.8, 1.2) * t.advantage)
-    return policy + 0.04 * (torch.exp(d) - d - 1)
+    surrogate = -torch.minimum(ratio * t.advantage, ratio.clamp(0.8, 1.2) * t.advantage)
+    return surrogate + 0.04 * (torch.exp(d) - d - 1)
 
 
 def with_entropy(t: Any) -> Any:
-    return clipped_with_kl(t) - 0.01 * t.entropy + 0.001 * t.lse * t.lse
+    return policy(t) - 0.01 * t.entropy + 0.001 * t.lse * t.lse
 
 
-OBJECTIVES = {"kl": clipped_with_kl, "entropy": with_entropy}
+OBJECTIVES = {"policy": policy, "entropy": with_entropy}
 
 
 @dataclass(frozen=True)
@@ -185,8 +186,8 @@ def naive(case: Case, rows: Rows, dtype: torch.dtype) -> dict[str, Tensor]:
     entropy = -torch.where(log_p == -torch.inf, 0.0, log_p.exp() * log_p.clamp(min=-1e30)).sum(-1)
     stats = {"logp": logp, "entropy": entropy, "lse": z.logsumexp(-1)}
     weights = [d for d in rows.gradients if d is not None]
-    value = sum((s * d[used].to(dtype)).sum() for s, d in zip(stats.values(), weights, strict=False))
-    (of_stats,) = torch.autograd.grad(value, x, retain_graph=True)
+    terms = [(s * d[used].to(dtype)).sum() for s, d in zip(stats.values(), weights, strict=False)]
+    (of_stats,) = torch.autograd.grad(torch.stack(terms).sum(), x, retain_graph=True)
     given = {name: v[used].to(dtype) for name, v in rows.fields._asdict().items() if v is not None}
     weight = given.pop("weight")
     given.setdefault("old_logp", logp.detach())

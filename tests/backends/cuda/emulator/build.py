@@ -27,9 +27,10 @@ BUILD = ROOT / "build" / "cuda_emulator"
 MODULE = "emulated_kernels"
 CXX = shutil.which("g++") or shutil.which("c++")
 
-FLAGS = ("-std=c++20", "-O1", "-march=native", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast")
 # longjmp refuses to leave a stack where it is fortified.
-FLAGS += ("-fno-strict-aliasing", "-U_FORTIFY_SOURCE")
+FLAGS = (
+    "-std=c++20 -O1 -march=native -fPIC -fvisibility=hidden -ffp-contract=fast -fno-strict-aliasing -U_FORTIFY_SOURCE"
+)
 KERNEL_FLAGS = "-x c++ -include cuda_runtime.h -D__CUDACC__ -D__CUDA_ARCH__=900 -fsanitize=alignment,bounds -w"
 
 Change = Callable[[Path, str], str]
@@ -105,7 +106,7 @@ def _ninja(
     search = " ".join(f"-L{path}" for path in library_paths())
     objects = {unit: folder / "objects" / f"{unit.stem}.o" for unit in units}
     rules = [
-        f"rule compile\n command = {CXX} -MMD -MF $out.d {' '.join(FLAGS)} {includes} $flags -c $in -o $out",
+        f"rule compile\n command = {CXX} -MMD -MF $out.d {FLAGS} {includes} $flags -c $in -o $out",
         " depfile = $out.d\n deps = gcc",
         f"rule link\n command = {CXX} -shared -o $out $in {search} -lc10 -ltorch_cpu -ltorch_python",
         *(f"build {objects[unit]}: compile {unit}\n flags = {flags}" for unit, flags in units.items()),

@@ -107,7 +107,9 @@ FOUND = (
     _fault("vectors are read unaligned", "misaligned access", (_SLICE, "memory + at - offset", "memory + at")),
     _fault("vectors are written unaligned", "a store of 16 bytes is misaligned", (_SLICE, _HEAD, "0")),
     _fault("vectors are copied unaligned", "copy of 16 bytes is misaligned", (_SLICE, "misalignment(x)", "0")),
-    _fault("an array is read beyond its end", "index out of bounds", (_ROWS, _X_TARGET, _X_TARGET.replace("]", " + 16]"))),
+    _fault(
+        "an array is read beyond its end", "index out of bounds", (_ROWS, _X_TARGET, _X_TARGET.replace("]", " + 16]"))
+    ),
     _fault(
         "the memory of a slice ends too early",
         "written beyond its end",
@@ -130,7 +132,9 @@ def plant(faults: tuple[Fault, ...]) -> Change:
     """
 
     def change(path: Path, source: str) -> str:
-        edits = [(number, edit) for number, fault in enumerate(faults) for edit in fault.edits if edit.file == str(path)]
+        edits = [
+            (number, edit) for number, fault in enumerate(faults) for edit in fault.edits if edit.file == str(path)
+        ]
         for _, edit in edits:
             if source.count(edit.right) != 1:
                 raise ValueError(f"{path} must have {edit.right!r} once, a fault changes it")

@@ -15,6 +15,8 @@ void schedule(const std::string& order, uint64_t seed) {
   emulator::machine.schedule(orders.at(order), seed);
 }
 
+unsigned cluster() { return emulator::machine.launch().cluster; }
+
 void plant(int fault) { emulator::planted_fault = fault; }
 
 }  // namespace
@@ -23,5 +25,6 @@ PYBIND11_MODULE(UNIRL_EMULATOR, m) {
   unirl::bind_cuda(m);
   m.def("schedule", &schedule, py::arg("order"), py::arg("seed") = 0,
         "Let threads go on in the order forward, backward or random.");
+  m.def("cluster", &cluster, "Blocks of a cluster in the last launch.");
   m.def("plant", &plant, py::arg("fault"), "Let the kernels have this fault of those compiled into them; -1: none.");
 }
