@@ -18,6 +18,15 @@ from tests.backends.cuda.emulator.build import load
 from tests.places import DEVICES, PLACES, Place
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """``slow_interpreted`` becomes ``slow`` where Triton's interpreter runs the kernels."""
+    for item in items:
+        place = getattr(item, "callspec", None) and item.callspec.params.get("place")  # type: ignore[attr-defined]
+        if item.get_closest_marker("slow_interpreted") and place.interpreted:
+            item.add_marker("slow")
+
+
 @pytest.fixture(params=PLACES, ids=str)
 def place(request: pytest.FixtureRequest) -> Place:
     """Every backend with every kernel on every device of this machine; a missing one is an error, not a skip."""

@@ -52,7 +52,7 @@ class Place:
             pytest.skip("has no fp64 kernels: they are for the eager backend")
 
     def need_observations(self) -> None:
-        """Skip where the backend has no kernel for observations; ``test_cuda_sources`` holds it to the error."""
+        """Skip where the backend has no kernel for observations; ``backends/cuda`` tests the error."""
         if self.backend == "cuda":
             pytest.skip("has no kernel for observations, and says so")
 

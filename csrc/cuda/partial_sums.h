@@ -1,5 +1,5 @@
 // The arithmetic of the first sweep: a thread's running sums, and their combination by lanes, warps and ranks. For the
-// host too, where a model of the kernel is checked against fp64 (tests/cluster_model.cpp).
+// host too, where a model of the kernel is checked against fp64 (tests/backends/cuda/cluster_model.cpp).
 #pragma once
 
 #include <math.h>

@@ -1,13 +1,14 @@
-"""What users get."""
+"""Return types."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node
 
 from unirl_kernels.backends import RowObservations
 from unirl_kernels.batch import Batch
@@ -39,7 +40,7 @@ class TokenObservations(NamedTuple):
         log_sum_sq_probs: log sum_j p_j^2, in [-log V, 0], nats; minus the Renyi entropy of order 2.
         mean_logit: mean of z_j over the vocabulary; -inf where a z_j is.
         argmax: int64, the first column with the largest z; -1 where the target is not in the vocabulary, or a logit is
-            NaN or inf. ``argmax == target`` says whether the target is the top word.
+            NaN or inf. ``argmax == target`` says whether the target is the most probable token.
     """
 
     logp: Tensor
@@ -51,9 +52,24 @@ class TokenObservations(NamedTuple):
 
     @classmethod
     def of_rows(cls, rows: Sequence[Tensor]) -> TokenObservations:
-        """From ``RowObservations``, which have one field more."""
-        named = RowObservations(*rows)._asdict()
+        """From statistics and ``RowObservations``, which have one field more."""
+        named = dict(zip((*TokenStats._fields, *RowObservations._fields), rows, strict=True))
         return cls(**{name: named[name] for name in cls._fields})
+
+
+@dataclass(frozen=True, eq=False)
+class MetricParts:
+    """A metric in parts that ranks can reduce: sums and counts add up, min and max by their extremum. 0-dim each."""
+
+    sum: Tensor
+    count: Tensor
+    min: Tensor  # inf where nothing counts
+    max: Tensor  # -inf where nothing counts
+
+    @property
+    def mean(self) -> Tensor:
+        """sum / count; 0 where nothing counts."""
+        return self.sum / self.count.clamp(min=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,28 +78,72 @@ class LossOutput:
 
     Args:
         loss: 0-dim, float32 (float64 for float64 input), differentiable in what it was computed from.
-        logp, entropy: target's shape, detached; 0 where the target is ``IGNORE``.
+        logp, entropy, lse: target's shape, detached; 0 where the target is ``IGNORE``.
     """
 
     loss: Tensor
     logp: Tensor
     entropy: Tensor
+    lse: Tensor
     _batch: Batch
     _loss: Loss
 
+    @classmethod
+    def of(cls, value: Tensor, stats: Iterable[Tensor], batch: Batch, loss: Loss) -> LossOutput:
+        """From the statistics of each token, in any shape."""
+        logp, entropy, lse = (x.detach().view(batch.target.shape) for x in stats)
+        return cls(value, logp, entropy, lse, batch, loss)
+
     @property
     def metrics(self) -> dict[str, Tensor]:
-        """Means over the valid tokens, 0-dim tensors, computed when read and without waiting for a device.
+        """Means over valid tokens, sequences or pairs: 0-dim tensors, computed when read, without waiting for a device.
 
         ``entropy``; ``ratio_mean``, pi / pi_old (1 on policy); ``kl``, estimate k3 of KL(pi || pi_ref), where the
-        batch has ``ref_logp``; and what the objective adds, such as ``clip_fraction``.
+        batch has ``ref_logp``; and what the objectives add, such as ``clip_fraction``. Two objectives of a sum that
+        add the same name are told apart by the number of their term: ``clip_fraction.1``.
         """
+        return {name: parts.mean for name, parts in self.metric_parts.items()}
+
+    @property
+    def metric_parts(self) -> dict[str, MetricParts]:
+        """``metrics`` as sum, count, min and max, for one reduction across ranks."""
         with torch.no_grad():
-            tokens = Tokens(self._batch, self.logp, self.entropy, torch.zeros_like(self.logp))
+            tokens = self._tokens()
             values = {"entropy": tokens.entropy, "ratio_mean": torch.exp(tokens.logp - tokens.old_logp)}
             if self._batch.ref_logp is not None:
                 values["kl"] = kl_estimate(tokens)
-            values |= getattr(self._loss.objective, "metrics", lambda t: {})(tokens)
-            valid = self._batch.valid.reshape(-1)
-            n = valid.sum().clamp(min=1)
-            return {name: torch.where(valid, x, torch.zeros_like(x)).sum() / n for name, x in values.items()}
+            for k, term in enumerate(self._loss.terms):
+                for name, value in getattr(term.objective, "metrics", lambda t: {})(tokens).items():
+                    values[f"{name}.{k}" if name in values else name] = value
+            return {name: self._parts(value) for name, value in values.items()}
+
+    @property
+    def terms(self) -> tuple[Tensor, ...]:
+        """The value of each term of the loss, under its own weights: 0-dim, detached, computed when read."""
+        with torch.no_grad():
+            tokens, weights = self._tokens(), self._loss.weights(self._batch)
+            return self._loss.values(tokens, weights)
+
+    def _tokens(self) -> Tokens:
+        return Tokens(self._batch, self.logp, self.entropy, self.lse)
+
+    def _parts(self, value: Tensor) -> MetricParts:
+        """Of values per token, of which the valid ones count, or per sequence or pair, of which all do."""
+        value = value.to(self.logp.dtype)
+        counted = self._batch.valid.reshape(-1)
+        if value.shape != counted.shape:
+            counted = torch.ones_like(value, dtype=torch.bool)
+        return MetricParts(
+            torch.where(counted, value, 0).sum(),
+            counted.sum().to(value.dtype),
+            torch.where(counted, value, torch.inf).min() if value.numel() else value.new_tensor(torch.inf),
+            torch.where(counted, value, -torch.inf).max() if value.numel() else value.new_tensor(-torch.inf),
+        )
+
+
+# Wrappers such as DistributedDataParallel look for tensors in what a module returns by this registry.
+register_pytree_node(
+    LossOutput,
+    lambda out: ([out.loss, out.logp, out.entropy, out.lse], (out._batch, out._loss)),
+    lambda tensors, context: LossOutput(*tensors, *context),
+)

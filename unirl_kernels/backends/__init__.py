@@ -4,22 +4,28 @@ A backend module offers
 
     KERNELS                names of its one-pass kernels, the default first
     unavailable(device)    None, or the reason why it cannot run there
-    token_stats            statistics of each row, one read of the logits
+    token_stats            statistics and moments of each row, one read of the logits
     token_observations     the same, and what else can be observed of a row in that read
-    token_stats_backward   gradient of the logits from gradients of the statistics, one read and one write
+    token_stats_backward   gradient of the logits from the row's moments and the gradients of its statistics, one read
+                           and one write
     fused_loss             statistics, objective and gradient of each row, one read and one write
-    products               the matrix products of a linear head
+    matmuls                the matmuls of a linear head
     empty                  uninitialised memory for a vocabulary-sized tensor
     release_memory         give back what ``empty`` keeps for reuse, where it keeps any
     scale_                 multiply a gradient by a scalar, free where the scalar is 1
 
-with the signatures of ``Backend``. Shapes throughout: logits [B, L, V] with any strides and the last one 1;
-everything per row [B, L] and contiguous. The packed layout is B = 1. Statistics and fields are fp32, fp64 for
-fp64 logits. A row whose target is ``IGNORE`` is not read: its statistics and loss are 0, its gradient exact zeros.
-A row whose target is otherwise outside [0, V) gets NaN everywhere. The argmax of both is -1. A logit of -inf is a
-word that cannot come: its probability and its gradient are 0. Gradients of fp32 logits may be asked for in bf16 by a
-backend whose products take them so; they are rounded once. As a target it has log-probability -inf and what autograd
-gives log_softmax and gather: d_logp (1 - p_y) = d_logp at the target itself, -d_logp p_j elsewhere.
+with the signatures of ``Backend``. Shapes throughout: logits [B, L, V] with any strides and the last one 1; everything
+per row [B, L] and contiguous. The packed layout is B = 1. Statistics, moments and fields are fp32, fp64 for fp64
+logits.
+
+Targets. A row whose target is ``IGNORE`` is not read: its statistics and loss are 0, its gradient exact zeros, its
+argmax -1. A row whose target is ``ELSEWHERE`` is a shard of a row whose target is another shard's: it is read, its
+moments have u_y = -inf, its gradient has no target column. A row whose target is otherwise outside [0, V) gets NaN
+everywhere and argmax -1. A target whose logit is -inf has log-probability -inf and the gradient that autograd gives
+log_softmax and gather: d_logp (1 - p_y) = d_logp at the target itself, -d_logp p_j elsewhere.
+
+A logit of -inf has probability and gradient 0. logp <= 0 and H >= 0 always. Gradients of fp32 logits may be asked for
+in bf16 by a backend whose matmuls take them so; they are rounded once.
 """
 
 from __future__ import annotations
@@ -33,11 +39,18 @@ from typing import NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends.products import Products
+from unirl_kernels.backends.matmuls import Matmuls
+
+ELSEWHERE = torch.iinfo(torch.int64).min
+"""Target of a shard's row whose target belongs to another shard. No user can mean this number."""
 
 
 class ReadoutArgs(NamedTuple):
-    """How raw logits x become log-probabilities: z = softcap * tanh(scale * x / softcap) / temperature."""
+    """How raw logits x become log-probabilities: z = softcap * tanh(scale * x / softcap) / temperature.
+
+    Kernels write z = kappa u with kappa > 0: u = x, or -x under a negative scale, or tanh(scale x / softcap);
+    kappa = |scale| / temperature, or softcap / temperature.
+    """
 
     scale: float
     softcap: float | None
@@ -51,15 +64,35 @@ class RowStats(NamedTuple):
     lse: Tensor  # [B, L]
 
 
+class RowMoments(NamedTuple):
+    """Sums over a row or a shard of it, relative to its own largest u. Statistics and gradients follow from them
+    without the digits that a rounded lse loses."""
+
+    top: Tensor  # [B, L]; m = max_j u_j, -inf where all logits are
+    s_minus_1: Tensor  # [B, L]; sum_j e^(kappa (u_j - m)) - 1; -1 where all logits are -inf
+    sz: Tensor  # [B, L]; sum_j e^(kappa (u_j - m)) kappa (u_j - m), <= 0
+    u_target: Tensor  # [B, L]; u_y; -inf where the target is ELSEWHERE
+
+
+class Measured(NamedTuple):
+    stats: RowStats
+    moments: RowMoments
+
+
 class RowObservations(NamedTuple):
-    logp: Tensor  # [B, L]
-    entropy: Tensor  # [B, L]
-    lse: Tensor  # [B, L]
+    """What the sweep of the statistics can tell besides."""
+
     log_sum_sq_probs: Tensor  # [B, L]; log sum_j p_j^2, <= 0
     mean_logit: Tensor  # [B, L]; mean of z_j, which is -inf where one is
     # Logits as they came, since z rounds: x_j, or -x_j under a negative scale. NaN and -1 in a row with NaN or inf.
     largest: Tensor  # [B, L]; max_j
     argmax: Tensor  # [B, L] int64; the first column with it
+
+
+class Observed(NamedTuple):
+    stats: RowStats
+    moments: RowMoments
+    observations: RowObservations
 
 
 class RowGradients(NamedTuple):
@@ -70,19 +103,19 @@ class RowGradients(NamedTuple):
     d_lse: Tensor | None  # [B, L]
 
 
-class RowFields(NamedTuple):
-    """What the objective reads of a row besides its statistics. ``old_logp`` None: on policy, the row's own logp."""
+class ProgramArgs(NamedTuple):
+    """The scalar program of a loss, and what it reads of each row besides the statistics."""
 
-    weight: Tensor  # [B, L]
-    advantage: Tensor | None  # [B, L]
-    old_logp: Tensor | None  # [B, L]
-    ref_logp: Tensor | None  # [B, L]
+    text: str  # see ``Program.text``
+    fields: Tensor  # [n_fields, B, L] contiguous, in the dtype of the statistics
+    params: Tensor  # [n_params] float64
 
 
 class FusedRows(NamedTuple):
     loss: Tensor  # [B, L], weighted
     logp: Tensor  # [B, L]
     entropy: Tensor  # [B, L]
+    lse: Tensor  # [B, L]
 
 
 class Backend(Protocol):
@@ -90,17 +123,17 @@ class Backend(Protocol):
 
     def unavailable(self, device: torch.device) -> str | None: ...
 
-    def token_stats(self, logits: Tensor, target: Tensor, readout: ReadoutArgs) -> RowStats: ...
+    def token_stats(self, logits: Tensor, target: Tensor, readout: ReadoutArgs) -> Measured: ...
 
-    def token_observations(self, logits: Tensor, target: Tensor, readout: ReadoutArgs) -> RowObservations: ...
+    def token_observations(self, logits: Tensor, target: Tensor, readout: ReadoutArgs) -> Observed: ...
 
     def token_stats_backward(
         self,
         logits: Tensor,
         target: Tensor,
-        stats: RowStats,
-        gradients: RowGradients,
         readout: ReadoutArgs,
+        moments: RowMoments,
+        gradients: RowGradients,
         d_logits: Tensor,  # [B, L, V], written; may be ``logits`` itself
     ) -> None: ...
 
@@ -108,15 +141,13 @@ class Backend(Protocol):
         self,
         logits: Tensor,
         target: Tensor,
-        fields: RowFields,
         readout: ReadoutArgs,
-        code: Sequence[int],
-        params: Tensor,  # [n_params] float64
+        program: ProgramArgs,
         d_logits: Tensor,  # [B, L, V], written; may be ``logits`` itself
         kernel: str,
     ) -> FusedRows: ...
 
-    def products(self, weight: Tensor, dtype: torch.dtype) -> Products: ...
+    def matmuls(self, weight: Tensor, dtype: torch.dtype) -> Matmuls: ...
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor: ...
 

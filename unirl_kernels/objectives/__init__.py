@@ -1,8 +1,16 @@
 """Objectives: what each token contributes to a loss. They import torch, the batch and the tracer, nothing else."""
 
-from unirl_kernels.objectives.aggregate import Aggregation, FixedLength, PairMean, SequenceMean, TokenMean
-from unirl_kernels.objectives.base import Loss, Objective, Paradigm
+from unirl_kernels.objectives.aggregate import (
+    Aggregation,
+    FixedLength,
+    GroupMean,
+    PairMean,
+    SequenceMean,
+    TokenMean,
+    Weighted,
+)
 from unirl_kernels.objectives.likelihood import RFT, SFT, OnlineRFT
+from unirl_kernels.objectives.loss import Loss, Objective, Paradigm, Term
 from unirl_kernels.objectives.policy import KL, Clip, PolicyGradient, Ratio
 from unirl_kernels.objectives.preference import DPO
 from unirl_kernels.objectives.tokens import Tokens
@@ -15,6 +23,7 @@ __all__ = [
     "Aggregation",
     "Clip",
     "FixedLength",
+    "GroupMean",
     "Loss",
     "Objective",
     "OnlineRFT",
@@ -23,6 +32,8 @@ __all__ = [
     "PolicyGradient",
     "Ratio",
     "SequenceMean",
+    "Term",
     "TokenMean",
     "Tokens",
+    "Weighted",
 ]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from unirl_kernels.objectives.base import Objective, Paradigm
+from unirl_kernels.objectives.loss import Objective, Paradigm
 from unirl_kernels.objectives.tokens import Tokens
 
 
@@ -30,7 +30,7 @@ class RFT(Objective):
     paradigm = Paradigm("RFT", "(3), (4)", "q ~ P_sft, o ~ pi_sft", "rule", "I(o) log pi", "I(o)")
 
     def __call__(self, t: Tokens) -> Tensor:
-        return -t.advantage * t.logp
+        return -(t.advantage * t.logp)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from unirl_kernels.objectives.arguments import check_number
-from unirl_kernels.objectives.base import Objective, Paradigm
+from unirl_kernels.objectives.loss import Objective, Paradigm
 from unirl_kernels.objectives.tokens import Tokens
 
 

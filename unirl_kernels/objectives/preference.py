@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from unirl_kernels.objectives.arguments import check_number
-from unirl_kernels.objectives.base import Objective, Paradigm
+from unirl_kernels.objectives.loss import Objective, Paradigm
 from unirl_kernels.objectives.tokens import Tokens
 
 

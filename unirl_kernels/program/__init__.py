@@ -2,7 +2,7 @@
 
 from unirl_kernels.program.evaluate import evaluate
 from unirl_kernels.program.ir import (
-    INPUTS,
+    MAX_FIELDS,
     MAX_INSTRUCTIONS,
     MAX_PARAMS,
     OUTPUTS,
@@ -10,11 +10,12 @@ from unirl_kernels.program.ir import (
     ZERO,
     Op,
     Program,
+    parsed,
 )
-from unirl_kernels.program.trace import Traced, UnsupportedOperation, trace
+from unirl_kernels.program.trace import Traced, UnsupportedOperation, trace, weight_name
 
 __all__ = [
-    "INPUTS",
+    "MAX_FIELDS",
     "MAX_INSTRUCTIONS",
     "MAX_PARAMS",
     "OUTPUTS",
@@ -25,5 +26,7 @@ __all__ = [
     "Traced",
     "UnsupportedOperation",
     "evaluate",
+    "parsed",
     "trace",
+    "weight_name",
 ]

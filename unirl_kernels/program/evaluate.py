@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from unirl_kernels.program.ir import INPUTS, ZERO, Op, Program
+from unirl_kernels.program.ir import ZERO, Op, Program
 
 INSTRUCTIONS: dict[Op, Callable[..., Tensor]] = {
     Op.ADD: torch.add,
@@ -33,26 +33,26 @@ INSTRUCTIONS: dict[Op, Callable[..., Tensor]] = {
     Op.LE: lambda x, y: (x <= y).to(x.dtype),
     Op.EQ: lambda x, y: (x == y).to(x.dtype),
     Op.WHERE: lambda c, x, y: torch.where(c != 0, x, y),
+    Op.POW: torch.pow,
 }
 
 
-def evaluate(program: Program, inputs: Mapping[str, Tensor], params: Tensor) -> tuple[Tensor, ...]:
-    """Run ``program`` elementwise.
+def evaluate(program: Program, stats: Sequence[Tensor], fields: Tensor, params: Tensor) -> tuple[Tensor, ...]:
+    """Run ``program`` on every row.
 
     Args:
         program: what to compute.
-        inputs: per name of ``program.reads`` (and always ``logp``), tensors of one shape and dtype.
-        params: [n_params] float64, on the inputs' device.
+        stats: logp, entropy, lse; tensors of one shape and dtype.
+        fields: [n_fields, *shape], of the statistics' dtype.
+        params: [n_params] float64, on the statistics' device.
 
     Returns:
-        loss, d_logp, d_entropy, d_lse: the shape and dtype of ``inputs["logp"]``.
+        loss, d_logp, d_entropy, d_lse: the shape and dtype of the statistics.
     """
-    like = inputs["logp"]
-    registers: list[Tensor | None] = [inputs.get(name) for name in INPUTS]
-    registers += [p.to(like.dtype).expand_as(like) for p in params.unbind()]
+    like = stats[0]
+    registers = [*stats, *fields.unbind(), *(p.to(like.dtype).expand_as(like) for p in params.unbind())]
     for instruction in program.instructions:
         operands = [registers[r] for r in instruction.args]
         registers.append(INSTRUCTIONS[instruction.op](*operands))
     zero = torch.zeros_like(like)
-    results = (zero if r == ZERO else registers[r] for r in program.outputs)
-    return tuple(zero if r is None else r for r in results)
+    return tuple(zero if r == ZERO else registers[r] for r in program.outputs)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from unirl_kernels.program.ir import (
-    INPUTS,
+    MAX_FIELDS,
     MAX_INSTRUCTIONS,
     MAX_PARAMS,
     STATISTICS,
@@ -34,6 +35,7 @@ class Graph:
     nodes: list[Node] = field(default_factory=list)
     params: list[float] = field(default_factory=list)
     _index: dict[Node, int] = field(default_factory=dict)
+    _integers: dict[int, int] = field(default_factory=dict)
 
     def _intern(self, node: Node) -> int:
         if node not in self._index:
@@ -49,9 +51,18 @@ class Graph:
         return self._intern(Node("const", value=float(value)))
 
     def param(self, value: float) -> int:
-        """A number of the objective: a run-time parameter, so that a new value needs no new kernel."""
+        """A number of the objective: a run-time parameter, so that a new value needs no new kernel.
+
+        Equal integers share one, since they are literals of the code as a rule. Equal floats do not: two coefficients
+        that happen to be equal would make another program than two that differ.
+        """
+        if isinstance(value, int) and value in self._integers:
+            return self._integers[value]
         self.params.append(float(value))
-        return self._intern(Node("param", value=len(self.params) - 1))
+        node = self._intern(Node("param", value=len(self.params) - 1))
+        if isinstance(value, int):
+            self._integers[value] = node
+        return node
 
     def detach(self, x: int) -> int:
         return self._intern(Node("detach", (x,)))
@@ -189,9 +200,20 @@ def _extremum(order: tuple[int, int]) -> Rule:
 
 
 def _clamp(g: Graph, y: int, x: tuple[int, ...], dx: tuple[int, ...]) -> int:
-    """PyTorch's rule: the bounds belong to the inside. Bounds are constants (the tracer sees to it)."""
+    """PyTorch's rule: the bounds belong to the inside; outside, a bound that depends on the token has the derivative,
+    the upper one where it is below the lower one."""
     inside = g.op(Op.MUL, g.op(Op.LE, x[1], x[0]), g.op(Op.LE, x[0], x[2]))
-    return g.op(Op.WHERE, inside, dx[0], g.const(0))
+    if g.constant_value(dx[1]) == 0 and g.constant_value(dx[2]) == 0:
+        return g.op(Op.WHERE, inside, dx[0], g.const(0))
+    crossed = g.op(Op.LT, x[2], x[1])
+    below = g.op(Op.WHERE, g.op(Op.LT, x[0], x[1]), dx[1], g.op(Op.WHERE, g.op(Op.LT, x[2], x[0]), dx[2], g.const(0)))
+    return g.op(Op.WHERE, crossed, dx[2], g.op(Op.WHERE, inside, dx[0], below))
+
+
+def _power(g: Graph, y: int, x: tuple[int, ...], dx: tuple[int, ...]) -> int:
+    """Of x ** c with a constant exponent: c x ** (c - 1)."""
+    slope = g.op(Op.MUL, x[1], g.op(Op.POW, x[0], g.op(Op.SUB, x[1], g.const(1))))
+    return _selected(g, dx[0], g.op(Op.MUL, slope, dx[0]))
 
 
 def _quotient(g: Graph, y: int, x: tuple[int, ...], dx: tuple[int, ...]) -> int:
@@ -237,6 +259,7 @@ RULES: dict[Op, Rule] = {
     Op.LE: _step,
     Op.EQ: _step,
     Op.WHERE: lambda g, y, x, dx: g.op(Op.WHERE, x[0], dx[1], dx[2]),
+    Op.POW: _power,
 }
 """Derivative of each operation: rule(graph, value, arguments, their derivatives). PyTorch's conventions at kinks."""
 
@@ -270,39 +293,66 @@ def ancestors(g: Graph, *of: int) -> list[int]:
     return sorted(seen)
 
 
-def assemble(g: Graph, loss: int) -> tuple[Program, tuple[float, ...]]:
-    """Differentiate ``loss`` and lay the expressions out as a program.
+def weighted(g: Graph, term: int, weight: int) -> int:
+    """Node of weight * term; exactly 0 where the weight is 0, whatever the term is there (NaN, inf)."""
+    return g.op(Op.WHERE, weight, g.op(Op.MUL, weight, term), g.const(0))
+
+
+def assemble(g: Graph, terms: Sequence[int], weights: Sequence[str]) -> tuple[Program, tuple[str, ...], list[float]]:
+    """Differentiate the weighted sum of terms and lay the expressions out as a program.
+
+    Args:
+        g: the expressions.
+        terms: nodes of the losses of a token, one for each term.
+        weights: name of the field that holds each term's weight.
 
     Returns:
-        The program, and the values of its parameters: the objective's own, then the derivation's constants.
+        The program, the names of its fields in their order, and the values of its parameters: the objectives' own,
+        then the derivation's constants.
 
     Raises:
         ValueError: when the program is longer than kernels take.
     """
-    outputs = [loss] + [derivative(g, loss, name) for name in STATISTICS]
+    at_weight = [g.input(name) for name in weights]
+
+    def total(nodes: Sequence[int]) -> int:
+        sum_of = g.const(0)
+        for node, weight in zip(nodes, at_weight, strict=True):
+            if g.constant_value(node) != 0:
+                sum_of = g.op(Op.ADD, sum_of, weighted(g, node, weight))
+        return sum_of
+
+    outputs = [total(terms), *(total([derivative(g, x, name) for x in terms]) for name in STATISTICS)]
     outputs = [ZERO if g.constant_value(x) == 0 else x for x in outputs]
     order = ancestors(g, *outputs)
     constants = sorted({float(g.nodes[x].value) for x in order if g.nodes[x].kind == "const"})
-    params = (*g.params, *constants)
+    inputs = [str(g.nodes[x].value) for x in order if g.nodes[x].kind == "input"]
+    fields = tuple(name for name in inputs if name not in STATISTICS)
+    params = [*g.params, *constants]
+    first = {"input": 0, "param": len(STATISTICS) + len(fields)}
+    first["const"] = first["param"] + len(g.params)
+    numbers: dict[str, list[Any]] = {"input": [*STATISTICS, *fields], "const": constants}
     register: dict[int, int] = {ZERO: ZERO}
     instructions: list[Instruction] = []
     for x in order:
         node = g.nodes[x]
         if isinstance(node.kind, Op):
-            register[x] = len(INPUTS) + len(params) + len(instructions)
+            register[x] = first["const"] + len(constants) + len(instructions)
             instructions.append(Instruction(node.kind, tuple(register[a] for a in node.args)))
-        elif node.kind == "input":
-            register[x] = INPUTS.index(str(node.value))
         elif node.kind == "param":
-            register[x] = len(INPUTS) + int(node.value)
-        elif node.kind == "const":
-            register[x] = len(INPUTS) + len(g.params) + constants.index(float(node.value))
-        else:
+            register[x] = first["param"] + int(node.value)
+        elif node.kind == "detach":
             register[x] = register[node.args[0]]
-    if len(params) > MAX_PARAMS or len(instructions) > MAX_INSTRUCTIONS:
-        raise ValueError(
-            f"{len(instructions)} operations and {len(params)} scalars with its derivative; "
-            f"one-pass kernels take {MAX_INSTRUCTIONS} and {MAX_PARAMS}"
-        )
+        else:
+            register[x] = first[node.kind] + numbers[node.kind].index(node.value)
+    _check_size(len(instructions), len(params), len(fields))
     at = [register[x] for x in outputs]
-    return Program(len(params), tuple(instructions), (at[0], at[1], at[2], at[3])), params
+    return Program(len(fields), len(params), tuple(instructions), (at[0], at[1], at[2], at[3])), fields, params
+
+
+def _check_size(instructions: int, params: int, fields: int) -> None:
+    if instructions > MAX_INSTRUCTIONS or params > MAX_PARAMS or fields > MAX_FIELDS:
+        raise ValueError(
+            f"{instructions} operations, {params} scalars and {fields} fields with its derivative; "
+            f"one-pass kernels take {MAX_INSTRUCTIONS}, {MAX_PARAMS} and {MAX_FIELDS}"
+        )

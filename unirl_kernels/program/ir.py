@@ -1,34 +1,37 @@
 """The scalar program: what a one-pass kernel runs once per row.
 
-A token-scope objective becomes a short straight-line program over scalars. It reads the row's statistics and
-the batch's fields, and yields the token's loss together with its derivatives with respect to the three
-statistics that depend on the logits:
+The terms of token scope of a loss become one short straight-line program over scalars. It reads the row's statistics
+and the batch's fields, and returns the row's weighted loss and its derivatives with respect to the three statistics:
 
-    (logp, entropy, lse, old_logp, ref_logp, advantage; params)  ->  (loss, d_logp, d_entropy, d_lse)
+    (logp, entropy, lse; fields; params)  ->  (loss, d_logp, d_entropy, d_lse)
 
-The gradient coefficient of the unified paradigm is GC = -d_logp (Shao et al. 2024, arXiv:2402.03300v3, eq. 1).
+The weights of the terms are fields like all others. The gradient coefficient of the unified paradigm is GC = -d_logp
+of an unweighted term (Shao et al. 2024, arXiv:2402.03300v3, eq. 1).
 
-Registers are numbered: first the six ``INPUTS``, then the parameters, then one register per instruction.
-``csrc/program.h`` interprets the same encoding; ``backends/triton`` prints it as a device function.
+Registers are numbered: the three ``STATISTICS``, then the fields, then the parameters, then one register per
+instruction. Names of fields stay outside: kernels know numbers only. ``csrc/program.h`` interprets the same text;
+``backends/triton`` prints it as a device function.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache
 
-INPUTS = ("logp", "entropy", "lse", "old_logp", "ref_logp", "advantage")
 STATISTICS = ("logp", "entropy", "lse")
 OUTPUTS = ("loss", "d_logp", "d_entropy", "d_lse")
 ZERO = -1
 """Register of an output that is identically zero, and of an operand that an instruction does not have."""
 
-MAX_PARAMS = 32
-MAX_INSTRUCTIONS = 192
-"""Limits of the register file that the native interpreter keeps on its stack."""
+MAX_FIELDS = 24
+MAX_PARAMS = 96
+MAX_INSTRUCTIONS = 512
+"""Limits of the native interpreters: twice what the largest published sum of losses takes."""
 
-HEADER = 2 + len(OUTPUTS)
+HEADER = 3 + len(OUTPUTS)
+WORD = 4
+"""Numbers of an instruction in the text: the operation and three operands."""
 
 
 class Op(IntEnum):
@@ -56,6 +59,7 @@ class Op(IntEnum):
     LE = 19
     EQ = 20
     WHERE = 21
+    POW = 22
 
 
 ARITY = dict.fromkeys(Op, 2) | {
@@ -78,48 +82,64 @@ class Program:
     """A straight-line scalar program.
 
     Args:
-        n_params: number of run-time parameters (the objective's scalars, then constants of the derivation).
+        n_fields: number of fields that it reads.
+        n_params: number of run-time parameters (the objectives' scalars, then constants of the derivation).
         instructions: executed in order.
         outputs: registers of ``OUTPUTS``; ``ZERO`` where the output is identically zero.
     """
 
+    n_fields: int
     n_params: int
     instructions: tuple[Instruction, ...]
     outputs: tuple[int, int, int, int]
 
     @property
+    def first_field(self) -> int:
+        return len(STATISTICS)
+
+    @property
     def first_param(self) -> int:
-        return len(INPUTS)
+        return len(STATISTICS) + self.n_fields
 
     @property
     def first_result(self) -> int:
-        return len(INPUTS) + self.n_params
+        return self.first_param + self.n_params
 
     @property
-    def reads(self) -> frozenset[str]:
-        """Names of the inputs that the program reads."""
-        used = {r for i in self.instructions for r in i.args} | set(self.outputs)
-        return frozenset(name for r, name in enumerate(INPUTS) if r in used)
+    def has_entropy_gradient(self) -> bool:
+        return self.outputs[OUTPUTS.index("d_entropy")] != ZERO
 
-    def encode(self) -> list[int]:
-        """Flat integers: ``[n_params, n_instructions, *outputs]``, then ``[op, a, b, c]`` per instruction."""
-        code = [self.n_params, len(self.instructions), *self.outputs]
+    @property
+    def text(self) -> str:
+        """The program as operators and kernels take it: decimal numbers with spaces between them.
+
+        ``n_fields n_params n_instructions``, the four outputs, then ``op a b c`` for each instruction. Text, because
+        torch.compile would make every integer of a list a variable.
+        """
+        numbers = [self.n_fields, self.n_params, len(self.instructions), *self.outputs]
         for i in self.instructions:
-            code += [int(i.op), *i.args, *[ZERO] * (3 - len(i.args))]
-        return code
+            numbers += [int(i.op), *i.args, *[ZERO] * (WORD - 1 - len(i.args))]
+        return " ".join(map(str, numbers))
 
     @classmethod
-    def decode(cls, code: Sequence[int]) -> Program:
-        """Inverse of ``encode``.
+    def parse(cls, text: str) -> Program:
+        """Inverse of ``text``.
 
         Raises:
-            ValueError: when the integers are not an encoded program.
+            ValueError: when the text is not that of a program.
         """
-        if len(code) < HEADER or len(code) != HEADER + 4 * code[1]:
-            raise ValueError(f"program must hold {HEADER} + 4 n integers, got {len(code)}")
+        numbers = [int(word) for word in text.split()]
+        if len(numbers) < HEADER or len(numbers) != HEADER + WORD * numbers[2]:
+            raise ValueError(f"program must hold {HEADER} + {WORD} n numbers, got {len(numbers)}")
         instructions = []
-        for at in range(HEADER, len(code), 4):
-            op = Op(code[at])
-            instructions.append(Instruction(op, tuple(code[at + 1 : at + 1 + ARITY[op]])))
-        loss, d_logp, d_entropy, d_lse = code[2:HEADER]
-        return cls(code[0], tuple(instructions), (loss, d_logp, d_entropy, d_lse))
+        for at in range(HEADER, len(numbers), WORD):
+            op = Op(numbers[at])
+            instructions.append(Instruction(op, tuple(numbers[at + 1 : at + 1 + ARITY[op]])))
+        loss, d_logp, d_entropy, d_lse = numbers[3:HEADER]
+        return cls(numbers[0], numbers[1], tuple(instructions), (loss, d_logp, d_entropy, d_lse))
+
+
+@cache
+def parsed(text: str) -> Program:
+    """``Program.parse``, once per distinct program."""
+    return Program.parse(text)

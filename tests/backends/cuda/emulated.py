@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from unirl_kernels.accuracy import condition_of, violations
-from unirl_kernels.backends import ReadoutArgs, RowFields, RowGradients, cuda, native
+from unirl_kernels.backends import ELSEWHERE, ProgramArgs, ReadoutArgs, RowGradients, RowStats, cuda, native
 from unirl_kernels.batch import IGNORE
-from unirl_kernels.program import trace
+from unirl_kernels.program import trace, weight_name
+from unirl_kernels.testing.budgets import condition_of, violations
 
-TOKENS = (1, 4)
-"""[B, L]; the target of the second is ignored, that of the third is no position of the vocabulary."""
+TOKENS = (1, 5)
+"""[B, L]; the targets are the first column, ignored, no column at all, the last column, and in another shard."""
 
 IDENTITY = ReadoutArgs(1.0, None, 1.0, None)
 READOUTS = {
@@ -30,8 +30,8 @@ READOUTS = {
     "negative scale": ReadoutArgs(-0.8, None, 1.0, None),
     "softcap": ReadoutArgs(0.9, 5.0, 1.0, None),
     "negative softcap": ReadoutArgs(-0.5, 30.0, 1.3, None),
-    "temperatures": ReadoutArgs(1.0, None, 9.0, torch.tensor([[0.5, 1.0, 1.5, 2.0]])),
-    "softcap and temperatures": ReadoutArgs(2.0, 8.0, 1.0, torch.tensor([[0.5, 1.0, 1.5, 2.0]])),
+    "temperatures": ReadoutArgs(1.0, None, 9.0, torch.tensor([[0.5, 1.0, 1.5, 2.0, 2.5]])),
+    "softcap and temperatures": ReadoutArgs(2.0, 8.0, 1.0, torch.tensor([[0.5, 1.0, 1.5, 2.0, 2.5]])),
 }
 
 LAYOUTS = {"contiguous": (1, 0, 0), "aligned": (16, 16, 0), "unaligned": (1, 1, 3)}
@@ -77,7 +77,7 @@ class Case:
 class Rows:
     logits: Tensor  # [B, L, V]
     target: Tensor  # [B, L]
-    fields: RowFields
+    fields: dict[str, Tensor]  # [B, L] each
     gradients: RowGradients  # of the statistics
 
 
@@ -103,9 +103,10 @@ def memory(case: Case, dtype: torch.dtype, start: int = 0) -> Tensor:
 
 
 def make_rows(case: Case) -> Rows:
-    """Targets in the first and in the last column; old and reference log-probabilities at a realistic distance."""
+    """Logits of a spread of 3; old and reference log-probabilities at a realistic distance, or on policy."""
     torch.manual_seed(case.vocab)
-    logits, target = torch.randn(*TOKENS, case.vocab) * 3, torch.tensor([[0, IGNORE, case.vocab, case.vocab - 1]])
+    logits = torch.randn(*TOKENS, case.vocab) * 3
+    target = torch.tensor([[0, IGNORE, case.vocab, case.vocab - 1, ELSEWHERE]])
     index = target.clamp(0, case.vocab - 1).unsqueeze(-1)
     if case.fill == "certain":
         logits.scatter_(-1, index, 40.0)
@@ -114,20 +115,21 @@ def make_rows(case: Case) -> Rows:
         logits.masked_fill_(~kept, -torch.inf)
     logits = memory(case, case.dtype).copy_(logits)
     logp = torch.log_softmax(z_of(logits.double(), READOUTS[case.readout]), -1).gather(-1, index).squeeze(-1).float()
-    noise = 0.3 * torch.randn(2, *TOKENS)
-    with_entropy = case.objective == "entropy"
-    fields = RowFields(
-        torch.rand(TOKENS) + 0.1, torch.randn(TOKENS), logp + noise[0] if with_entropy else None, logp + noise[1]
-    )
+    fields = {weight_name(0): torch.rand(TOKENS) + 0.1, "advantage": torch.randn(TOKENS)}
+    fields["ref_logp"] = logp + 0.3 * torch.randn(TOKENS)
     d_logp, d_entropy, d_lse = torch.randn(3, *TOKENS)
-    gradients = RowGradients(d_logp, d_entropy, d_lse) if with_entropy else RowGradients(d_logp, None, None)
-    return Rows(logits, target, fields, gradients)
+    if case.objective == "policy":
+        return Rows(logits, target, fields, RowGradients(d_logp, None, None))
+    fields["old_logp"] = logp + 0.3 * torch.randn(TOKENS)
+    return Rows(logits, target, fields, RowGradients(d_logp, d_entropy, d_lse))
 
 
 def run(case: Case) -> dict[str, Tensor]:
     """All that the backend makes of a case, in memory that held NaN before."""
-    rows, readout, traced = make_rows(case), READOUTS[case.readout], trace(OBJECTIVES[case.objective])
-    params = torch.tensor(traced.params, dtype=torch.float64)
+    rows, readout = make_rows(case), READOUTS[case.readout]
+    traced = trace([OBJECTIVES[case.objective]], on_policy="old_logp" not in rows.fields)
+    fields = torch.stack([rows.fields[name] for name in traced.fields])
+    program = ProgramArgs(traced.text, fields, torch.tensor(traced.params, dtype=torch.float64))
 
     def to_write() -> tuple[Tensor, Tensor]:
         """Logits, and where their gradient goes; an unaligned one is so in another way."""
@@ -136,20 +138,20 @@ def run(case: Case) -> dict[str, Tensor]:
         logits = memory(case, case.dtype).copy_(rows.logits)
         return logits, logits
 
-    stats = cuda.token_stats(rows.logits, rows.target, readout)
+    stats, moments = cuda.token_stats(rows.logits, rows.target, readout)
     logits, of_stats = to_write()
-    cuda.token_stats_backward(logits, rows.target, stats, rows.gradients, readout, of_stats)
+    cuda.token_stats_backward(logits, rows.target, readout, moments, rows.gradients, of_stats)
     logits, of_loss = to_write()
-    out = cuda.fused_loss(
-        logits, rows.target, rows.fields, readout, traced.program.encode(), params, of_loss, "cluster"
-    )
+    out = cuda.fused_loss(logits, rows.target, readout, program, of_loss, "cluster")
     for written in (of_stats, of_loss):
         assert only_rows_written(written), "memory outside of the rows was written"
-    return {**stats._asdict(), "d_logits of the statistics": of_stats, **_named("fused ", out), "d_logits": of_loss}
+    measured = {**stats._asdict(), **moments._asdict(), "d_logits of statistics": of_stats}
+    return {**measured, **{f"fused {name}": x for name, x in out._asdict().items()}, "fused d_logits": of_loss}
 
 
-def _named(prefix: str, rows: Any) -> dict[str, Tensor]:
-    return {prefix + name: x for name, x in rows._asdict().items()}
+def stats_of(logits: Tensor, target: int) -> RowStats:
+    """Of logits [1, 1, V] as they are."""
+    return cuda.token_stats(logits, torch.tensor([[target]]), IDENTITY).stats
 
 
 def only_rows_written(x: Tensor) -> bool:
@@ -177,40 +179,63 @@ def z_of(x: Tensor, readout: ReadoutArgs) -> Tensor:
 
 
 def naive(case: Case, rows: Rows, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The same by autograd in ``dtype``, of the rows that have a target."""
-    used = (rows.target >= 0) & (rows.target < case.vocab)
+    """The same by autograd in ``dtype``, of the rows that are read; fused, of those whose target is a column."""
+    readout, fused = READOUTS[case.readout], (rows.target >= 0) & (rows.target < case.vocab)
+    read = fused | (rows.target == ELSEWHERE)
+    elsewhere = rows.target[read] == ELSEWHERE
     x = rows.logits.to(dtype).detach().requires_grad_()
-    z = z_of(x, READOUTS[case.readout])[used]
-    log_p = torch.log_softmax(z, -1)
-    logp = log_p.gather(-1, rows.target[used].unsqueeze(-1)).squeeze(-1)
+    z = z_of(x, readout)[read]
+    log_p, lse = torch.log_softmax(z, -1), z.logsumexp(-1)
+    index = rows.target[read].clamp(min=0).unsqueeze(-1)
+    # Beside a target that is elsewhere logp depends on this shard by its lse alone.
+    logp = torch.where(elsewhere, -lse, log_p.gather(-1, index).squeeze(-1))
     entropy = -torch.where(log_p == -torch.inf, 0.0, log_p.exp() * log_p.clamp(min=-1e30)).sum(-1)
-    stats = {"logp": logp, "entropy": entropy, "lse": z.logsumexp(-1)}
     weights = [d for d in rows.gradients if d is not None]
-    terms = [(s * d[used].to(dtype)).sum() for s, d in zip(stats.values(), weights, strict=False)]
+    terms = [(s * d[read].to(dtype)).sum() for s, d in zip((logp, entropy, lse), weights, strict=False)]
     (of_stats,) = torch.autograd.grad(torch.stack(terms).sum(), x, retain_graph=True)
-    given = {name: v[used].to(dtype) for name, v in rows.fields._asdict().items() if v is not None}
-    weight = given.pop("weight")
-    given.setdefault("old_logp", logp.detach())
-    loss = weight * OBJECTIVES[case.objective](_Token(**stats, **given))
+    stats = {"logp": logp.masked_fill(elsewhere, -torch.inf), "entropy": entropy, "lse": lse}
+    u_target = z.gather(-1, index).squeeze(-1).masked_fill(elsewhere, -torch.inf) / kappa_of(readout, read, dtype)
+    found = {**stats, **_moments(z, readout, read), "u_target": u_target, "d_logits of statistics": of_stats[read]}
+
+    here = ~elsewhere
+    given = {name: v[fused].to(dtype) for name, v in rows.fields.items()}
+    weight = given.pop(weight_name(0))
+    given.setdefault("old_logp", logp[here].detach())
+    of_tokens = {"logp": logp[here], "entropy": entropy[here], "lse": lse[here]}
+    loss = weight * OBJECTIVES[case.objective](_Token(**of_tokens, **given))
     (of_loss,) = torch.autograd.grad(loss.sum(), x)
-    fused = {"fused loss": loss, "fused logp": logp, "fused entropy": entropy}
-    found = {**stats, "d_logits of the statistics": of_stats[used], **fused, "d_logits": of_loss[used]}
+    found |= {f"fused {name}": value for name, value in {"loss": loss, **of_tokens, "d_logits": of_loss[fused]}.items()}
     return {name: value.detach() for name, value in found.items()}
 
 
+def kappa_of(readout: ReadoutArgs, read: Tensor, dtype: torch.dtype) -> Tensor:
+    row = readout.row_temperature
+    temperature = torch.full(TOKENS, readout.temperature, dtype=dtype) if row is None else row.to(dtype)
+    return (abs(readout.scale) if readout.softcap is None else readout.softcap) / temperature[read]
+
+
+def _moments(z: Tensor, readout: ReadoutArgs, read: Tensor) -> dict[str, Tensor]:
+    top = z.amax(-1)
+    below = z - top.unsqueeze(-1)
+    e = below.exp()
+    sz = torch.where(e == 0, 0.0, e * below).sum(-1)
+    return {"top": top / kappa_of(readout, read, z.dtype), "s_minus_1": e.sum(-1) - 1, "sz": sz}
+
+
 def check(case: Case, got: dict[str, Tensor]) -> None:
-    """Assert that all of it is within budget, 0 in ignored rows, NaN where a target is none."""
+    """Assert that all of it is within budget, 0 in ignored rows, NaN where a target is no column."""
     rows = make_rows(case)
-    used = (rows.target >= 0) & (rows.target < case.vocab)
+    fused = (rows.target >= 0) & (rows.target < case.vocab)
     truth, plain = naive(case, rows, torch.float64), naive(case, rows, torch.float32)
     lse = max(1.0, truth["lse"].abs().max().item())
     for name, exact in truth.items():
         x = got[name]
         assert not x[rows.target == IGNORE].any(), f"{name} of an ignored row is not 0"
-        assert x[rows.target == case.vocab].isnan().all(), f"{name} of a row whose target is none is not NaN"
-        gradient = name.startswith("d_logits")
+        assert x[rows.target == case.vocab].isnan().all(), f"{name} of a row whose target is no column is not NaN"
+        gradient = "d_logits" in name
         condition = 2 * lse if gradient else lse * condition_of(exact)
         # The plain gradient is rounded as it is stored, and is fp32 again, so that ulps are those of fp32.
         rounded = plain[name].to(x.dtype).float() if gradient else plain[name]
-        problems = violations(x[used].float(), rounded, exact, condition=condition)
+        read = fused if name.startswith("fused") else fused | (rows.target == ELSEWHERE)
+        problems = violations(x[read].float(), rounded, exact, condition=condition)
         assert not problems, f"{name}: {problems}"

@@ -5,21 +5,28 @@ Importing this package does not import Triton: ``unavailable`` can say that it i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends import FusedRows, ReadoutArgs, RowFields, RowGradients, RowObservations, RowStats
-from unirl_kernels.backends.plain import empty, products, release_memory
+from unirl_kernels.backends import (
+    FusedRows,
+    Measured,
+    Observed,
+    ProgramArgs,
+    ReadoutArgs,
+    RowGradients,
+    RowMoments,
+)
+from unirl_kernels.backends.torch_defaults import empty, matmuls, release_memory
 from unirl_kernels.backends.triton.geometry import KERNELS
 
 __all__ = [
     "KERNELS",
     "empty",
     "fused_loss",
-    "products",
+    "matmuls",
     "release_memory",
     "scale_",
     "token_observations",
@@ -50,39 +57,42 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def token_stats(logits: Tensor, target: Tensor, readout: ReadoutArgs) -> RowStats:
+def token_stats(logits: Tensor, target: Tensor, readout: ReadoutArgs) -> Measured:
     from unirl_kernels.backends.triton import launch
 
     return launch.token_stats(logits, target, readout)
 
 
-def token_observations(logits: Tensor, target: Tensor, readout: ReadoutArgs) -> RowObservations:
+def token_observations(logits: Tensor, target: Tensor, readout: ReadoutArgs) -> Observed:
     from unirl_kernels.backends.triton import launch
 
     return launch.token_observations(logits, target, readout)
 
 
 def token_stats_backward(
-    logits: Tensor, target: Tensor, stats: RowStats, gradients: RowGradients, readout: ReadoutArgs, d_logits: Tensor
+    logits: Tensor,
+    target: Tensor,
+    readout: ReadoutArgs,
+    moments: RowMoments,
+    gradients: RowGradients,
+    d_logits: Tensor,
 ) -> None:
     from unirl_kernels.backends.triton import launch
 
-    launch.token_stats_backward(logits, target, stats, gradients, readout, d_logits)
+    launch.token_stats_backward(logits, target, readout, moments, gradients, d_logits)
 
 
 def fused_loss(
     logits: Tensor,
     target: Tensor,
-    fields: RowFields,
     readout: ReadoutArgs,
-    code: Sequence[int],
-    params: Tensor,
+    program: ProgramArgs,
     d_logits: Tensor,
     kernel: str,
 ) -> FusedRows:
     from unirl_kernels.backends.triton import launch
 
-    return launch.fused_loss(logits, target, fields, readout, code, params, d_logits, kernel)
+    return launch.fused_loss(logits, target, readout, program, d_logits, kernel)
 
 
 def scale_(x: Tensor, factor: Tensor) -> None:

@@ -42,10 +42,20 @@ class Tile(NamedTuple):
     lanes: int
     vector: int
     num_warps: int
+    aligned: bool = True  # whether every row starts at a multiple of 16 bytes and consists of whole vectors
 
     @property
     def columns(self) -> int:
         return self.unroll * self.lanes * self.vector
+
+
+class Split(NamedTuple):
+    """How a row is split over programs."""
+
+    tile: Tile  # holds a slice
+    half: Tile  # what an unaligned slice is written by
+    slices: int
+    padded: int  # slices, rounded up to a power of 2
 
 
 def tile(dtype: torch.dtype, vocab: int, warp_size: int = 32) -> Tile:
@@ -85,11 +95,10 @@ def _fill(dtype: torch.dtype, vocab: int, warp_size: int, max_warps: int, unroll
     return Tile(unroll, num_warps * warp_size, vector, num_warps)
 
 
-def slices(shape: Tile, vocab: int) -> tuple[int, int]:
-    """How many programs share a row, and how many columns each gets; the last one may get fewer."""
+def split(shape: Tile, vocab: int) -> Split:
+    """How rows are split into slices that a tile holds: of whole vectors, and equal but for the last one."""
     count = -(-vocab // shape.columns)
-    vectors = -(-vocab // (count * shape.vector))
-    return count, vectors * shape.vector
+    return Split(shape, shape._replace(unroll=shape.unroll // 2), count, 1 << (count - 1).bit_length())
 
 
 def programs(shape: Tile, vocab: int, multiprocessors: int, registers: int | None) -> int:
@@ -106,7 +115,7 @@ def programs(shape: Tile, vocab: int, multiprocessors: int, registers: int | Non
     Raises:
         RuntimeError: if the device cannot run all slices of a row at once.
     """
-    count, _ = slices(shape, vocab)
+    count = split(shape, vocab).slices
     wanted = RESIDENT_WARPS // shape.num_warps
     certain = 1 if registers is None else min(wanted, REGISTER_FILE // (registers * shape.lanes))
     if count > multiprocessors * certain:
@@ -118,13 +127,8 @@ def programs(shape: Tile, vocab: int, multiprocessors: int, registers: int | Non
     return multiprocessors * wanted
 
 
-def half(shape: Tile) -> Tile:
-    """The tile that an unaligned slice is written by."""
-    return shape._replace(unroll=shape.unroll // 2)
-
-
 def whole_row(shape: Tile, vocab: int) -> Tile:
-    """A tile that holds the row in one piece: where programs run one after another none can wait for another."""
+    """A tile that holds the whole row: where programs run one after another, none can wait for another."""
     unroll = shape.unroll
     while unroll * shape.lanes * shape.vector < vocab:
         unroll *= 2

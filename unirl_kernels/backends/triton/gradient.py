@@ -1,49 +1,68 @@
-"""Gradient of a row's logits from the gradients of its statistics.
+"""Gradient of a row's logits from the row's moments and the gradients of its statistics.
 
     d_z_j = p_j (d_lse - d_logp - d_entropy (log p_j + H)) + d_logp 1[j = y]        d_x_j = d_z_j dz_j/dx_j
 
 The target's entry is d_logp (1 - p_y) plus the rest of the bracket, with 1 - p_y = -expm1(logp): a difference of two
-rounded numbers would lose it as p_y -> 1. It takes its place in the tile before the tile is stored, in full precision.
+rounded numbers would lose it as p_y -> 1. It is put into the tile before the tile is stored, in full precision.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
 from unirl_kernels.backends.triton.kernel import kernel
-from unirl_kernels.backends.triton.scalar_math import LN2, LOG2E, exp, expm1
-from unirl_kernels.backends.triton.statistics import FLOOR, absent, row_factor, start_of_row, unscaled
+from unirl_kernels.backends.triton.rows import (
+    Readout,
+    Row,
+    Strides,
+    absent,
+    column_of,
+    is_computed,
+    readout_of,
+    slope,
+    start_of_row,
+    u_of,
+)
+from unirl_kernels.backends.triton.scalar_math import LN2, exp, expm1
+from unirl_kernels.backends.triton.statistics import FLOOR, Moments, Stats, finite_base, statistics_of
 from unirl_kernels.backends.triton.tiles import fill, fringe, head_and_body, is_column, load, store
 
 
-@triton.jit
-def slope(u: tl.tensor, outer: tl.tensor, READOUT: tl.constexpr) -> tl.tensor:
-    """dz/dx, where ``outer`` is its value at x = 0."""
-    if READOUT == "softcap":
-        return outer * ((1.0 - u) * (1.0 + u))
-    else:
-        return outer
+class Gradients(NamedTuple):
+    """``backends.RowGradients`` of a row."""
+
+    d_logp: tl.tensor
+    d_entropy: tl.tensor
+    d_lse: tl.tensor
+
+
+class Terms(NamedTuple):
+    """d_x_j = p_j (common + per_bit log2 p_j) at x = 0, where log2 p_j = (u_j - base) rate - shift."""
+
+    base: tl.tensor
+    shift: tl.tensor
+    common: tl.tensor
+    per_bit: tl.tensor
+    at_target: tl.tensor  # d_x of the target
 
 
 @triton.jit
-def coefficients(
-    u_y: tl.tensor,
-    logp: tl.tensor,
-    entropy: tl.tensor,
-    d_logp: tl.tensor,
-    d_entropy: tl.tensor,
-    d_lse: tl.tensor,
-    inner: tl.tensor,
-    factor: tl.tensor,
-    READOUT: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """d_x of the target, and for the other columns d_x = p (common + per_bit log2 p) at x = 0."""
+def terms_of(moments: Moments, stats: Stats, gradients: Gradients, readout: Readout, READOUT: tl.constexpr) -> Terms:
+    d_logp, d_entropy, d_lse = gradients
     # dz/dx at x = 0: du/dx is 1, or -1 for a negative scale, or the slope of tanh's argument.
-    outer = factor * inner
-    surprise = d_lse - d_entropy * (tl.maximum(logp, FLOOR) + entropy)
-    at_target = (exp(logp) * surprise - d_logp * expm1(logp)) * slope(u_y, outer, READOUT)
-    return at_target, outer * (d_lse - d_logp - d_entropy * entropy), -outer * d_entropy * LN2
+    outer = readout.kappa * readout.inner
+    surprise = d_lse - d_entropy * (tl.maximum(stats.logp, FLOOR) + stats.entropy)
+    at_target = exp(stats.logp) * surprise - d_logp * expm1(stats.logp)
+    return Terms(
+        finite_base(moments.top),
+        tl.log2(1.0 + moments.s_minus_1),
+        outer * (d_lse - d_logp - d_entropy * stats.entropy),
+        -outer * d_entropy * LN2,
+        at_target * slope(moments.u_target, outer, READOUT),
+    )
 
 
 @triton.jit
@@ -53,115 +72,95 @@ def log2_prob(d: tl.tensor, rate: tl.tensor, shift: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def from_log2(log2_p: tl.tensor, common: tl.tensor, per_bit: tl.tensor, ENTROPY: tl.constexpr) -> tl.tensor:
-    """p (common + per_bit log2 p): d_x at x = 0 of a column that is not the target's."""
+def from_log2(log2_p: tl.tensor, terms: Terms, ENTROPY: tl.constexpr) -> tl.tensor:
+    """d_x at x = 0 of a column that is not the target's."""
     p = tl.exp2(log2_p)
     if ENTROPY:
-        return p * (common + per_bit * tl.maximum(log2_p, FLOOR))
+        return p * (terms.common + terms.per_bit * tl.maximum(log2_p, FLOOR))
     else:
-        return p * common
+        return p * terms.common
 
 
 @triton.jit
 def elementwise(
-    x: tl.tensor,
-    inner: tl.tensor,
-    base: tl.tensor,
-    rate: tl.tensor,
-    shift: tl.tensor,
-    common: tl.tensor,
-    per_bit: tl.tensor,
-    READOUT: tl.constexpr,
-    ENTROPY: tl.constexpr,
+    x: tl.tensor, readout: Readout, terms: Terms, ENTROPY: tl.constexpr, READOUT: tl.constexpr
 ) -> tl.tensor:
-    """d_x of columns other than the target's, with log2 p = (u - base) rate - shift."""
-    u = unscaled(x, inner, READOUT)
-    return slope(u, from_log2(log2_prob(u - base, rate, shift), common, per_bit, ENTROPY), READOUT)
+    """d_x of columns other than the target's."""
+    u = u_of(x.to(readout.rate.dtype), readout, READOUT)
+    log2_p = log2_prob(u - terms.base, readout.rate, terms.shift)
+    return slope(u, from_log2(log2_p, terms, ENTROPY), READOUT)
 
 
 @triton.jit
 def descend(
-    row: tl.tensor,
+    row: Row,
     d_row: tl.tensor,
-    size: tl.tensor,
-    target: tl.tensor,
-    at_target: tl.tensor,
-    inner: tl.tensor,
-    base: tl.tensor,
-    rate: tl.tensor,
-    shift: tl.tensor,
-    common: tl.tensor,
-    per_bit: tl.tensor,
-    READOUT: tl.constexpr,
+    readout: Readout,
+    terms: Terms,
     ENTROPY: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    READOUT: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """Write ``size`` columns of d_logits, the last first: what was read last is still in a cache."""
+    """Write a row of d_logits, the last columns first: what was read last is still in a cache."""
     COLUMNS: tl.constexpr = TILE.unroll * TILE.lanes * TILE.vector
-    head, body = head_and_body(d_row, size, ALIGNED, TILE.vector)
-    if not ALIGNED:
+    x, size, target = row
+    head, body = head_and_body(d_row, size, TILE)
+    if not TILE.aligned:
         columns, inside = fringe(head, body, size, TILE.vector)
-        edge = tl.load(row + columns, mask=inside, other=0.0).to(rate.dtype)
-        d_edge = elementwise(edge, inner, base, rate, shift, common, per_bit, READOUT, ENTROPY)
-        d_edge = tl.where(columns == target, at_target, d_edge)
+        edge = tl.load(x + columns, mask=inside, other=0.0)
+        d_edge = elementwise(edge, readout, terms, ENTROPY, READOUT)
+        d_edge = tl.where(columns == target, terms.at_target, d_edge)
         tl.store(d_row + columns, d_edge.to(d_row.dtype.element_ty), mask=inside)
-        row += head
+        x += head
         d_row += head
         target -= head
     main = body // COLUMNS * COLUMNS
     if main < body:
-        x = load(row, main, body, True, ALIGNED, TILE).to(rate.dtype)
-        g = elementwise(x, inner, base, rate, shift, common, per_bit, READOUT, ENTROPY)
-        g = tl.where(is_column(target, main, TILE), at_target, g)
+        g = elementwise(load(x, main, body, True, TILE), readout, terms, ENTROPY, READOUT)
+        g = tl.where(is_column(target, main, TILE), terms.at_target, g)
         store(d_row, main, body, g, True, TILE)
     for done in range(0, main, COLUMNS):
         start = main - COLUMNS - done
-        x = load(row, start, body, False, ALIGNED, TILE).to(rate.dtype)
-        g = elementwise(x, inner, base, rate, shift, common, per_bit, READOUT, ENTROPY)
+        g = elementwise(load(x, start, body, False, TILE), readout, terms, ENTROPY, READOUT)
         # The tile is known to hold the target or not before its elements are compared: two operations each.
         if (target >= start) & (target < start + COLUMNS):
-            g = tl.where(is_column(target, start, TILE), at_target, g)
+            g = tl.where(is_column(target, start, TILE), terms.at_target, g)
         store(d_row, start, body, g, False, TILE)
 
 
 @triton.jit
-def write_row(
-    row: tl.tensor,
-    d_row: tl.tensor,
-    size: tl.tensor,
-    target: tl.tensor,
-    u_y: tl.tensor,
-    logp: tl.tensor,
-    entropy: tl.tensor,
-    d_logp: tl.tensor,
-    d_entropy: tl.tensor,
-    d_lse: tl.tensor,
-    inner: tl.tensor,
-    factor: tl.tensor,
-    base: tl.tensor,
-    shift: tl.tensor,
-    READOUT: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    TILE: tl.constexpr,
-) -> None:
-    """Write a row of d_logits, where log2 p_j = (u_j - base) factor log2(e) - shift."""
-    if (d_logp == 0) & (d_entropy == 0) & (d_lse == 0):
-        fill(d_row, size, d_logp, ALIGNED, TILE)
-    else:
-        at_target, common, per_bit = coefficients(u_y, logp, entropy, d_logp, d_entropy, d_lse, inner, factor, READOUT)
-        descend(row, d_row, size, target, at_target, inner, base, factor * LOG2E, shift, common, per_bit,
-                READOUT, ENTROPY, ALIGNED, TILE)  # fmt: skip
+def is_zero(gradients: Gradients) -> tl.tensor:
+    """Whether a row has no gradient, whatever its logits are."""
+    return (gradients.d_logp == 0) & (gradients.d_entropy == 0) & (gradients.d_lse == 0)
 
 
 @triton.jit
-def optional(field: tl.tensor, row: tl.tensor, otherwise: tl.tensor) -> tl.tensor:
-    """Entry of a per-row tensor that may be missing."""
+def optional(field: tl.tensor, row: tl.tensor, COMPUTE: tl.constexpr) -> tl.tensor:
+    """Entry of a per-row tensor, 0 where there is none."""
     if field is None:
-        return otherwise
+        return tl.full((), 0.0, COMPUTE)
     else:
-        return tl.load(field + row).to(otherwise.dtype)
+        return tl.load(field + row).to(COMPUTE)
+
+
+@triton.jit
+def write_row(
+    row: Row,
+    d_row: tl.tensor,
+    readout: Readout,
+    moments: Moments,
+    stats: Stats,
+    gradients: Gradients,
+    ENTROPY: tl.constexpr,
+    READOUT: tl.constexpr,
+    TILE: tl.constexpr,
+) -> None:
+    """Write a row of d_logits."""
+    if is_zero(gradients):
+        fill(d_row, row.size, tl.full((), 0.0, readout.rate.dtype), TILE)
+    else:
+        terms = terms_of(moments, stats, gradients, readout, READOUT)
+        descend(row, d_row, readout, terms, ENTROPY, READOUT, TILE)
 
 
 @kernel
@@ -170,9 +169,10 @@ def backward(
     d_logits: tl.tensor,  # [B, L, V]; may be logits
     target: tl.tensor,  # [B, L], as all that follow
     row_temperature: tl.tensor,
-    logp: tl.tensor,
-    entropy: tl.tensor,
-    lse: tl.tensor,
+    top: tl.tensor,
+    s_minus_1: tl.tensor,
+    sz: tl.tensor,
+    u_target: tl.tensor,
     d_logp: tl.tensor,
     d_entropy: tl.tensor,
     d_lse: tl.tensor,
@@ -185,31 +185,22 @@ def backward(
     inner: tl.float64,
     factor: tl.float64,
     READOUT: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    ALIGNED: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """One program per row, one read and one write."""
+    """One program per row, one read and one write. The moments may be those of a row of which this is a shard."""
+    COMPUTE: tl.constexpr = top.dtype.element_ty
+    ENTROPY: tl.constexpr = d_entropy is not None
     row = tl.program_id(0)
     y = tl.load(target + row)
-    d_x = start_of_row(d_logits, row, length, d_stride_b, d_stride_l)
-    if (y >= 0) & (y < size):
-        f = row_factor(factor, row_temperature, row, COMPUTE)
-        k = tl.full((), inner, COMPUTE)
-        x = start_of_row(logits, row, length, stride_b, stride_l)
-        u_y = unscaled(tl.load(x + y).to(COMPUTE), k, READOUT)
-        logp_y = tl.load(logp + row).to(COMPUTE)
-        log_sum = tl.load(lse + row).to(COMPUTE)
-        zero = tl.full((), 0.0, COMPUTE)
-        # log p_j is (z_j - z_y) + logp or z_j - lse. The number of smaller size brings the smaller rounding.
-        near = tl.abs(logp_y) < tl.abs(log_sum)
-        base = tl.where(near, u_y, 0.0)
-        shift = tl.where(near, -logp_y, log_sum) * LOG2E
-        # Every thread has the target's logit before one of them overwrites it.
-        tl.debug_barrier()
-        write_row(x, d_x, size, y.to(tl.int32), u_y, logp_y, tl.load(entropy + row).to(COMPUTE),
-                  optional(d_logp, row, zero), optional(d_entropy, row, zero), optional(d_lse, row, zero),
-                  k, f, base, shift, READOUT, d_entropy is not None,
-                  ALIGNED, TILE)  # fmt: skip
+    d_x = start_of_row(d_logits, row, Strides(length, d_stride_b, d_stride_l))
+    if is_computed(y, size):
+        readout = readout_of(inner, factor, row_temperature, row, COMPUTE)
+        moments = Moments(tl.load(top + row), tl.load(s_minus_1 + row), tl.load(sz + row), tl.load(u_target + row))
+        gradients = Gradients(
+            optional(d_logp, row, COMPUTE), optional(d_entropy, row, COMPUTE), optional(d_lse, row, COMPUTE)
+        )
+        stats = statistics_of(moments, readout)
+        x = Row(start_of_row(logits, row, Strides(length, stride_b, stride_l)), size, column_of(y))
+        write_row(x, d_x, readout, moments, stats, gradients, ENTROPY, READOUT, TILE)
     else:
-        fill(d_x, size, absent(y, COMPUTE), ALIGNED, TILE)
+        fill(d_x, size, absent(y, COMPUTE), TILE)

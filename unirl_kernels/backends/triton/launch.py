@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from unirl_kernels.backends import FusedRows, ReadoutArgs, RowFields, RowGradients, RowObservations, RowStats
+from unirl_kernels.backends import (
+    FusedRows,
+    Measured,
+    Observed,
+    ProgramArgs,
+    ReadoutArgs,
+    RowGradients,
+    RowMoments,
+    RowObservations,
+    RowStats,
+)
 from unirl_kernels.backends.triton import geometry
 from unirl_kernels.backends.triton.gradient import backward
 from unirl_kernels.backends.triton.lowering import device_function
 from unirl_kernels.backends.triton.observations import observations
 from unirl_kernels.backends.triton.scale import scale
-from unirl_kernels.backends.triton.split_row import WORDS, split_row
+from unirl_kernels.backends.triton.split_row import RECORD, split_row
 from unirl_kernels.backends.triton.statistics import statistics
 from unirl_kernels.backends.triton.two_sweep import two_sweep
-from unirl_kernels.program import OUTPUTS, ZERO
-from unirl_kernels.program.ir import HEADER
+from unirl_kernels.program import parsed
 
 WARP_SIZE = 64 if torch.version.hip else 32
 OPTIONS = {"enable_fp_fusion": True}
@@ -31,121 +38,124 @@ SCALE_PROGRAMS = 1024
 """Programs that multiply a gradient: enough to fill a device, few enough to cost microseconds when the factor is 1."""
 
 
-def token_stats(logits: Tensor, target: Tensor, readout: ReadoutArgs) -> RowStats:
-    stats = RowStats(*(_row(logits, target) for _ in RowStats._fields))
-    _measure(statistics, stats, logits, target, readout)
-    return stats
-
-
-def token_observations(logits: Tensor, target: Tensor, readout: ReadoutArgs) -> RowObservations:
-    values = (_row(logits, target) for _ in RowObservations._fields[:-1])
-    rows = RowObservations._make((*values, torch.empty_like(target)))
-    _measure(observations, rows, logits, target, readout)
+def token_stats(logits: Tensor, target: Tensor, readout: ReadoutArgs) -> Measured:
+    rows = Measured(RowStats(*_new_rows(logits, target, 3)), RowMoments(*_new_rows(logits, target, 4)))
+    _measure(statistics, (*rows.stats, *rows.moments), logits, target, readout)
     return rows
 
 
-def _measure(
-    kernel: Any, rows: RowStats | RowObservations, logits: Tensor, target: Tensor, readout: ReadoutArgs
-) -> None:
+def token_observations(logits: Tensor, target: Tensor, readout: ReadoutArgs) -> Observed:
+    rows = Observed(
+        RowStats(*_new_rows(logits, target, 3)),
+        RowMoments(*_new_rows(logits, target, 4)),
+        RowObservations._make((*_new_rows(logits, target, 3), torch.empty_like(target))),
+    )
+    _measure(observations, (*rows.stats, *rows.moments, *rows.observations), logits, target, readout)
+    return rows
+
+
+def _measure(kernel: Any, rows: tuple[Tensor, ...], logits: Tensor, target: Tensor, readout: ReadoutArgs) -> None:
     if target.numel():
-        shape = geometry.tile(logits.dtype, logits.shape[-1], WARP_SIZE)
+        shape = _tile(logits)
         inner, factor, kind = _readout(readout)
         with torch.cuda.device_of(logits):
             kernel[target.numel(),](
                 logits, target, readout.row_temperature, *rows, *logits.shape[1:], *logits.stride()[:2], inner, factor,
-                READOUT=kind, **_constants(shape, logits), num_warps=shape.num_warps, **OPTIONS,
+                READOUT=kind, TILE=shape, num_warps=shape.num_warps, **OPTIONS,
             )  # fmt: skip
 
 
 def token_stats_backward(
-    logits: Tensor, target: Tensor, stats: RowStats, gradients: RowGradients, readout: ReadoutArgs, d_logits: Tensor
+    logits: Tensor,
+    target: Tensor,
+    readout: ReadoutArgs,
+    moments: RowMoments,
+    gradients: RowGradients,
+    d_logits: Tensor,
 ) -> None:
     if target.numel():
-        shape = geometry.tile(logits.dtype, logits.shape[-1], WARP_SIZE)
+        shape = _tile(logits, d_logits)
         inner, factor, kind = _readout(readout)
         with torch.cuda.device_of(logits):
             backward[target.numel(),](
-                logits, d_logits, target, readout.row_temperature, *stats, *gradients, *logits.shape[1:],
+                logits, d_logits, target, readout.row_temperature, *moments, *gradients, *logits.shape[1:],
                 *logits.stride()[:2], *d_logits.stride()[:2], inner, factor,
-                READOUT=kind, **_constants(shape, logits, d_logits), num_warps=shape.num_warps, **OPTIONS,
+                READOUT=kind, TILE=shape, num_warps=shape.num_warps, **OPTIONS,
             )  # fmt: skip
 
 
 def fused_loss(
     logits: Tensor,
     target: Tensor,
-    fields: RowFields,
     readout: ReadoutArgs,
-    code: Sequence[int],
-    params: Tensor,
+    program: ProgramArgs,
     d_logits: Tensor,
     kernel: str,
 ) -> FusedRows:
-    rows = FusedRows(*(_row(logits, target) for _ in FusedRows._fields))
+    rows = FusedRows(*_new_rows(logits, target, 4))
     if not target.numel():
         return rows
     inner, factor, kind = _readout(readout)
-    d_entropy = code[HEADER - len(OUTPUTS) : HEADER][OUTPUTS.index("d_entropy")]
+    found = parsed(program.text)
     arguments = (
-        logits, d_logits, target, *fields, params, readout.row_temperature, *rows, *logits.shape[1:],
+        logits, d_logits, target, program.fields, program.params, readout.row_temperature, *rows, *logits.shape[1:],
         *logits.stride()[:2], *d_logits.stride()[:2], inner, factor,
     )  # fmt: skip
-    constants = {"OBJECTIVE": device_function(tuple(code)), "ENTROPY": d_entropy != ZERO, "READOUT": kind}
+    constants = {
+        "OBJECTIVE": device_function(program.text),
+        "FIELDS": found.n_fields,
+        "ENTROPY": found.has_entropy_gradient,
+        "READOUT": kind,
+    }
     with torch.cuda.device_of(logits):
-        LAUNCHES[kernel](arguments, constants, logits, d_logits, target.numel())
+        LAUNCHES[kernel](arguments, constants, logits, d_logits)
     return rows
 
 
-def _two_sweep(
-    arguments: tuple[Any, ...], constants: dict[str, Any], logits: Tensor, d_logits: Tensor, rows: int
-) -> None:
-    shape = geometry.tile(logits.dtype, logits.shape[-1], WARP_SIZE)
-    two_sweep[rows,](
-        *arguments, **constants, **_constants(shape, logits, d_logits), num_warps=shape.num_warps, **OPTIONS
-    )
+def _two_sweep(arguments: tuple[Any, ...], constants: dict[str, Any], logits: Tensor, d_logits: Tensor) -> None:
+    shape = _tile(logits, d_logits)
+    rows = logits.shape[0] * logits.shape[1]
+    two_sweep[rows,](*arguments, **constants, TILE=shape, num_warps=shape.num_warps, **OPTIONS)
 
 
-def _split_row(
-    arguments: tuple[Any, ...], constants: dict[str, Any], logits: Tensor, d_logits: Tensor, rows: int
-) -> None:
-    vocab = logits.shape[-1]
+def _split_row(arguments: tuple[Any, ...], constants: dict[str, Any], logits: Tensor, d_logits: Tensor) -> None:
+    sequences, length, vocab = logits.shape
+    rows = sequences * length
     shape = geometry.slice_tile(logits.dtype, vocab, constants["READOUT"], WARP_SIZE)
     if triton.knobs.runtime.interpret:
         shape = geometry.whole_row(shape, vocab)
-    slices, width = geometry.slices(shape, vocab)
+    shape = _placed(shape, logits, d_logits)
+    split = geometry.split(shape, vocab)
     device = _device(logits.device)
-    tile_constants = _constants(shape, logits, d_logits)
     options: dict[str, Any] = dict(OPTIONS)
     if device.is_nvidia:
-        plain = tile_constants["ALIGNED"] and not constants["ENTROPY"]
+        plain = shape.aligned and not constants["ENTROPY"]
         options["maxnreg"] = geometry.held_registers(logits.dtype, device.capability, plain=plain)
     programs = geometry.programs(shape, vocab, device.multiprocessors, options.get("maxnreg"))
-    scratch = _scratch(rows * slices, logits.device)
-    split_row[min(rows * slices, programs),](
-        *arguments, scratch, rows, width, **constants, **tile_constants, HALF=geometry.half(shape), SLICES=slices,
-        PADDED=triton.next_power_of_2(slices), num_warps=shape.num_warps, **options,
-    )  # fmt: skip
+    scratch = _scratch(rows * split.slices, logits.device)
+    split_row[min(rows * split.slices, programs),](
+        *arguments, scratch, rows, **constants, SPLIT=split, num_warps=shape.num_warps, **options
+    )
 
 
 LAUNCHES = {"two_sweep": _two_sweep, "split_row": _split_row}
 
 
 def _scratch(records: int, device: torch.device) -> Tensor:
-    """The next ticket and the records of the slices, all zero: 32 bytes per 8192 logits."""
-    return torch.zeros(1 + records, WORDS.value, dtype=torch.int64, device=device)
+    """The number of tickets drawn and the records of the slices, all zero: 32 bytes per 8192 logits."""
+    return torch.zeros(1 + records, RECORD.value, dtype=torch.int64, device=device)
 
 
 def scale_(x: Tensor, factor: Tensor) -> None:
     if not x.numel():
         return
     x = x[(None,) * (3 - x.dim())]
-    shape = geometry.tile(x.dtype, x.shape[-1], WARP_SIZE)
+    shape = _tile(x)
     rows = x.shape[0] * x.shape[1]
     with torch.cuda.device_of(x):
         scale[min(rows, SCALE_PROGRAMS),](
-            x, factor, rows, *x.shape[1:], *x.stride()[:2],
-            **_constants(shape, x), num_warps=shape.num_warps, **OPTIONS,
-        )  # fmt: skip
+            x, factor, rows, *x.shape[1:], *x.stride()[:2], TILE=shape, num_warps=shape.num_warps, **OPTIONS
+        )
 
 
 class Device(NamedTuple):
@@ -162,19 +172,22 @@ def _device(device: torch.device) -> Device:
     return Device(properties.multi_processor_count, (properties.major, properties.minor), not torch.version.hip)
 
 
-def _row(logits: Tensor, target: Tensor) -> Tensor:
-    # Half the time of torch.empty with a shape and a device, and a call makes three.
+def _new_rows(logits: Tensor, target: Tensor, count: int) -> list[Tensor]:
+    """Tensors for one number of each row."""
+    # Half the time of torch.empty with a shape and a device, and a call makes many.
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    return torch.empty_like(target, dtype=dtype, memory_format=torch.contiguous_format)
+    contiguous = torch.contiguous_format
+    return [torch.empty_like(target, dtype=dtype, memory_format=contiguous) for _ in range(count)]
 
 
-def _constants(shape: geometry.Tile, *tensors: Tensor) -> dict[str, Any]:
-    """Constants of a kernel that follow from its tile and from where the rows of the [B, L, V] tensors lie."""
-    return {
-        "COMPUTE": tl.float64 if tensors[0].dtype == torch.float64 else tl.float32,
-        "ALIGNED": all(_aligned(x, shape.vector) for x in tensors),
-        "TILE": shape,
-    }
+def _tile(x: Tensor, *others: Tensor) -> geometry.Tile:
+    """The tile that the rows of [B, L, V] tensors are swept with."""
+    return _placed(geometry.tile(x.dtype, x.shape[-1], WARP_SIZE), x, *others)
+
+
+def _placed(shape: geometry.Tile, *tensors: Tensor) -> geometry.Tile:
+    """A tile for where the rows of these tensors lie."""
+    return shape._replace(aligned=all(_aligned(x, shape.vector) for x in tensors))
 
 
 def _aligned(x: Tensor, vector: int) -> bool:
@@ -186,7 +199,7 @@ def _aligned(x: Tensor, vector: int) -> bool:
 
 
 def _readout(readout: ReadoutArgs) -> tuple[float, float, str]:
-    """Slope of u in x, z per u before the temperature of the row, and the kind of u."""
+    """Slope of u in x, kappa before the temperature of the row, and the kind of u."""
     temperature = 1.0 if readout.row_temperature is not None else readout.temperature
     if readout.softcap is not None:
         return readout.scale / readout.softcap, readout.softcap / temperature, "softcap"

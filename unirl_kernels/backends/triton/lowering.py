@@ -7,7 +7,7 @@ import linecache
 from functools import cache
 from typing import Any
 
-from unirl_kernels.program import INPUTS, ZERO, Op, Program
+from unirl_kernels.program import STATISTICS, ZERO, Op, Program, parsed
 
 EXPRESSIONS: dict[Op, str] = {
     Op.ADD: "{} + {}",
@@ -32,6 +32,7 @@ EXPRESSIONS: dict[Op, str] = {
     Op.LE: "({} <= {}).to(logp.dtype)",
     Op.EQ: "({} == {}).to(logp.dtype)",
     Op.WHERE: "tl.where({} != 0, {}, {})",
+    Op.POW: "power({}, {})",
 }
 """Triton text of each instruction; the functions are those of ``scalar_math``."""
 
@@ -43,13 +44,14 @@ def source(program: Program) -> str:
         program: the scalar program of an objective.
 
     Returns:
-        Source of ``objective(params, logp, entropy, lse, old_logp, ref_logp, advantage)``, which returns loss, d_logp,
-        d_entropy and d_lse. ``params`` points to the parameters, float64; inputs that the program does not read may be
-        anything.
+        Source of ``objective(params, logp, entropy, lse, f0, f1, ...)``, which returns loss, d_logp, d_entropy and
+        d_lse. ``params`` points to the parameters, float64; f0, f1, ... are the program's fields.
     """
-    names = [*INPUTS, *(f"p{i}" for i in range(program.n_params))]
-    lines = ["@triton.jit", f"def objective(params, {', '.join(INPUTS)}):"]
-    lines += [f"    p{i} = tl.load(params + {i}).to(logp.dtype)" for i in range(program.n_params)]
+    inputs = [*STATISTICS, *(f"f{i}" for i in range(program.n_fields))]
+    parameters = [f"p{i}" for i in range(program.n_params)]
+    names = [*inputs, *parameters]
+    lines = ["@triton.jit", f"def objective(params, {', '.join(inputs)}):"]
+    lines += [f"    {name} = tl.load(params + {i}).to(logp.dtype)" for i, name in enumerate(parameters)]
     for i, instruction in enumerate(program.instructions):
         names.append(f"v{i}")
         lines.append(f"    v{i} = {EXPRESSIONS[instruction.op].format(*(names[r] for r in instruction.args))}")
@@ -61,19 +63,19 @@ def source(program: Program) -> str:
 
 
 @cache
-def device_function(code: tuple[int, ...]) -> Any:
-    """The ``triton.jit`` function of an encoded program, one per distinct program.
+def device_function(text: str) -> Any:
+    """The ``triton.jit`` function of a program's text, one per distinct program.
 
     Its name is derived from the program, so that Triton's compilation cache on disk recognises it in a later process.
     """
     from unirl_kernels.backends.triton import scalar_math
 
-    text = source(Program.decode(code))
-    digest = hashlib.sha256(repr(code).encode()).hexdigest()[:16]
+    code = source(parsed(text))
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     filename = f"<unirl_kernels objective {digest}>"
     # Triton reads a function's source through inspect, which looks here for files that do not exist.
-    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
+    linecache.cache[filename] = (len(code), None, code.splitlines(keepends=True), filename)
     namespace = {name: value for name, value in vars(scalar_math).items() if not name.startswith("_")}
     namespace["__name__"] = f"unirl_kernels.objective_{digest}"
-    exec(compile(text, filename, "exec"), namespace)
+    exec(compile(code, filename, "exec"), namespace)
     return namespace["objective"]

@@ -10,7 +10,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-LN2_HIGH = tl.constexpr(0.693145751953125)  # 22713 / 2^15: its product with an integer below 2^9 is exact in fp32
+LN2_HIGH = tl.constexpr(0.693145751953125)  # 22713 / 2^15: times an integer below 2^9 it is exact in fp32
 LN2_LOW = tl.constexpr(1.4286068203094172e-06)
 EXP_RANGE = tl.constexpr(110.0)  # beyond it exp overflows or is 0 in fp32
 
@@ -95,6 +95,21 @@ def expm1(x: tl.tensor) -> tl.tensor:
         p = p * x + 1.0 / 6.0
         p = p * x + 0.5
         return tl.where(tl.abs(x) < 0.4, x + x * (x * p), u - 1.0)
+
+
+@triton.jit
+def power(x: tl.tensor, y: tl.tensor) -> tl.tensor:
+    """x^y with the special values of C's pow. In fp64, since the error of y log x is that of the result, relative."""
+    size = tl.abs(x).to(tl.float64)
+    exponent = y.to(tl.float64)
+    value = tl.exp(exponent * tl.log(size)).to(x.dtype)
+    value = tl.where((y == 0) | (x == 1) | ((size == 1) & (exponent == exponent)), 1.0, value)
+    whole = tl.floor(y) == y
+    odd = whole & (tl.floor(y * 0.5) * 2.0 != y)
+    negative = (x < 0) | (divide(1.0, x) < 0)  # -0 as well
+    value = tl.where(odd & negative, -value, value)
+    # A negative number has no real power but a whole one, -inf has all.
+    return tl.where((x < 0) & (x > float("-inf")) & (whole == 0), float("nan"), value)
 
 
 @triton.jit

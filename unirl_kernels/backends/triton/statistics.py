@@ -1,37 +1,65 @@
-"""Statistics of a row in one sweep: log-sum-exp, entropy, and the target's log-probability.
+"""Moments of a row in one sweep, and its statistics: log-sum-exp, entropy, and the target's log-probability.
 
-With u the row before temperature (the logit, or its tanh under a softcap) and z = factor u:
+With u the row before temperature (the logit, or its tanh under a softcap) and z = kappa u:
 
-    s = sum_j 2^t_j      sz = sum_j 2^t_j t_j      t_j = (u_j - max u) factor log2(e)
-    lse = factor max u + log s      H = log s - log(2) sz / s      logp = factor (u_y - max u) - log s
+    s = sum_j 2^t_j      sz = sum_j 2^t_j t_j      t_j = (u_j - max u) kappa log2(e)
+    lse = kappa max u + log s      H = log s - log(2) sz / s      logp = kappa (u_y - max u) - log s
 
 No sum cancels: t_j is exact near the maximum, and everything is relative to it.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from unirl_kernels.backends.triton.kernel import kernel
-from unirl_kernels.backends.triton.scalar_math import LN2, LOG2E, tanh
+from unirl_kernels.backends.triton.rows import (
+    Readout,
+    Row,
+    Strides,
+    absent,
+    column_of,
+    is_computed,
+    readout_of,
+    start_of_row,
+    u_of,
+    u_of_target,
+    write,
+    write_to_all,
+)
+from unirl_kernels.backends.triton.scalar_math import LN2, log1p, maximum, minimum
 from unirl_kernels.backends.triton.tiles import is_below, load
-from unirl_kernels.batch import IGNORE as IGNORED_TARGET
 
-IGNORE = tl.constexpr(IGNORED_TARGET)
 FLOOR = tl.constexpr(-1e4)
 """Stands in for -inf as an exponent where 0 * -inf would be NaN; 2^FLOOR is 0 in fp64 too."""
 
 
-@triton.jit
-def unscaled(x: tl.tensor, inner: tl.tensor, READOUT: tl.constexpr) -> tl.tensor:
-    """u, increasing in z: the logit itself, its negative under a negative scale, or tanh(inner x) under a softcap."""
-    if READOUT == "softcap":
-        return tanh(x * inner)
-    elif READOUT == "negated":
-        return -x
-    else:
-        return x
+class Sums(NamedTuple):
+    """Of a lane, a slice or a row."""
+
+    top: tl.tensor  # max u, -inf where all of it is
+    s: tl.tensor  # relative to top, as sz
+    sz: tl.tensor
+
+
+class Moments(NamedTuple):
+    """``backends.RowMoments`` of a row, with sz in nats."""
+
+    top: tl.tensor
+    s_minus_1: tl.tensor
+    sz: tl.tensor
+    u_target: tl.tensor
+
+
+class Stats(NamedTuple):
+    """``backends.RowStats`` of a row."""
+
+    logp: tl.tensor
+    entropy: tl.tensor
+    lse: tl.tensor
 
 
 @triton.jit
@@ -41,13 +69,11 @@ def finite_base(top: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def rescaled(
-    base: tl.tensor, top: tl.tensor, s: tl.tensor, sz: tl.tensor, rate: tl.tensor
-) -> tuple[tl.tensor, tl.tensor]:
-    """Sums relative to ``top``, made relative to ``base``."""
-    shift = tl.maximum((top - base) * rate, FLOOR)
+def rescaled(base: tl.tensor, sums: Sums, rate: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """s and sz, made relative to ``base``."""
+    shift = tl.maximum((sums.top - base) * rate, FLOOR)
     keep = tl.exp2(shift)
-    return keep * s, keep * (sz + shift * s)
+    return keep * sums.s, keep * (sums.sz + shift * sums.s)
 
 
 @triton.jit
@@ -65,112 +91,93 @@ def exponents(u: tl.tensor, top: tl.tensor, rate: tl.tensor) -> tuple[tl.tensor,
 
 
 @triton.jit
-def accumulate(
-    u: tl.tensor, top: tl.tensor, s: tl.tensor, sz: tl.tensor, rate: tl.tensor
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+def no_sums(LANES: tl.constexpr, COMPUTE: tl.constexpr) -> Sums:
+    """Of lanes that have seen nothing."""
+    zero = tl.full((LANES,), 0.0, COMPUTE)
+    return Sums(tl.full((LANES,), float("-inf"), COMPUTE), zero, zero)
+
+
+@triton.jit
+def accumulate(u: tl.tensor, sums: Sums, rate: tl.tensor) -> Sums:
     """Add a tile to the sums of each lane. One maximum and one rescaling per lane and tile, not per element."""
-    new_top, base, t = exponents(u, top, rate)
-    s, sz = rescaled(base, top, s, sz, rate)
+    top, base, t = exponents(u, sums.top, rate)
+    s, sz = rescaled(base, sums, rate)
     tile_s, tile_sz = lane_sums(t, tl.exp2(t))
-    return new_top, s + tile_s, sz + tile_sz
+    return Sums(top, s + tile_s, sz + tile_sz)
 
 
 @triton.jit
-def combine(top: tl.tensor, s: tl.tensor, sz: tl.tensor, rate: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Sums of all lanes relative to the row's maximum: base, s, sz."""
-    base = finite_base(tl.max(top, 0))
-    s, sz = rescaled(base, top, s, sz, rate)
-    return base, tl.sum(s, 0), tl.sum(sz, 0)
+def sum_minus_1(s: tl.tensor) -> tl.tensor:
+    """Sum over lanes of s, minus the 1 of the row's largest logit.
+
+    Where one logit has nearly all of the probability, the share of the others would be lost beside its 1. So ones and
+    what is left of them are added apart.
+    """
+    ones = tl.floor(s)
+    return tl.sum(s - ones, 0) + (tl.sum(ones, 0) - 1.0)
 
 
 @triton.jit
-def masked(
-    row: tl.tensor,
-    start: tl.tensor,
-    size: tl.tensor,
-    inner: tl.tensor,
-    COMPUTE: tl.constexpr,
-    READOUT: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    TILE: tl.constexpr,
-) -> tl.tensor:
-    """u of a tile that may reach beyond ``size`` columns, -inf there."""
-    if ALIGNED and READOUT != "softcap":
+def combine(sums: Sums, u_target: tl.tensor, rate: tl.tensor) -> Moments:
+    """Moments of a row from the sums of its lanes."""
+    top = tl.max(sums.top, 0)
+    s, sz = rescaled(finite_base(top), sums, rate)
+    return Moments(top, sum_minus_1(s), tl.sum(sz, 0) * LN2, u_target)
+
+
+@triton.jit
+def masked(row: Row, start: tl.tensor, readout: Readout, READOUT: tl.constexpr, TILE: tl.constexpr) -> tl.tensor:
+    """u of a tile that may reach beyond the row, -inf there."""
+    COMPUTE: tl.constexpr = readout.rate.dtype
+    if TILE.aligned and READOUT != "softcap":
         # The load itself puts it there, which saves a selection per element.
         OUTSIDE: tl.constexpr = float("inf") if READOUT == "negated" else float("-inf")
-        x = load(row, start, size, True, ALIGNED, TILE, OUTSIDE)
-        return unscaled(x.to(COMPUTE), inner, READOUT)
+        x = load(row.x, start, row.size, True, TILE, OUTSIDE)
+        return u_of(x.to(COMPUTE), readout, READOUT)
     else:
-        x = load(row, start, size, True, ALIGNED, TILE)
-        u = unscaled(x.to(COMPUTE), inner, READOUT)
-        return tl.where(is_below(size, start, TILE), u, float("-inf"))
+        x = load(row.x, start, row.size, True, TILE)
+        u = u_of(x.to(COMPUTE), readout, READOUT)
+        return tl.where(is_below(row.size, start, TILE), u, float("-inf"))
 
 
 @triton.jit
-def sweep(
-    row: tl.tensor,
-    size: tl.tensor,
-    inner: tl.tensor,
-    rate: tl.tensor,
-    READOUT: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    TILE: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Sums over ``size`` columns of a row: base, s, sz."""
+def sweep(row: Row, readout: Readout, READOUT: tl.constexpr, TILE: tl.constexpr) -> Moments:
+    """Moments of a row."""
     COLUMNS: tl.constexpr = TILE.unroll * TILE.lanes * TILE.vector
-    top = tl.full((TILE.lanes,), float("-inf"), rate.dtype)
-    s = tl.full((TILE.lanes,), 0.0, rate.dtype)
-    sz = tl.full((TILE.lanes,), 0.0, rate.dtype)
-    main = size // COLUMNS * COLUMNS
+    COMPUTE: tl.constexpr = readout.rate.dtype
+    u_target = u_of_target(row, readout, READOUT)
+    sums = no_sums(TILE.lanes, COMPUTE)
+    main = row.size // COLUMNS * COLUMNS
     for start in range(0, main, COLUMNS):
-        x = load(row, start, size, False, ALIGNED, TILE)
-        top, s, sz = accumulate(unscaled(x.to(rate.dtype), inner, READOUT), top, s, sz, rate)
-    if main < size:
-        u = masked(row, main, size, inner, rate.dtype, READOUT, ALIGNED, TILE)
-        top, s, sz = accumulate(u, top, s, sz, rate)
-    return combine(top, s, sz, rate)
+        x = load(row.x, start, row.size, False, TILE)
+        sums = accumulate(u_of(x.to(COMPUTE), readout, READOUT), sums, readout.rate)
+    if main < row.size:
+        sums = accumulate(masked(row, main, readout, READOUT, TILE), sums, readout.rate)
+    return combine(sums, u_target, readout.rate)
 
 
 @triton.jit
-def finish(
-    base: tl.tensor, s: tl.tensor, sz: tl.tensor, u_y: tl.tensor, factor: tl.tensor
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """logp, entropy, lse of a row from its sums."""
-    log_s = tl.log(s)
-    return (u_y - base) * factor - log_s, log_s - sz * LN2 / s, base * factor + log_s
-
-
-@triton.jit
-def row_factor(factor: tl.tensor, row_temperature: tl.tensor, row: tl.tensor, COMPUTE: tl.constexpr) -> tl.tensor:
-    """dz/du of a row."""
-    if row_temperature is None:
-        return tl.full((), factor, COMPUTE)
-    else:
-        return tl.full((), factor, COMPUTE) / tl.load(row_temperature + row).to(COMPUTE)
-
-
-@triton.jit
-def absent(target: tl.tensor, COMPUTE: tl.constexpr) -> tl.tensor:
-    """What stands for a row that is not computed: 0 where it is ignored, NaN where its target does not exist."""
-    return tl.where(target == IGNORE, 0.0, float("nan")).to(COMPUTE)
-
-
-@triton.jit
-def start_of_row(
-    x: tl.tensor, row: tl.tensor, length: tl.tensor, stride_b: tl.tensor, stride_l: tl.tensor
-) -> tl.tensor:
-    """Pointer to row b * length + l of [B, length, V]. 64 bits: T V may exceed 2^31."""
-    return x + (row // length).to(tl.int64) * stride_b + (row % length).to(tl.int64) * stride_l
+def statistics_of(moments: Moments, readout: Readout) -> Stats:
+    """Statistics of a row: logp <= 0 although tanh of the target may round otherwise than in the sweep, and H >= 0."""
+    log_s = log1p(moments.s_minus_1)
+    base = finite_base(moments.top)
+    logp = (moments.u_target - base) * readout.kappa - log_s
+    entropy = log_s - moments.sz / (1.0 + moments.s_minus_1)
+    return Stats(minimum(logp, 0.0), maximum(entropy, 0.0), base * readout.kappa + log_s)
 
 
 @kernel
 def statistics(
     logits: tl.tensor,  # [B, L, V]
-    target: tl.tensor,  # [B, L]
-    row_temperature: tl.tensor,  # [B, L]
-    logp: tl.tensor,  # [B, L]
-    entropy: tl.tensor,  # [B, L]
-    lse: tl.tensor,  # [B, L]
+    target: tl.tensor,  # [B, L], as all that follow
+    row_temperature: tl.tensor,
+    logp: tl.tensor,
+    entropy: tl.tensor,
+    lse: tl.tensor,
+    top: tl.tensor,
+    s_minus_1: tl.tensor,
+    sz: tl.tensor,
+    u_target: tl.tensor,
     length: tl.int32,
     size: tl.int32,
     stride_b: tl.int64,
@@ -178,25 +185,17 @@ def statistics(
     inner: tl.float64,
     factor: tl.float64,
     READOUT: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    ALIGNED: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
     """One program per row, one read."""
+    COMPUTE: tl.constexpr = logp.dtype.element_ty
     row = tl.program_id(0)
     y = tl.load(target + row)
-    if (y >= 0) & (y < size):
-        f = row_factor(factor, row_temperature, row, COMPUTE)
-        k = tl.full((), inner, COMPUTE)
-        x = start_of_row(logits, row, length, stride_b, stride_l)
-        u_y = unscaled(tl.load(x + y).to(COMPUTE), k, READOUT)
-        base, s, sz = sweep(x, size, k, f * LOG2E, READOUT, ALIGNED, TILE)
-        logp_y, h, log_sum = finish(base, s, sz, u_y, f)
-        tl.store(logp + row, logp_y)
-        tl.store(entropy + row, h)
-        tl.store(lse + row, log_sum)
+    if is_computed(y, size):
+        readout = readout_of(inner, factor, row_temperature, row, COMPUTE)
+        x = Row(start_of_row(logits, row, Strides(length, stride_b, stride_l)), size, column_of(y))
+        moments = sweep(x, readout, READOUT, TILE)
+        write((logp, entropy, lse), row, statistics_of(moments, readout))
+        write((top, s_minus_1, sz, u_target), row, moments)
     else:
-        nothing = absent(y, COMPUTE)
-        tl.store(logp + row, nothing)
-        tl.store(entropy + row, nothing)
-        tl.store(lse + row, nothing)
+        write_to_all((logp, entropy, lse, top, s_minus_1, sz, u_target), row, absent(y, COMPUTE))

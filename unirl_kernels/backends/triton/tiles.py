@@ -1,6 +1,6 @@
-"""Pieces of a row: [UNROLL, LANES, VECTOR] columns, one thread per lane and 16 bytes per vector.
+"""Tiles of a row: [UNROLL, LANES, VECTOR] columns, one thread per lane and 16 bytes per vector.
 
-Kernels get the three sizes as TILE, a ``geometry.Tile``.
+Kernels get the three sizes as TILE, a ``geometry.Tile``, which also says whether rows start at a multiple of 16 bytes.
 
 Which thread sums which column decides the bits of the result, so it must not depend on where the row happens to lie in
 memory. A row that does not start at a multiple of 16 bytes is therefore read as the aligned 16-byte granules that it
@@ -76,20 +76,18 @@ def load(
     start: tl.tensor,
     size: tl.tensor,
     MASKED: tl.constexpr,
-    ALIGNED: tl.constexpr,
     TILE: tl.constexpr,
     OUTSIDE: tl.constexpr = 0.0,
 ) -> tl.tensor:
-    """Columns ``start ...`` of a row, [UNROLL, LANES, VECTOR]. Beyond ``size``: OUTSIDE when ALIGNED, else anything.
+    """Columns ``start ...`` of a row, [UNROLL, LANES, VECTOR]. Beyond ``size``: OUTSIDE when aligned, else anything.
 
     Args:
         row: pointer to column 0.
         start: a multiple of the tile's size.
-        size: columns of the row, a multiple of VECTOR when ALIGNED; read only when MASKED.
+        size: columns of the row, a multiple of VECTOR when aligned; read only when MASKED.
         MASKED: whether the tile may reach beyond ``size``.
-        ALIGNED: whether ``row`` is a multiple of 16 bytes.
     """
-    if ALIGNED:
+    if TILE.aligned:
         # Said of the scalar too, for the buffer instructions of AMD GPUs are made of scalar and offsets.
         at = addresses(tl.multiple_of(row + start, 16), 16, TILE.lanes, TILE.vector, TILE.unroll)
         if MASKED:
@@ -118,7 +116,7 @@ def _load_shifted(
     at = addresses(first_granule, 16, TILE.lanes, 2, TILE.unroll)
     following = tl.multiple_of(at + 2, (8, 16))
     if MASKED:
-        n = (beyond.to(tl.int32) + size * BYTES + 15) // 16 * 2  # words in granules that hold a byte of the row
+        n = (beyond.to(tl.int32) + size * BYTES + 15) // 16 * 2  # 8-byte halves of granules that hold a byte of the row
         low = tl.load(at, mask=whole_vectors(n, start // TILE.vector * 2, TILE.lanes, 2, TILE.unroll), other=0)
         high = tl.load(
             following, mask=whole_vectors(n - 2, start // TILE.vector * 2, TILE.lanes, 2, TILE.unroll), other=0
@@ -187,18 +185,16 @@ def store(
 
 
 @triton.jit
-def head_and_body(
-    row: tl.tensor, size: tl.tensor, ALIGNED: tl.constexpr, VECTOR: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor]:
+def head_and_body(row: tl.tensor, size: tl.tensor, TILE: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """Columns before the first address in ``row`` where a vector may start, and columns in whole vectors from there."""
-    if ALIGNED:
+    if TILE.aligned:
         return 0, size
     else:
         BYTES: tl.constexpr = row.dtype.element_ty.primitive_bitwidth // 8
-        WHOLE: tl.constexpr = VECTOR * BYTES
+        WHOLE: tl.constexpr = TILE.vector * BYTES
         beyond = (row.to(tl.uint64) % WHOLE).to(tl.int32)
         head = tl.minimum((WHOLE - beyond) % WHOLE // BYTES, size)
-        return head, (size - head) // VECTOR * VECTOR
+        return head, (size - head) // TILE.vector * TILE.vector
 
 
 @triton.jit
@@ -210,19 +206,28 @@ def fringe(head: tl.tensor, body: tl.tensor, size: tl.tensor, VECTOR: tl.constex
 
 
 @triton.jit
-def fill(
-    row: tl.tensor,
-    size: tl.tensor,
-    value: tl.tensor,
-    ALIGNED: tl.constexpr,
-    TILE: tl.constexpr,
-) -> None:
+def fill(row: tl.tensor, size: tl.tensor, value: tl.tensor, TILE: tl.constexpr) -> None:
     """Set a row to ``value``."""
     COLUMNS: tl.constexpr = TILE.unroll * TILE.lanes * TILE.vector
-    head, body = head_and_body(row, size, ALIGNED, TILE.vector)
-    if not ALIGNED:
-        columns, inside = fringe(head, body, size, TILE.vector)
-        tl.store(row + columns, value.to(row.dtype.element_ty), mask=inside)
+    head, body = fill_fringe(row, size, value, TILE)
     tile = tl.full((TILE.unroll, TILE.lanes, TILE.vector), 0.0, value.dtype) + value
     for start in range(0, body, COLUMNS):
         store(row + head, start, body, tile, True, TILE)
+
+
+@triton.jit
+def fill_slice(row: tl.tensor, size: tl.tensor, value: tl.tensor, TILE: tl.constexpr) -> None:
+    """Set columns that fit into a tile to ``value``."""
+    head, body = fill_fringe(row, size, value, TILE)
+    tile = tl.full((TILE.unroll, TILE.lanes, TILE.vector), 0.0, value.dtype) + value
+    store(row + head, 0, body, tile, True, TILE)
+
+
+@triton.jit
+def fill_fringe(row: tl.tensor, size: tl.tensor, value: tl.tensor, TILE: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """Set the columns that lie in no aligned vector to ``value``. Returns head and body."""
+    head, body = head_and_body(row, size, TILE)
+    if not TILE.aligned:
+        columns, inside = fringe(head, body, size, TILE.vector)
+        tl.store(row + columns, value.to(row.dtype.element_ty), mask=inside)
+    return head, body

@@ -44,11 +44,20 @@ def _fault(name: str, symptom: str, *edits: tuple[str, str, str]) -> Fault:
 _ROWS, _SLICE = "cuda/cluster_rows.h", "cuda/slice.h"
 _ARRIVE = 'asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");'
 _SENT = "*cluster.map_shared_rank(&exchange.parts[cluster.block_rank()], lane) = part;"
-_X_TARGET = "exchange.parts[(target + begin) / width].x_target"
-_PEER = "cluster.map_shared_rank(&exchange, (target + begin) / width)->parts[(target + begin) / width].x_target"
+_X_TARGET = "exchange.parts[column / width].x_target"
+_PEER = "cluster.map_shared_rank(&exchange, column / width)->parts[column / width].x_target"
 _LARGEST = "m = max_or_nan(m, __shfl_xor_sync(ALL_LANES, m, step));"
 _HEAD = "shift != 0 ? min(n, (VECTOR_BYTES - shift) / static_cast<int>(sizeof *d_x)) : 0"
-_PREPARED = "step.prepare(exchange.registers);\n  __syncthreads();"
+_READOUT = """\
+if (threadIdx.x == 0) {
+    exchange.readout = make_readout(
+        rows.scale, rows.softcap, rows.row_temperature == nullptr ? rows.temperature : rows.row_temperature[row]);
+  }
+  __syncthreads();"""
+_ALL_TOLD = """\
+__syncwarp();
+  // From here on no block touches another's memory, so that it may end whenever it likes.
+  cluster_arrive();"""
 _LANDED = "wait_for_copies(COPY_GROUPS - 1 - group);\n    __syncthreads();"
 _TOLD = "__syncthreads();\n  cluster_wait();"
 _TERMS = "if (!Step::WRITES) return;\n  __syncthreads();"
@@ -63,7 +72,7 @@ FOUND = (
     _fault(
         "parts are read before all blocks have sent theirs",
         "got nan|written after its block ended",
-        (_ROWS, "__syncwarp();", "return;"),
+        (_ROWS, _ALL_TOLD, "return;"),
     ),
     _fault(
         "parts are sent without a release",
@@ -74,7 +83,7 @@ FOUND = (
     _fault("parts go to no block", "no block of rank", (_ROWS, _SENT, _SENT.replace("lane)", "lane + 1)"))),
     _fault("parts are mixed up", "got nan", (_ROWS, _SENT, _SENT.replace("cluster.block_rank()", "lane"))),
     _fault("memory of a block that may have ended is read", "got nan", (_ROWS, _X_TARGET, f"({_PEER})")),
-    _fault("the readout is read too early", "got nan", (_ROWS, _PREPARED, "step.prepare(exchange.registers);")),
+    _fault("the readout is read too early", "got nan", (_ROWS, _READOUT, _READOUT.removesuffix("__syncthreads();"))),
     _fault("sums of warps are read too early", "got nan", (_ROWS, _TOLD, "cluster_wait();")),
     _fault("terms are read too early", "got nan", (_ROWS, _TERMS, "if (!Step::WRITES) return;")),
     _fault("copies of other threads are read too early", "got nan", (_ROWS, _LANDED, _LANDED.partition("\n")[0])),
@@ -82,6 +91,12 @@ FOUND = (
         "copies are waited for a group too late",
         "got nan|copies were under way",
         (_ROWS, _LANDED, "wait_for_copies(min(COPY_GROUPS - group, COPY_GROUPS - 1)); __syncthreads();"),
+    ),
+    _fault(
+        "fields are copied after the logits",
+        "got nan|copies were under way",
+        (_ROWS, "step.prepare(row, exchange);", ""),
+        (_ROWS, "slice.copy(x);", "slice.copy(x); step.prepare(row, exchange);"),
     ),
     _fault("copies are not waited for", "copies were under way", (_ROWS, "wait_for_copies(0);", "")),
     _fault(
@@ -120,7 +135,7 @@ FOUND = (
 
 HIDDEN = (
     # A thread arrives for itself here; the hardware wants all lanes of a warp to do so together.
-    _fault("lanes arrive while others still send", "", (_ROWS, "__syncwarp();", "")),
+    _fault("lanes arrive while others still send", "", (_ROWS, _ALL_TOLD, "cluster_arrive();")),
 )
 """What the emulator cannot find."""
 

@@ -1,0 +1,124 @@
+"""The three matmuls of a linear head, with fp32 results whatever the operands are (fp64 for fp64).
+
+    logits = hidden W^T + b        d_hidden = d_logits W        d_W = d_logits^T hidden
+
+Results are never rounded to 16 bits: logits that were have lost up to 0.06 of a log-probability.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+SLICE_BYTES = 2**24
+"""Of the weight in fp32, where a device cannot multiply 16-bit operands into fp32."""
+
+
+class Matmuls(Protocol):
+    """The matmuls of one weight. ``hidden`` is [n, D] in the operands' dtype; results are fp32."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Memory that the logits of one token and their gradient take."""
+        ...
+
+    def gradient_buffer(self, logits: Tensor) -> Tensor:
+        """[n, V] for the gradient of the logits, in the dtype that is multiplied: their own where it is theirs."""
+        ...
+
+    def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """Write [n, V] = hidden W^T + b."""
+        ...
+
+    def d_hidden(self, d_logits: Tensor) -> Tensor:
+        """[n, D] = d_logits W."""
+        ...
+
+    def add_d_weight(self, d_logits: Tensor, hidden: Tensor, total: Tensor, first: bool) -> None:
+        """Add d_logits^T hidden to [V, D]; write it there the first time."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Mixed:
+    """Matmuls of a device that multiplies 16-bit operands into fp32 results; the gradient of the logits is one."""
+
+    weight: Tensor  # [V, D] of the operands' dtype
+
+    @property
+    def row_bytes(self) -> int:
+        return 4 * self.weight.shape[0] + self.weight.itemsize * self._row
+
+    @property
+    def _row(self) -> int:
+        """V, and what brings the next row of a gradient to a multiple of 16 bytes: tensor cores' operands are such."""
+        step = 16 // self.weight.itemsize
+        return -(-self.weight.shape[0] // step) * step
+
+    def gradient_buffer(self, logits: Tensor) -> Tensor:
+        return self.weight.new_empty(logits.shape[0], self._row)[:, : logits.shape[1]]
+
+    def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        if bias is None:
+            torch.mm(hidden, self.weight.t(), out_dtype=torch.float32, out=out)
+        else:
+            # As a matrix: with out_dtype, torch has had trouble with a vector (pytorch/pytorch#154086).
+            out.copy_(bias)
+            torch.addmm(out, hidden, self.weight.t(), out_dtype=torch.float32, out=out)
+
+    def d_hidden(self, d_logits: Tensor) -> Tensor:
+        return torch.mm(d_logits, self.weight, out_dtype=torch.float32)
+
+    def add_d_weight(self, d_logits: Tensor, hidden: Tensor, total: Tensor, first: bool) -> None:
+        torch.addmm(total, d_logits.t(), hidden, beta=0 if first else 1, out_dtype=torch.float32, out=total)
+
+
+@dataclass(frozen=True, eq=False)
+class Widened:
+    """Matmuls of fp32 or fp64 operands; 16-bit ones are converted, a slice of the vocabulary at a time."""
+
+    weight: Tensor  # [V, D]
+    dtype: torch.dtype
+
+    @property
+    def row_bytes(self) -> int:
+        return self.weight.shape[0] * self._wide_dtype.itemsize
+
+    def gradient_buffer(self, logits: Tensor) -> Tensor:
+        return logits
+
+    @property
+    def _wide_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.dtype, torch.float32)
+
+    def _wide(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype).to(self._wide_dtype)
+
+    def _slices(self) -> Iterator[tuple[slice, Tensor]]:
+        vocab, d = self.weight.shape
+        converted = not self.weight.dtype == self.dtype == self._wide_dtype
+        step = max(1, SLICE_BYTES // (4 * d)) if converted else vocab
+        for start in range(0, vocab, step):
+            rows = slice(start, min(start + step, vocab))
+            yield rows, self._wide(self.weight[rows])
+
+    def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        hidden = self._wide(hidden)
+        for rows, weight in self._slices():
+            if bias is None:
+                torch.mm(hidden, weight.t(), out=out[:, rows])
+            else:
+                torch.addmm(bias[rows].to(out.dtype), hidden, weight.t(), out=out[:, rows])
+
+    def d_hidden(self, d_logits: Tensor) -> Tensor:
+        total = d_logits.new_zeros(d_logits.shape[0], self.weight.shape[1])
+        for rows, weight in self._slices():
+            total.addmm_(d_logits[:, rows], weight)
+        return total
+
+    def add_d_weight(self, d_logits: Tensor, hidden: Tensor, total: Tensor, first: bool) -> None:
+        total.addmm_(d_logits.t(), self._wide(hidden), beta=0 if first else 1)

@@ -1,0 +1,72 @@
+"""Moments of a row: what shards and tiles of a row exchange, and what statistics follow from.
+
+With z = kappa u, and sums over the columns j of a shard relative to its own m = max_j u_j,
+
+    s = sum_j e^(kappa (u_j - m))        sz = sum_j e^(kappa (u_j - m)) kappa (u_j - m)
+
+Merging two shards a and b, m = max(m_a, m_b), w = e^(kappa (m_shard - m)):
+
+    s = w_a s_a + w_b s_b        sz = sum over a, b of w (sz + s kappa (m_shard - m))        u_y = max(u_y_a, u_y_b)
+
+A rounded lse loses the digits of log-probabilities where logits are large; these do not.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from unirl_kernels.backends import ReadoutArgs, RowMoments, RowStats
+
+
+def kappa_of(readout: ReadoutArgs, like: Tensor) -> Tensor:
+    """dz/du of a readout, [] or as its row temperature, in the dtype and on the device of a tensor."""
+    size = abs(readout.scale) if readout.softcap is None else readout.softcap
+    if readout.row_temperature is None:
+        return like.new_tensor(size / readout.temperature)
+    return size / readout.row_temperature.to(like.dtype)
+
+
+def statistics(moments: RowMoments, kappa: Tensor) -> RowStats:
+    """Statistics of the rows with these moments.
+
+        logp = kappa (u_y - m) - log s        H = log s - sz / s        lse = kappa m + log s
+
+    Args:
+        moments: of whole rows.
+        kappa: [] or [B, L], dz/du.
+
+    Returns:
+        ``RowStats`` of the moments' dtype, logp <= 0 and H >= 0. NaN for a row without a finite logit; its lse is -inf.
+    """
+    log_s = torch.log1p(moments.s_minus_1)
+    empty = moments.top == -torch.inf
+    logp = ((moments.u_target - moments.top) * kappa - log_s).clamp(max=0)
+    entropy = (log_s - moments.sz / (1 + moments.s_minus_1)).clamp(min=0)
+    lse = torch.where(empty, -torch.inf, moments.top * kappa + log_s)
+    return RowStats(logp, entropy, lse)
+
+
+def merge(parts: RowMoments, kappa: Tensor) -> RowMoments:
+    """Moments of rows from those of their shards, in fp64 and in the order of the shards.
+
+    Args:
+        parts: [n, ...] each, the shards of every row along the first dimension.
+        kappa: [] or [...], dz/du.
+
+    Returns:
+        ``RowMoments`` [...] of the parts' dtype.
+    """
+    top = parts.top.amax(0)
+    reference = torch.where(top == -torch.inf, 0, top).double()
+    # A shard of -inf alone has s = 0 and no finite maximum.
+    shift = torch.where(parts.top == -torch.inf, 0, (parts.top.double() - reference) * kappa.double())
+    weight = shift.exp()
+    s = weight * (1 + parts.s_minus_1.double())
+    sz = weight * parts.sz.double() + s * shift
+    # Of the shards that hold the maximum one has weight 1: its s - 1 keeps the digits that s would round away.
+    first = (parts.top == top).to(torch.int8).argmax(0, keepdim=True)
+    s_minus_1 = s.scatter(0, first, parts.s_minus_1.double().gather(0, first)).sum(0)
+    u_target = parts.u_target.amax(0)
+    dtype = parts.top.dtype
+    return RowMoments(top, s_minus_1.to(dtype), sz.sum(0).to(dtype), u_target)

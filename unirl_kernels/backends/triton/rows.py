@@ -1,0 +1,131 @@
+"""What a kernel knows of its row: where it lies, its target, how its logits become u and z.
+
+Kernels gather their arguments in these tuples first of all. At the launch boundary Triton would compile anew for every
+length and stride in a tuple.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from unirl_kernels.backends import ELSEWHERE as ELSEWHERE_TARGET
+from unirl_kernels.backends.triton.scalar_math import LOG2E, divide, tanh
+from unirl_kernels.batch import IGNORE as IGNORED_TARGET
+
+IGNORE = tl.constexpr(IGNORED_TARGET)
+ELSEWHERE = tl.constexpr(ELSEWHERE_TARGET)
+
+
+class Strides(NamedTuple):
+    """Where the rows of a [B, L, V] tensor lie."""
+
+    length: tl.tensor  # L
+    sequence: tl.tensor  # elements from one sequence to the next
+    token: tl.tensor
+
+
+class Row(NamedTuple):
+    """A row of logits, or a slice of it."""
+
+    x: tl.tensor  # pointer to its first column
+    size: tl.tensor  # its columns
+    target: tl.tensor  # the target's column; one that it does not have where the target is elsewhere
+
+
+class Readout(NamedTuple):
+    """z = kappa u."""
+
+    inner: tl.tensor  # du/dx: 1; -1 under a negative scale; the slope of tanh's argument under a softcap
+    kappa: tl.tensor
+    rate: tl.tensor  # kappa log2(e)
+
+
+@triton.jit
+def start_of_row(x: tl.tensor, row: tl.tensor, strides: Strides) -> tl.tensor:
+    """Pointer to row b * L + l of [B, L, V]. 64 bits: T V may exceed 2^31."""
+    sequence, token = row // strides.length, row % strides.length
+    return x + sequence.to(tl.int64) * strides.sequence + token.to(tl.int64) * strides.token
+
+
+@triton.jit
+def readout_of(
+    inner: tl.tensor, factor: tl.tensor, row_temperature: tl.tensor, row: tl.tensor, COMPUTE: tl.constexpr
+) -> Readout:
+    """The readout of a row; ``factor`` is kappa, or kappa times the row's temperature. NaN if that is not positive."""
+    kappa = tl.full((), factor, COMPUTE)
+    if row_temperature is not None:
+        temperature = tl.load(row_temperature + row).to(COMPUTE)
+        kappa = divide(kappa, tl.where(temperature > 0, temperature, float("nan")))
+    return Readout(tl.full((), inner, COMPUTE), kappa, kappa * LOG2E)
+
+
+@triton.jit
+def is_computed(target: tl.tensor, size: tl.tensor) -> tl.tensor:
+    """Whether the row of a target is read: the target is one of ``size`` columns, or in another shard."""
+    return ((target >= 0) & (target < size)) | (target == ELSEWHERE)
+
+
+@triton.jit
+def absent(target: tl.tensor, COMPUTE: tl.constexpr) -> tl.tensor:
+    """What stands for a row that is not read: 0 where it is ignored, NaN where its target does not exist."""
+    return tl.where(target == IGNORE, 0.0, float("nan")).to(COMPUTE)
+
+
+@triton.jit
+def column_of(target: tl.tensor) -> tl.tensor:
+    """Column of a target, int32; -1 where it is in another shard."""
+    return tl.where(target == ELSEWHERE, -1, target).to(tl.int32)
+
+
+@triton.jit
+def u_of(x: tl.tensor, readout: Readout, READOUT: tl.constexpr) -> tl.tensor:
+    """u, increasing in z: the logit itself, its negative under a negative scale, or tanh(inner x) under a softcap."""
+    if READOUT == "softcap":
+        return tanh(x * readout.inner)
+    elif READOUT == "negated":
+        return -x
+    else:
+        return x
+
+
+@triton.jit
+def u_of_target(row: Row, readout: Readout, READOUT: tl.constexpr) -> tl.tensor:
+    """u of the target; -inf where the row does not have it."""
+    here = (row.target >= 0) & (row.target < row.size)
+    x = tl.load(row.x + row.target, mask=here, other=0.0).to(readout.rate.dtype)
+    return tl.where(here, u_of(x, readout, READOUT), float("-inf"))
+
+
+@triton.jit
+def slope(u: tl.tensor, outer: tl.tensor, READOUT: tl.constexpr) -> tl.tensor:
+    """dz/dx, where ``outer`` is its value at x = 0."""
+    if READOUT == "softcap":
+        return outer * ((1.0 - u) * (1.0 + u))
+    else:
+        return outer
+
+
+@triton.jit
+def row_fields(fields: tl.tensor, row: tl.tensor, rows: tl.tensor, FIELDS: tl.constexpr) -> tl.tuple:
+    """The fields of a row, from [FIELDS, rows]."""
+    values = ()
+    for i in tl.static_range(FIELDS):
+        values = values + (tl.load(fields + i * rows.to(tl.int64) + row),)  # type: ignore  # noqa: RUF005
+    return values
+
+
+@triton.jit
+def write(tensors: tl.tuple, row: tl.tensor, values: tl.tuple) -> None:
+    """Write a row's entry of each tensor."""
+    for i in tl.static_range(len(tensors)):
+        tl.store(tensors[i] + row, values[i])
+
+
+@triton.jit
+def write_to_all(tensors: tl.tuple, row: tl.tensor, value: tl.tensor) -> None:
+    """Write the same value as a row's entry of each tensor."""
+    for i in tl.static_range(len(tensors)):
+        tl.store(tensors[i] + row, value)
