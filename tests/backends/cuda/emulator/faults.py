@@ -46,6 +46,7 @@ _ARRIVE = 'asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 _SENT = "*cluster.map_shared_rank(&exchange.parts[cluster.block_rank()], lane) = part;"
 _X_TARGET = "exchange.parts[column / width].x_target"
 _PEER = "cluster.map_shared_rank(&exchange, column / width)->parts[column / width].x_target"
+_ALLOWED = "cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, MOST_MEMORY)"
 _LARGEST = "m = max_or_nan(m, __shfl_xor_sync(ALL_LANES, m, step));"
 _HEAD = "shift != 0 ? min(n, (VECTOR_BYTES - shift) / static_cast<int>(sizeof *d_x)) : 0"
 _READOUT = """\
@@ -110,6 +111,11 @@ FOUND = (
         (_ROWS, _TERMS, "if (!Step::WRITES) return; if (threadIdx.x >= WARP) __syncthreads();"),
     ),
     _fault(
+        "a barrier is not waited for",
+        "arrives twice without a wait",
+        (_ROWS, _TOLD, "__syncthreads();"),
+    ),
+    _fault(
         "threads of a block meet at two barriers",
         "diverged: .*__syncthreads",
         (_ROWS, _TERMS, "if (!Step::WRITES) return; if (threadIdx.x < 7) __syncthreads();\n else __syncthreads();"),
@@ -129,6 +135,16 @@ FOUND = (
         "the memory of a slice ends too early",
         "written beyond its end",
         (_ROWS, "cut.width * bytes + Slice<Format>::SLACK", "cut.width * bytes"),
+    ),
+    _fault(
+        "less memory is allowed than a launch takes",
+        "the kernel's attribute allows 4096 bytes",
+        (_ROWS, _ALLOWED, _ALLOWED.replace("MOST_MEMORY", "4096")),
+    ),
+    _fault(
+        "more memory is allowed than a block has",
+        "no block has 262144 bytes",
+        (_ROWS, _ALLOWED, _ALLOWED.replace("MOST_MEMORY", "262144")),
     ),
 )
 """What the tests find."""
