@@ -20,8 +20,8 @@ from unirl_kernels.batch import IGNORE
 from unirl_kernels.program import trace, weight_name
 from unirl_kernels.testing.budgets import condition_of, violations
 
-TOKENS = (1, 5)
-"""[B, L]; the targets are the first column, ignored, no column at all, the last column, and in another shard."""
+TOKENS = (2, 3)
+"""[B, L]; the targets are the first column, ignored, no column at all; ignored, the last column, in another shard."""
 
 IDENTITY = ReadoutArgs(1.0, None, 1.0, None)
 READOUTS = {
@@ -30,13 +30,13 @@ READOUTS = {
     "negative scale": ReadoutArgs(-0.8, None, 1.0, None),
     "softcap": ReadoutArgs(0.9, 5.0, 1.0, None),
     "negative softcap": ReadoutArgs(-0.5, 30.0, 1.3, None),
-    "temperatures": ReadoutArgs(1.0, None, 9.0, torch.tensor([[0.5, 1.0, 1.5, 2.0, 2.5]])),
-    "softcap and temperatures": ReadoutArgs(2.0, 8.0, 1.0, torch.tensor([[0.5, 1.0, 1.5, 2.0, 2.5]])),
+    "temperatures": ReadoutArgs(1.0, None, 9.0, torch.tensor([[0.5, 1.0, 1.5], [2.0, 0.7, 2.5]])),
+    "softcap and temperatures": ReadoutArgs(2.0, 8.0, 1.0, torch.tensor([[0.5, 1.0, 1.5], [2.0, 0.7, 2.5]])),
 }
 
 LAYOUTS = {"contiguous": (1, 0, 0), "aligned": (16, 16, 0), "unaligned": (1, 1, 3)}
-"""Rows are V logits, filled up to a multiple of the first number, and the second number; the third is where the first
-row starts."""
+"""Logits from row to row: V, filled up to a multiple of the first number, and the second. The third is where the first
+row starts. Between two batches there is room for a row, but where rows are contiguous."""
 
 
 def policy(t: Any) -> Any:
@@ -88,8 +88,20 @@ def emulated(module: ModuleType) -> Iterator[None]:
         patch.setattr(native.extension(), "cuda", module.cuda, raising=False)
         patch.setattr(cuda, "unavailable", lambda device: None)
         cuda._native.cache_clear()
+        try:
+            yield
+        finally:
+            cuda._native.cache_clear()
+
+
+@contextmanager
+def new_memory_is_nan() -> Iterator[None]:
+    """What ``torch.empty`` gives, so that a value which is not written shows."""
+    torch.use_deterministic_algorithms(True)
+    try:
         yield
-    cuda._native.cache_clear()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def memory(case: Case, dtype: torch.dtype, start: int = 0) -> Tensor:
@@ -97,16 +109,16 @@ def memory(case: Case, dtype: torch.dtype, start: int = 0) -> Tensor:
     multiple, more, first = LAYOUTS[case.layout]
     batch, length = TOKENS
     stride = -(-case.vocab // multiple) * multiple + more
-    first += start
-    whole = torch.full((first + batch * length * stride,), torch.nan, dtype=dtype)
-    return whole.as_strided((batch, length, case.vocab), (length * stride, stride, 1), first)
+    batch_stride = (length + (more > 0)) * stride
+    whole = torch.full((first + start + batch * batch_stride,), torch.nan, dtype=dtype)
+    return whole.as_strided((batch, length, case.vocab), (batch_stride, stride, 1), first + start)
 
 
 def make_rows(case: Case) -> Rows:
     """Logits of a spread of 3; old and reference log-probabilities at a realistic distance, or on policy."""
     torch.manual_seed(case.vocab)
     logits = torch.randn(*TOKENS, case.vocab) * 3
-    target = torch.tensor([[0, IGNORE, case.vocab, case.vocab - 1, ELSEWHERE]])
+    target = torch.tensor([[0, IGNORE, case.vocab], [IGNORE, case.vocab - 1, ELSEWHERE]])
     index = target.clamp(0, case.vocab - 1).unsqueeze(-1)
     if case.fill == "certain":
         logits.scatter_(-1, index, 40.0)
@@ -138,11 +150,12 @@ def run(case: Case) -> dict[str, Tensor]:
         logits = memory(case, case.dtype).copy_(rows.logits)
         return logits, logits
 
-    stats, moments = cuda.token_stats(rows.logits, rows.target, readout)
-    logits, of_stats = to_write()
-    cuda.token_stats_backward(logits, rows.target, readout, moments, rows.gradients, of_stats)
-    logits, of_loss = to_write()
-    out = cuda.fused_loss(logits, rows.target, readout, program, of_loss, "cluster")
+    with new_memory_is_nan():
+        stats, moments = cuda.token_stats(rows.logits, rows.target, readout)
+        logits, of_stats = to_write()
+        cuda.token_stats_backward(logits, rows.target, readout, moments, rows.gradients, of_stats)
+        logits, of_loss = to_write()
+        out = cuda.fused_loss(logits, rows.target, readout, program, of_loss, "cluster")
     for written in (of_stats, of_loss):
         assert only_rows_written(written), "memory outside of the rows was written"
     measured = {**stats._asdict(), **moments._asdict(), "d_logits of statistics": of_stats}
