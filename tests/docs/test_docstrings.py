@@ -23,10 +23,10 @@ def examples_of(value: Any, name: str) -> list[doctest.DocTest]:
     return [found for found in doctest.DocTestFinder().find(value, name, globs=GLOBALS) if found.examples]
 
 
-def run(found: doctest.DocTest) -> str:
-    """What failed."""
+def run(found: doctest.DocTest, keep: bool = False) -> str:
+    """What failed; ``keep`` leaves the names that the example made."""
     said: list[str] = []
-    doctest.DocTestRunner(verbose=False).run(found, out=said.append)
+    doctest.DocTestRunner(verbose=False).run(found, out=said.append, clear_globs=not keep)
     return "".join(said)
 
 
