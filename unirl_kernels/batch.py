@@ -42,7 +42,7 @@ class Batch:
         old_logp: target's shape, <= 0: log-probabilities under the policy that sampled. None: on policy. The ratio is
             then 1, and its gradient is that of logp.
         ref_logp: target's shape, <= 0: log-probabilities under the reference policy.
-        cu_seqlens: [S + 1] int32, cumulative lengths from 0 to T; for the packed layout only.
+        cu_seqlens: [S + 1] int32 or int64, cumulative lengths from 0 to T; for the packed layout only.
         fields: name -> tensor of shape [], [S] or target's; an objective reads it as ``t.<name>``.
         pairs: where losses of pairs (DPO) find them. ``"halves"``: the first S/2 sequences are the chosen ones, the
             others are the rejected ones in the same order. ``"interleaved"``: chosen and rejected in turn.

@@ -118,7 +118,8 @@ def fused_loss(
 
         L = sum_t w_t f(t)        dL/dz_j = w_t (f_logp (1[j = y] - p_j) + f_lse p_j - f_H p_j (log p_j + H))
 
-    f is the objective, w_t the weight that the aggregation gives token t, f_x the derivative of f by x.
+    f is the objective, f_x = df/dx, and w_t the weight that the aggregation gives token t. z are the logits of the
+    token after the readout, p = softmax(z), y is the target and H the entropy.
 
     A loss of token scope reads the logits once and writes their gradient once. Two cases take two passes, the
     statistics first and the gradient in ``backward``: a loss of a wider scope, and fp16 logits unless ``plan`` names a
@@ -133,14 +134,14 @@ def fused_loss(
         plan: how the machine computes it.
 
     Returns:
-        ``LossOutput``. Its ``loss`` is differentiable in the logits; ``backward`` hands on the gradient.
+        ``LossOutput``. Its ``loss`` is differentiable in the logits. The gradient is computed in the forward;
+        ``backward`` multiplies it by the upstream gradient.
 
     Raises:
         TypeError: when an argument has a wrong type or dtype. The text names the argument, what was expected and what
-            came. ``UnsupportedOperation``, a TypeError, when the objective uses an operation that the kernel cannot
-            run.
-        ValueError: when an argument has a wrong shape, device or value, in the same form; when the objective reads a
-            field that the batch lacks.
+            came. Also when the objective uses an operation that the kernel cannot run (``UnsupportedOperation``).
+        ValueError: when an argument has a wrong shape, device or value, in the same form. Also when the objective
+            reads a field that the batch lacks.
         IndexError: when a target is outside the vocabulary (on the CPU; on an accelerator its row becomes NaN).
         RuntimeError: when the named backend cannot run here.
 
