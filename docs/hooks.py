@@ -50,9 +50,8 @@ def families() -> str:
 
 
 def family(path: str, classes: list[type]) -> str:
-    title, _, more = inspect.cleandoc(inspect.getmodule(classes[0]).__doc__ or "").partition("\n")
-    entries = [
-        f"::: {path}.{value.__qualname__}\n    options:\n      show_source: true"
-        for value in sorted(classes, key=lambda value: inspect.getsourcelines(value)[1])
-    ]
-    return "\n\n".join([f"## {title.rstrip('.')}", more.strip(), *entries])
+    """The module's docstring, and its classes in their order."""
+    title = path.rpartition(".")[2].capitalize()
+    ordered = sorted(classes, key=lambda value: inspect.getsourcelines(value)[1])
+    entries = [f"::: {path}.{value.__qualname__}" for value in ordered]
+    return "\n\n".join([f"## {title}", inspect.getdoc(inspect.getmodule(classes[0])) or "", *entries])

@@ -116,7 +116,8 @@ def fused_loss(
 ) -> LossOutput:
     """The loss of a batch and the gradient of its logits, in one pass over the logits.
 
-        L = sum_t w_t f(t)        dL/dz_j = w_t (f_logp (1[j = y] - p_j) + f_lse p_j - f_H p_j (log p_j + H))
+        L = sum_t w_t f(t)
+        dL/dz_j = w_t (f_logp (1[j = y] - p_j) + f_lse p_j - f_H p_j (log p_j + H))
 
     f is the objective, f_x = df/dx, and w_t the weight that the aggregation gives token t. z are the logits of the
     token after the readout, p = softmax(z), y is the target and H the entropy.
