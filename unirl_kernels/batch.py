@@ -226,7 +226,8 @@ class Batch:
             ValueError: when the batch lacks it, or it has a value per token.
         """
         value, shape = self.get(name), (self.n_sequences,)
-        if value.dim() and name not in self._of_sequences:
+        # Where every sequence is one token, a value for each token is a value for each sequence.
+        if value.dim() and tuple(value.shape) != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
         return value.expand(shape)
 

@@ -117,8 +117,10 @@ def check_overwritable(logits: Tensor) -> None:
             "got a leaf that requires a gradient, or a view of one"
         )
     reach = logits.shape[-1]
-    for stride, size in sorted(zip(logits.stride()[:-1], logits.shape[:-1], strict=True)):
-        if size > 1 and stride < reach:
+    rows = [(stride, size) for stride, size in zip(logits.stride()[:-1], logits.shape[:-1], strict=True) if size > 1]
+    # From the smaller stride; torch.compile compares lengths that vary, but cannot sort them.
+    for stride, size in rows[::-1] if len(rows) == 2 and rows[0][0] > rows[1][0] else rows:
+        if stride < reach:
             raise ValueError(f"overwrite_logits=True needs rows that do not overlap, got strides {logits.stride()}")
         reach += (size - 1) * stride
 

@@ -98,12 +98,12 @@ def _measured(function: Any, logits: Tensor, target: Tensor, readout: Readout, p
     check_kinds(readout=readout, plan=plan)
     check_logits(logits, target)
     backend, _ = choose(logits.device, plan.backend, plan.kernel)
-    overwrite = plan.overwrite_logits and _wants_gradient(logits)
-    if overwrite:
+    rows = (as_rows(target), readout_args(readout, target, row_dtype(logits.dtype)), backend)
+    if not _wants_gradient(logits):
+        return [x.view(target.shape) for x in function.without_gradient(logits, *rows)]
+    if plan.overwrite_logits:
         check_overwritable(logits)
-    of_readout = readout_args(readout, target, row_dtype(logits.dtype))
-    found = function.apply(logits, as_rows(target), of_readout, backend, overwrite)
-    return [x.view(target.shape) for x in found]
+    return [x.view(target.shape) for x in function.apply(logits, *rows, plan.overwrite_logits)]
 
 
 def fused_loss(

@@ -33,13 +33,11 @@ class _Value:
         return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in given)})"
 
 
-def _sequences(batch: Batch, count: float | Tensor | None, empty: Empty) -> Tensor:
-    """How many sequences a mean over sequences counts, 0-dim float64."""
+def _sequences(batch: Batch, count: float | Tensor | None, empty: Empty) -> float | Tensor:
+    """How many sequences a mean over sequences counts; a tensor is 0-dim."""
     if count is not None:
-        return torch.as_tensor(count, dtype=torch.float64, device=batch.target.device)
-    if empty == "count":
-        return torch.tensor(batch.n_sequences, dtype=torch.float64, device=batch.target.device)
-    return (batch.lengths > 0).sum().clamp(min=1).double()
+        return count
+    return batch.n_sequences if empty == "count" else (batch.lengths > 0).sum().clamp(min=1).double()
 
 
 def _check_empty(empty: str) -> None:
@@ -47,9 +45,10 @@ def _check_empty(empty: str) -> None:
         raise ValueError(f"empty must be 'count' or 'skip', got {empty!r}")
 
 
-def _masked(weights: Tensor, batch: Batch) -> Tensor:
-    """0 at ignored tokens, where a division may have given NaN."""
-    return torch.where(batch.valid, weights, 0)
+def _over(numerator: Tensor, count: float | Tensor, batch: Batch) -> Tensor:
+    """A quotient, 0 at ignored tokens: a count in a tensor may be 0, and 0 / 0 is NaN."""
+    quotient = numerator / count
+    return quotient.masked_fill(~batch.valid, 0) if isinstance(count, Tensor) else quotient
 
 
 @dataclass(frozen=True, repr=False)
@@ -83,8 +82,8 @@ class SequenceMean(_Value):
         _check_empty(self.empty)
 
     def weights(self, batch: Batch) -> Tensor:
-        lengths = batch.lengths.clamp(min=1).double()
-        return _masked(batch.per_token(1 / (_sequences(batch, self.count, self.empty) * lengths)), batch)
+        lengths = batch.per_token(batch.lengths.clamp(min=1).double())
+        return _over(batch.valid / lengths, _sequences(batch, self.count, self.empty), batch)
 
 
 @dataclass(frozen=True, repr=False)
@@ -115,7 +114,7 @@ class TokenMean(_Value):
 
     def weights(self, batch: Batch) -> Tensor:
         count = batch.valid.sum().clamp(min=1) if self.count is None else self.count
-        return _masked(batch.valid.double() / count, batch)
+        return _over(batch.valid.double(), count, batch)
 
 
 @dataclass(frozen=True, repr=False)
@@ -152,7 +151,7 @@ class FixedLength(_Value):
         _check_empty(self.empty)
 
     def weights(self, batch: Batch) -> Tensor:
-        return _masked(batch.valid.double() / (_sequences(batch, self.count, self.empty) * self.n), batch)
+        return _over(batch.valid.double() / self.n, _sequences(batch, self.count, self.empty), batch)
 
 
 @dataclass(frozen=True, repr=False)
@@ -193,7 +192,7 @@ class GroupMean(_Value):
         members = (same & (lengths > 0)).sum(-1).clamp(min=1)
         own = ((lengths > 0).double() / members).sum().clamp(min=1)
         count = own if self.count is None else self.count
-        return _masked(batch.per_token(1 / (tokens.clamp(min=1).double() * count)), batch)
+        return _over(batch.valid / batch.per_token(tokens.clamp(min=1).double()), count, batch)
 
 
 @dataclass(frozen=True, repr=False)
@@ -254,7 +253,14 @@ class Weighted(_Value):
 
     def weights(self, batch: Batch) -> Tensor:
         weights = self.base.weights(batch)
-        if weights.shape == batch.target.shape:
+        if not _weighs_pairs(self.base, weights, batch):
             return torch.where(weights == 0, 0, weights * batch.per_token_field(self.field).double())
         chosen, rejected = batch.split_pairs(batch.per_sequence_field(self.field).double())
         return weights * chosen * rejected
+
+
+def _weighs_pairs(aggregation: Aggregation, weights: Tensor, batch: Batch) -> bool:
+    """Whether weights are of pairs. Their shape alone does not tell where a batch has as many pairs as tokens."""
+    if isinstance(aggregation, Weighted):
+        return _weighs_pairs(aggregation.base, weights, batch)
+    return isinstance(aggregation, PairMean) or weights.shape != batch.target.shape

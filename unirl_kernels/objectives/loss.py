@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -75,9 +75,11 @@ class Term:
         if weights.requires_grad:
             raise ValueError(f"aggregation {self.aggregation} must give weights without a gradient: detach them")
         weights = weights.double()
-        if unit == "token":
-            weights = torch.where(batch.valid, weights, 0)
-        return torch.where(weights == 0, 0, weights * self.coefficient)
+        if unit == "token" and not isinstance(self.aggregation, OF_TOKENS):
+            weights = weights.masked_fill(~batch.valid, 0)
+        if isinstance(self.coefficient, Tensor):
+            return torch.where(weights == 0, 0, weights * self.coefficient)  # 0 * inf would not be 0
+        return weights if self.coefficient == 1 else weights * self.coefficient
 
     def composed(self, tokens: Tokens, weights: Tensor, constant: bool) -> Tensor:
         """The term as plain PyTorch, 0-dim: the sum of the objective's values times their weights.
@@ -127,7 +129,9 @@ class Loss:
     token scope run in one pass together.
 
     The objective is traced when the loss is made. A number that it reads from outside, and that changes later, has no
-    effect on the loss: make a new one. That takes a fraction of a millisecond and compiles nothing.
+    effect on the loss: make a new one. That takes a fraction of a millisecond and compiles nothing. A loss may also be
+    made inside a compiled function (torch.compile): numbers that change are then variables of its graph. The scope is
+    not checked there, since compiled code never cuts a batch.
 
     Args:
         objective: the objective.
@@ -155,11 +159,16 @@ class Loss:
     scope: str
     """The widest scope of the terms."""
 
-    def __init__(self, objective: Callable[[Any], Tensor], aggregation: Aggregation = SequenceMean()) -> None:
+    # The default is a class: torch.compile cannot name an object that is the default of a method.
+    def __init__(
+        self, objective: Callable[[Any], Tensor], aggregation: Aggregation | type[SequenceMean] = SequenceMean
+    ) -> None:
+        aggregation = SequenceMean() if aggregation is SequenceMean else cast(Aggregation, aggregation)
         _check_objective(objective)
         _check_aggregation(aggregation, scope_of(objective))
         self._set_terms((Term(objective, aggregation),))
-        if self.scope != "token" or isinstance(self._traced, str):
+        # torch.compile would compile the check, too; it never cuts a batch of what is not traced.
+        if not torch.compiler.is_compiling() and (self.scope != "token" or isinstance(self._traced, str)):
             self._fault = scope_fault(objective)
             if self._fault is not None:
                 warnings.warn(f"{self._fault}. Linear heads refuse it", stacklevel=2)
@@ -167,7 +176,7 @@ class Loss:
     def _set_terms(self, terms: tuple[Term, ...], fault: str | None = None) -> None:
         self.terms = terms
         self._fault = fault
-        self.scope = max((term.scope for term in terms), key=SCOPES.index)
+        self.scope = SCOPES[max([SCOPES.index(term.scope) for term in terms])]
         # Why an objective was refused is kept as text: an exception would keep every frame that it passed alive.
         self._traced: str | tuple[Traced, Traced] | None = None
         self._params: tuple[Tensor, Tensor] | None = None
@@ -178,10 +187,11 @@ class Loss:
             sampled = trace(objectives, BEYOND_ONE_TOKEN)
             on_policy = trace(objectives, BEYOND_ONE_TOKEN, on_policy=True) if "old_logp" in sampled.fields else sampled
         except UnsupportedOperation as error:
-            self._traced = str(error)
+            self._traced = error.args[0]
         else:
             self._traced = (sampled, on_policy)
-            self._params = (_tensor(sampled.params), _tensor(on_policy.params))
+            if not torch.compiler.is_compiling():
+                self._params = (_tensor(sampled.params), _tensor(on_policy.params))
 
     @classmethod
     def _of(cls, terms: tuple[Term, ...], fault: str | None) -> Loss:
@@ -239,8 +249,7 @@ class Loss:
         """[n_params] float64: the program's parameters on ``device``."""
         params = self.traced(on_policy).params
         if torch.compiler.is_compiling():
-            assert self._params is not None
-            return self._params[on_policy].to(device)
+            return _compiled(params, device) if self._params is None else self._params[on_policy].to(device)
         return _on_device(params, device)
 
     def composed(self, tokens: Tokens, weights: Sequence[Tensor]) -> Tensor:
@@ -339,6 +348,13 @@ def _check_aggregation(aggregation: object, scope: str) -> None:
 
 def _tensor(params: tuple[float, ...]) -> Tensor:
     return torch.tensor(params, dtype=torch.float64, device="cpu")
+
+
+def _compiled(params: tuple[float, ...], device: torch.device) -> Tensor:
+    """Parameters of a loss that is made inside of a compiled function: a coefficient may be a variable of it."""
+    one = torch.ones((), dtype=torch.float64, device=device)
+    # As multiplications, which torch.compile can move to tensors: it would compile again for each number of a list.
+    return torch.stack([one * p for p in params])
 
 
 # Copied once per value: a CUDA graph cannot record a copy from pageable memory, and what it recorded must stay.

@@ -114,6 +114,30 @@ def test_copy_of_a_model_runs_the_copy() -> None:
     assert not other(**inputs).logits.any()
 
 
+def replicate(model: Any) -> Any:
+    """As DataParallel does it, with parameters that can be told apart: torch.nn.parallel.replicate wants GPUs."""
+    replicas = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, replica in replicas.items():
+        for name, child in module.named_children():
+            replica._modules[name] = replicas[child]
+        for name, parameter in module._parameters.items():
+            setattr(replica, name, None if parameter is None else torch.zeros_like(parameter))
+    return replicas[model]
+
+
+def test_replica_of_data_parallel_runs_itself() -> None:
+    model, inputs = tiny(), tokens()
+    fused = FusedHead(model)
+    replica = replicate(model)
+    out = replica(**inputs, num_items_in_batch=torch.tensor([[7]]))
+    assert out.logits is None
+    counted = int((inputs["labels"][:, 1:] != -100).sum())
+    assert out.loss.item() == pytest.approx(torch.tensor(V).log().item() * counted / 7)
+    fused.undo()
+    assert "_replicate_for_data_parallel" not in vars(model)
+    assert replicate(model)(**inputs).logits is not None
+
+
 @pytest.mark.parametrize("way", ["pickle", "torch.save"])
 def test_pickled_model_is_the_plain_one(way: str) -> None:
     model, inputs = tiny(), tokens()

@@ -32,6 +32,7 @@ CALLS: dict[str, Callable[[Tensor], dict[str, Any]]] = {
     "labels": lambda labels: {"labels": labels},
     "int_count": lambda labels: {"labels": labels, "num_items_in_batch": 29},
     "tensor_count": lambda labels: {"labels": labels, "num_items_in_batch": torch.tensor(29)},
+    "float_count": lambda labels: {"labels": labels, "num_items_in_batch": torch.tensor(14.5)},
     "ignore_index": lambda labels: {"labels": labels.masked_fill(labels == -100, 5), "ignore_index": 5},
     "shift_labels": lambda labels: {"labels": None, "shift_labels": labels, "num_items_in_batch": torch.tensor(7)},
     "both": lambda labels: {"labels": labels.flip(0), "shift_labels": labels, "an_unknown": 1},
@@ -66,7 +67,18 @@ def test_loss_refuses_what_does_not_fit() -> None:
         causal_lm_loss(logits, None, V)
     with pytest.raises(ValueError, match="count must be positive, got 0"):
         causal_lm_loss(logits, labels, V, num_items_in_batch=0)
+    with pytest.raises(ValueError, match=r"num_items_in_batch must be one number, got shape \(2, 1\)"):
+        causal_lm_loss(logits, labels, V, num_items_in_batch=torch.ones(2, 1))
     assert causal_lm_loss(logits, torch.full_like(labels, -100), V) == 0
+
+
+def test_count_as_a_replica_of_data_parallel_gets_it() -> None:
+    """Trainer hands on one count per device, of which each replica gets its part, [1, 1]."""
+    logits, labels = torch.randn(B, L, V), tokens()["labels"]
+    expected = causal_lm_loss(logits, labels, V, num_items_in_batch=7)
+    got = causal_lm_loss(logits, labels, V, num_items_in_batch=torch.tensor([[7]]))
+    assert got.shape == ()
+    assert torch.equal(got, expected)
 
 
 def test_loss_function_of_a_model() -> None:

@@ -23,9 +23,9 @@ import triton
 import triton.language as tl
 
 from unirl_kernels.backends.triton.gradient import (
-    Gradients,
     Terms,
     descend,
+    evaluated,
     from_log2,
     is_zero,
     log2_prob,
@@ -166,6 +166,22 @@ def merged(entries: tl.tensor, rate: tl.tensor, SPLIT: tl.constexpr) -> Moments:
 
 
 @triton.jit
+def exchange(
+    scratch: tl.tensor,
+    row: tl.tensor,
+    part: tl.tensor,
+    moments: Moments,
+    rate: tl.tensor,
+    SPLIT: tl.constexpr,
+) -> tuple[Moments, tl.tensor]:
+    """Publish the moments of a slice and wait for those of the others. The moments of the row, and the next ticket."""
+    records = scratch + (1 + row.to(tl.int64) * SPLIT.slices) * RECORD
+    publish(records + part * RECORD, moments)
+    entries, ticket = wait(scratch, records, (row + 1) * SPLIT.slices - 1, SPLIT)
+    return merged(entries, rate, SPLIT), ticket
+
+
+@triton.jit
 def write_slice(
     x: Row,
     d_x: tl.tensor,
@@ -248,20 +264,16 @@ def split_row(
             ticket = draw(scratch)
         else:
             readout = readout_of(inner, factor, row_temperature, row, COMPUTE)
-            x = start_of_row(logits, row, Strides(length, stride_b, stride_l)) + first
-            x = Row(x, count, column_of(y) - first)
-            held = read_slice(x, readout, READOUT, SPLIT.tile)
-            records = scratch + (1 + row.to(tl.int64) * SPLIT.slices) * RECORD
-            publish(records + part * RECORD, held.moments)
+            start = start_of_row(logits, row, Strides(length, stride_b, stride_l)) + first
+            x = Row(start, count, column_of(y) - first)
             values = row_fields(fields, row, rows, FIELDS)
-            entries, ticket = wait(scratch, records, (row + 1) * SPLIT.slices - 1, SPLIT)
-            moments = merged(entries, readout.rate, SPLIT)
+            held = read_slice(x, readout, READOUT, SPLIT.tile)
+            moments, ticket = exchange(scratch, row, part, held.moments, readout.rate, SPLIT)
             stats = statistics_of(moments, readout)
-            loss_y, d_logp, d_entropy, d_lse = OBJECTIVE(parameters, *stats, *values)
+            loss_y, gradients = evaluated(OBJECTIVE, parameters, stats, values)
             if part == 0:
                 tl.store(loss + row, loss_y)
                 write((logp, entropy, lse), row, stats)
-            gradients = Gradients(d_logp, d_entropy, d_lse)
             value = tl.full((), 0.0, COMPUTE)
             silent = is_zero(gradients)
             if not silent:
