@@ -81,10 +81,9 @@ class Term:
         """
         weights = self.aggregation.weights(batch)
         of_tokens = isinstance(weights, Tensor) and weights.shape == batch.target.shape
+        unit, shape = "token", tuple(batch.target.shape)
         if self.scope == "pair" or (self.scope == "batch" and not of_tokens):
             unit, shape = "pair", (batch.n_pairs,)
-        else:
-            unit, shape = "token", tuple(batch.target.shape)
         if not isinstance(weights, Tensor) or tuple(weights.shape) != shape:
             got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
             raise ValueError(f"aggregation {self.aggregation} must give a weight for each {unit}, {shape}, got {got}")
