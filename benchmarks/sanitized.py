@@ -30,8 +30,10 @@ def make(vocab: int, between: int, dtype: torch.dtype, device: str) -> tuple[tor
     memory = torch.randn(2, 3, vocab + between, dtype=dtype).to(device)
     target = torch.randint(0, vocab, (2, 3))
     target[0, 1] = uk.IGNORE
-    fields = (torch.randn(2), -torch.rand(2, 3), -torch.rand(2, 3))
-    return memory[..., :vocab], uk.Batch(*(x.to(device) for x in (target, *fields)))
+    target = target.to(device)
+    advantage, old_logp, ref_logp = torch.randn(2), -torch.rand(2, 3), -torch.rand(2, 3)
+    batch = uk.Batch(target, advantage.to(device), old_logp.to(device), ref_logp.to(device))
+    return memory[..., :vocab], batch
 
 
 def run(backend: str, logits: torch.Tensor, batch: uk.Batch) -> None:
@@ -44,7 +46,7 @@ def run(backend: str, logits: torch.Tensor, batch: uk.Batch) -> None:
             (3 * uk.fused_loss(computed, batch, uk.grpo(), plan=plan).loss).backward()
     leaf = logits.detach().requires_grad_()
     stats = uk.token_stats(leaf, batch.target, plan=uk.Plan(backend))
-    sum(x.sum() for x in stats).backward()
+    (stats.logp.sum() + stats.entropy.sum() + stats.lse.sum()).backward()
 
 
 def head(backend: str, device: str) -> None:

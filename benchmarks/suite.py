@@ -17,14 +17,14 @@ from pathlib import Path
 
 import torch
 
-from unirl_kernels.bench.run import measured, record_of, wrong_kernels
-from unirl_kernels.bench.selection import chosen
-from unirl_kernels.bench.work import FORWARD_BACKWARD, FUSED, STATS, Work
-from unirl_kernels.terminal import open_console
+from benchmarks.run import measured, record_of, wrong_kernels
+from benchmarks.selection import chosen
+from benchmarks.terminal import open_console
+from benchmarks.work import FORWARD_BACKWARD, FUSED, STATS, Work
 
 MODES = (FUSED, STATS, FORWARD_BACKWARD)
 
-LOGITS = (
+LOGITS: tuple[tuple[int, int, str], ...] = (
     (256, 32000, "bf16"),  # so small that the host decides
     (8192, 151936, "bf16"),
     (4096, 262144, "bf16"),
@@ -33,7 +33,12 @@ LOGITS = (
     (8191, 50257, "bf16"),  # odd rows: none but the first is aligned
     (4096, 9496, "bf16"),
 )
-HEADS = ((4096, 4096, 128256), (8192, 3584, 152064), (8192, 2048, 128256), (16384, 2560, 262208))
+HEADS: tuple[tuple[int, int, int], ...] = (
+    (4096, 4096, 128256),
+    (8192, 3584, 152064),
+    (8192, 2048, 128256),
+    (16384, 2560, 262208),
+)
 
 ROUNDS = {"logits": 20, "heads": 7, "peers": 10}
 PARTS = tuple(ROUNDS)

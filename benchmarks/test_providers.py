@@ -1,6 +1,6 @@
 """Every kernel and peer on small work, for pytest-benchmark: ``make bench``.
 
-``python -m unirl_kernels bench`` compares them side by side, on work of a realistic size; these are for watching one
+``python -m benchmarks`` compares them side by side, on work of a realistic size; these are for watching one
 of them from one commit to the next (``--benchmark-save``, ``--benchmark-compare``).
 """
 
@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from unirl_kernels.bench.levels import level_of
-from unirl_kernels.bench.measurement import Measurement
-from unirl_kernels.bench.providers import OURS, Provider
-from unirl_kernels.bench.record import FAILED, OK, Run, size
-from unirl_kernels.bench.selection import chosen
-from unirl_kernels.bench.work import FORWARD_BACKWARD, FUSED, STATS, Work
-from unirl_kernels.measure import Timing, interleaved_times
+from benchmarks.levels import level_of
+from benchmarks.measure import Timing, interleaved_times
+from benchmarks.measurement import Measurement
+from benchmarks.providers import OURS, Provider
+from benchmarks.record import FAILED, OK, Run, size
+from benchmarks.selection import chosen
+from benchmarks.work import FORWARD_BACKWARD, FUSED, STATS, Work
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WORKS = [
@@ -68,6 +68,7 @@ def test_provider(work: Work, provider: Provider, benchmark: Any) -> None:
 
     benchmark.group = _name(work)
     benchmark.pedantic(call, setup=case.renew, rounds=ROUNDS, warmup_rounds=1)
-    run = Run(work, ROUNDS, None, [], {}, **level_of(work).floor(work), **best)
+    floor: dict[str, Any] = {**level_of(work).floor(work), **best}
+    run = Run(work, ROUNDS, None, [], {}, **floor)
     benchmark.extra_info["floor_seconds"] = run.floor_seconds
     benchmark.extra_info["fraction_of_floor"] = run.floor_seconds / benchmark.stats.stats.median

@@ -1,14 +1,16 @@
 // What the bindings of the backends have in common: the arguments of unirl_kernels/backends, and checks that name them.
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <memory>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
+#include <string>
 #include <tuple>
-#include <vector>
 
 #include "program_code.h"
 
@@ -19,11 +21,13 @@ using OptionalTensor = std::optional<at::Tensor>;
 // The named tuples of unirl_kernels/backends, in the order of their fields.
 using ReadoutArgs = std::tuple<double, std::optional<double>, double, OptionalTensor>;
 using RowStats = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-using RowObservations =
-    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using RowMomentsArgs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using Measured = std::tuple<RowStats, RowMomentsArgs>;
+using RowObservations = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using ObservedArgs = std::tuple<RowStats, RowMomentsArgs, RowObservations>;
 using RowGradients = std::tuple<OptionalTensor, OptionalTensor, OptionalTensor>;
-using RowFields = std::tuple<at::Tensor, OptionalTensor, OptionalTensor, OptionalTensor>;
-using FusedRows = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+using ProgramArgs = std::tuple<std::string, at::Tensor, at::Tensor>;
+using FusedRows = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 template <class... Parts>
 void require(bool holds, const Parts&... parts) {
@@ -33,12 +37,24 @@ void require(bool holds, const Parts&... parts) {
   throw std::invalid_argument(message.str());
 }
 
+// A dense tensor whose storage holds what sizes and strides say: sharded training frees the memory of parameters that
+// keep their shape.
+inline void require_memory(const at::Tensor& x, const char* name) {
+  require(x.layout() == at::kStrided && x.has_storage(), name, " must be a dense tensor, got ", x.layout());
+  if (x.numel() == 0) return;
+  const size_t needed =
+      at::detail::computeStorageNbytes(x.sizes(), x.strides(), x.itemsize(), x.storage_offset());
+  require(x.storage().nbytes() >= needed, name, " must have memory for its shape ", x.sizes(), ", which takes ", needed,
+          " bytes; its storage has ", x.storage().nbytes());
+}
+
 // [B, L, V] with rows of contiguous logits, where the logits lie.
 inline void require_rows(const at::Tensor& x, const at::Tensor& logits, const char* name) {
   require(x.device() == logits.device(), name, " must be on ", logits.device(), " like logits, got ", x.device());
   require(x.dim() == 3 && x.size(2) >= 1, name, " must have shape [B, L, V] with V >= 1, got ", x.sizes());
   require(x.sizes() == logits.sizes(), name, " must have shape ", logits.sizes(), " like logits, got ", x.sizes());
   require(x.size(2) == 1 || x.stride(2) == 1, name, " must have stride 1 in its last dimension, got ", x.stride(2));
+  require_memory(x, name);
 }
 
 inline void require_per_row(const at::Tensor& x, const at::Tensor& logits, at::ScalarType dtype, const char* name) {
@@ -46,6 +62,7 @@ inline void require_per_row(const at::Tensor& x, const at::Tensor& logits, at::S
   require(x.device() == logits.device() && x.is_contiguous() && x.numel() == logits.size(0) * logits.size(1), name,
           " must be contiguous on ", logits.device(), " with a value per row of logits ", logits.sizes(), ", got ",
           x.sizes(), " on ", x.device());
+  require_memory(x, name);
 }
 
 // What a backend's Rows say of all rows but where their logits are. column makes its columns, of a tensor that may be
@@ -72,18 +89,25 @@ Rows rows_without_logits(
   return rows;
 }
 
-// An encoded program whose inputs are there.
-inline Program program_of(
-    const std::vector<int64_t>& code, const at::Tensor& params, const RowFields& fields, const at::Tensor& logits) {
-  const auto& [weight, advantage, old_logp, ref_logp] = fields;
-  require(params.scalar_type() == at::kDouble && params.dim() == 1 && params.is_contiguous() &&
-              params.device() == logits.device(),
-          "params must be a contiguous float64 vector on ", logits.device(), ", got ", params.scalar_type(), " ",
-          params.sizes(), " on ", params.device());
-  const Program program = decode_program(code, params.numel());
-  require(ref_logp || !reads_input(program, REF_LOGP), "ref_logp must be given: the objective reads it");
-  require(advantage || !reads_input(program, ADVANTAGE), "advantage must be given: the objective reads it");
-  return program;
+// The decoded program, whose fields (of the statistics' dtype) and params are there.
+inline std::shared_ptr<const Program> program_of(
+    const ProgramArgs& args, const at::Tensor& logits, at::ScalarType dtype) {
+  const auto& [text, fields, params] = args;
+  const std::shared_ptr<const Program> decoded = decode_program(text);
+  const Program& program = *decoded;
+  require(fields.scalar_type() == dtype && fields.device() == logits.device() && fields.is_contiguous() &&
+              fields.dim() == 3 && fields.size(0) == program.n_fields && fields.size(1) == logits.size(0) &&
+              fields.size(2) == logits.size(1),
+          "fields must be contiguous ", dtype, " on ", logits.device(), " with shape [n_fields, B, L] = [",
+          program.n_fields, ", ", logits.size(0), ", ", logits.size(1), "], got ", fields.scalar_type(), " ",
+          fields.sizes(), " on ", fields.device());
+  require_memory(fields, "fields");
+  require(params.scalar_type() == at::kDouble && params.device() == logits.device() && params.is_contiguous() &&
+              params.dim() == 1 && params.numel() == program.n_params,
+          "params must be a contiguous Double vector on ", logits.device(), " with the program's ", program.n_params,
+          " numbers, got ", params.scalar_type(), " ", params.sizes(), " on ", params.device());
+  require_memory(params, "params");
+  return decoded;
 }
 
 #ifdef UNIRL_WITH_CUDA

@@ -1,5 +1,5 @@
-// The scalar program of an objective, run once per row: (statistics, fields; params) -> (loss, its derivatives).
-// The encoding is that of unirl_kernels/program/ir.py.
+// The scalar program of a loss, run once per row: (statistics, fields; params) -> (loss, its derivatives).
+// The text that programs come as is that of unirl_kernels/program/ir.py; program_code.h decodes it.
 #pragma once
 
 #include <math.h>
@@ -13,33 +13,41 @@ namespace unirl {
 #define UNIRL_OPCODES(X)                                                                               \
   X(ADD, 2) X(SUB, 2) X(MUL, 2) X(DIV, 2) X(NEG, 1) X(ABS, 1) X(SIGN, 1) X(MINIMUM, 2) X(MAXIMUM, 2) \
   X(CLAMP, 3) X(EXP, 1) X(EXPM1, 1) X(LOG, 1) X(LOG1P, 1) X(SQRT, 1) X(TANH, 1) X(SIGMOID, 1)        \
-  X(LOGSIGMOID, 1) X(LT, 2) X(LE, 2) X(EQ, 2) X(WHERE, 3)
+  X(LOGSIGMOID, 1) X(LT, 2) X(LE, 2) X(EQ, 2) X(WHERE, 3) X(POW, 2)
 
-enum class Op : int32_t {
+enum class Op : uint8_t {
 #define UNIRL_MEMBER(name, arity) name,
   UNIRL_OPCODES(UNIRL_MEMBER)
 #undef UNIRL_MEMBER
 };
 
-// Registers of the inputs. Outputs are loss, d_logp, d_entropy, d_lse.
-enum Input : int32_t { LOGP, ENTROPY, LSE, OLD_LOGP, REF_LOGP, ADVANTAGE };
-constexpr int N_INPUTS = 6;
+constexpr int MAX_FIELDS = 24;
+constexpr int MAX_PARAMS = 96;
+constexpr int MAX_INSTRUCTIONS = 512;
+constexpr int MAX_LIVE = 128;  // results that are still to be read at a time
+
+// Registers of a decoded program. Results share the last MAX_LIVE: one is free again after its last reader.
+enum Register : int { LOGP, ENTROPY, LSE, FIRST_FIELD };
+constexpr int FIRST_PARAM = FIRST_FIELD + MAX_FIELDS;
+constexpr int FIRST_RESULT = FIRST_PARAM + MAX_PARAMS;
+constexpr int ALWAYS_ZERO = 255;  // an output that is identically zero
+static_assert(FIRST_RESULT + MAX_LIVE <= ALWAYS_ZERO, "registers are numbered in a byte");
+
+// loss, d_logp, d_entropy, d_lse
 constexpr int N_OUTPUTS = 4;
-constexpr int MAX_PARAMS = 32;
-constexpr int MAX_INSTRUCTIONS = 192;
-constexpr int MAX_REGISTERS = N_INPUTS + MAX_PARAMS + MAX_INSTRUCTIONS;
-constexpr int ZERO = -1;  // register of an output that is identically zero, and of a missing operand
 
 struct Instruction {
   Op op;
-  int32_t args[3];
+  uint8_t to;
+  uint8_t args[3];  // those that the operation does not have: any register
 };
 
 // A checked program, small enough to pass to a kernel by value.
 struct Program {
+  int32_t n_fields;
   int32_t n_params;
   int32_t n_instructions;
-  int32_t outputs[N_OUTPUTS];
+  uint8_t outputs[N_OUTPUTS];
   Instruction instructions[MAX_INSTRUCTIONS];
 };
 
@@ -89,33 +97,23 @@ UNIRL_INLINE Real evaluate(Op op, Real x, Real y, Real z) {
     case Op::LE: return Real(x <= y);
     case Op::EQ: return Real(x == y);
     case Op::WHERE: return x != 0 ? y : z;
+    case Op::POW: return pow(x, y);
   }
   return Real(NAN);
 }
 
-// Run a program whose inputs and params are the first registers; there is room for MAX_REGISTERS.
-template <class Real>
-UNIRL_INLINE void run_instructions(const Program& program, Real* registers, Real (&outputs)[N_OUTPUTS]) {
-  int next = N_INPUTS + program.n_params;
-  for (int i = 0; i < program.n_instructions; ++i) {
+// Run a program on one row. inputs(r): register r < FIRST_RESULT; results: room for MAX_LIVE; outputs: N_OUTPUTS.
+template <class Real, class Inputs>
+UNIRL_INLINE void run_program(const Program& program, const Inputs& inputs, Real* results, Real* outputs) {
+  const auto read = [&](int at) { return at < FIRST_RESULT ? inputs(at) : results[at - FIRST_RESULT]; };
+  UNIRL_ROLLED for (int i = 0; i < program.n_instructions; ++i) {
     const Instruction& instruction = program.instructions[i];
-    Real operands[3];
-    for (int k = 0; k < 3; ++k) operands[k] = instruction.args[k] == ZERO ? Real(0) : registers[instruction.args[k]];
-    registers[next++] = evaluate(instruction.op, operands[0], operands[1], operands[2]);
+    const Real x = read(instruction.args[0]), y = read(instruction.args[1]), z = read(instruction.args[2]);
+    results[instruction.to - FIRST_RESULT] = evaluate(instruction.op, x, y, z);
   }
-  for (int i = 0; i < N_OUTPUTS; ++i) {
-    outputs[i] = program.outputs[i] == ZERO ? Real(0) : registers[program.outputs[i]];
+  UNIRL_ROLLED for (int i = 0; i < N_OUTPUTS; ++i) {
+    outputs[i] = program.outputs[i] == ALWAYS_ZERO ? Real(0) : read(program.outputs[i]);
   }
-}
-
-// Run a program on one row's inputs; params holds program.n_params numbers.
-template <class Real>
-UNIRL_INLINE void run_program(
-    const Program& program, const Real (&inputs)[N_INPUTS], const double* params, Real (&outputs)[N_OUTPUTS]) {
-  Real registers[MAX_REGISTERS];
-  for (int i = 0; i < N_INPUTS; ++i) registers[i] = inputs[i];
-  for (int i = 0; i < program.n_params; ++i) registers[N_INPUTS + i] = Real(params[i]);
-  run_instructions(program, registers, outputs);
 }
 
 }  // namespace unirl

@@ -1,8 +1,7 @@
-// From the encoding of unirl_kernels/program/ir.py to a checked program.
+// From the text of unirl_kernels/program/ir.py to a checked program.
 #pragma once
 
-#include <stdint.h>
-
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -13,11 +12,9 @@ namespace unirl {
 // Names of the instructions, in the order of the encoding.
 std::vector<std::string> opcode_names();
 
-// Checks and unpacks [n_params, n_instructions, *outputs, (op, a, b, c)...]. After this the interpreter cannot leave
-// its register file. Throws std::invalid_argument saying what is wrong.
-Program decode_program(const std::vector<int64_t>& code, int64_t n_params);
-
-// Whether the program reads an input.
-bool reads_input(const Program& program, Input input);
+// Checks and decodes "n_fields n_params n_instructions, 4 outputs, then op a b c per instruction". After this the
+// interpreter cannot leave its registers. Throws std::invalid_argument saying what is wrong. Programs are kept, so that
+// a text is decoded once; any thread may call.
+std::shared_ptr<const Program> decode_program(const std::string& text);
 
 }  // namespace unirl

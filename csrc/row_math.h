@@ -11,11 +11,22 @@
 
 #if defined(__CUDACC__)
 #define UNIRL_INLINE __host__ __device__ inline
+#define UNIRL_ROLLED _Pragma("unroll 1")
 #else
 #define UNIRL_INLINE inline
+#define UNIRL_ROLLED
 #endif
 
 namespace unirl {
+
+// Target of a shard's row whose target is another shard's.
+constexpr int64_t ELSEWHERE = INT64_MIN;
+
+// Whether a row has a target among its vocab columns.
+UNIRL_INLINE bool has_column(int64_t target, int64_t vocab) { return target >= 0 && target < vocab; }
+
+// Whether a row is read.
+UNIRL_INLINE bool is_read(int64_t target, int64_t vocab) { return target == ELSEWHERE || has_column(target, vocab); }
 
 // How raw logits become those of the distribution. kappa > 0, so that the largest u has the largest z.
 template <class Real>
@@ -39,7 +50,16 @@ struct Observed : Moments<Real> {
   Real s2;     // sum_j e^(2 kappa (u_j - m))
   Real su;     // sum_j u_j
   Real top;    // max_j of x_j, or of -x_j under a negative scale: u may round two logits to one value
-  int64_t at;  // the column where it comes first; of a row that was not searched, where that piece of it begins
+  int64_t at;  // the column where it comes first; until that is searched, where its segment begins
+};
+
+// RowMoments of unirl_kernels/backends: of a row or a shard, as they are returned and taken.
+template <class Real>
+struct RowMoments {
+  Real top;        // m
+  Real s_minus_1;  // s - 1
+  Real sz;         // in units of z: kappa times that of Moments
+  Real u_target;   // -inf for a target that is ELSEWHERE
 };
 
 template <class Real>
@@ -51,7 +71,6 @@ struct Statistics {
 
 template <class Real>
 struct Observations {
-  Statistics<Real> statistics;
   Real log_sum_sq_probs;  // log sum_j p_j^2
   Real mean_logit;        // mean of z_j
   Real largest;           // top of the row
@@ -128,27 +147,27 @@ UNIRL_INLINE Observed<Real> merge(const Observed<Real>& a, const Observed<Real>&
   return {both, w_a * a.s2 + w_b * b.s2, a.su + b.su, later ? b.top : a.top, later ? b.at : a.at};
 }
 
-// Statistics of a row from the moments of all of it and the target's u. The entropy is taken relative to
-// the maximum: H = log s - kappa sz / s has two terms of one sign, so nothing cancels.
 template <class Real>
-UNIRL_INLINE Statistics<Real> finish(const Moments<Real>& row, const Readout<Real>& readout, Real u_target) {
-  const Real log_s = log1p(row.s - 1);
-  return {
-      readout.kappa * (u_target - row.m) - log_s,
-      log_s - readout.kappa * row.sz / row.s,
-      readout.kappa * row.m + log_s,
-  };
+UNIRL_INLINE RowMoments<Real> row_moments(const Moments<Real>& row, const Readout<Real>& readout, Real u_target) {
+  // A search for the largest may pass over NaN, sums do not.
+  return {row.s != row.s ? Real(NAN) : row.m, row.s - 1, readout.kappa * row.sz, u_target};
 }
 
-// Observations of a row of vocab logits from those of all its parts and the target's u.
+// Statistics of a row; log_s: log1p(s - 1). The entropy is taken relative to the maximum: H = log s - sz / s has two
+// terms of one sign, so nothing cancels. With a softcap the sweeps may round u of one logit differently: without the
+// bounds logp would be above 0 and H below 0 by that. NaN passes.
 template <class Real>
-UNIRL_INLINE Observations<Real> finish(
-    const Observed<Real>& row, const Readout<Real>& readout, Real u_target, int64_t vocab) {
-  const Moments<Real>& moments = row;
+UNIRL_INLINE Statistics<Real> finish(const RowMoments<Real>& row, Real kappa, Real log_s) {
+  const Real logp = kappa * (row.u_target - row.top) - log_s, entropy = log_s - row.sz / (1 + row.s_minus_1);
+  return {logp > 0 ? Real(0) : logp, entropy < 0 ? Real(0) : entropy, kappa * row.top + log_s};
+}
+
+// Observations of a row of vocab logits from those of all its segments.
+template <class Real>
+UNIRL_INLINE Observations<Real> observe(const Observed<Real>& row, const Readout<Real>& readout, int64_t vocab) {
   const bool broken = row.s != row.s;
   const Real log_sum_sq = log1p(row.s2 - 1) - 2 * log1p(row.s - 1);
   return {
-      finish(moments, readout, u_target),
       log_sum_sq > 0 ? Real(0) : log_sum_sq,
       readout.kappa * (row.su / vocab),
       broken ? Real(NAN) : row.top,
@@ -156,40 +175,22 @@ UNIRL_INLINE Observations<Real> finish(
   };
 }
 
-// u near the row's largest, and log p of a logit there.
-struct Anchor {
-  double reference;
-  double log_p;
-};
-
-// From the moments of all of a row. Not by way of lse, in which large logits would round log s away.
-UNIRL_INLINE Anchor anchor_of(const Moments<double>& row) { return {row.m, -log1p(row.s - 1)}; }
-
-// From statistics that were rounded when they were returned. log p_j is kappa (u_j - u_y) + logp, or kappa u_j - lse:
-// the number of smaller size brings the smaller rounding. The sweeps take the reference in fp32, but for fp64 logits:
-// rounded here, its error is part of log p.
-UNIRL_INLINE Anchor anchor_of(
-    const Statistics<double>& at, const Readout<double>& readout, double u_target, bool fp64) {
-  const bool near = fabs(at.logp) < fabs(at.lse);
-  const double base = near ? u_target : 0, at_base = near ? at.logp : -at.lse;
-  const double reference = base - at_base / readout.kappa;
-  const double rounded = fp64 ? reference : static_cast<float>(reference);
-  return {rounded, readout.kappa * (rounded - base) + at_base};
-}
-
-// Terms of a row's gradient, relative to a finite reference; log_p is that of a logit there (see Anchor).
+// Terms of the gradient of a row whose largest u is finite: relative to it, where log p is -log s. Not by way of lse,
+// in which large logits would round log s away. at: the row's statistics; log_s: log1p(s - 1).
 template <class Real>
 UNIRL_INLINE GradientTerms<Real> gradient_terms(
     const Statistics<Real>& at,
     const Coefficients<Real>& d,
     const Readout<Real>& readout,
-    Real reference,
-    Real log_p,
+    Real top,
+    Real log_s,
     Real x_target) {
-  const Real factor = exp(log_p) * readout.kappa * readout.gain;
+  // Exact zeros whatever the logits are: NaN in a row that has no gradient stays out of its neighbours' sums.
+  if (d.logp == 0 && d.entropy == 0 && d.lse == 0) return {};
+  const Real factor = exp(-log_s) * readout.kappa * readout.gain;
   GradientTerms<Real> terms;
-  terms.reference = reference;
-  terms.constant = factor * ((d.lse - d.logp) - (d.entropy == 0 ? Real(0) : d.entropy * (log_p + at.entropy)));
+  terms.reference = top;
+  terms.constant = factor * ((d.lse - d.logp) - (d.entropy == 0 ? Real(0) : d.entropy * (at.entropy - log_s)));
   terms.linear = d.entropy == 0 ? Real(0) : -factor * d.entropy * readout.kappa;
   // 1 - p_y by expm1: near p_y = 1 nothing else keeps its relative accuracy. Where p_y underflows p log p is 0.
   const Real p = exp(at.logp);

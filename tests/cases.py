@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import unirl_kernels as uk
-from unirl_kernels import reference
+from unirl_kernels.testing import oracle
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def make_case(shape: Shape, loss: LossCase, device: str = "cpu", seed: int = 0) 
     torch.manual_seed(seed)
     target, cu_seqlens = make_target(shape)
     logits = make_logits(shape, target)
-    logp = reference.log_probs(logits.double(), target).float()
+    logp = oracle.log_probs(logits.double(), target).float()
     old_logp = logp + 0.3 * torch.randn(logp.shape)
     ref_logp = logp + 0.2 * torch.randn(logp.shape)
     # Whatever stands at ignored places must not matter.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,10 +15,10 @@ from torch import Tensor
 import unirl_kernels as uk
 from tests.cases import BY_NAME, LossCase, Shape, make_target
 from tests.places import PLACES, Place
-from unirl_kernels import reference
-from unirl_kernels.accuracy import condition_of, violations
 from unirl_kernels.backends import COMPOSED, choose, load
 from unirl_kernels.objectives import Tokens
+from unirl_kernels.testing import oracle
+from unirl_kernels.testing.budgets import condition_of, violations
 
 WIDTH = 12
 RAGGED = Shape("ragged", "a sequence of no tokens, prompts and padding", (3, 1, 0, 4), 37)
@@ -92,9 +92,9 @@ class SequenceRatio:
 
 
 def sequence_ratio(logits: Tensor, batch: uk.Batch) -> Tensor:
-    logp, entropy = reference.log_probs(logits, batch.target).reshape(-1), reference.entropy(logits).reshape(-1)
+    logp, entropy = oracle.log_probs(logits, batch.target).reshape(-1), oracle.entropy(logits).reshape(-1)
     total = logp.new_zeros(())
-    tokens = reference.sequences(batch)
+    tokens = oracle.sequences(batch)
     for o, advantage in zip(tokens, batch.advantage, strict=True):
         if len(o):
             ratio = torch.exp((logp[o] - batch.old_logp.reshape(-1)[o]).sum() / len(o))
@@ -135,7 +135,7 @@ def make_head(
     weight = weight.to(dtype)
     head_bias = torch.randn(shape.vocab).to(dtype) if bias else None
     exact = hidden.double() @ weight.double().t() + (0 if head_bias is None else head_bias.double())
-    logp = reference.log_probs(exact, target).float()
+    logp = oracle.log_probs(exact, target).float()
     old_logp, ref_logp = logp + 0.3 * torch.randn(logp.shape), logp + 0.2 * torch.randn(logp.shape)
     ignored = target == uk.IGNORE
     old_logp[ignored], ref_logp[ignored] = float("nan"), float("inf")
@@ -148,11 +148,16 @@ def make_head(
     return LinearHead(hidden, weight, head_bias, uk.Batch(*fields))
 
 
+def given(batch: uk.Batch) -> dict[str, Any]:
+    """The arguments that a batch was made of."""
+    return {f.name: getattr(batch, f.name) for f in fields(batch) if f.init}
+
+
 def budget(head: LinearHead, tokens: int | None, backend: str) -> int | None:
     """``max_chunk_bytes`` for chunks of that many tokens; None for all in one."""
     if tokens is None:
         return None
-    return tokens * load(backend).products(head.weight, head.hidden.dtype).row_bytes
+    return tokens * load(backend).matmuls(head.weight, head.hidden.dtype).row_bytes
 
 
 def plan_of(place: Place, head: LinearHead, tokens: int | None) -> uk.Plan:
@@ -212,16 +217,16 @@ def naive(
     """Loss and gradients by the oracle on the whole logits, in the dtype of the head.
 
     Args:
-        factors: of the products.
+        factors: of the matmuls.
     """
     hidden, weight, bias = leaves = leaves_of(head)
     batch = head.batch
-    logits = reference.apply_readout(logits_of(hidden, weight, bias, factors), **readout)
-    logp, entropy = reference.log_probs(logits, batch.target), reference.entropy(logits)
+    logits = oracle.apply_readout(logits_of(hidden, weight, bias, factors), **readout)
+    logp, entropy = oracle.log_probs(logits, batch.target), oracle.entropy(logits)
     if isinstance(loss, CustomCase):
         value = loss.oracle(logits, batch)
     else:
-        value = reference.loss(loss.algorithm, logits, batch, **loss.hyper)
+        value = oracle.loss(loss.algorithm, logits, batch, **loss.hyper)
     if not value.requires_grad:  # no token at all
         gradients = [None if x is None else torch.zeros_like(x) for x in leaves]
     else:
@@ -242,7 +247,7 @@ def check(
     factors as such or in fp32; either is plain.
 
     Args:
-        factors: of the products, where not of the hidden states' dtype.
+        factors: of the matmuls, where not of the hidden states' dtype.
     """
     exact = {name: x.double() if isinstance(x, Tensor) else x for name, x in readout.items()}
     truth = naive(head.used.to(torch.float64), loss, exact)
@@ -281,7 +286,7 @@ def check_gradients(
 def largest_lse(head: LinearHead, readout: dict[str, Any]) -> float:
     """The largest |log sum exp|, what rounding of logits is relative to."""
     hidden, weight, bias = head.used.to(torch.float64).operands
-    logits = reference.apply_readout(hidden @ weight.t() + (0 if bias is None else bias), **readout)
+    logits = oracle.apply_readout(hidden @ weight.t() + (0 if bias is None else bias), **readout)
     return torch.logsumexp(logits, -1).abs().max().item()
 
 
@@ -291,29 +296,29 @@ class Count:
     def __init__(self) -> None:
         self.logits = {"logits": 0, "d_hidden": 0, "add_d_weight": 0}
 
-    def products(self, logits: int) -> dict[str, float]:
-        """How many products of each kind were taken of that many logits."""
+    def matmuls(self, logits: int) -> dict[str, float]:
+        """How many matmuls of each kind were taken of that many logits."""
         return {name: n / logits for name, n in self.logits.items()}
 
 
 @contextmanager
-def changed_products(monkeypatch: pytest.MonkeyPatch, backend: str, change: Callable[[Any], Any]) -> Iterator[None]:
-    """Products of a backend replaced by what ``change`` makes of them."""
+def changed_matmuls(monkeypatch: pytest.MonkeyPatch, backend: str, change: Callable[[Any], Any]) -> Iterator[None]:
+    """Matmuls of a backend replaced by what ``change`` makes of them."""
     module = load(backend)
-    original = module.products
+    original = module.matmuls
     with monkeypatch.context() as patch:
-        patch.setattr(module, "products", lambda *args: change(original(*args)))
+        patch.setattr(module, "matmuls", lambda *args: change(original(*args)))
         yield
 
 
 class Wrapped:
-    """Products that hand everything on."""
+    """Matmuls that hand everything on."""
 
-    def __init__(self, products: Any) -> None:
-        self.products = products
+    def __init__(self, matmuls: Any) -> None:
+        self.matmuls = matmuls
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.products, name)
+        return getattr(self.matmuls, name)
 
 
 @contextmanager
@@ -323,20 +328,20 @@ def counted(monkeypatch: pytest.MonkeyPatch, backend: str) -> Iterator[Count]:
     class Counting(Wrapped):
         def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
             count.logits["logits"] += out.numel()
-            self.products.logits(hidden, bias, out)
+            self.matmuls.logits(hidden, bias, out)
 
         def d_hidden(self, d_logits: Tensor) -> Tensor:
             count.logits["d_hidden"] += d_logits.numel()
-            return self.products.d_hidden(d_logits)
+            return self.matmuls.d_hidden(d_logits)
 
         def add_d_weight(self, d_logits: Tensor, hidden: Tensor, total: Tensor, first: bool) -> None:
             count.logits["add_d_weight"] += d_logits.numel()
-            self.products.add_d_weight(d_logits, hidden, total, first)
+            self.matmuls.add_d_weight(d_logits, hidden, total, first)
 
-    with changed_products(monkeypatch, backend, Counting):
+    with changed_matmuls(monkeypatch, backend, Counting):
         yield count
 
 
 def ends_of(batch: uk.Batch) -> list[int]:
     """Valid tokens up to the end of each sequence."""
-    return list(itertools.accumulate(len(o) for o in reference.sequences(batch)))
+    return list(itertools.accumulate(len(o) for o in oracle.sequences(batch)))

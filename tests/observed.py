@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unirl_kernels.accuracy import condition_of, violations
 from unirl_kernels.batch import IGNORE
+from unirl_kernels.testing.budgets import condition_of, violations
 
 
 def naive(z: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 import unirl_kernels as uk
 from tests.cases import LossCase
-from unirl_kernels import reference
-from unirl_kernels.accuracy import condition_of, violations
+from unirl_kernels.testing import oracle
+from unirl_kernels.testing.budgets import condition_of, violations
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def _computed(leaf: Tensor) -> Tensor:
 def naive(logits: Tensor, batch: uk.Batch, loss: LossCase) -> Result:
     """Loss and gradient by the oracle, in the dtype of the logits."""
     leaf = logits.detach().clone().requires_grad_()
-    value = reference.loss(loss.algorithm, leaf, batch, **loss.hyper)
+    value = oracle.loss(loss.algorithm, leaf, batch, **loss.hyper)
     if not value.requires_grad:  # no token at all
         return Result(value, torch.zeros_like(leaf))
     return Result(value.detach(), torch.autograd.grad(value, leaf)[0])

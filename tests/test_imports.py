@@ -10,40 +10,47 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "unirl_kernels"
+from tests import ROOT
+
+PACKAGE = ROOT / "unirl_kernels"
 
 ARROWS = {
     "batch": set(),
     "plan": set(),
     "readout": set(),
-    "reference": set(),
-    "accuracy": set(),
+    "testing": {"testing"},
     "program": {"program"},
     "objectives": {"objectives", "program", "batch"},
     "recipes": {"objectives"},
     "backends": {"backends", "program", "batch"},
-    "ops": {"backends", "batch"},
-    "head": {"head", "ops", "objectives", "backends", "batch"},
-    "api": {"api", "head", "ops", "backends", "objectives", "batch", "plan", "readout"},
+    "operators": {"operators", "backends", "batch"},
+    "head": {"head", "operators", "objectives", "backends", "batch"},
+    "api": {"api", "head", "operators", "backends", "objectives", "batch", "plan", "readout"},
     "integrations": {"integrations", "api", "objectives", "batch", "plan", "readout"},
     "explain": {"head", "objectives", "program", "backends", "batch", "plan"},
 }
-"""What each layer may import of the package. Drivers on top (cli, demo, doctor, ...) use everything."""
+"""What each layer may import of the package. Commands on top (cli, doctor, ...) use everything."""
 
-COMMANDS = ("bench", "demo", "doctor")
+SHARED_TOOLS = {"arguments", "measure", "picture", "terminal"}
+"""What the demo uses of the bench."""
 
 BACKENDS = ("eager", "cpu", "triton", "cuda")
 
 
 def imports(path: Path) -> set[str]:
     """Modules of the package that a file imports, wherever in the file."""
+    return {n.removeprefix("unirl_kernels.") for n in all_imports(path) if n.startswith("unirl_kernels.")}
+
+
+def all_imports(path: Path) -> set[str]:
+    """Modules that a file imports, by their full names."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
             found |= {_module(node.module, alias.name) for alias in node.names}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-    return {name.removeprefix("unirl_kernels.") for name in found if name.startswith("unirl_kernels.")}
+    return found
 
 
 def _module(package: str, name: str) -> str:
@@ -70,10 +77,28 @@ def test_backends_do_not_import_one_another() -> None:
             assert not others & {".".join(name.split(".")[:2]) for name in imports(path)}, path
 
 
-def test_commands_do_not_import_one_another() -> None:
-    for command in COMMANDS:
-        for path in files(command):
-            assert not {name.split(".")[0] for name in imports(path)} & {*COMMANDS} - {command}, path
+def test_the_package_imports_no_tool() -> None:
+    """The bench, the demo and the tests exist in a checkout only."""
+    for path in PACKAGE.rglob("*.py"):
+        assert not {name.split(".")[0] for name in all_imports(path)} & {"benchmarks", "examples", "tests"}, path
+
+
+def test_testing_imports_torch_alone() -> None:
+    allowed = {"torch", "unirl_kernels", *sys.stdlib_module_names}
+    for path in files("testing"):
+        assert {name.split(".")[0] for name in all_imports(path)} <= allowed, path
+
+
+def test_tools_share_little() -> None:
+    """The bench knows no example; the demo takes from the bench what is of no level and no kernel."""
+    for path in (ROOT / "benchmarks").rglob("*.py"):
+        assert not {name.split(".")[0] for name in all_imports(path)} & {"examples", "tests"}, path
+    for path in (ROOT / "examples" / "demo").rglob("*.py"):
+        used = {name.removeprefix("benchmarks.") for name in all_imports(path) if name.startswith("benchmarks")}
+        assert used <= SHARED_TOOLS, path
+    for name in SHARED_TOOLS:
+        used = {n for n in all_imports(ROOT / "benchmarks" / f"{name}.py") if n.startswith("benchmarks")}
+        assert not used, name
 
 
 def test_no_import_goes_round_in_a_circle() -> None:

@@ -3,6 +3,7 @@
 from unirl_kernels._version import __version__
 from unirl_kernels.api import (
     LossOutput,
+    MetricParts,
     TokenObservations,
     TokenStats,
     fused_linear_loss,
@@ -15,7 +16,7 @@ from unirl_kernels.api import (
 from unirl_kernels.batch import IGNORE, Batch, group_advantages, shift_targets
 from unirl_kernels.explain import explain
 from unirl_kernels.integrations.heads import HeadParameters, head_parameters
-from unirl_kernels.objectives import FixedLength, Loss, PairMean, SequenceMean, TokenMean
+from unirl_kernels.objectives import FixedLength, GroupMean, Loss, PairMean, SequenceMean, TokenMean, Weighted
 from unirl_kernels.plan import Plan
 from unirl_kernels.program import UnsupportedOperation
 from unirl_kernels.readout import Readout
@@ -25,9 +26,11 @@ __all__ = [
     "IGNORE",
     "Batch",
     "FixedLength",
+    "GroupMean",
     "HeadParameters",
     "Loss",
     "LossOutput",
+    "MetricParts",
     "PairMean",
     "Plan",
     "Readout",
@@ -36,6 +39,7 @@ __all__ = [
     "TokenObservations",
     "TokenStats",
     "UnsupportedOperation",
+    "Weighted",
     "__version__",
     "dpo",
     "explain",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -11,27 +13,52 @@ IGNORE = -100
 """Target of a token that is no part of the loss: prompt, padding, tool output. The only spelling of a mask."""
 
 
+FIELDS = ("advantage", "old_logp", "ref_logp")
+"""Fields with an argument of their own."""
+
+RESERVED = frozenset(
+    {
+        *("logp", "entropy", "lse", "valid", "lengths", "positions", "n_sequences", "n_pairs"),
+        *("to_tokens", "sequence_field", "sequence_sum", "sequence_mean", "sequence_scan"),
+        *("pairs", "same_group", "group_sum", "group_mean"),
+    }
+)
+"""What an objective finds on its tokens besides fields: no field can have these names."""
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Sequences of tokens to learn from, padded or packed.
 
     Padded, ``target`` is [B, L] and each row is a sequence (S = B). Packed, ``target`` is [T] and sequence s holds
-    the tokens ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]``. For DPO the first S/2 sequences are the chosen ones and
-    the rest, in the same order, their rejected counterparts.
+    the tokens ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]``.
+
+    Fields may have any real, integer or bool dtype. In a packed batch with S = T a field of shape [T] has one value
+    for each token.
 
     Args:
-        target: [B, L] or [T] int64, the token whose probability the logits at this place give, in [0, V), or
-            ``IGNORE``.
-        advantage: [S] or target's shape, float32: the advantage of a sequence or token; for RFT the verdict I(o)
-            in {0, 1}.
-        old_logp: target's shape, float32, <= 0: log-probabilities under the policy that sampled. None: on policy,
-            the ratio is 1 and its gradient intact.
-        ref_logp: target's shape, float32, <= 0: log-probabilities under the reference policy.
-        cu_seqlens: [S + 1] int32, cumulative lengths from 0 to T; for the packed layout only.
+        target: [B, L] or [T] int64, the token that the logits at this position predict, in [0, V), or ``IGNORE``.
+        advantage: [S] or target's shape: the advantage of a sequence or token; for RFT the verdict I(o) in {0, 1}.
+        old_logp: target's shape, <= 0: log-probabilities under the policy that sampled. None: on policy. The ratio is
+            then 1, and its gradient is that of logp.
+        ref_logp: target's shape, <= 0: log-probabilities under the reference policy.
+        cu_seqlens: [S + 1] int32 or int64, cumulative lengths from 0 to T; for the packed layout only.
+        fields: name -> tensor of shape [], [S] or target's; an objective reads it as ``t.<name>``.
+        pairs: where losses of pairs (DPO) find them. ``"halves"``: the first S/2 sequences are the chosen ones, the
+            others are the rejected ones in the same order. ``"interleaved"``: chosen and rejected in turn.
 
     Raises:
-        TypeError: when an argument is not a tensor of the stated dtype (float64 passes for float32).
-        ValueError: when a shape, a device or the cumulative lengths do not fit.
+        TypeError: when an argument is not a tensor of a fitting dtype, or ``fields`` is not a mapping.
+        ValueError: when a shape, a device, a field's name, ``pairs`` or the cumulative lengths do not fit.
+
+    Examples:
+        Two sequences of two and one tokens, padded and packed:
+
+        >>> advantage = torch.tensor([1.0, -1.0])
+        >>> padded = uk.Batch(torch.tensor([[5, 7], [8, uk.IGNORE]]), advantage)
+        >>> packed = uk.Batch(torch.tensor([5, 7, 8]), advantage, cu_seqlens=torch.tensor([0, 2, 3]))
+        >>> padded.lengths, packed.lengths
+        (tensor([2, 1]), tensor([2, 1]))
     """
 
     target: Tensor  # [B, L] or [T]
@@ -39,6 +66,10 @@ class Batch:
     old_logp: Tensor | None = None  # target's shape
     ref_logp: Tensor | None = None  # target's shape
     cu_seqlens: Tensor | None = None  # [S + 1]
+    fields: Mapping[str, Tensor] = field(default_factory=dict)  # [], [S] or target's shape each
+    pairs: Literal["halves", "interleaved"] = "halves"
+    # Which fields have a value per sequence. No field of the dataclass: dataclasses.replace must make it anew.
+    _of_sequences: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         check_dtype("target", self.target, torch.int64)
@@ -48,21 +79,51 @@ class Batch:
         if len(shape) == 1:
             self._check_packed()
         elif self.cu_seqlens is not None:
-            raise ValueError(f"cu_seqlens is for packed targets of shape [T]; target has shape {shape}")
-        for name, shapes in (
-            ("advantage", ((self.n_sequences,), shape)),
-            ("old_logp", (shape,)),
-            ("ref_logp", (shape,)),
-        ):
+            hint = "; give target.reshape(-1)" if shape[0] == 1 else ""
+            raise ValueError(f"cu_seqlens is for packed targets of shape [T]; target has shape {shape}{hint}")
+        if self.pairs not in ("halves", "interleaved"):
+            raise ValueError(f"pairs must be 'halves' or 'interleaved', got {self.pairs!r}")
+        self._check_fields()
+
+    def _check_fields(self) -> None:
+        if not isinstance(self.fields, Mapping):
+            raise TypeError(f"fields must map names to tensors, got {type(self.fields).__name__}")
+        shape = tuple(self.target.shape)
+        of_sequences = (self.n_sequences,)
+        for name, shapes in (("advantage", (of_sequences, shape)), ("old_logp", (shape,)), ("ref_logp", (shape,))):
             if (value := getattr(self, name)) is not None:
-                check_dtype(name, value, torch.float32, torch.float64)
-                if tuple(value.shape) not in shapes:
-                    expected = " or ".join(str(s) for s in shapes)
-                    raise ValueError(f"{name} must have shape {expected}, got {tuple(value.shape)}")
-                if value.device != self.target.device:
-                    raise ValueError(f"{name} must be on {self.target.device} like target, got {value.device}")
+                self._check_field(name, value, shapes)
                 if value.requires_grad:
                     raise ValueError(f"{name} must not require a gradient (gradients flow to the logits): detach it")
+        for name, value in self.fields.items():
+            if not isinstance(name, str) or not name.isidentifier() or name.startswith("_"):
+                raise ValueError(f"fields must have names that are identifiers and do not start with _, got {name!r}")
+            if name in RESERVED or name in FIELDS:
+                what = "an argument of Batch" if name in FIELDS else "an attribute of the tokens"
+                raise ValueError(f"fields must not use a name that is taken, got {name!r}, {what}")
+            self._check_field(f"fields[{name!r}]", value, ((), of_sequences, shape))
+        values = {name: getattr(self, name) for name in FIELDS} | dict(self.fields)
+        spread = {name for name, x in values.items() if x is not None and x.shape == of_sequences != shape}
+        object.__setattr__(self, "_of_sequences", frozenset(spread))
+
+    def _check_field(self, name: str, value: object, shapes: Sequence[tuple[int, ...]]) -> None:
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        if value.dtype.is_complex:
+            raise TypeError(f"{name} must be real, integer or bool, got {str(value.dtype).removeprefix('torch.')}")
+        if tuple(value.shape) not in shapes:
+            expected = " or ".join(dict.fromkeys(map(str, shapes)))
+            raise ValueError(f"{name} must have shape {expected}, got {tuple(value.shape)}")
+        if value.device != self.target.device:
+            raise ValueError(f"{name} must be on {self.target.device} like target, got {value.device}")
+        ends = self.cu_seqlens
+        if ends is None or value.shape != self.target.shape or self.n_sequences != self.target.numel():
+            return
+        if len(shapes) > 1 and _readable(ends) and bool((ends.diff() != 1).any()):
+            raise ValueError(
+                f"{name} is ambiguous: target has {self.n_sequences} tokens in as many sequences, some of them empty; "
+                "leave out the empty sequences"
+            )
 
     def _check_packed(self) -> None:
         if self.cu_seqlens is None:
@@ -72,8 +133,7 @@ class Batch:
             raise ValueError(f"cu_seqlens must have shape [S + 1], S >= 1, got {tuple(self.cu_seqlens.shape)}")
         if self.cu_seqlens.device != self.target.device:
             raise ValueError(f"cu_seqlens must be on {self.target.device} like target, got {self.cu_seqlens.device}")
-        # On an accelerator reading the values would wait for the device.
-        if self.cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        if _readable(self.cu_seqlens):
             ends = self.cu_seqlens
             if ends[0] != 0 or ends[-1] != self.target.numel() or bool((ends.diff() < 0).any()):
                 raise ValueError(
@@ -93,10 +153,14 @@ class Batch:
         """
         if self.n_sequences % 2:
             raise ValueError(
-                "target must hold an even number of sequences, the chosen and then the rejected, "
-                f"got {self.n_sequences}"
+                f"target must hold an even number of sequences, chosen and rejected, got {self.n_sequences}"
             )
         return self.n_sequences // 2
+
+    def split_pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """One value per sequence, [S], as those of the chosen and of the rejected, [S/2] each."""
+        n = self.n_pairs
+        return (x[:n], x[n:]) if self.pairs == "halves" else (x[::2], x[1::2])
 
     @property
     def offsets(self) -> Tensor:
@@ -124,8 +188,93 @@ class Batch:
         """Spread one value per sequence, [S], over the sequences' tokens: target's shape."""
         if self.cu_seqlens is None:
             return x.unsqueeze(-1).expand(self.target.shape)
-        places = torch.arange(self.target.numel(), device=self.target.device)
-        return x[torch.searchsorted(self.offsets[1:-1], places, right=True)]
+        return x[self.sequence_of_token]
+
+    @property
+    def sequence_of_token(self) -> Tensor:
+        """[T] int64: the sequence that each flat token belongs to."""
+        positions = torch.arange(self.target.numel(), device=self.target.device)
+        return torch.searchsorted(self.offsets[1:-1], positions, right=True)
+
+    @property
+    def on_policy(self) -> bool:
+        return self.old_logp is None
+
+    def get(self, name: str) -> Tensor:
+        """The field as it was given.
+
+        Raises:
+            ValueError: when the batch lacks it.
+        """
+        value: Tensor | None = getattr(self, name) if name in FIELDS else self.fields.get(name)
+        if value is None:
+            given = f"batch.{name} is None" if name in FIELDS else f"batch.fields has {sorted(self.fields) or 'none'}"
+            raise ValueError(f"the objective reads t.{name}, but {given}")
+        return value
+
+    def per_token_field(self, name: str) -> Tensor:
+        """A field in target's shape, spread where it has a value per sequence or one for all."""
+        value = self.get(name)
+        if name in self._of_sequences:
+            return self.per_token(value)
+        return value if value.dim() else value.expand(self.target.shape)
+
+    def per_sequence_field(self, name: str) -> Tensor:
+        """A field that has a value per sequence, or one for all: [S].
+
+        Raises:
+            ValueError: when the batch lacks it, or it has a value per token.
+        """
+        value, shape = self.get(name), (self.n_sequences,)
+        # Where every sequence is one token, a value for each token is a value for each sequence.
+        if value.dim() and tuple(value.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+        return value.expand(shape)
+
+    def sequences(self, chosen: Tensor) -> Batch:
+        """Some of the sequences, whole and in the order given, as a packed batch.
+
+        Args:
+            chosen: [n] int64.
+        """
+        positions, ends = self.positions_of(chosen)
+        part = object.__new__(Batch)
+        for name in ("advantage", "old_logp", "ref_logp"):
+            value = getattr(self, name)
+            object.__setattr__(part, name, None if value is None else self._taken(name, chosen, positions))
+        object.__setattr__(part, "fields", {name: self._taken(name, chosen, positions) for name in self.fields})
+        object.__setattr__(part, "target", self.target.reshape(-1)[positions])
+        object.__setattr__(part, "cu_seqlens", ends)
+        object.__setattr__(part, "pairs", self.pairs)
+        object.__setattr__(part, "_of_sequences", self._of_sequences)
+        return part
+
+    def _taken(self, name: str, sequences: Tensor, positions: Tensor) -> Tensor:
+        value = self.get(name)
+        if name in self._of_sequences:
+            return value[sequences]
+        return value.reshape(-1)[positions] if value.dim() else value
+
+    def positions_of(self, sequences: Tensor) -> tuple[Tensor, Tensor]:
+        """Flat positions of some sequences, [n], and the cumulative lengths of these, [s + 1] int64."""
+        starts, sizes = self.offsets[sequences], self.offsets.diff()[sequences]
+        ends = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
+        within = torch.arange(int(ends[-1]), device=ends.device)
+        sequence = torch.searchsorted(ends[1:-1], within, right=True)
+        return within - ends[sequence] + starts[sequence], ends
+
+    def tokens(self, begin: int, end: int) -> Batch:
+        """The flat positions from begin to end as one packed sequence; every field has a value per token."""
+        given = [name for name in FIELDS if getattr(self, name) is not None]
+        taken = {name: self.per_token_field(name).reshape(-1)[begin:end] for name in (*given, *self.fields)}
+        advantage, old_logp, ref_logp = (taken.pop(name, None) for name in FIELDS)
+        ends = torch.tensor([0, end - begin], device=self.target.device)
+        return Batch(self.target.reshape(-1)[begin:end], advantage, old_logp, ref_logp, ends, taken)
+
+
+def _readable(x: Tensor) -> bool:
+    """Whether reading values costs nothing: on an accelerator it would wait for the device."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_dtype(name: str, value: object, *dtypes: torch.dtype) -> None:
@@ -138,13 +287,15 @@ def check_dtype(name: str, value: object, *dtypes: torch.dtype) -> None:
 
 
 def shift_targets(input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Next-token targets for unsliced logits: place t is to predict token t + 1.
+    """Next-token targets for logits that are not sliced: the logits at position t predict token t + 1.
 
-    Spares the copy of ``logits[:, :-1]``: the last place gets ``IGNORE``, and its row of logits costs nothing.
+    There is no need for ``logits[:, :-1]``, which is a copy: the last position gets ``IGNORE``, and its row of logits
+    is not read.
 
     Args:
         input_ids: [B, L] int64, the tokens given to the model.
-        mask: [B, L] bool or 0/1, whether each *token* is part of the loss (a completion's token, not padding).
+        mask: [B, L] bool or 0/1: 1 where the *token* is part of the loss (the completion), 0 elsewhere (prompt,
+            padding). None: all of them.
 
     Returns:
         [B, L] int64: ``input_ids[:, t + 1]`` where that token is part of the loss, else ``IGNORE``.
@@ -152,6 +303,13 @@ def shift_targets(input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
     Raises:
         TypeError: when ``input_ids`` is not an int64 tensor.
         ValueError: when the shapes do not fit.
+
+    Examples:
+        >>> uk.shift_targets(torch.tensor([[11, 12, 13]]))
+        tensor([[  12,   13, -100]])
+        >>> completion = torch.tensor([[0, 0, 1]])
+        >>> uk.shift_targets(torch.tensor([[11, 12, 13]]), completion)
+        tensor([[-100,   13, -100]])
     """
     check_dtype("input_ids", input_ids, torch.int64)
     if input_ids.dim() != 2:
@@ -181,6 +339,12 @@ def group_advantages(rewards: Tensor, group_size: int, *, eps: float = 1e-4) -> 
     Raises:
         TypeError: when ``rewards`` is not a floating-point tensor.
         ValueError: when ``rewards`` is not [S], or ``group_size`` does not divide S.
+
+    Examples:
+        Two questions with two samples each; the samples of the second earn the same:
+
+        >>> uk.group_advantages(torch.tensor([1.0, 0.0, 1.0, 1.0]), group_size=2)
+        tensor([ 0.7070, -0.7070,  0.0000,  0.0000])
     """
     if not isinstance(rewards, Tensor) or not rewards.is_floating_point():
         got = rewards.dtype if isinstance(rewards, Tensor) else type(rewards).__name__

@@ -6,15 +6,15 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NoReturn
 
 from unirl_kernels._version import __version__
 
-COMMANDS = {
-    "bench": "unirl_kernels.bench.options",
-    "demo": "unirl_kernels.demo.options",
-    "doctor": "unirl_kernels.doctor",
-}
+COMMANDS = {"doctor": "unirl_kernels.doctor", "explain": "unirl_kernels.explain_file"}
+
+MOVED = {"bench": "python -m benchmarks", "demo": "python -m examples.demo"}
+"""Commands that were here, and what runs them now, in a checkout of the repository."""
 
 WRONG_USAGE = 2
 INTERRUPTED = 130
@@ -43,9 +43,13 @@ def _parser() -> argparse.ArgumentParser:
             description=command.__doc__,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
-        command.add_options(options)
-        options.set_defaults(run=command.run, parser=options)
+        _fill(options, command)
     return parser
+
+
+def _fill(parser: argparse.ArgumentParser, command: ModuleType) -> None:
+    command.add_options(parser)
+    parser.set_defaults(run=command.run, parser=parser)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,14 +61,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or what went wrong: 1 a command that failed, 2 wrong options (raised as ``SystemExit``).
     """
-    options, unknown = _parser().parse_known_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in MOVED:
+        now = MOVED[arguments[0]]
+        print(f"unirl_kernels {arguments[0]}: run `{now}` in a checkout of the repository", file=sys.stderr)
+        return 1
+    return _execute(_parser(), arguments)
+
+
+def run_alone(command: ModuleType, prog: str, arguments: Sequence[str] | None = None) -> int:
+    """Run a command that is a program by itself.
+
+    Args:
+        command: its module.
+        prog: what starts it, for help and errors.
+        arguments: as those of ``main``.
+
+    Returns:
+        As ``main``.
+    """
+    helped = argparse.ArgumentDefaultsHelpFormatter
+    parser = _Parser(prog=prog, description=command.__doc__, formatter_class=helped)
+    _fill(parser, command)
+    return _execute(parser, arguments)
+
+
+def _execute(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
+    options, unknown = parser.parse_known_args(arguments)
     if unknown:
         options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         return int(options.run(options))
     except CommandFailed as failure:
-        print(f"unirl_kernels {options.command}: {failure}", file=sys.stderr)
+        print(f"{options.parser.prog}: {failure}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"unirl_kernels {options.command}: interrupted", file=sys.stderr)
+        print(f"{options.parser.prog}: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -13,9 +13,10 @@ from unirl_kernels.batch import Batch
 from unirl_kernels.head import Head, by_units
 from unirl_kernels.objectives import Loss
 from unirl_kernels.plan import Plan
-from unirl_kernels.program import STATISTICS, UnsupportedOperation
+from unirl_kernels.program import STATISTICS, Traced, UnsupportedOperation
 from unirl_kernels.program.formula import formula
 from unirl_kernels.program.graph import derivative
+from unirl_kernels.program.trace import name_of
 
 
 @dataclass(frozen=True)
@@ -58,15 +59,21 @@ def explain(
         GC = -d loss / d logp                    Shao et al. 2024 (arXiv:2402.03300v3), eq. 1
 
     Args:
-        loss: objective and aggregation.
-        batch, weight: of a linear head, to see how ``fused_linear_loss`` would cut the batch into chunks.
+        loss: an objective and its aggregation, or a sum of losses.
+        batch: with ``weight``, shows how ``fused_linear_loss`` would cut the batch into chunks.
+        weight: [V, D], the weight of a linear head.
         plan: how the machine would compute it.
 
     Returns:
-        ``Explanation``; print it.
+        ``Explanation``, sections of text; print it, or one of them.
 
     Raises:
         TypeError: when ``loss`` is not a ``Loss``.
+
+    Examples:
+        >>> print(uk.explain(uk.rft()).coefficient)
+        loss = -(advantage * logp)
+        GC = advantage
     """
     if not isinstance(loss, Loss):
         raise TypeError(f"loss must be a Loss, got {type(loss).__name__}")
@@ -74,37 +81,44 @@ def explain(
     if loss.scope != "token":
         schedule = (
             f"two passes: the coefficient of a token depends on its whole {loss.scope}. Statistics (one read),\n"
-            "the objective on [T] vectors under autograd, the gradient (one read, one write)."
+            "the objectives on [T] vectors under autograd, the gradient (one read, one write)."
         )
     else:
         try:
-            traced = loss.traced
-            coefficient = _coefficient(loss)
+            traced = loss.traced(on_policy=batch is not None and batch.on_policy)
+            coefficient = _coefficient(traced)
             function = source(traced.program)
             n = len(traced.program.instructions)
             schedule = f"one pass: {n} scalar operations per row inside the kernel (one read, one write)."
         except UnsupportedOperation as error:
             schedule = f"only with Plan(kernel='composed'): {error}"
-    schedule += f"\nlinear head: {_linear(loss, batch, weight, plan)}\naggregation: {loss.aggregation}"
+    schedule += f"\nlinear head: {_linear(loss, batch, weight, plan)}\n{_aggregations(loss)}"
     return Explanation(_row(loss), schedule, coefficient, function, _backends(loss))
 
 
+def _aggregations(loss: Loss) -> str:
+    if len(loss.terms) == 1:
+        return f"aggregation: {loss.aggregation}"
+    return "\n".join(
+        f"term {k}: {term.coefficient} * {name_of(term.objective)}, aggregation: {term.aggregation}"
+        for k, term in enumerate(loss.terms)
+    )
+
+
 def _linear(loss: Loss, batch: Batch | None, weight: Tensor | None, plan: Plan) -> str:
-    """How many matrix products a linear head takes, and why."""
-    apart = "four matrix products (statistics first, the logits once more in the backward)"
+    """How many matmuls a linear head takes, and why."""
+    apart = "four matmuls (statistics first, the logits once more in the backward)"
     if batch is None or weight is None:
         if loss.scope == "token":
-            return "three matrix products, a chunk of tokens at a time."
-        return (
-            f"three matrix products where each {loss.scope} fits a chunk, else\n{apart}. Give batch and weight to see."
-        )
+            return "three matmuls, a chunk of tokens at a time."
+        return f"three matmuls where each {loss.scope} fits a chunk, else\n{apart}. Give batch and weight to see."
     backend = choose(weight.device, plan.backend, plan.kernel).backend
     rows = Head(weight, weight, None, weight.dtype, backend).rows_per_chunk(plan.max_chunk_bytes)
     groups = by_units(batch, loss.scope, rows)
     if groups is None:
         return f"{apart}:\na {loss.scope} is longer than a chunk of {rows} tokens."
     longest = max((group.chunk.n for group in groups), default=0)
-    return f"three matrix products; chunks: {len(groups)}, of at most {longest} tokens ({rows} would fit)."
+    return f"three matmuls; chunks: {len(groups)}, of at most {longest} tokens ({rows} would fit)."
 
 
 def _row(loss: Loss) -> str:
@@ -121,17 +135,19 @@ def _row(loss: Loss) -> str:
     return "\n".join(f"{name:<12} {text}" for name, text in cells.items())
 
 
-def _coefficient(loss: Loss) -> str:
-    """Loss and derivatives as formulas. The sign of GC is the paradigm's: the objective is minus the loss."""
-    traced = loss.traced
-    graph = traced.graph
-    slopes = {name: derivative(graph, traced.loss, name) for name in STATISTICS}
-    outputs = [("loss", traced.loss)]
-    for name, node in slopes.items():
-        if name == "logp":
-            outputs.append(("GC", graph.negated(node)))
-        elif graph.constant_value(node) != 0:
-            outputs.append((f"d_{name}", node))
+def _coefficient(traced: Traced) -> str:
+    """Loss and derivatives of each term as formulas. The sign of GC is the paradigm's: the objective is minus the
+    loss."""
+    graph, outputs = traced.graph, []
+    for k, term in enumerate(traced.terms):
+        at = f"[{k}]" if len(traced.terms) > 1 else ""
+        outputs.append((f"loss{at}", term))
+        for name in STATISTICS:
+            node = derivative(graph, term, name)
+            if name == "logp":
+                outputs.append((f"GC{at}", graph.negated(node)))
+            elif graph.constant_value(node) != 0:
+                outputs.append((f"d_{name}{at}", node))
     return formula(graph, *outputs)
 
 

@@ -16,13 +16,25 @@ class Readout:
 
         z = softcap * tanh(scale * x / softcap) / temperature         (without softcap: z = scale * x / temperature)
 
+    Compiled code (torch.compile) takes another temperature as it is; another softcap or scale compiles it again.
+
     Args:
         temperature: sampling temperature, > 0; or one per token, a float32 tensor of target's shape.
         softcap: bound on |z| before temperature, > 0 (Gemma 2: 30); None for none.
         scale: factor on the raw logits, finite and not 0 (Cohere's ``logit_scale``).
 
     Raises:
-        TypeError, ValueError: when an argument is outside its range.
+        TypeError: when an argument has a wrong type or dtype.
+        ValueError: when an argument is outside its range, or the temperature requires a gradient.
+
+    Examples:
+        A temperature divides the logits:
+
+        >>> logits, target = torch.tensor([[[0.0, 2.0]]]), torch.tensor([[1]])
+        >>> uk.token_stats(logits, target, readout=uk.Readout(temperature=2.0)).logp
+        tensor([[-0.3133]])
+        >>> uk.token_stats(logits / 2, target).logp
+        tensor([[-0.3133]])
     """
 
     temperature: float | Tensor = 1.0
@@ -35,12 +47,11 @@ class Readout:
                 raise TypeError(f"temperature must be a float32 tensor, got {self.temperature.dtype}")
             if self.temperature.requires_grad:
                 raise ValueError("temperature must not require a gradient: detach it")
-        elif not _number("temperature", self.temperature) > 0 or math.isinf(self.temperature):
+        elif not 0 < _number("temperature", self.temperature) < math.inf:
             raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
-        if self.softcap is not None and (not _number("softcap", self.softcap) > 0 or math.isinf(self.softcap)):
+        if self.softcap is not None and not 0 < _number("softcap", self.softcap) < math.inf:
             raise ValueError(f"softcap must be positive and finite, got {self.softcap}")
-        _number("scale", self.scale)
-        if self.scale == 0 or not math.isfinite(self.scale):
+        if not 0 < abs(_number("scale", self.scale)) < math.inf:
             raise ValueError(f"scale must be finite and not 0, got {self.scale}")
 
 

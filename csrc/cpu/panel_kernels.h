@@ -1,5 +1,5 @@
-// Packing, and the register tile of matrix products, once for every instruction set. Besides what simd.h asks for, a
-// unit defines UNIRL_BF16_DOT where it multiplies bf16.
+// Packing, and the register tile of matrix multiplication, once for every instruction set. Besides what simd.h asks
+// for, a unit defines UNIRL_BF16_DOT where it multiplies bf16.
 #pragma once
 
 #include "../simd.h"
@@ -108,7 +108,7 @@ UNIRL_ALWAYS_INLINE U32Half low(U32 x) { return __builtin_shufflevector(x, x, 0,
 UNIRL_ALWAYS_INLINE U32Half high(U32 x) { return __builtin_shufflevector(x, x, 4, 5, 6, 7); }
 #endif
 
-// Each round moves one bit of an element's place from the number of its vector to that of its lane.
+// Each round moves one bit of an element's position from the number of its vector to that of its lane.
 UNIRL_ALWAYS_INLINE void transpose(U32 (&x)[LANES]) {
   UNIRL_UNROLL for (int round = 1; round < LANES; round *= 2) {
     U32 y[LANES];
@@ -121,10 +121,10 @@ UNIRL_ALWAYS_INLINE void transpose(U32 (&x)[LANES]) {
 }
 
 // Where LANES of a slice's lanes go: to two panels of TILE_ROWS,
-struct RowPlace {
+struct RowPanels {
   uint32_t* to;
   int64_t next_panel;
-  RowPlace(uint32_t* panels, int64_t lane, int64_t, int64_t units)
+  RowPanels(uint32_t* panels, int64_t lane, int64_t, int64_t units)
       : to(panels + lane * units), next_panel(TILE_ROWS * units) {}
   UNIRL_ALWAYS_INLINE void put(int64_t unit, U32 x) const {
     store(to + unit * TILE_ROWS, low(x));
@@ -133,10 +133,10 @@ struct RowPlace {
 };
 
 // or into a panel of TILE_COLUMNS; the last one is as wide as its vectors.
-struct ColumnPlace {
+struct ColumnPanels {
   uint32_t* to;
   int64_t width;
-  ColumnPlace(uint32_t* panels, int64_t lane, int64_t lanes, int64_t units) {
+  ColumnPanels(uint32_t* panels, int64_t lane, int64_t lanes, int64_t units) {
     const int64_t panel = lane - lane % TILE_COLUMNS, rest = (lanes - panel + LANES - 1) / LANES * LANES;
     width = rest < TILE_COLUMNS ? rest : TILE_COLUMNS;
     to = panels + panel * units + (lane - panel);
@@ -144,25 +144,25 @@ struct ColumnPlace {
   UNIRL_ALWAYS_INLINE void put(int64_t unit, U32 x) const { store(to + unit * width, x); }
 };
 
-template <class From, class Place>
+template <class From, class Panels>
 void pack_as(const Slice& from, uint32_t* to) {
   const int64_t units = (from.depth + UNIT_DEPTH - 1) / UNIT_DEPTH, whole_units = from.depth / UNIT_DEPTH;
   const int64_t lane_stride = from.lane_stride, depth_stride = from.depth_stride;
   for (int64_t lane = 0; lane < from.lanes; lane += LANES) {
-    const Place place(to, lane, from.lanes, units);
+    const Panels panels(to, lane, from.lanes, units);
     const auto* const x = static_cast<const typename From::Storage*>(from.data) + lane * lane_stride;
     const int64_t lanes = from.lanes - lane < LANES ? from.lanes - lane : LANES;
     int64_t unit = 0;
     if (lanes == LANES && lane_stride == 1) {
       for (; unit < whole_units; ++unit) {
-        place.put(unit, From::across(x + unit * UNIT_DEPTH * depth_stride, depth_stride));
+        panels.put(unit, From::across(x + unit * UNIT_DEPTH * depth_stride, depth_stride));
       }
     } else if (lanes == LANES && depth_stride == 1) {
       for (; unit + LANES <= whole_units; unit += LANES) {
         U32 block[LANES];
         UNIRL_UNROLL for (int i = 0; i < LANES; ++i) block[i] = From::along(x + i * lane_stride + unit * UNIT_DEPTH);
         transpose(block);
-        UNIRL_UNROLL for (int i = 0; i < LANES; ++i) place.put(unit + i, block[i]);
+        UNIRL_UNROLL for (int i = 0; i < LANES; ++i) panels.put(unit + i, block[i]);
       }
     }
     for (; unit < units; ++unit) {
@@ -171,25 +171,25 @@ void pack_as(const Slice& from, uint32_t* to) {
         const int64_t deep = unit * UNIT_DEPTH;
         packed[i] = From::one(x + i * lane_stride + deep * depth_stride, depth_stride, from.depth - deep);
       }
-      place.put(unit, load<U32>(packed));
+      panels.put(unit, load<U32>(packed));
     }
   }
 }
 
-template <class Place>
+template <class Panels>
 void pack(const Slice& from, uint32_t* to) {
   switch (from.format) {
-    case Format::FP32: return pack_as<FromFloat32, Place>(from, to);
-    case Format::BF16: return pack_as<FromBFloat16, Place>(from, to);
+    case Format::FP32: return pack_as<FromFloat32, Panels>(from, to);
+    case Format::BF16: return pack_as<FromBFloat16, Panels>(from, to);
 #if !defined(UNIRL_BF16_DOT)
-    case Format::FP16: return pack_as<FromFloat16, Place>(from, to);
+    case Format::FP16: return pack_as<FromFloat16, Panels>(from, to);
 #endif
     default: return;
   }
 }
 
 // Sums of up to TILE_ROWS rows and WIDTH vectors of columns. Each is one chain over the depth, so that its bits depend
-// on neither its place nor its neighbours.
+// on neither its position nor its neighbours.
 template <int WIDTH, bool ADD>
 UNIRL_ALWAYS_INLINE void register_tile(const uint32_t* rows, const uint32_t* columns, int64_t units,
                                        const F32 (&bias)[WIDTH], const Tile& to) {
@@ -264,6 +264,6 @@ inline void multiply(const uint32_t* rows, const uint32_t* columns, int64_t unit
   (add ? multiply_panels<true> : multiply_panels<false>)(rows, columns, units, bias, to);
 }
 
-constexpr PanelKernels panels = {UNIT_DEPTH, LANES, pack<RowPlace>, pack<ColumnPlace>, multiply};
+constexpr PanelKernels panels = {UNIT_DEPTH, LANES, pack<RowPanels>, pack<ColumnPanels>, multiply};
 
 }  // namespace unirl::cpu::UNIRL_ISA

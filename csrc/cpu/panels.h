@@ -1,4 +1,4 @@
-// What an instruction set provides for matrix products: factors packed into panels, and products of panels.
+// What an instruction set provides for matrix multiplication: factors packed into panels, and panels multiplied.
 #pragma once
 
 #include <stdint.h>
@@ -7,7 +7,7 @@
 
 namespace unirl::cpu {
 
-// A factor of a product, or part of one: lanes (rows of the left factor, columns of the right one) by depth, the
+// A factor of a matmul, or part of one: lanes (rows of the left factor, columns of the right one) by depth, the
 // dimension that is summed over. Strides in elements.
 struct Slice {
   Format format;

@@ -1,15 +1,15 @@
-// Matrix products on Skylake-X, Zen 4 and newer.
+// Matrix multiplication on Skylake-X, Zen 4 and newer.
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #endif
-#define UNIRL_ISA avx512_fp32_products
+#define UNIRL_ISA avx512_fp32_matmul
 #define UNIRL_SIMD_BYTES 64
 #include "panel_kernels.h"
 
 namespace unirl::cpu {
-const PanelKernels avx512_panels = avx512_fp32_products::panels;
+const PanelKernels avx512_panels = avx512_fp32_matmul::panels;
 }
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -18,9 +18,9 @@ constexpr int64_t LOGITS_PER_THREAD = 32768;
 // Rows per thread from which each thread takes whole rows: idle threads at the end then cost at most a quarter.
 constexpr int64_t ROWS_PER_THREAD = 4;
 
-// The target's logit, raw and mapped (see row_math.h).
+// The target's logit, raw and mapped (see row_math.h). Of a target that is elsewhere, probability 0.
 struct Target {
-  double x, u;
+  double x = 0, u = -INFINITY;
 };
 
 // One call's way over its rows. A Step is what stands between the two sweeps of a row:
@@ -28,7 +28,7 @@ struct Target {
 //   static constexpr bool READS    whether it wants them
 //   static constexpr bool WRITES   whether its terms are for the second sweep
 //   GradientTerms<double> operator()(int64_t row, readout, sums, target) const
-//   void skip(int64_t row) const   what an ignored row returns
+//   void absent(int64_t row, double value) const   what a row returns that is not read
 template <class Step>
 class Pass {
   typedef typename Step::Sums Sums;
@@ -43,25 +43,25 @@ class Pass {
         segments_((rows.vocab + SEGMENT - 1) / SEGMENT) {}
 
   void run() {
-    std::vector<int64_t> valid, ignored;
+    std::vector<int64_t> present, absent;
     for (int64_t row = 0; row < rows_.batch * rows_.length; ++row) {
-      (rows_.target[row] == rows_.ignore ? ignored : valid).push_back(row);
+      (is_read(rows_.target[row], rows_.vocab) ? present : absent).push_back(row);
     }
-    const int64_t n = valid.size(), threads = thread_count();
+    const int64_t n = present.size(), threads = thread_count();
     const int64_t rows_per_thread = std::max<int64_t>(1, LOGITS_PER_THREAD / rows_.vocab);
     const auto here = [](int64_t n, const auto& body) { body(0, n); };
     const auto on_all_threads = [](int64_t n, const auto& body) { parallel_for(n, 1, body); };
     if (n >= ROWS_PER_THREAD * threads || n * rows_.vocab < 2 * LOGITS_PER_THREAD) {
       parallel_for(n, rows_per_thread, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) together(&valid[i], 1, here);
+        for (int64_t i = begin; i < end; ++i) together(&present[i], 1, here);
       });
     } else {
       // Few rows: their segments are spread over the threads, about a row for each, so that the second sweep still
       // finds in the cache what the first one read.
-      for (int64_t i = 0; i < n; i += threads) together(&valid[i], std::min(threads, n - i), on_all_threads);
+      for (int64_t i = 0; i < n; i += threads) together(&present[i], std::min(threads, n - i), on_all_threads);
     }
-    parallel_for(ignored.size(), rows_per_thread, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) skip(ignored[i]);
+    parallel_for(absent.size(), rows_per_thread, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) leave_out(absent[i]);
     });
   }
 
@@ -82,21 +82,23 @@ class Pass {
         for (int64_t i = begin; i < end; ++i) gradient(rows[i / segments_], i % segments_, terms[i / segments_]);
       });
       for (int64_t i = 0; i < n; ++i) {
-        if (in_range(rows[i])) kernels_.write(at(d_logits_, rows[i], rows_.target[rows[i]]), terms[i].target);
+        const int64_t y = rows_.target[rows[i]];
+        if (y != ELSEWHERE) kernels_.write(at(d_logits_, rows[i], y), terms[i].target);
       }
     }
   }
 
-  void skip(int64_t row) const {
-    step_.skip(row);
-    if (Step::WRITES) memset(at(d_logits_, row, 0), 0, rows_.vocab * kernels_.bytes);
+  // Zeros for an ignored row; NaN for one whose target is no column, which is all bits set in every format.
+  void leave_out(int64_t row) const {
+    const bool ignored = rows_.target[row] == rows_.ignore;
+    step_.absent(row, ignored ? 0 : NAN);
+    if (Step::WRITES) memset(at(d_logits_, row, 0), ignored ? 0 : 0xff, rows_.vocab * kernels_.bytes);
   }
 
   GradientTerms<double> finish(int64_t row, const Sums* segments) const {
-    const bool valid = in_range(row);
     const Readout<double> readout = readout_of(row);
-    Sums sums = without_distribution();
-    if (valid && Step::READS) {
+    Sums sums{};
+    if (Step::READS) {
       sums = segments[0];
       for (int64_t i = 1; i < segments_; ++i) sums = merge(sums, segments[i], readout.kappa);
       if constexpr (OBSERVES) {
@@ -104,20 +106,12 @@ class Pass {
         sums.at += kernels_.find(x, size_of(sums.at / SEGMENT), sums.top, readout);
       }
     }
-    Target target{NAN, NAN};
-    if (valid) {
+    Target target;
+    if (rows_.target[row] != ELSEWHERE) {
       const void* const x = at(rows_.logits, row, rows_.target[row]);
       target = {kernels_.read(x), kernels_.u(x, readout)};
     }
     return step_(row, readout, sums, target);
-  }
-
-  static Sums without_distribution() {
-    if constexpr (OBSERVES) {
-      return {{NAN, NAN, NAN}, NAN, NAN, NAN, 0};
-    } else {
-      return {NAN, NAN, NAN};
-    }
   }
 
   Sums sums_of(int64_t row, int64_t segment) const {
@@ -150,8 +144,6 @@ class Pass {
 
   int64_t size_of(int64_t segment) const { return std::min(SEGMENT, rows_.vocab - segment * SEGMENT); }
 
-  bool in_range(int64_t row) const { return rows_.target[row] >= 0 && rows_.target[row] < rows_.vocab; }
-
   Readout<double> readout_of(int64_t row) const {
     const bool own = rows_.row_temperature.data != nullptr;
     return make_readout(rows_.scale, rows_.softcap, own ? rows_.row_temperature.get(row) : rows_.temperature);
@@ -170,33 +162,57 @@ void set(const StatisticsColumns& out, int64_t row, const Statistics<double>& st
   out.lse.set(row, statistics.lse);
 }
 
+void set(const MeasuredColumns& out, int64_t row, const Statistics<double>& at, const RowMoments<double>& moments) {
+  set(out.statistics, row, at);
+  out.moments.top.set(row, moments.top);
+  out.moments.s_minus_1.set(row, moments.s_minus_1);
+  out.moments.sz.set(row, moments.sz);
+  out.moments.u_target.set(row, moments.u_target);
+}
+
+void measure(
+    const MeasuredColumns& out,
+    int64_t row,
+    const Readout<double>& readout,
+    const Moments<double>& sums,
+    const Target& target) {
+  const RowMoments<double> moments = row_moments(sums, readout, target.u);
+  set(out, row, unirl::finish(moments, readout.kappa, log1p(moments.s_minus_1)), moments);
+}
+
 struct Measure {
   typedef Moments<double> Sums;
   static constexpr bool READS = true, WRITES = false;
-  const StatisticsColumns& out;
+  const MeasuredColumns& out;
 
   GradientTerms<double> operator()(
-      int64_t row, const Readout<double>& readout, const Moments<double>& moments, const Target& target) const {
-    set(out, row, unirl::finish(moments, readout, target.u));
+      int64_t row, const Readout<double>& readout, const Moments<double>& sums, const Target& target) const {
+    measure(out, row, readout, sums, target);
     return {};
   }
-  void skip(int64_t row) const { set(out, row, {}); }
+  void absent(int64_t row, double value) const {
+    set(out, row, {value, value, value}, {value, value, value, value});
+  }
 };
 
 struct Observe {
   typedef Observed<double> Sums;
   static constexpr bool READS = true, WRITES = false;
+  const MeasuredColumns& measured;
   const ObservationColumns& out;
   int64_t vocab;
 
   GradientTerms<double> operator()(
       int64_t row, const Readout<double>& readout, const Observed<double>& sums, const Target& target) const {
-    set_all(row, unirl::finish(sums, readout, target.u, vocab));
+    measure(measured, row, readout, sums, target);
+    set(row, observe(sums, readout, vocab));
     return {};
   }
-  void skip(int64_t row) const { set_all(row, {{}, 0, 0, 0, -1}); }
-  void set_all(int64_t row, const Observations<double>& found) const {
-    set(out.statistics, row, found.statistics);
+  void absent(int64_t row, double value) const {
+    Measure{measured}.absent(row, value);
+    set(row, {value, value, value, -1});
+  }
+  void set(int64_t row, const Observations<double>& found) const {
     out.log_sum_sq_probs.set(row, found.log_sum_sq_probs);
     out.mean_logit.set(row, found.mean_logit);
     out.largest.set(row, found.largest);
@@ -207,81 +223,68 @@ struct Observe {
 struct Backward {
   typedef Moments<double> Sums;
   static constexpr bool READS = false, WRITES = true;
-  const StatisticsColumns& at;
+  const MomentColumns& moments;
   const StatisticsColumns& d;
 
   GradientTerms<double> operator()(
       int64_t row, const Readout<double>& readout, const Moments<double>&, const Target& target) const {
-    const Statistics<double> statistics = {at.logp.get(row), at.entropy.get(row), at.lse.get(row)};
-    const Anchor anchor = anchor_of(statistics, readout, target.u, at.lse.fp64);
-    return gradient_terms(
-        statistics, {d.logp.get(row), d.entropy.get(row), d.lse.get(row)}, readout, anchor.reference, anchor.log_p,
-        target.x);
+    const RowMoments<double> of_row = {
+        moments.top.get(row), moments.s_minus_1.get(row), moments.sz.get(row), moments.u_target.get(row)};
+    const Coefficients<double> coefficients = {d.logp.get(row), d.entropy.get(row), d.lse.get(row)};
+    const double log_s = log1p(of_row.s_minus_1);
+    const Statistics<double> statistics = unirl::finish(of_row, readout.kappa, log_s);
+    return gradient_terms(statistics, coefficients, readout, of_row.top, log_s, target.x);
   }
-  void skip(int64_t) const {}
+  void absent(int64_t, double) const {}
 };
 
 struct Fuse {
   typedef Moments<double> Sums;
   static constexpr bool READS = true, WRITES = true;
-  const FieldColumns& fields;
-  const Program& program;
-  const double* params;
+  const ProgramInputs& from;
   const FusedColumns& out;
+  int64_t n_rows;
 
   GradientTerms<double> operator()(
-      int64_t row, const Readout<double>& readout, const Moments<double>& moments, const Target& target) const {
-    const Statistics<double> statistics = unirl::finish(moments, readout, target.u);
-    out.logp.set(row, statistics.logp);
-    out.entropy.set(row, statistics.entropy);
-    // The program sees the statistics as they are returned, rounded: given back as old_logp they make a ratio of
-    // exactly 1.
-    const double logp = out.logp.get(row);
-    const double inputs[N_INPUTS] = {
-        logp,
-        out.entropy.get(row),
-        out.logp.fp64 ? statistics.lse : static_cast<float>(statistics.lse),
-        fields.old_logp.data == nullptr ? logp : fields.old_logp.get(row),
-        fields.ref_logp.get(row),
-        fields.advantage.get(row),
-    };
-    double outputs[N_OUTPUTS];
-    run_program(program, inputs, params, outputs);
-    const double weight = fields.weight.get(row);
-    out.loss.set(row, weight * outputs[0]);
-    const Anchor anchor = anchor_of(moments);
-    return gradient_terms(
-        statistics, {weight * outputs[1], weight * outputs[2], weight * outputs[3]}, readout, anchor.reference,
-        anchor.log_p, target.x);
+      int64_t row, const Readout<double>& readout, const Moments<double>& sums, const Target& target) const {
+    const RowMoments<double> moments = row_moments(sums, readout, target.u);
+    const double log_s = log1p(moments.s_minus_1);
+    const Statistics<double> statistics = unirl::finish(moments, readout.kappa, log_s);
+    set(out.statistics, row, statistics);
+    double results[MAX_LIVE], outputs[N_OUTPUTS];
+    run_program(from.program, [&](int at) { return input(at, row); }, results, outputs);
+    out.loss.set(row, outputs[0]);
+    const Coefficients<double> d = {outputs[1], outputs[2], outputs[3]};
+    return gradient_terms(statistics, d, readout, moments.top, log_s, target.x);
   }
-  void skip(int64_t row) const {
-    out.loss.set(row, 0);
-    out.logp.set(row, 0);
-    out.entropy.set(row, 0);
+  // Statistics as they are returned, rounded: given back as old_logp they make a ratio of exactly 1.
+  double input(int at, int64_t row) const {
+    if (at >= FIRST_PARAM) return from.params[at - FIRST_PARAM];
+    if (at >= FIRST_FIELD) return from.fields.get((at - FIRST_FIELD) * n_rows + row);
+    const StatisticsColumns& returned = out.statistics;
+    return (at == LOGP ? returned.logp : at == ENTROPY ? returned.entropy : returned.lse).get(row);
+  }
+  void absent(int64_t row, double value) const {
+    out.loss.set(row, value);
+    set(out.statistics, row, {value, value, value});
   }
 };
 
 }  // namespace
 
-void token_stats(const Rows& rows, const StatisticsColumns& out) { Pass(rows, {}, Measure{out}).run(); }
+void token_stats(const Rows& rows, const MeasuredColumns& out) { Pass(rows, {}, Measure{out}).run(); }
 
-void token_observations(const Rows& rows, const ObservationColumns& out) {
-  Pass(rows, {}, Observe{out, rows.vocab}).run();
+void token_observations(const Rows& rows, const MeasuredColumns& out, const ObservationColumns& observations) {
+  Pass(rows, {}, Observe{out, observations, rows.vocab}).run();
 }
 
 void token_stats_backward(
-    const Rows& rows, const StatisticsColumns& at, const StatisticsColumns& d, const Matrix& d_logits) {
-  Pass(rows, d_logits, Backward{at, d}).run();
+    const Rows& rows, const MomentColumns& moments, const StatisticsColumns& d, const Matrix& d_logits) {
+  Pass(rows, d_logits, Backward{moments, d}).run();
 }
 
-void fused_loss(
-    const Rows& rows,
-    const FieldColumns& fields,
-    const Program& program,
-    const double* params,
-    const Matrix& d_logits,
-    const FusedColumns& out) {
-  Pass(rows, d_logits, Fuse{fields, program, params, out}).run();
+void fused_loss(const Rows& rows, const ProgramInputs& inputs, const Matrix& d_logits, const FusedColumns& out) {
+  Pass(rows, d_logits, Fuse{inputs, out, rows.batch * rows.length}).run();
 }
 
 }  // namespace unirl::cpu

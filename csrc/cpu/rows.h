@@ -38,7 +38,7 @@ struct Rows {
   int64_t batch, length, vocab;
   Matrix logits;
   const int64_t* target;  // [batch, length]
-  int64_t ignore;         // the target of rows that are not read
+  int64_t ignore;         // the target of rows that are left out
   double scale, softcap;  // softcap 0: none
   double temperature;
   Column row_temperature;  // replaces temperature where it has memory
@@ -48,34 +48,40 @@ struct StatisticsColumns {
   Column logp, entropy, lse;
 };
 
-struct ObservationColumns {
+struct MomentColumns {
+  Column top, s_minus_1, sz, u_target;
+};
+
+struct MeasuredColumns {
   StatisticsColumns statistics;
+  MomentColumns moments;
+};
+
+struct ObservationColumns {
   Column log_sum_sq_probs, mean_logit, largest;
   int64_t* argmax;
 };
 
-// What the program reads of a row. old_logp without memory: the row's own logp.
-struct FieldColumns {
-  Column weight, advantage, old_logp, ref_logp;
+// A program and what it reads besides the statistics.
+struct ProgramInputs {
+  const Program& program;
+  Column fields;  // [n_fields, batch * length]
+  const double* params;
 };
 
 struct FusedColumns {
-  Column loss, logp, entropy;
+  Column loss;
+  StatisticsColumns statistics;
 };
 
-void token_stats(const Rows& rows, const StatisticsColumns& out);
+void token_stats(const Rows& rows, const MeasuredColumns& out);
 
-void token_observations(const Rows& rows, const ObservationColumns& out);
+void token_observations(const Rows& rows, const MeasuredColumns& out, const ObservationColumns& observations);
 
+// d: gradients of the loss with respect to the statistics.
 void token_stats_backward(
-    const Rows& rows, const StatisticsColumns& at, const StatisticsColumns& d, const Matrix& d_logits);
+    const Rows& rows, const MomentColumns& moments, const StatisticsColumns& d, const Matrix& d_logits);
 
-void fused_loss(
-    const Rows& rows,
-    const FieldColumns& fields,
-    const Program& program,
-    const double* params,
-    const Matrix& d_logits,
-    const FusedColumns& out);
+void fused_loss(const Rows& rows, const ProgramInputs& inputs, const Matrix& d_logits, const FusedColumns& out);
 
 }  // namespace unirl::cpu

@@ -15,7 +15,7 @@ constexpr int64_t SEGMENT = 8192;
 struct SegmentKernels {
   // Moments of n logits at x.
   Moments<double> (*moments)(const void* x, int64_t n, const Readout<double>& readout);
-  // The same and what else is observed of them; at is 0, for the piece.
+  // The same and what else is observed of them; at is 0: it counts from x.
   Observed<double> (*observe)(const void* x, int64_t n, const Readout<double>& readout);
   // The first of n logits at x that is top, as in Observed; n where none is.
   int64_t (*find)(const void* x, int64_t n, double top, const Readout<double>& readout);

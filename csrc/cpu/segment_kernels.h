@@ -247,8 +247,8 @@ void write(void* x, double value) {
 
 template <class Format>
 constexpr SegmentKernels kernels_of() {
-  return {sums<Format, Moments<double>>, sums<Format, Observed<double>>, find<Format>, gradient<Format>, read<Format>, u<Format>,
-          write<Format>, sizeof(typename Format::Storage)};
+  return {sums<Format, Moments<double>>, sums<Format, Observed<double>>, find<Format>, gradient<Format>, read<Format>,
+          u<Format>, write<Format>, sizeof(typename Format::Storage)};
 }
 
 const SegmentKernels kernels[] = {kernels_of<Float32>(), kernels_of<BFloat16>(), kernels_of<Float16>()};

@@ -15,6 +15,7 @@ using c10::cuda::getCurrentCUDAStream;
 using cuda::Format;
 using cuda::GradientColumns;
 using cuda::Matrix;
+using cuda::MomentColumns;
 using cuda::Rows;
 using cuda::StatisticsColumns;
 
@@ -61,19 +62,26 @@ StatisticsColumns statistics(const RowStats& stats, const Tensor& logits) {
   return {column(logp, logits, "logp"), column(entropy, logits, "entropy"), column(lse, logits, "lse")};
 }
 
+MomentColumns moments_of(const RowMomentsArgs& moments, const Tensor& logits) {
+  const auto& [top, s_minus_1, sz, u_target] = moments;
+  return {column(top, logits, "top"), column(s_minus_1, logits, "s_minus_1"), column(sz, logits, "sz"),
+          column(u_target, logits, "u_target")};
+}
+
 void token_stats(const Tensor& logits, const Tensor& target, int64_t ignore, const ReadoutArgs& readout,
-                 const RowStats& out) {
+                 const Measured& out) {
+  const auto& [stats, moments] = out;
   const Rows of = rows(logits, target, ignore, readout);
-  const StatisticsColumns to = statistics(out, logits);
+  const cuda::MeasuredColumns to = {statistics(stats, logits), moments_of(moments, logits)};
   const CUDAGuard guard(logits.device());
   check(cuda::token_stats(of, to, getCurrentCUDAStream()));
 }
 
 void token_stats_backward(const Tensor& logits, const Tensor& target, int64_t ignore, const ReadoutArgs& readout,
-                          const RowStats& stats, const RowGradients& gradients, const Tensor& d_logits) {
+                          const RowMomentsArgs& moments, const RowGradients& gradients, const Tensor& d_logits) {
   const auto& [d_logp, d_entropy, d_lse] = gradients;
   const Rows of = rows(logits, target, ignore, readout);
-  const StatisticsColumns at = statistics(stats, logits);
+  const MomentColumns at = moments_of(moments, logits);
   const GradientColumns d = {column(d_logp, logits, "d_logp"), column(d_entropy, logits, "d_entropy"),
                              column(d_lse, logits, "d_lse")};
   const Matrix to = matrix(d_logits, logits, "d_logits");
@@ -82,25 +90,23 @@ void token_stats_backward(const Tensor& logits, const Tensor& target, int64_t ig
 }
 
 void fused_loss(const Tensor& logits, const Tensor& target, int64_t ignore, const ReadoutArgs& readout,
-                const RowFields& fields, const std::vector<int64_t>& code, const Tensor& params,
-                const Tensor& d_logits, const FusedRows& out) {
-  const auto& [weight, advantage, old_logp, ref_logp] = fields;
-  const auto& [loss, logp, entropy] = out;
+                const ProgramArgs& program_args, const Tensor& d_logits, const FusedRows& out) {
+  const auto& [text, fields, params] = program_args;
+  const auto& [loss, logp, entropy, lse] = out;
   const Rows of = rows(logits, target, ignore, readout);
-  const Program program = program_of(code, params, fields, logits);
-  const cuda::FieldColumns from = {column(weight, logits, "weight"), column(advantage, logits, "advantage"),
-                                   column(old_logp, logits, "old_logp"), column(ref_logp, logits, "ref_logp")};
-  const cuda::FusedColumns to = {column(loss, logits, "loss"), column(logp, logits, "logp"),
-                                 column(entropy, logits, "entropy")};
+  const std::shared_ptr<const Program> program = program_of(program_args, logits, at::kFloat);
+  const cuda::ProgramInputs from = {*program, fields.data_ptr<float>(), params.data_ptr<double>()};
+  const cuda::FusedColumns to = {column(loss, logits, "loss"), statistics({logp, entropy, lse}, logits)};
   const Matrix gradient = matrix(d_logits, logits, "d_logits");
   const CUDAGuard guard(logits.device());
-  check(cuda::fused_loss(of, from, program, params.data_ptr<double>(), gradient, to, getCurrentCUDAStream()));
+  check(cuda::fused_loss(of, from, gradient, to, getCurrentCUDAStream()));
 }
 
 void scale_(const Tensor& x, const Tensor& factor) {
   require(factor.scalar_type() == at::kFloat && factor.numel() == 1 && factor.device() == x.device(),
           "factor must be one float32 number on ", x.device(), ", got ", factor.scalar_type(), " ", factor.sizes(),
           " on ", factor.device());
+  require_memory(factor, "factor");
   const Matrix of = matrix(x, x, "x");
   const CUDAGuard guard(x.device());
   check(cuda::scale(of, x.size(0), x.size(1), x.size(2), factor.data_ptr<float>(), getCurrentCUDAStream()));
@@ -113,9 +119,9 @@ void bind_cuda(pybind11::module_& parent) {
   m.def("token_stats", &token_stats, py::arg("logits"), py::arg("target"), py::arg("ignore"), py::arg("readout"),
         py::arg("out"));
   m.def("token_stats_backward", &token_stats_backward, py::arg("logits"), py::arg("target"), py::arg("ignore"),
-        py::arg("readout"), py::arg("stats"), py::arg("gradients"), py::arg("d_logits"));
+        py::arg("readout"), py::arg("moments"), py::arg("gradients"), py::arg("d_logits"));
   m.def("fused_loss", &fused_loss, py::arg("logits"), py::arg("target"), py::arg("ignore"), py::arg("readout"),
-        py::arg("fields"), py::arg("code"), py::arg("params"), py::arg("d_logits"), py::arg("out"));
+        py::arg("program"), py::arg("d_logits"), py::arg("out"));
   m.def("scale_", &scale_, py::arg("x"), py::arg("factor"));
 }
 

@@ -17,23 +17,31 @@ constexpr int WARP = 32;
 constexpr int WARPS = THREADS / WARP;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
-// The target's logit, raw and mapped (see row_math.h).
+// The target's logit, raw and mapped (see row_math.h). Of a target that is elsewhere, probability 0.
 struct Target {
   float x, u;
 };
 
 // What a block tells the others.
 struct Part {
-  Moments<double> moments;
+  double s, sz;
+  float m;
   float x_target;  // where the target is in its slice
 };
 
+// Shared memory of a block besides its slice. The program's results come when the parts have been combined.
 struct Exchange {
-  Part parts[MAX_CLUSTER];
-  Moments<double> warps[WARPS];
+  union {
+    struct {
+      Part parts[MAX_CLUSTER];
+      Moments<double> warps[WARPS];
+    };
+    float results[MAX_LIVE];
+  };
   Readout<double> readout;
   GradientTerms<float> terms;
-  float registers[MAX_REGISTERS];
+  float inputs[FIRST_PARAM];  // the program's statistics and fields
+  float outputs[N_OUTPUTS];
 };
 
 inline __device__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
@@ -102,7 +110,8 @@ __device__ void tell(
   __syncthreads();
   cluster_wait();  // for all to have started: their memory may now be written
   if (warp == 0) {
-    Part part{combine<WARPS>(exchange.warps[lane % WARPS], exponent), 0};
+    const Moments<double> of_block = combine<WARPS>(exchange.warps[lane % WARPS], exponent);
+    Part part{of_block.s, of_block.sz, static_cast<float>(of_block.m), 0};
     if (target >= 0 && target < slice.n) part.x_target = slice[target];
     if (lane < cluster.num_blocks()) {
       *cluster.map_shared_rank(&exchange.parts[cluster.block_rank()], lane) = part;
@@ -117,21 +126,34 @@ __device__ void tell(
 // Moments of the row, from what all blocks told. For all lanes of a warp.
 inline __device__ Moments<double> of_row(const Exchange& exchange, int blocks, const Exponent& exponent) {
   const int rank = threadIdx.x % MAX_CLUSTER;
-  return combine<MAX_CLUSTER>(rank < blocks ? exchange.parts[rank].moments : widen(no_moments()), exponent);
+  Moments<double> of_block = widen(no_moments());
+  if (rank < blocks) {
+    const Part& part = exchange.parts[rank];
+    of_block = {part.m, part.s, part.sz};
+  }
+  return combine<MAX_CLUSTER>(of_block, exponent);
+}
+
+inline __device__ Statistics<float> rounded(const Statistics<double>& at) {
+  return {static_cast<float>(at.logp), static_cast<float>(at.entropy), static_cast<float>(at.lse)};
 }
 
 // Terms in fp32, for the double functions would cost a block in five its registers.
 inline __device__ GradientTerms<float> terms_at(
-    const Anchor& anchor,
     const Statistics<double>& at,
     const Coefficients<float>& d,
     const Readout<double>& readout,
+    double top,
+    double log_s,
     float x_target) {
-  const Statistics<float> statistics = {
-      static_cast<float>(at.logp), static_cast<float>(at.entropy), static_cast<float>(at.lse)};
   const Readout<float> narrow = {static_cast<float>(readout.gain), static_cast<float>(readout.kappa), readout.capped};
-  return gradient_terms(
-      statistics, d, narrow, static_cast<float>(anchor.reference), static_cast<float>(anchor.log_p), x_target);
+  return gradient_terms(rounded(at), d, narrow, static_cast<float>(top), static_cast<float>(log_s), x_target);
+}
+
+inline __device__ void set(const StatisticsColumns& out, int64_t row, const Statistics<float>& at) {
+  out.logp[row] = at.logp;
+  out.entropy[row] = at.entropy;
+  out.lse[row] = at.lse;
 }
 
 template <class Format>
@@ -140,11 +162,20 @@ __device__ typename Format::Storage* start_of(const Matrix& matrix, const Rows& 
   return static_cast<typename Format::Storage*>(matrix.data) + offset;
 }
 
+// A slice of the gradient that is the same in all columns but the target's.
+template <class Gradient>
+__device__ void fill(typename Gradient::Storage* d_x, int n, float value, int target, float at_target) {
+  store<Gradient>(d_x, n, [=](int k, auto& of) {
+    constexpr int N = sizeof of / sizeof *of;
+    for (int i = 0; i < N; ++i) of[i] = target == k + i ? at_target : value;
+  });
+}
+
 // A Step is what stands between the two sweeps of a row:
 //   static constexpr bool READS    whether it wants the first sweep's moments
 //   static constexpr bool WRITES   whether its terms are for the second sweep
-//   void prepare(registers) const  by all threads, while the logits arrive
-//   GradientTerms<float> operator()(row, leads, readout, moments, target, registers) const
+//   void prepare(row, exchange) const   by all threads, before the copies of the logits: its own land with the first
+//   GradientTerms<float> operator()(row, leads, moments, target, exchange) const
 //       by one thread of each block; the one that leads returns the row's values
 //   void absent(row, value) const  what a row returns that is not read
 template <class Format, class Gradient, bool CAPPED, class Step>
@@ -154,6 +185,7 @@ __global__ void __launch_bounds__(THREADS, CAPPED ? CAPPED_BLOCKS_PER_SM : BLOCK
     const __grid_constant__ int width,
     const __grid_constant__ Step step) {
   typedef typename Format::Storage Storage;
+  static_assert(sizeof(Exchange) + Slice<Format>::SLACK <= OTHER_MEMORY, "three blocks would not share a processor");
   extern __shared__ __align__(VECTOR_BYTES) unsigned char memory[];
   __shared__ Exchange exchange;
   const auto cluster = cooperative_groups::this_cluster();
@@ -164,18 +196,16 @@ __global__ void __launch_bounds__(THREADS, CAPPED ? CAPPED_BLOCKS_PER_SM : BLOCK
   const int n = max(0, min(width, static_cast<int>(rows.vocab) - begin));
   const int64_t y = rows.target[row];
   // The same for all blocks of the cluster, so that none waits for a peer that has gone.
-  if (y < 0 || y >= rows.vocab) {
+  if (!is_read(y, rows.vocab)) {
     const float value = y == rows.ignore ? 0.0f : NAN;
     if (leads) step.absent(row, value);
-    if (Step::WRITES) {
-      store<Gradient>(start_of<Gradient>(d_logits, rows, row, begin), n, [=](int, auto& of) {
-        for (float& x : of) x = value;
-      });
-    }
+    if (Step::WRITES) fill<Gradient>(start_of<Gradient>(d_logits, rows, row, begin), n, value, -1, 0);
     return;
   }
-  const int target = static_cast<int>(y) - begin;  // in this block's slice, or not
+  const int column = y == ELSEWHERE ? -1 : static_cast<int>(y);
+  const int target = column < 0 ? -1 : column - begin;  // in this block's slice, or not
   cluster_arrive();
+  step.prepare(row, exchange);
   const Storage* const x = start_of<Format>(rows.logits, rows, row, begin);
   const Slice<Format> slice(memory, x, n);
   slice.copy(x);
@@ -183,7 +213,6 @@ __global__ void __launch_bounds__(THREADS, CAPPED ? CAPPED_BLOCKS_PER_SM : BLOCK
     exchange.readout = make_readout(
         rows.scale, rows.softcap, rows.row_temperature == nullptr ? rows.temperature : rows.row_temperature[row]);
   }
-  step.prepare(exchange.registers);
   __syncthreads();
   const Map<CAPPED> map(exchange.readout);
   const Exponent exponent = make_exponent(exchange.readout.kappa);
@@ -196,15 +225,23 @@ __global__ void __launch_bounds__(THREADS, CAPPED ? CAPPED_BLOCKS_PER_SM : BLOCK
   tell(exchange, slice, target, mine, exponent);
   if (threadIdx.x < WARP) {
     const Moments<double> moments = of_row(exchange, blocks, exponent);
-    if (threadIdx.x == 0) {
-      const float x_y = exchange.parts[(target + begin) / width].x_target;
-      exchange.terms = step(row, leads, exchange.readout, moments, {x_y, map.u(x_y)}, exchange.registers);
+    Target at = {0, -INFINITY};
+    if (column >= 0) {
+      at.x = exchange.parts[column / width].x_target;
+      at.u = map.u(at.x);
     }
+    __syncwarp();  // for all lanes to have read the parts: the program's results lie there
+    if (threadIdx.x == 0) exchange.terms = step(row, leads, moments, at, exchange);
   }
   if (!Step::WRITES) return;
   __syncthreads();
   const GradientTerms<float> terms = exchange.terms;
-  store<Gradient>(start_of<Gradient>(d_logits, rows, row, begin), n, [&](int k, auto& of) {
+  auto* const d_x = start_of<Gradient>(d_logits, rows, row, begin);
+  if (terms.constant == 0 && terms.linear == 0) {
+    fill<Gradient>(d_x, n, 0, target, terms.target);
+    return;
+  }
+  store<Gradient>(d_x, n, [&](int k, auto& of) {
     constexpr int N = sizeof of / sizeof *of;
     if constexpr (N == 1) {
       of[0] = slice[k];

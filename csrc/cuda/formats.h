@@ -25,15 +25,15 @@ struct Float32 {
   }
 };
 
-// What the two formats of 16 bits have in common. Pair: of a word's two logits with two floats.
+// What the two formats of 16 bits have in common. Pair: of two logits in 32 bits with two floats.
 template <class Self, class Type>
 struct Half {
   typedef Type Storage;
   static constexpr int N = 8;
   static __device__ __forceinline__ void unpack(const uint4& vector, float (&x)[N]) {
-    const uint32_t words[] = {vector.x, vector.y, vector.z, vector.w};
+    const uint32_t pairs[] = {vector.x, vector.y, vector.z, vector.w};
     for (int k = 0; k < 4; ++k) {
-      const float2 pair = Self::unpack_pair(words[k]);
+      const float2 pair = Self::unpack_pair(pairs[k]);
       x[2 * k] = pair.x;
       x[2 * k + 1] = pair.y;
     }
@@ -47,27 +47,27 @@ struct Half {
 struct BFloat16 : Half<BFloat16, __nv_bfloat16> {
   static __device__ __forceinline__ float widen(Storage x) { return __bfloat162float(x); }
   static __device__ __forceinline__ Storage narrow(float x) { return __float2bfloat16_rn(x); }
-  static __device__ __forceinline__ float2 unpack_pair(uint32_t word) {
-    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+  static __device__ __forceinline__ float2 unpack_pair(uint32_t bits) {
+    return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)};
   }
   static __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
-    uint32_t word;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-    return word;
+    uint32_t bits;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+    return bits;
   }
 };
 
 struct Float16 : Half<Float16, __half> {
   static __device__ __forceinline__ float widen(Storage x) { return __half2float(x); }
   static __device__ __forceinline__ Storage narrow(float x) { return __float2half_rn(x); }
-  static __device__ __forceinline__ float2 unpack_pair(uint32_t word) {
-    const float low = __half2float(__ushort_as_half(static_cast<unsigned short>(word)));
-    return {low, __half2float(__ushort_as_half(static_cast<unsigned short>(word >> 16)))};
+  static __device__ __forceinline__ float2 unpack_pair(uint32_t bits) {
+    const float low = __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+    return {low, __half2float(__ushort_as_half(static_cast<unsigned short>(bits >> 16)))};
   }
   static __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
-    uint32_t word;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-    return word;
+    uint32_t bits;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+    return bits;
   }
 };
 

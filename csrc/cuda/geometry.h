@@ -16,10 +16,16 @@ constexpr int COPY_GROUPS = 4;        // of a slice's copies; while one is summe
 constexpr int BLOCKS_PER_SM = 5;
 constexpr int CAPPED_BLOCKS_PER_SM = 4;
 
-// Five blocks of 40 KiB, or three of 72 KiB, share the 228 KiB of a multiprocessor: enough for some to load and store
+// A multiprocessor's shared memory, and what a block takes of it besides its slice: for the system, and for the
+// exchange between blocks and the slice's alignment (cluster_rows.h holds them to it).
+constexpr int64_t SM_MEMORY = 228 << 10;
+constexpr int64_t SYSTEM_MEMORY = 1 << 10;
+constexpr int64_t OTHER_MEMORY = 800;
+
+// Five blocks with good slices, or three with fair ones, share a multiprocessor: enough for some to load and store
 // while others wait for their peers. (Computed; sizes between them are to be measured on a device.)
 constexpr int64_t GOOD_SLICE = 40 << 10;
-constexpr int64_t FAIR_SLICE = 72 << 10;
+constexpr int64_t FAIR_SLICE = SM_MEMORY / 3 - SYSTEM_MEMORY - OTHER_MEMORY;
 // 227 KiB are a block's limit; the rest is for the exchange between blocks.
 constexpr int64_t MAX_SLICE = 224 << 10;
 

@@ -26,7 +26,7 @@ struct Rows {
   int64_t batch, length, vocab;
   Matrix logits;
   const int64_t* target;
-  int64_t ignore;  // the target of rows that are not read
+  int64_t ignore;  // the target of rows that are left out
   double scale, softcap;  // softcap 0: none
   double temperature;
   const float* row_temperature;  // null: temperature
@@ -36,35 +36,46 @@ struct StatisticsColumns {
   float *logp, *entropy, *lse;
 };
 
+struct MomentColumns {
+  float *top, *s_minus_1, *sz, *u_target;
+};
+
+struct MeasuredColumns {
+  StatisticsColumns statistics;
+  MomentColumns moments;
+};
+
 struct GradientColumns {
   const float *logp, *entropy, *lse;  // null: zero
 };
 
-struct FieldColumns {
-  const float *weight, *advantage, *old_logp, *ref_logp;  // null: zero, but for old_logp the row's own logp
+// A program and what it reads besides the statistics, in device memory.
+struct ProgramInputs {
+  const Program& program;
+  const float* fields;  // [n_fields, batch * length]
+  const double* params;
 };
 
 struct FusedColumns {
-  float *loss, *logp, *entropy;
+  float* loss;
+  StatisticsColumns statistics;
 };
 
 // Each enqueues its work on the stream and returns what went wrong, empty if nothing did. Gradients have the format of
 // the logits, or BF16 where that is FP32.
-std::string token_stats(const Rows& rows, const StatisticsColumns& out, cudaStream_t stream);
+std::string token_stats(const Rows& rows, const MeasuredColumns& out, cudaStream_t stream);
 
+// d: gradients of the loss with respect to the statistics.
 std::string token_stats_backward(
     const Rows& rows,
-    const StatisticsColumns& at,
+    const MomentColumns& moments,
     const GradientColumns& d,
     const Matrix& d_logits,
     cudaStream_t stream);
 
-// params: program.n_params numbers in device memory.
 std::string fused_loss(
     const Rows& rows,
-    const FieldColumns& fields,
-    const Program& program,
-    const double* params,
+    const ProgramInputs& inputs,
     const Matrix& d_logits,
     const FusedColumns& out,
     cudaStream_t stream);

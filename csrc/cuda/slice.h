@@ -84,16 +84,16 @@ struct Slice {
 
  private:
   static __device__ uint4 shifted(const uint4& low, const uint4& high, int offset) {
-    uint32_t words[] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    uint32_t parts[] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
     if (offset & 8) {
-      for (int i = 0; i < 6; ++i) words[i] = words[i + 2];
+      for (int i = 0; i < 6; ++i) parts[i] = parts[i + 2];
     }
     if (offset & 4) {
-      for (int i = 0; i < 5; ++i) words[i] = words[i + 1];
+      for (int i = 0; i < 5; ++i) parts[i] = parts[i + 1];
     }
     const int bits = (offset & 3) * 8;
-    return {__funnelshift_r(words[0], words[1], bits), __funnelshift_r(words[1], words[2], bits),
-            __funnelshift_r(words[2], words[3], bits), __funnelshift_r(words[3], words[4], bits)};
+    return {__funnelshift_r(parts[0], parts[1], bits), __funnelshift_r(parts[1], parts[2], bits),
+            __funnelshift_r(parts[2], parts[3], bits), __funnelshift_r(parts[3], parts[4], bits)};
   }
 };
 

@@ -3,25 +3,23 @@
 namespace unirl::cuda {
 namespace {
 
-// The statistics are known; the blocks of a row tell one another only the target's logit, which the block that has it
-// may overwrite.
+// The moments are known; the blocks of a row tell one another only the target's logit, which the block that has it may
+// overwrite.
 struct Backward {
   static constexpr bool READS = false, WRITES = true;
-  StatisticsColumns at;
+  MomentColumns of;
   GradientColumns d;
 
-  __device__ void prepare(float*) const {}
+  __device__ void prepare(int64_t, Exchange&) const {}
 
   __device__ GradientTerms<float> operator()(
-      int64_t row,
-      bool,
-      const Readout<double>& readout,
-      const Moments<double>&,
-      const Target& target,
-      float*) const {
-    const Statistics<double> statistics = {at.logp[row], at.entropy[row], at.lse[row]};
+      int64_t row, bool, const Moments<double>&, const Target& target, Exchange& exchange) const {
+    const Readout<double>& readout = exchange.readout;
+    const RowMoments<double> moments = {of.top[row], of.s_minus_1[row], of.sz[row], of.u_target[row]};
+    const double log_s = log1p(moments.s_minus_1);
+    const Statistics<double> statistics = finish(moments, readout.kappa, log_s);
     const Coefficients<float> coefficients = {value(d.logp, row), value(d.entropy, row), value(d.lse, row)};
-    return terms_at(anchor_of(statistics, readout, target.u, false), statistics, coefficients, readout, target.x);
+    return terms_at(statistics, coefficients, readout, moments.top, log_s, target.x);
   }
 
   __device__ void absent(int64_t, float) const {}
@@ -33,11 +31,11 @@ struct Backward {
 
 std::string token_stats_backward(
     const Rows& rows,
-    const StatisticsColumns& at,
+    const MomentColumns& moments,
     const GradientColumns& d,
     const Matrix& d_logits,
     cudaStream_t stream) {
-  return launch(rows, d_logits, Backward{at, d}, stream);
+  return launch(rows, d_logits, Backward{moments, d}, stream);
 }
 
 }  // namespace unirl::cuda

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 import unirl_kernels as uk
-from unirl_kernels.demo.model import LanguageModel
-from unirl_kernels.demo.sampling import Sampler, Samples
-from unirl_kernels.demo.sources import (
+from examples.demo.model import LanguageModel
+from examples.demo.sampling import Sampler, Samples
+from examples.demo.sources import (
     Source,
     accepted_samples,
     accepted_samples_of_policy,

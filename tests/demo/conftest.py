@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from examples.demo.model import LanguageModel, load_model, load_tokenizer, locate
+from examples.demo.questions import Questions
+from examples.demo.sampling import Sampler, Samples
 from tests.demo.cases import CPU, VOCAB
-from unirl_kernels.demo.model import LanguageModel, load_model, load_tokenizer, locate
-from unirl_kernels.demo.questions import Questions
-from unirl_kernels.demo.sampling import Sampler, Samples
 
 
 @pytest.fixture(scope="session")

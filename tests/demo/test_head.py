@@ -12,11 +12,11 @@ from torch import Tensor, nn
 pytest.importorskip("transformers", reason="the demo's extras are not installed")
 
 import unirl_kernels as uk
+from examples.demo import head
+from examples.demo.head import NotLinear, head_of, readout_of
+from examples.demo.model import LanguageModel, load_model, locate
+from examples.demo.sampling import Sampler, Samples
 from tests.demo.cases import CPU, PLAN, six_sources
-from unirl_kernels.demo import head
-from unirl_kernels.demo.head import NotLinear, head_of, readout_of
-from unirl_kernels.demo.model import LanguageModel, load_model, locate
-from unirl_kernels.demo.sampling import Sampler, Samples
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 0}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.5}

@@ -17,17 +17,17 @@ pytest.importorskip("matplotlib", reason="the demo's extras are not installed")
 pytest.importorskip("rich", reason="the demo's extras are not installed")
 
 import unirl_kernels as uk
+from examples.demo import train
+from examples.demo.__main__ import main
+from examples.demo.compare import FUSED, NAIVE, compare, steps_per_comparison
+from examples.demo.head import NotLinear
+from examples.demo.model import LanguageModel, load_model, locate
+from examples.demo.sampling import Sampler, Samples
+from examples.demo.sequences import Sequences, lay_out, lay_out_prompts
+from examples.demo.sources import Source
+from examples.demo.ways import Ways, on_hidden, on_logits
 from tests.demo.cases import CPU, PLAN, VOCAB, six_sources
-from unirl_kernels import reference
-from unirl_kernels.cli import main
-from unirl_kernels.demo import train
-from unirl_kernels.demo.compare import FUSED, NAIVE, compare, steps_per_comparison
-from unirl_kernels.demo.head import NotLinear
-from unirl_kernels.demo.model import LanguageModel, load_model, locate
-from unirl_kernels.demo.sampling import Sampler, Samples
-from unirl_kernels.demo.sequences import Sequences, lay_out, lay_out_prompts
-from unirl_kernels.demo.sources import Source
-from unirl_kernels.demo.ways import Ways, on_hidden, on_logits
+from unirl_kernels.testing import oracle
 
 GRADIENTS = {"logits": ["grad"], "hidden": ["hidden_grad", "weight_grad"]}
 
@@ -150,7 +150,7 @@ def test_comparison_on_hidden_states_passes_every_algorithm_in_bf16(
 def _run(folder: Path, out: Path, *options: str) -> int:
     small = ["--questions", "2", "--group", "3", "--max-new-tokens", "4", "--rounds", "2", "--steps", "1"]
     where = ["--device", "cpu", "--backend", "eager", "--model", str(folder), "--out", str(out)]
-    return main(["demo", *where, *small, *options])
+    return main([*where, *small, *options])
 
 
 def test_whole_demo(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,11 +178,11 @@ def test_whole_demo(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_demo_fails_and_says_which_error_is_too_large(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = reference.ppo
-    monkeypatch.setitem(reference.LOSSES, "ppo", lambda logits, batch: 1.01 * real(logits, batch))
+    real = oracle.ppo
+    monkeypatch.setitem(oracle.LOSSES, "ppo", lambda logits, batch: 1.01 * real(logits, batch))
     assert _run(folder, tmp_path, "--dtype", "bf16", "--steps", "0") == 1
     errors = capsys.readouterr().err.splitlines()[-1]
-    assert errors.startswith("unirl_kernels demo: PPO: ")
+    assert errors.startswith("python -m examples.demo: PPO: ")
     assert "PPO: gradient error" in errors
     assert "PPO on hidden states: d_weight error" in errors
     assert "exceeds its tolerance" in errors
@@ -195,7 +195,7 @@ def test_demo_trains_on_logits_where_the_head_needs_them_and_says_so(
     def refuse(network: Any) -> uk.Readout:
         raise NotLinear("its logits are secret")
 
-    monkeypatch.setattr("unirl_kernels.demo.model.readout_of", refuse)
+    monkeypatch.setattr("examples.demo.model.readout_of", refuse)
     assert _run(folder, tmp_path) == 0
     assert "tiny is trained on all its logits: its logits are secret" in capsys.readouterr().out
     assert json.loads((tmp_path / "summary.json").read_text())["linear_rows"] == []

@@ -15,19 +15,19 @@ pytest.importorskip("matplotlib", reason="the demo's extras are not installed")
 pytest.importorskip("rich", reason="the demo's extras are not installed")
 
 import unirl_kernels as uk
-from tests.demo.cases import CPU, PLAN, VOCAB, six_sources
-from unirl_kernels import reference
-from unirl_kernels.demo.model import LanguageModel
-from unirl_kernels.demo.questions import Question, Questions, extract_answer, prompt_tokens
-from unirl_kernels.demo.sampling import Sampler, Samples
-from unirl_kernels.demo.sequences import lay_out, lay_out_prompts
-from unirl_kernels.demo.sources import (
+from examples.demo.model import LanguageModel
+from examples.demo.questions import Question, Questions, extract_answer, prompt_tokens
+from examples.demo.sampling import Sampler, Samples
+from examples.demo.sequences import lay_out, lay_out_prompts
+from examples.demo.sources import (
     GAE_LAMBDA,
     KL_IN_REWARD,
     best_worst_pairs,
     samples_with_advantages,
     token_advantages,
 )
+from tests.demo.cases import CPU, PLAN, VOCAB, six_sources
+from unirl_kernels.testing import oracle
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_the_six_sources_hold_what_their_algorithms_read(
     model: LanguageModel, sampler: Sampler, samples: Samples
 ) -> None:
     sources = six_sources(model, sampler, samples)
-    assert [s.algorithm for s in sources] == list(reference.LOSSES)
+    assert [s.algorithm for s in sources] == list(oracle.LOSSES)
     sft, rft, online, dpo, ppo, grpo = (s.batch for s in sources)
     assert sft.advantage is None
     assert torch.equal(rft.advantage, samples.verdicts)
@@ -202,7 +202,7 @@ def test_the_six_sources_hold_what_their_algorithms_read(
         with torch.no_grad():
             logits = model.logits(source.sequences)
         loss = uk.fused_loss(logits, source.batch, source.loss, plan=PLAN).loss
-        torch.testing.assert_close(loss, reference.loss(source.algorithm, logits, source.batch), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(loss, oracle.loss(source.algorithm, logits, source.batch), rtol=1e-4, atol=1e-6)
 
 
 def test_ppo_advantages_hold_the_verdict_the_baseline_and_the_penalty(

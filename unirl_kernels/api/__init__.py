@@ -1,11 +1,12 @@
-"""What users call: checks the arguments, chooses backend and kernel, composes the operators. No mathematics."""
+"""Validate arguments, choose backend and kernel, compose the operators. No mathematics."""
 
 from unirl_kernels.api.linear import fused_linear_loss, linear_token_observations, linear_token_stats
 from unirl_kernels.api.logits import fused_loss, token_observations, token_stats
-from unirl_kernels.api.outputs import LossOutput, TokenObservations, TokenStats
+from unirl_kernels.api.outputs import LossOutput, MetricParts, TokenObservations, TokenStats
 
 __all__ = [
     "LossOutput",
+    "MetricParts",
     "TokenObservations",
     "TokenStats",
     "fused_linear_loss",

@@ -1,16 +1,14 @@
-"""What operators take, made from what users give."""
+"""Checks of what users give."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from unirl_kernels import ops
-from unirl_kernels.backends import COMPOSED, Choice, ReadoutArgs, choose
-from unirl_kernels.batch import Batch
+from unirl_kernels.backends import COMPOSED, Choice, choose
+from unirl_kernels.batch import Batch, check_dtype
 from unirl_kernels.objectives import Loss
+from unirl_kernels.operators import rows
 from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout
 
@@ -29,13 +27,50 @@ def check_kinds(**values: object) -> None:
             raise TypeError(f"{name} must be a {kinds[name].__name__}, got {type(value).__name__}")
 
 
-def check_numbers(name: str, value: object) -> Tensor:
-    """The value, if it is a tensor of a dtype that kernels compute on; else a ``TypeError`` that names the argument."""
+def check_input(name: str, value: object) -> Tensor:
+    """The value, if it is a dense tensor of a dtype that kernels compute on, with memory behind it.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.is_nested or value.layout != torch.strided:
+        kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {kind}: nested tensors are packed batches with cu_seqlens")
+    check_whole(name, value)
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} must be one of {', '.join(map(name_of, DTYPES))}, got {name_of(value.dtype)}")
+    _check_memory(name, value)
     return value
+
+
+def check_whole(name: str, value: Tensor) -> None:
+    """Raise a ``ValueError`` for sharded tensors: a shard looks like a small tensor."""
+    if hasattr(value, "full_tensor"):
+        raise ValueError(
+            f"{name} must be a whole tensor, got a DTensor: compute the loss in the forward of the module that holds "
+            "the parameter, where FSDP2 has gathered it, or pass full_tensor(grad_placements=[Partial('avg')]), whose "
+            "gradient is the mean over ranks as FSDP2 wants it"
+        )
+    if hasattr(value, "ds_id") and value.numel() == 0:
+        raise ValueError(
+            f"{name} must be a whole tensor, got one that ZeRO-3 has partitioned: gather it around forward and "
+            "backward with deepspeed.zero.GatheredParameters"
+        )
+
+
+def _check_memory(name: str, value: Tensor) -> None:
+    """Raise where kernels would read memory that is gone, or values that only a function transform has."""
+    if torch.compiler.is_compiling() or value.is_meta or type(value).__name__ == "FakeTensor":
+        return
+    if torch._C._functorch.is_functorch_wrapped_tensor(value):
+        raise NotImplementedError(
+            f"{name} must not be transformed by torch.func (grad, vmap, jvp): call backward, and fold mapped "
+            "dimensions into the batch"
+        )
+    if value.numel() and value.untyped_storage().nbytes() < value.itemsize:
+        raise ValueError(f"{name} must have memory, got a tensor of shape {tuple(value.shape)} whose storage is freed")
 
 
 def check_device(name: str, value: Tensor, device: torch.device, like: str) -> None:
@@ -43,48 +78,76 @@ def check_device(name: str, value: Tensor, device: torch.device, like: str) -> N
         raise ValueError(f"{name} must be on {device} like {like}, got {value.device}")
 
 
-def check_whole(name: str, value: object) -> None:
-    """Raise a ``ValueError`` unless a tensor is all there: a piece of a parameter looks like a small one."""
-    if hasattr(value, "full_tensor"):
-        raise ValueError(
-            f"{name} must be a whole tensor, got a DTensor: compute the loss in the forward of the module that holds "
-            "the parameter, where FSDP2 has gathered it, or pass its full_tensor()"
-        )
-    if hasattr(value, "ds_id") and isinstance(value, Tensor) and value.numel() == 0:
-        raise ValueError(
-            f"{name} must be a whole tensor, got one that ZeRO-3 has partitioned: gather it around forward and "
-            "backward with deepspeed.zero.GatheredParameters"
-        )
-
-
-def check_places(name: str, value: Tensor, target: Tensor, last: str) -> None:
+def check_positions(name: str, value: Tensor, target: Tensor, last: str) -> None:
     """Raise a ``ValueError`` unless the shape is target's, and one dimension more, called ``last``."""
-    if target.dim() not in (1, 2) or value.dim() != target.dim() + 1 or value.shape[:-1] != target.shape:
+    if target.dim() not in (1, 2):
+        raise ValueError(f"target must have shape [B, L] or [T], got {tuple(target.shape)}")
+    if value.dim() != target.dim() + 1 or value.shape[:-1] != target.shape:
         expected = ", ".join(str(n) for n in target.shape)
-        raise ValueError(f"{name} must have shape ({expected}, {last}), got {tuple(value.shape)}")
+        hint = ""
+        if tuple(value.shape) == (0,):
+            hint = "; its memory was given to the gradient by overwrite_logits=True"
+        raise ValueError(f"{name} must have shape ({expected}, {last}), got {tuple(value.shape)}{hint}")
 
 
 def check_targets(target: Tensor, vocab: int) -> None:
-    """As the operators do, but by its place in the layout that the user gave; a compiler leaves it to them."""
+    """As the operators do, but by its index in the layout that the user gave; a compiler leaves it to them."""
     if not torch.compiler.is_compiling():
-        ops.check_targets(target, vocab)
+        rows.check_targets(target, vocab)
 
 
-def places(per_token: Tensor) -> Tensor:
-    """[B, L] of either layout; the packed one is B = 1."""
-    return (per_token if per_token.dim() == 2 else per_token.unsqueeze(0)).contiguous()
+def check_logits(logits: Tensor, target: Tensor) -> None:
+    """Raise a ``TypeError``, ``ValueError`` or ``IndexError`` unless logits and target fit each other."""
+    check_input("logits", logits)
+    check_dtype("target", target, torch.int64)
+    check_positions("logits", logits, target, "V")
+    if logits.shape[-1] == 0:
+        raise ValueError(f"logits must have at least one column, got shape {tuple(logits.shape)}")
+    if logits.stride(-1) != 1 and logits.shape[-1] != 1:
+        raise ValueError(f"logits must be contiguous in the last dimension, got strides {logits.stride()}")
+    check_device("target", target, logits.device, "logits")
+    check_targets(target, logits.shape[-1])
 
 
-def row_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What is computed in: fp32, or fp64 for fp64."""
-    return torch.promote_types(dtype, torch.float32)
+def check_overwritable(logits: Tensor) -> None:
+    """Raise a ``ValueError`` for logits whose memory cannot take their gradient."""
+    if logits.is_leaf or (logits._base is not None and logits._base.is_leaf):
+        raise ValueError(
+            "overwrite_logits=True needs logits that were computed; "
+            "got a leaf that requires a gradient, or a view of one"
+        )
+    reach = logits.shape[-1]
+    rows = [(stride, size) for stride, size in zip(logits.stride()[:-1], logits.shape[:-1], strict=True) if size > 1]
+    # From the smaller stride; torch.compile compares lengths that vary, but cannot sort them.
+    for stride, size in rows[::-1] if len(rows) == 2 and rows[0][0] > rows[1][0] else rows:
+        if stride < reach:
+            raise ValueError(f"overwrite_logits=True needs rows that do not overlap, got strides {logits.stride()}")
+        reach += (size - 1) * stride
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> None:
+    """Raise a ``TypeError``, ``ValueError`` or ``IndexError`` unless the parts of a linear head fit one another."""
+    check_dtype("target", target, torch.int64)
+    for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if name != "bias" or value is not None:
+            check_device(name, check_input(name, value), target.device, "target")
+    check_positions("hidden", hidden, target, "D")
+    d = hidden.shape[-1]
+    if weight.dim() != 2 or weight.shape[1] != d:
+        hint = "; it looks transposed" if weight.dim() == 2 and weight.shape[0] == d else ""
+        raise ValueError(f"weight must have shape (V, {d}) for hidden of D = {d}, got {tuple(weight.shape)}{hint}")
+    if 0 in weight.shape:
+        raise ValueError(f"weight must have at least one row and column, got shape {tuple(weight.shape)}")
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    check_targets(target, weight.shape[0])
 
 
 def kernel_of(loss: Loss, plan: Plan, device: torch.device) -> Choice:
     """Backend and kernel that compute a loss; the kernel is ``composed`` for what looks beyond single tokens.
 
     Raises:
-        UnsupportedOperation: when the objective uses what a one-pass kernel cannot run.
+        UnsupportedOperation: when an objective uses what a one-pass kernel cannot run.
         ValueError: when a one-pass kernel is named for an objective that needs another.
     """
     choice = choose(device, plan.backend, plan.kernel)
@@ -93,40 +156,5 @@ def kernel_of(loss: Loss, plan: Plan, device: torch.device) -> Choice:
             raise ValueError(f"kernel must be {COMPOSED!r} for a {loss.scope}-scope objective, got {plan.kernel!r}")
         return Choice(choice.backend, COMPOSED)
     if choice.kernel != COMPOSED:
-        loss.traced  # noqa: B018  must not pass where no gradient is wanted
+        loss.traced()  # must not pass where no gradient is wanted
     return choice
-
-
-def row_weights(loss: Loss, batch: Batch, dtype: torch.dtype) -> Tensor:
-    return places(loss.aggregation.weights(batch)).to(dtype)
-
-
-def row_fields(reads: frozenset[str], batch: Batch, dtype: torch.dtype) -> Sequence[Tensor | None]:
-    """advantage, old_logp, ref_logp as [B, L], where the objective reads them.
-
-    Raises:
-        ValueError: when it reads one that the batch lacks.
-    """
-    found: list[Tensor | None] = []
-    for name in ("advantage", "old_logp", "ref_logp"):
-        value: Tensor | None = getattr(batch, name) if name in reads else None
-        if value is None:
-            if name in reads and name != "old_logp":
-                raise ValueError(f"the objective reads {name}, but batch.{name} is None")
-            found.append(None)
-            continue
-        if value.shape != batch.target.shape:
-            value = batch.per_token(value)
-        found.append(places(value).to(dtype))
-    return found
-
-
-def readout_arguments(readout: Readout, target: Tensor, dtype: torch.dtype) -> ReadoutArgs:
-    """A readout as backends take it."""
-    temperature = readout.temperature
-    if not isinstance(temperature, Tensor):
-        return ReadoutArgs(readout.scale, readout.softcap, float(temperature), None)
-    if temperature.shape != target.shape:
-        raise ValueError(f"temperature must have shape {tuple(target.shape)}, got {tuple(temperature.shape)}")
-    check_device("temperature", temperature, target.device, "target")
-    return ReadoutArgs(readout.scale, readout.softcap, 1.0, places(temperature).to(dtype))

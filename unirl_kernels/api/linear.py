@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from unirl_kernels.api.arguments import (
-    check_device,
-    check_kinds,
-    check_numbers,
-    check_places,
-    check_targets,
-    check_whole,
-    kernel_of,
-    name_of,
-    places,
-    readout_arguments,
-    row_fields,
-    row_weights,
-)
+from unirl_kernels.api.arguments import check_head, check_kinds, kernel_of, name_of
 from unirl_kernels.api.outputs import LossOutput, TokenObservations, TokenStats
+from unirl_kernels.api.rows import as_rows, program_args, readout_args, row_dtype
 from unirl_kernels.backends import COMPOSED, choose
-from unirl_kernels.batch import Batch, check_dtype
-from unirl_kernels.head import ComposedLinear, Composition, Group, Head, OnePassLinear, by_units
+from unirl_kernels.batch import Batch
+from unirl_kernels.head import ComposedLinear, Composition, Group, Head, by_units
 from unirl_kernels.objectives import Loss, Tokens
+from unirl_kernels.operators.linear import HeadArgs, SweepArgs, Wanted
+from unirl_kernels.operators.linear_autograd import LinearObservations, LinearStatistics, OnePassLinear
 from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout
 
@@ -39,18 +30,18 @@ def linear_token_stats(
     readout: Readout = Readout(),
     plan: Plan = Plan(),
 ) -> TokenStats:
-    """``token_stats`` of the logits hidden W^T + b, which are never formed as a whole.
+    """``token_stats`` of the logits hidden W^T + b, without a tensor of all logits.
 
         lse = log sum_j e^{z_j}        logp = z_y - lse        H = lse - sum_j p_j z_j,        p = softmax(z)
 
-    One matrix product, in tiles of tokens by vocabulary that are not kept; the backward makes the logits again and
-    takes three.
+    The forward takes one matmul, in tiles of tokens by vocabulary that are not kept. The backward computes the logits
+    again and takes three.
 
     Args:
-        hidden: [B, L, D] or [T, D]; float32, bfloat16 or float16 (float64 for checks). Under autocast the products
-            have operands of its dtype; their results are float32 in any case.
+        hidden: [B, L, D] or [T, D]; float32, bfloat16 or float16 (float64 for checks). Under autocast the operands of
+            the matmuls have its dtype. The logits are always float32.
         weight: [V, D], of hidden's dtype.
-        target: [B, L] or [T] int64 in [0, V), or ``IGNORE``: such a token is left out of the products, and gets zero
+        target: [B, L] or [T] int64 in [0, V), or ``IGNORE``: such a token is left out of the matmuls and gets zero
             gradient.
         bias: [V], of weight's dtype, or None.
         readout: how logits become a distribution.
@@ -60,12 +51,15 @@ def linear_token_stats(
         ``TokenStats``, differentiable in hidden, weight and bias.
 
     Raises:
-        TypeError, ValueError: when an argument does not fit, naming it, what was expected and what came.
-        IndexError: when a target is outside the vocabulary (on the CPU; on an accelerator its row becomes NaN).
-        RuntimeError: when the named backend cannot run here.
+        TypeError, ValueError, IndexError, RuntimeError: as ``token_stats`` does.
+
+    Examples:
+        >>> hidden, weight = torch.ones(1, 2, 3), torch.zeros(4, 3)  # B = 1, L = 2, D = 3, V = 4
+        >>> uk.linear_token_stats(hidden, weight, torch.tensor([[3, uk.IGNORE]])).logp
+        tensor([[-1.3863,  0.0000]])
     """
-    head = _head(hidden, weight, bias, target, plan)
-    return TokenStats(*_measured("linear_token_stats", head, target, readout, plan))
+    found = _measured(LinearStatistics, hidden, weight, bias, target, readout, plan)
+    return TokenStats(*found)
 
 
 def linear_token_observations(
@@ -77,41 +71,53 @@ def linear_token_observations(
     readout: Readout = Readout(),
     plan: Plan = Plan(),
 ) -> TokenObservations:
-    """``token_observations`` of the logits hidden W^T + b, which are never formed as a whole.
+    """``token_observations`` of the logits hidden W^T + b, without a tensor of all logits.
 
         log_sum_sq_probs = log sum_j p_j^2        mean_logit = 1/V sum_j z_j        argmax = min argmax_j z_j
 
-    and logp, entropy and lse as in ``linear_token_stats``, at its cost. The logits are those of the products: where two
-    of them are equal but for rounding, which of them is the larger is the products' choice.
+    It costs what ``linear_token_stats`` costs. Where two logits are equal but for rounding, the matmul's rounding
+    decides which is the argmax.
 
     Args:
-        hidden: [B, L, D] or [T, D]; float32, bfloat16 or float16 (float64 for checks). Under autocast the products
-            have operands of its dtype; their results are float32 in any case.
+        hidden: as in ``linear_token_stats``.
         weight: [V, D], of hidden's dtype.
-        target: [B, L] or [T] int64 in [0, V), or ``IGNORE``: such a token is left out of the products, and gets zero
-            gradient.
+        target: as in ``linear_token_stats``.
         bias: [V], of weight's dtype, or None.
-        readout: how logits become a distribution, and what z is.
+        readout: how logits become a distribution.
         plan: how the machine computes it; ``max_chunk_bytes`` bounds the memory for logits.
 
     Returns:
         ``TokenObservations``; logp, entropy and lse are differentiable in hidden, weight and bias.
 
     Raises:
-        TypeError, ValueError: when an argument does not fit, naming it, what was expected and what came.
-        IndexError: when a target is outside the vocabulary (on the CPU; on an accelerator its row becomes NaN, its
-            argmax -1).
-        RuntimeError: when the named backend cannot run here.
+        TypeError, ValueError, IndexError, RuntimeError: as ``token_stats`` does.
+
+    Examples:
+        >>> hidden, weight = torch.ones(1, 2, 3), torch.eye(4, 3)
+        >>> bias = torch.tensor([0.0, 0.0, 0.0, 5.0])
+        >>> uk.linear_token_observations(hidden, weight, torch.tensor([[3, 1]]), bias=bias).argmax
+        tensor([[3, 3]])
     """
-    head = _head(hidden, weight, bias, target, plan)
-    return TokenObservations.of_rows(_measured("linear_token_observations", head, target, readout, plan))
+    found = _measured(LinearObservations, hidden, weight, bias, target, readout, plan)
+    return TokenObservations.of_rows(found)
 
 
-def _measured(operator: str, head: Head, target: Tensor, readout: Readout, plan: Plan) -> list[Tensor]:
-    """What an operator finds in each row, in target's shape."""
-    rows = (places(target), *readout_arguments(readout, target, head.row_dtype))
-    how = (head.backend, head.dtype, plan.max_chunk_bytes)
-    found = getattr(torch.ops.unirl, operator)(head.hidden, head.weight, head.bias, *rows, *how)
+def _measured(
+    function: Any,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    readout: Readout,
+    plan: Plan,
+    batch: Batch | None = None,
+) -> list[Tensor]:
+    """What an autograd function finds in each row, in target's shape."""
+    check_kinds(readout=readout, plan=plan)
+    check_head(hidden, weight, bias, target)
+    sweep = _sweep(hidden, weight, bias, plan)
+    of_readout = readout_args(readout, target, row_dtype(sweep.dtype), batch)
+    found = function.apply(_flat(hidden), weight, bias, as_rows(target), of_readout, sweep)
     return [x.view(target.shape) for x in found]
 
 
@@ -125,106 +131,87 @@ def fused_linear_loss(
     readout: Readout = Readout(),
     plan: Plan = Plan(),
 ) -> LossOutput:
-    """``fused_loss`` of the logits hidden W^T + b, which are never formed as a whole.
+    """``fused_loss`` of the logits hidden W^T + b, without a tensor of all logits.
 
-    Logits exist for a chunk of tokens at a time, in float32, are replaced by their gradient in one pass, and give the
-    gradients of hidden states, weight and bias at once: three matrix products in all. An objective of sequence or pair
-    scope takes as many where its sequences or pairs fit a chunk, and four (statistics first) where one does not or
-    under ``torch.compile``; ``explain`` says which. Gradients that nothing requires are not computed.
+    The batch is cut into chunks of tokens. The logits of a chunk are computed in float32, one pass replaces them by
+    their gradient, and the gradients of hidden, weight and bias are formed from that. This takes three matmuls.
+
+    A loss of a wider scope takes three matmuls if each of its units (a sequence, a pair, the whole batch) fits a chunk.
+    Otherwise, and under ``torch.compile``, it takes four: the statistics come first. ``explain`` says which. Gradients
+    that nothing requires are not computed.
 
     Args:
-        hidden: [B, L, D] or [T, D], as ``batch.target`` is laid out; float32, bfloat16 or float16 (float64 for
-            checks). Under autocast the products have operands of its dtype; their results, the logits and the sum of
-            the weight's gradient over the chunks are float32 in any case.
+        hidden: [B, L, D] or [T, D], in the layout of ``batch.target``; float32, bfloat16 or float16 (float64 for
+            checks). Under autocast the operands of the matmuls have its dtype. The logits, and the sum of the weight's
+            gradient over the chunks, are always float32.
         weight: [V, D], of hidden's dtype.
-        batch: what to learn from. Ignored tokens are left out of the products.
-        loss: objective and aggregation.
+        batch: targets, and the fields that the objective reads. Ignored tokens are left out of the matmuls.
+        loss: an objective and its aggregation, or a sum of losses.
         bias: [V], of weight's dtype, or None.
         readout: how logits become a distribution.
         plan: how the machine computes it; ``max_chunk_bytes`` bounds the memory for logits.
 
     Returns:
-        ``LossOutput``, its loss differentiable in hidden, weight and bias.
+        ``LossOutput``. Its ``loss`` is differentiable in hidden, weight and bias.
 
     Raises:
-        TypeError, ValueError: when an argument does not fit, naming it, what was expected and what came; when the
-            objective reads a field that the batch lacks, or uses an operation that the kernel cannot run.
-        IndexError: when a target is outside the vocabulary (on the CPU; on an accelerator its row becomes NaN).
-        RuntimeError: when the named backend cannot run here.
+        TypeError, IndexError, RuntimeError: as ``fused_loss`` does.
+        ValueError: as ``fused_loss`` does, and when an objective looks further than its scope says.
+
+    Examples:
+        >>> hidden = torch.ones(1, 2, 3)
+        >>> weight = torch.zeros(4, 3, requires_grad=True)
+        >>> out = uk.fused_linear_loss(hidden, weight, uk.Batch(torch.tensor([[3, uk.IGNORE]])), uk.sft())
+        >>> out.loss.backward()
+        >>> weight.grad[:, 0]
+        tensor([ 0.2500,  0.2500,  0.2500, -0.7500])
     """
     check_kinds(batch=batch, loss=loss, readout=readout, plan=plan)
-    head = _head(hidden, weight, bias, batch.target, plan)
+    check_head(hidden, weight, bias, batch.target)
     kernel = kernel_of(loss, plan, hidden.device).kernel
-    if any(_wanted(head)):
+    if kernel == COMPOSED:
+        loss.check_scopes()
+    head, sweep = HeadArgs(_flat(hidden), weight, bias), _sweep(hidden, weight, bias, plan)
+    wanted = Wanted(*(torch.is_grad_enabled() and x is not None and x.requires_grad for x in head))
+    dtype = row_dtype(sweep.dtype)
+    found: Sequence[Tensor] | None = None
+    if any(wanted):
+        of_readout = readout_args(readout, batch.target, dtype, batch)
         if kernel != COMPOSED:
-            return _one_pass(head, batch, loss, readout, plan, kernel)
-        if groups := _groups(head, batch, loss, plan):
-            readout_args = readout_arguments(readout, batch.target, head.row_dtype)
-            composition = Composition(batch, loss, groups, readout_args, head.dtype, head.backend)
-            return _output(ComposedLinear.apply(head.hidden, weight, bias, composition), batch, loss)
-    stats = linear_token_stats(hidden, weight, batch.target, bias=bias, readout=readout, plan=plan)
-    value = loss.composed(Tokens(batch, *stats), loss.aggregation.weights(batch))
-    return LossOutput(value, stats.logp.detach(), stats.entropy.detach(), batch, loss)
+            program = program_args(loss, batch, dtype)
+            target = as_rows(batch.target)
+            found = OnePassLinear.apply(*head, target, of_readout, program, kernel, sweep, wanted)
+        elif (groups := _groups(head, sweep, batch, loss)) is not None:
+            found = ComposedLinear.apply(*head, Composition(batch, loss, groups, of_readout), sweep)
+    if found is not None:
+        value, *stats = found
+        return LossOutput.of(value, stats, batch, loss)
+    stats = _measured(LinearStatistics, hidden, weight, bias, batch.target, readout, plan, batch)
+    value = loss.composed(Tokens(batch, *stats), loss.weights(batch))
+    return LossOutput.of(value, stats, batch, loss)
 
 
-def _one_pass(head: Head, batch: Batch, loss: Loss, readout: Readout, plan: Plan, kernel: str) -> LossOutput:
-    traced = loss.traced
-    weights, fields = row_weights(loss, batch, head.row_dtype), row_fields(traced.reads, batch, head.row_dtype)
-    program = (traced.code, loss.params(head.weight.device), head.backend, kernel)
-    how = (head.dtype, plan.max_chunk_bytes, _wanted(head))
-    rows = (places(batch.target), weights, *fields, *readout_arguments(readout, batch.target, head.row_dtype))
-    args = (*rows, *program, *how)
-    return _output(OnePassLinear.apply(head.hidden, head.weight, head.bias, *args), batch, loss)
-
-
-def _groups(head: Head, batch: Batch, loss: Loss, plan: Plan) -> Sequence[Group] | None:
+def _groups(head: HeadArgs, sweep: SweepArgs, batch: Batch, loss: Loss) -> Sequence[Group] | None:
     """What to work on together; None where that cannot be, and the statistics of all tokens have to come first."""
     if torch.compiler.is_compiling():  # it cannot follow an objective inside an autograd function
         return None
-    return by_units(batch, loss.scope, head.rows_per_chunk(plan.max_chunk_bytes))
+    if any(x.requires_grad for x in batch.fields.values()):  # their gradients come from the loss as a whole
+        return None
+    return by_units(batch, loss.scope, Head.of(head, sweep).rows_per_chunk(sweep.max_chunk_bytes))
 
 
-def _output(values: tuple[Tensor, Tensor, Tensor], batch: Batch, loss: Loss) -> LossOutput:
-    value, logp, entropy = values
-    shape = batch.target.shape
-    return LossOutput(value, logp.view(shape), entropy.view(shape), batch, loss)
+def _flat(hidden: Tensor) -> Tensor:
+    """[T, D] of either layout."""
+    return hidden.reshape(-1, hidden.shape[-1])
 
 
-def _wanted(head: Head) -> list[bool]:
-    inputs = (head.hidden, head.weight, head.bias)
-    return [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
-
-
-def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, plan: Plan) -> Head:
-    """The head, its hidden states as [T, D], with its arguments checked."""
-    check_dtype("target", target, torch.int64)
-    inputs: dict[str, object] = {"hidden": hidden, "weight": weight}
-    if bias is not None:
-        inputs["bias"] = bias
-    for name, value in inputs.items():
-        check_whole(name, value)
-        check_device(name, check_numbers(name, value), target.device, "target")
-    check_places("hidden", hidden, target, "D")
-    _check_shapes(hidden, weight, bias)
-    check_targets(target, weight.shape[0])
-    dtype = _operand_dtype(hidden, weight, bias)
+def _sweep(hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> SweepArgs:
     backend = choose(hidden.device, plan.backend, plan.kernel).backend
-    return Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias, dtype, backend)
-
-
-def _check_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    d = hidden.shape[-1]
-    if weight.dim() != 2 or weight.shape[1] != d:
-        hint = "; it looks transposed" if weight.dim() == 2 and weight.shape[0] == d else ""
-        raise ValueError(f"weight must have shape (V, {d}) for hidden of D = {d}, got {tuple(weight.shape)}{hint}")
-    if 0 in weight.shape:
-        raise ValueError(f"weight must have at least one row and column, got shape {tuple(weight.shape)}")
-    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-        raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    return SweepArgs(_operand_dtype(hidden, weight, bias), plan.max_chunk_bytes, backend)
 
 
 def _operand_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
-    """Of the products' operands: autocast's where it is on, else that of hidden, which all must have."""
+    """Of the matmuls' operands: autocast's where it is on, else that of hidden, which all must have."""
     if torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in (hidden.dtype, weight.dtype):
         return torch.get_autocast_dtype(hidden.device.type)
     for name, value in (("weight", weight), ("bias", bias)):

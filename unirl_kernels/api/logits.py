@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from unirl_kernels import ops
-from unirl_kernels.api.arguments import (
-    check_device,
-    check_kinds,
-    check_numbers,
-    check_places,
-    check_targets,
-    kernel_of,
-    places,
-    readout_arguments,
-    row_dtype,
-    row_fields,
-    row_weights,
-)
+from unirl_kernels.api.arguments import check_kinds, check_logits, check_overwritable, kernel_of
 from unirl_kernels.api.outputs import LossOutput, TokenObservations, TokenStats
+from unirl_kernels.api.rows import as_rows, program_args, readout_args, row_dtype
 from unirl_kernels.backends import COMPOSED, Choice, choose
-from unirl_kernels.batch import Batch, check_dtype
+from unirl_kernels.batch import Batch
 from unirl_kernels.objectives import Loss, Tokens
+from unirl_kernels.operators.autograd import Observations, OnePass, Statistics, consume
 from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout
 
@@ -38,7 +29,7 @@ def token_stats(
 
         lse = log sum_j e^{z_j}        logp = z_y - lse        H = lse - sum_j p_j z_j,        p = softmax(z)
 
-    A drop-in for ``log_softmax`` + ``gather`` and for the entropy of the policy; gradients flow from all three.
+    Replaces ``log_softmax`` + ``gather`` and the entropy of the policy. All three have gradients.
 
     Args:
         logits: [B, L, V] or [T, V]; float32, bfloat16 or float16 (float64 for checks), last dimension contiguous.
@@ -50,11 +41,22 @@ def token_stats(
         ``TokenStats``.
 
     Raises:
-        TypeError, ValueError: when an argument does not fit, naming it, what was expected and what came.
+        TypeError: when an argument has a wrong type or dtype. The text names the argument, what was expected and what
+            came.
+        ValueError: when an argument has a wrong shape, device or value, in the same form.
         IndexError: when a target is outside the vocabulary (on the CPU; on an accelerator its row becomes NaN).
         RuntimeError: when the named backend cannot run here.
+
+    Examples:
+        >>> logits = torch.zeros(1, 2, 4, requires_grad=True)  # p = 1/4 everywhere
+        >>> stats = uk.token_stats(logits, torch.tensor([[3, uk.IGNORE]]))
+        >>> stats.logp.detach()
+        tensor([[-1.3863,  0.0000]])
+        >>> stats.logp.sum().backward()
+        >>> logits.grad[0, 0]
+        tensor([-0.2500, -0.2500, -0.2500,  0.7500])
     """
-    return TokenStats(*_measured("token_stats", logits, target, readout, plan))
+    return TokenStats(*_measured(Statistics, logits, target, readout, plan))
 
 
 def token_observations(
@@ -64,43 +66,44 @@ def token_observations(
     readout: Readout = Readout(),
     plan: Plan = Plan(),
 ) -> TokenObservations:
-    """``token_stats``, and what else shows in the same read of the logits: collision probability, mean, top word.
+    """``token_stats``, and the collision probability, mean and largest of the logits, in the same read of them.
 
         log_sum_sq_probs = log sum_j p_j^2        mean_logit = 1/V sum_j z_j        argmax = min argmax_j z_j
 
-    What loss heads of trainers report beside the log-probabilities. Gradients flow from logp, entropy and lse as in
-    ``token_stats``; the rest is only observed.
+    Trainers report these beside the log-probabilities. logp, entropy and lse have gradients, the other three have none.
 
     Args:
-        logits: [B, L, V] or [T, V]; float32, bfloat16 or float16 (float64 for checks), last dimension contiguous.
-        target: [B, L] or [T] int64 in [0, V), or ``IGNORE``: such a row is not read and gets zero gradient.
-        readout: how logits become a distribution, and what z is.
+        logits: as in ``token_stats``.
+        target: as in ``token_stats``. A row whose target is outside the vocabulary has argmax -1.
+        readout: how logits become a distribution.
         plan: how the machine computes it.
 
     Returns:
         ``TokenObservations``.
 
     Raises:
-        TypeError, ValueError: when an argument does not fit, naming it, what was expected and what came.
-        IndexError: when a target is outside the vocabulary (on the CPU; on an accelerator its row becomes NaN, its
-            argmax -1).
-        RuntimeError: when the named backend cannot run here.
+        TypeError, ValueError, IndexError, RuntimeError: as ``token_stats`` does.
+
+    Examples:
+        >>> logits = torch.tensor([[[0.0, 3.0, 1.0]]])
+        >>> seen = uk.token_observations(logits, torch.tensor([[2]]))
+        >>> seen.argmax, seen.mean_logit
+        (tensor([[1]]), tensor([[1.3333]]))
     """
-    return TokenObservations.of_rows(_measured("token_observations", logits, target, readout, plan))
+    return TokenObservations.of_rows(_measured(Observations, logits, target, readout, plan))
 
 
-def _measured(operator: str, logits: Tensor, target: Tensor, readout: Readout, plan: Plan) -> list[Tensor]:
-    """What an operator finds in each row, in target's shape."""
+def _measured(function: Any, logits: Tensor, target: Tensor, readout: Readout, plan: Plan) -> list[Tensor]:
+    """What an autograd function finds in each row, in target's shape."""
     check_kinds(readout=readout, plan=plan)
-    _check_logits(logits, target)
+    check_logits(logits, target)
     backend, _ = choose(logits.device, plan.backend, plan.kernel)
-    args = (places(target), *readout_arguments(readout, target, row_dtype(logits.dtype)), backend)
-    if plan.overwrite_logits and _wants_gradient(logits):
-        _check_overwritable(logits)
-        rows = ops.OverwritingStats.apply(operator, logits, *args)
-    else:
-        rows = getattr(torch.ops.unirl, operator)(ops.as_rows(logits), *args)
-    return [x.view(target.shape) for x in rows]
+    rows = (as_rows(target), readout_args(readout, target, row_dtype(logits.dtype)), backend)
+    if not _wants_gradient(logits):
+        return [x.view(target.shape) for x in function.without_gradient(logits, *rows)]
+    if plan.overwrite_logits:
+        check_overwritable(logits)
+    return [x.view(target.shape) for x in function.apply(logits, *rows, plan.overwrite_logits)]
 
 
 def fused_loss(
@@ -111,84 +114,79 @@ def fused_loss(
     readout: Readout = Readout(),
     plan: Plan = Plan(),
 ) -> LossOutput:
-    """The loss of a batch, with its gradient computed in the same pass over the logits.
+    """The loss of a batch and the gradient of its logits, in one pass over the logits.
 
-        L = sum_t w_t f(logp_t, entropy_t, ...),      dL/dz_j = w_t (f_logp (1[j=y] - p_j) + ...)
+        L = sum_t w_t f(t)
+        dL/dz_j = w_t (f_logp (1[j = y] - p_j) + f_lse p_j - f_H p_j (log p_j + H))
 
-    A token-scope objective runs inside the kernel: one read and one write of the logits. An objective of sequence
-    or pair scope takes two passes, statistics, then the gradient in ``backward``; so do fp16 logits, whose gradient is
-    rounded after a loss scale has multiplied it, unless ``plan`` names a kernel.
+    f is the objective, f_x = df/dx, and w_t the weight that the aggregation gives token t. z are the logits of the
+    token after the readout, p = softmax(z), y is the target and H the entropy.
+
+    A loss of token scope reads the logits once and writes their gradient once. Two cases take two passes, the
+    statistics first and the gradient in ``backward``: a loss of a wider scope, and fp16 logits unless ``plan`` names a
+    kernel. The gradient of fp16 logits must not be rounded before the loss scale has multiplied it.
 
     Args:
-        logits: [B, L, V] or [T, V], as ``batch.target`` is laid out; float32, bfloat16 or float16 (float64 for
+        logits: [B, L, V] or [T, V], in the layout of ``batch.target``; float32, bfloat16 or float16 (float64 for
             checks), last dimension contiguous.
-        batch: what to learn from.
-        loss: objective and aggregation.
+        batch: targets, and the fields that the objective reads.
+        loss: an objective and its aggregation, or a sum of losses.
         readout: how logits become a distribution.
         plan: how the machine computes it.
 
     Returns:
-        ``LossOutput``.
+        ``LossOutput``. Its ``loss`` is differentiable in the logits. The gradient is computed in the forward;
+        ``backward`` multiplies it by the upstream gradient.
 
     Raises:
-        TypeError, ValueError: when an argument does not fit, naming it, what was expected and what came; when the
-            objective reads a field that the batch lacks, or uses an operation that the kernel cannot run.
+        TypeError: when an argument has a wrong type or dtype. The text names the argument, what was expected and what
+            came. Also when the objective uses an operation that the kernel cannot run (``UnsupportedOperation``).
+        ValueError: when an argument has a wrong shape, device or value, in the same form. Also when the objective
+            reads a field that the batch lacks.
         IndexError: when a target is outside the vocabulary (on the CPU; on an accelerator its row becomes NaN).
         RuntimeError: when the named backend cannot run here.
+
+    Examples:
+        >>> logits = torch.zeros(1, 2, 4, requires_grad=True)
+        >>> batch = uk.Batch(torch.tensor([[3, uk.IGNORE]]), advantage=torch.tensor([2.0]))
+        >>> out = uk.fused_loss(logits, batch, uk.ppo(clip=0.2))
+        >>> out.loss.backward()
+        >>> logits.grad[0, 0]  # -2 (1[j = 3] - 1/4)
+        tensor([ 0.5000,  0.5000,  0.5000, -1.5000])
     """
     check_kinds(batch=batch, loss=loss, readout=readout, plan=plan)
-    _check_logits(logits, batch.target)
+    check_logits(logits, batch.target)
     choice = kernel_of(loss, plan, logits.device)
     # A gradient in fp16 has to wait for the upstream one, which holds the loss scale: 1e-8 would be 0.
     waits = logits.dtype == torch.float16 and plan.kernel is None
     if choice.kernel != COMPOSED and _wants_gradient(logits) and not waits:
         return _one_pass(logits, batch, loss, readout, plan, choice)
-    return _composed(logits, batch, loss, readout, plan)
+    stats = token_stats(logits, batch.target, readout=_spread(readout, batch), plan=_for_statistics(plan))
+    value = loss.composed(Tokens(batch, *stats), loss.weights(batch))
+    return LossOutput.of(value, stats, batch, loss)
 
 
 def _one_pass(logits: Tensor, batch: Batch, loss: Loss, readout: Readout, plan: Plan, choice: Choice) -> LossOutput:
-    traced, dtype = loss.traced, row_dtype(logits.dtype)
-    rows = (places(batch.target), row_weights(loss, batch, dtype), *row_fields(traced.reads, batch, dtype))
-    program = (traced.code, loss.params(logits.device), *choice)
+    dtype, target = row_dtype(logits.dtype), batch.target
+    program, of_readout = program_args(loss, batch, dtype), readout_args(readout, target, dtype, batch)
     if plan.overwrite_logits:
-        _check_overwritable(logits)
-    args = (*rows, *readout_arguments(readout, batch.target, dtype), *program)
-    value, logp, entropy = ops.OnePass.apply(plan.overwrite_logits, logits, *args)
+        check_overwritable(logits)
+    value, *stats = OnePass.apply(logits, as_rows(target), of_readout, program, *choice, plan.overwrite_logits)
     if plan.overwrite_logits:
-        ops.consume(logits)
-    shape = batch.target.shape
-    return LossOutput(value, logp.view(shape), entropy.view(shape), batch, loss)
+        consume(logits)
+    return LossOutput.of(value, stats, batch, loss)
 
 
-def _composed(logits: Tensor, batch: Batch, loss: Loss, readout: Readout, plan: Plan) -> LossOutput:
-    stats = token_stats(logits, batch.target, readout=readout, plan=Plan(plan.backend, None, plan.overwrite_logits))
-    value = loss.composed(Tokens(batch, *stats), loss.aggregation.weights(batch))
-    return LossOutput(value, stats.logp.detach(), stats.entropy.detach(), batch, loss)
+def _spread(readout: Readout, batch: Batch) -> Readout:
+    """A readout whose temperature has a value per token."""
+    temperature = readout.temperature
+    if not isinstance(temperature, Tensor) or temperature.shape == batch.target.shape:
+        return readout
+    return Readout(batch.per_token(temperature), readout.softcap, readout.scale)
 
 
-def _check_logits(logits: Tensor, target: Tensor) -> None:
-    check_numbers("logits", logits)
-    check_dtype("target", target, torch.int64)
-    check_places("logits", logits, target, "V")
-    if logits.shape[-1] == 0:
-        raise ValueError(f"logits must have at least one column, got shape {tuple(logits.shape)}")
-    if logits.stride(-1) != 1 and logits.shape[-1] != 1:
-        raise ValueError(f"logits must be contiguous in the last dimension, got strides {logits.stride()}")
-    check_device("target", target, logits.device, "logits")
-    check_targets(target, logits.shape[-1])
-
-
-def _check_overwritable(logits: Tensor) -> None:
-    if logits.is_leaf or (logits._base is not None and logits._base.is_leaf):
-        raise ValueError(
-            "overwrite_logits=True needs logits that were computed; "
-            "got a leaf that requires a gradient, or a view of one"
-        )
-    reach = logits.shape[-1]
-    for stride, size in sorted(zip(logits.stride()[:-1], logits.shape[:-1], strict=True)):
-        if size > 1 and stride < reach:
-            raise ValueError(f"overwrite_logits=True needs rows that do not overlap, got strides {logits.stride()}")
-        reach += (size - 1) * stride
+def _for_statistics(plan: Plan) -> Plan:
+    return Plan(plan.backend, None, plan.overwrite_logits)
 
 
 def _wants_gradient(logits: Tensor) -> bool:

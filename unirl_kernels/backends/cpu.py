@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends import plain
+from unirl_kernels.backends import torch_defaults
+from unirl_kernels.backends.matmuls import Matmuls
 from unirl_kernels.backends.native import RowKernels, extension
-from unirl_kernels.backends.products import Products
 
 KERNELS = ("rows",)
 
@@ -62,33 +63,34 @@ token_stats, token_stats_backward, fused_loss = _rows.token_stats, _rows.token_s
 token_observations = _rows.token_observations
 
 
-def products(weight: Tensor, dtype: torch.dtype) -> Products:
-    return plain.products(weight, dtype) if products_unavailable(dtype) else NativeProducts(weight.to(dtype))
+def matmuls(weight: Tensor, dtype: torch.dtype) -> Matmuls:
+    return torch_defaults.matmuls(weight, dtype) if matmuls_unavailable(dtype) else NativeMatmuls(weight.to(dtype))
 
 
 @dataclass(frozen=True, eq=False)
-class NativeProducts:
-    """The products below, of one weight."""
+class NativeMatmuls:
+    """The matmuls below, of one weight."""
 
     weight: Tensor  # [V, D] of the operands' dtype
+    repeatable: ClassVar[bool] = True
 
     @property
     def row_bytes(self) -> int:
         return self.weight.shape[0] * torch.float32.itemsize
 
-    def memory_of_gradient(self, logits: Tensor) -> Tensor:
+    def gradient_buffer(self, logits: Tensor) -> Tensor:
         return logits
 
     def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        logits_product(hidden, self.weight, bias, out)
+        logits_matmul(hidden, self.weight, bias, out)
 
     def d_hidden(self, d_logits: Tensor) -> Tensor:
         out = d_logits.new_empty(d_logits.shape[0], self.weight.shape[1])
-        hidden_gradient_product(d_logits, self.weight, out)
+        d_hidden_matmul(d_logits, self.weight, out)
         return out
 
     def add_d_weight(self, d_logits: Tensor, hidden: Tensor, total: Tensor, first: bool) -> None:
-        weight_gradient_product(d_logits, hidden, total, accumulate=not first)
+        d_weight_matmul(d_logits, hidden, total, add=not first)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -132,38 +134,38 @@ def report() -> dict[str, str]:
         "instruction set": native.instruction_set(),
         "compiled": ", ".join(native.compiled_instruction_sets()),
         "threads": str(torch.get_num_threads()),
-        "products": _products(native),
+        "matmuls": _matmuls(native),
         "gradient memory kept": f"{native.kept_bytes()} of at most {_cache_bytes()} bytes",
     }
 
 
-def _products(native: ModuleType) -> str:
-    words = []
+def _matmuls(native: ModuleType) -> str:
+    arithmetic = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        if reason := native.products_unavailable(dtype):
-            return f"none: {reason}"
-        words.append(f"{str(dtype).removeprefix('torch.')} in {native.product_arithmetic(dtype)}")
-    return ", ".join(words)
+        if reason := native.matmuls_unavailable(dtype):
+            return f"torch's own: {reason}"
+        arithmetic.append(f"{str(dtype).removeprefix('torch.')} in {native.matmul_arithmetic(dtype)}")
+    return ", ".join(arithmetic)
 
 
-def products_unavailable(dtype: torch.dtype) -> str:
-    """Why this machine has no products below for a weight of this dtype; empty where it has them."""
-    return _native().products_unavailable(dtype)
+def matmuls_unavailable(dtype: torch.dtype) -> str:
+    """Why this machine does not run the matmuls below for a weight of this dtype; empty where it does."""
+    return _native().matmuls_unavailable(dtype)
 
 
-def product_arithmetic(dtype: torch.dtype) -> str:
-    """Which numbers the products below multiply where the weight has this dtype; their sums are fp32 in any case.
+def matmul_arithmetic(dtype: torch.dtype) -> str:
+    """What the matmuls below multiply where the weight has this dtype; sums are fp32 in any case.
 
     Returns:
-        "bf16", to which gradients of logits are rounded, or "fp32", to which 16-bit factors are widened.
+        "bf16", to which gradients of logits are rounded, or "fp32", to which 16-bit operands are widened.
     """
-    return _native().product_arithmetic(dtype)
+    return _native().matmul_arithmetic(dtype)
 
 
-def logits_product(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+def logits_matmul(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out_tv = sum_d hidden_td weight_vd + bias_v, the logits of a linear head in fp32.
 
-    The bits of a row depend on neither the other rows nor the number of threads; so for the two products below.
+    The bits of a row depend on neither the other rows nor the number of threads; so for the two matmuls below.
 
     Args:
         hidden: [n, D]; float32, bfloat16 or float16, any strides.
@@ -172,35 +174,35 @@ def logits_product(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Ten
         out: [n, V], float32, any row stride; overwritten.
 
     Raises:
-        ValueError: for arguments that are not so, or a dtype that ``products_unavailable`` names.
+        ValueError: for arguments that are not so, or a dtype that ``matmuls_unavailable`` names.
     """
-    _native().logits_product(hidden, weight, None if bias is None else bias.float().contiguous(), out)
+    _native().logits_matmul(hidden, weight, bias, out)
 
 
-def hidden_gradient_product(d_logits: Tensor, weight: Tensor, out: Tensor) -> None:
+def d_hidden_matmul(d_logits: Tensor, weight: Tensor, out: Tensor) -> None:
     """out_td = sum_v d_logits_tv weight_vd, the gradient of ``hidden`` in fp32.
 
     Args:
-        d_logits: [n, V], float32, any strides. Rounded to bf16 where ``product_arithmetic`` says so.
+        d_logits: [n, V], float32, any strides. Rounded to bf16 where ``matmul_arithmetic`` says so.
         weight: [V, D]; float32, bfloat16 or float16, any strides.
         out: [n, D], float32, any row stride; overwritten.
 
     Raises:
-        ValueError: as for ``logits_product``.
+        ValueError: as for ``logits_matmul``.
     """
-    _native().hidden_gradient_product(d_logits, weight, out)
+    _native().d_hidden_matmul(d_logits, weight, out)
 
 
-def weight_gradient_product(d_logits: Tensor, hidden: Tensor, total: Tensor, accumulate: bool) -> None:
+def d_weight_matmul(d_logits: Tensor, hidden: Tensor, total: Tensor, add: bool) -> None:
     """total_vd = sum_t d_logits_tv hidden_td, the gradient of ``weight`` in fp32, or added to ``total``.
 
     Args:
-        d_logits: [n, V], float32, any strides. Rounded to bf16 where ``product_arithmetic`` says so.
+        d_logits: [n, V], float32, any strides. Rounded to bf16 where ``matmul_arithmetic`` says so.
         hidden: [n, D]; float32, bfloat16 or float16, any strides.
         total: [V, D], float32, any row stride.
-        accumulate: whether the sum is added to what ``total`` holds, or replaces it.
+        add: whether the sum is added to what ``total`` holds, or replaces it.
 
     Raises:
-        ValueError: as for ``logits_product``.
+        ValueError: as for ``logits_matmul``.
     """
-    _native().weight_gradient_product(d_logits, hidden, total, accumulate)
+    _native().d_weight_matmul(d_logits, hidden, total, add)

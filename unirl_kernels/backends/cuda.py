@@ -12,11 +12,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends import ReadoutArgs, RowObservations
+from unirl_kernels.backends import Observed, ReadoutArgs
 from unirl_kernels.backends.native import RowKernels, extension
-from unirl_kernels.backends.plain import empty as empty
-from unirl_kernels.backends.plain import products as products
-from unirl_kernels.backends.plain import release_memory as release_memory
+from unirl_kernels.backends.torch_defaults import empty as empty
+from unirl_kernels.backends.torch_defaults import matmuls as matmuls
+from unirl_kernels.backends.torch_defaults import release_memory as release_memory
 
 KERNELS = ("cluster",)
 
@@ -54,7 +54,7 @@ _rows = RowKernels(_native)
 token_stats, token_stats_backward, fused_loss = _rows.token_stats, _rows.token_stats_backward, _rows.fused_loss
 
 
-def token_observations(logits: Tensor, target: Tensor, readout: ReadoutArgs) -> RowObservations:
+def token_observations(logits: Tensor, target: Tensor, readout: ReadoutArgs) -> Observed:
     """
     Raises:
         RuntimeError: always; there is no such kernel.

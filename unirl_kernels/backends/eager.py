@@ -19,7 +19,7 @@ from unirl_kernels.backends import (
     RowObservations,
     RowStats,
 )
-from unirl_kernels.backends.moments import statistics
+from unirl_kernels.backends.moments import kappa_of, statistics
 from unirl_kernels.backends.torch_defaults import empty as empty
 from unirl_kernels.backends.torch_defaults import matmuls as matmuls
 from unirl_kernels.backends.torch_defaults import release_memory as release_memory
@@ -48,9 +48,9 @@ def _mapped(logits: Tensor, readout: ReadoutArgs) -> Mapped:
     if readout.softcap is not None:
         u = torch.tanh(x * (readout.scale / readout.softcap))
         slope = readout.scale / temperature.unsqueeze(-1) * (1 - u * u)
-        return Mapped(u, readout.softcap / temperature, slope)
+        return Mapped(u, kappa_of(readout, x), slope)
     u = -x if readout.scale < 0 else x
-    return Mapped(u, abs(readout.scale) / temperature, readout.scale / temperature.unsqueeze(-1))
+    return Mapped(u, kappa_of(readout, x), readout.scale / temperature.unsqueeze(-1))
 
 
 def _masked(value: Tensor, target: Tensor, vocab: int) -> Tensor:
@@ -95,7 +95,8 @@ def token_observations(logits: Tensor, target: Tensor, readout: ReadoutArgs) -> 
     mean = u.mean(-1) * kappa
     values = (_masked(x, target, vocab) for x in (log_sum_sq_probs, mean, largest))
     known = (((target >= 0) & (target < vocab)) | (target == ELSEWHERE)) & ~s.isnan()
-    return Observed(*measured, RowObservations(*values, torch.where(known, signed.argmax(-1), -1)))
+    argmax = torch.where(known, signed.argmax(-1), -1)
+    return Observed(*measured, RowObservations._make((*values, argmax)))
 
 
 def token_stats_backward(

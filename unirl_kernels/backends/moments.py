@@ -16,7 +16,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends import RowMoments, RowStats
+from unirl_kernels.backends import ReadoutArgs, RowMoments, RowStats
+
+
+def kappa_of(readout: ReadoutArgs, like: Tensor) -> Tensor:
+    """dz/du of a readout, [] or as its row temperature, in the dtype and on the device of a tensor."""
+    size = abs(readout.scale) if readout.softcap is None else readout.softcap
+    if readout.row_temperature is None:
+        return like.new_tensor(size / readout.temperature)
+    return size / readout.row_temperature.to(like.dtype)
 
 
 def statistics(moments: RowMoments, kappa: Tensor) -> RowStats:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends import FusedRows, ReadoutArgs, RowFields, RowGradients, RowObservations, RowStats
+from unirl_kernels.backends import (
+    FusedRows,
+    Measured,
+    Observed,
+    ProgramArgs,
+    ReadoutArgs,
+    RowGradients,
+    RowMoments,
+    RowObservations,
+    RowStats,
+)
 from unirl_kernels.batch import IGNORE
 
 
@@ -35,44 +45,50 @@ class RowKernels:
     def __init__(self, part: Callable[[], ModuleType]) -> None:
         self._part = part
 
-    def token_stats(self, logits: Tensor, target: Tensor, readout: ReadoutArgs) -> RowStats:
-        stats = RowStats(*(_per_row(logits, target) for _ in RowStats._fields))
-        self._part().token_stats(logits, target, IGNORE, readout, stats)
-        return stats
+    def token_stats(self, logits: Tensor, target: Tensor, readout: ReadoutArgs) -> Measured:
+        measured = _measured(logits, target)
+        self._part().token_stats(logits, target, IGNORE, readout, measured)
+        return measured
 
-    def token_observations(self, logits: Tensor, target: Tensor, readout: ReadoutArgs) -> RowObservations:
-        values = (_per_row(logits, target) for _ in RowObservations._fields[:-1])
-        rows = RowObservations._make((*values, torch.empty_like(target)))
-        self._part().token_observations(logits, target, IGNORE, readout, rows)
-        return rows
+    def token_observations(self, logits: Tensor, target: Tensor, readout: ReadoutArgs) -> Observed:
+        values = _per_row(logits, target, len(RowObservations._fields) - 1)
+        observations = RowObservations._make((*values, torch.empty_like(target)))
+        observed = Observed(*_measured(logits, target), observations)
+        self._part().token_observations(logits, target, IGNORE, readout, observed)
+        return observed
 
     def token_stats_backward(
         self,
         logits: Tensor,
         target: Tensor,
-        stats: RowStats,
-        gradients: RowGradients,
         readout: ReadoutArgs,
+        moments: RowMoments,
+        gradients: RowGradients,
         d_logits: Tensor,
     ) -> None:
-        self._part().token_stats_backward(logits, target, IGNORE, readout, stats, gradients, d_logits)
+        self._part().token_stats_backward(logits, target, IGNORE, readout, moments, gradients, d_logits)
 
     def fused_loss(
         self,
         logits: Tensor,
         target: Tensor,
-        fields: RowFields,
         readout: ReadoutArgs,
-        code: Sequence[int],
-        params: Tensor,
+        program: ProgramArgs,
         d_logits: Tensor,
         kernel: str,
     ) -> FusedRows:
-        rows = FusedRows(*(_per_row(logits, target) for _ in FusedRows._fields))
-        self._part().fused_loss(logits, target, IGNORE, readout, fields, code, params, d_logits, rows)
+        rows = FusedRows._make(_per_row(logits, target, len(FusedRows._fields)))
+        self._part().fused_loss(logits, target, IGNORE, readout, program, d_logits, rows)
         return rows
 
 
-def _per_row(logits: Tensor, target: Tensor) -> Tensor:
+def _measured(logits: Tensor, target: Tensor) -> Measured:
+    logp, entropy, lse, *moments = _per_row(logits, target, len(RowStats._fields) + len(RowMoments._fields))
+    return Measured(RowStats(logp, entropy, lse), RowMoments._make(moments))
+
+
+def _per_row(logits: Tensor, target: Tensor, n: int) -> list[Tensor]:
+    """Memory for n values of each row."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    return torch.empty(target.shape, dtype=dtype, device=logits.device)
+    # Half the time of torch.empty with a shape and a device.
+    return [torch.empty_like(target, dtype=dtype, memory_format=torch.contiguous_format) for _ in range(n)]

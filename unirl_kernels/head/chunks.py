@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from unirl_kernels.backends import ProgramArgs
 from unirl_kernels.batch import IGNORE, Batch
 
 Values = TypeVar("Values", bound="tuple[Any, ...]")
@@ -48,28 +49,36 @@ class Chunk:
     """Some of T tokens.
 
     Args:
-        places: which; a slice where they lie next to each other, else [n] int64.
+        positions: which; a slice where they lie next to each other, else [n] int64.
         n: how many.
     """
 
-    places: slice | Tensor
+    positions: slice | Tensor
     n: int
 
     def take(self, x: Tensor) -> Tensor:
         """[n, ...] of [T, ...]: the chunk's part, a view where it can be."""
-        return x[self.places] if isinstance(self.places, slice) else x.index_select(0, self.places)
+        return x[self.positions] if isinstance(self.positions, slice) else x.index_select(0, self.positions)
 
     def row(self, x: Tensor) -> Tensor:
         """[1, n] of [T], in any shape, as row kernels take it."""
         return self.take(x.reshape(-1)).unsqueeze(0)
 
-    def rows(self, values: Values) -> Values:
-        """The same of every tensor in a named tuple."""
-        return type(values)(*(self.row(x) if isinstance(x, Tensor) else x for x in values))
+    def rows(self, group: Values) -> Values:
+        """The same of every tensor in a group."""
+        return type(group)(*(self.row(x) if isinstance(x, Tensor) else x for x in group))
+
+    def program(self, program: ProgramArgs) -> ProgramArgs:
+        """The program on the chunk's fields, [n_fields, 1, n]."""
+        fields = program.fields.flatten(1)
+        fields = (
+            fields[:, self.positions] if isinstance(self.positions, slice) else fields.index_select(1, self.positions)
+        )
+        return program._replace(fields=fields.unsqueeze(1).contiguous())
 
     def put(self, whole: Tensor, part: Tensor) -> None:
         """Write the chunk's part, [n, ...], of [T, ...]."""
-        whole[self.places] = part.to(whole.dtype)
+        whole[self.positions] = part.to(whole.dtype)
 
 
 def by_tokens(target: Tensor, most: int) -> list[Chunk]:
@@ -81,12 +90,13 @@ def by_tokens(target: Tensor, most: int) -> list[Chunk]:
         target: [T].
         most: tokens per chunk.
     """
-    places = None if _is_recorded(target) else (target != IGNORE).nonzero().squeeze(-1)
-    n = target.numel() if places is None else places.numel()
+    counted = None if _is_recorded(target) else (target != IGNORE).nonzero().squeeze(-1)
+    n = target.numel() if counted is None else counted.numel()
     if n == target.numel():
-        places = None
+        counted = None
     return [
-        Chunk(slice(start, end) if places is None else places[start:end], end - start) for start, end in _even(n, most)
+        Chunk(slice(start, end) if counted is None else counted[start:end], end - start)
+        for start, end in _even(n, most)
     ]
 
 
@@ -103,55 +113,82 @@ def _is_recorded(x: Tensor) -> bool:
 
 
 def _even(n: int, most: int) -> Iterator[tuple[int, int]]:
-    pieces = -(-n // most)
-    for piece in range(pieces):
-        yield n * piece // pieces, n * (piece + 1) // pieces
+    parts = -(-n // most)
+    for part in range(parts):
+        yield n * part // parts, n * (part + 1) // parts
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Whole sequences, or whole pairs of sequences, that fit one chunk.
+    """A part of a batch whose losses do not depend on the rest, and that fits one chunk.
 
     Args:
-        chunk: their tokens, those of a sequence next to each other.
-        lengths: tokens of each sequence; of pairs, all chosen ones come first.
-        units: [first, last) of the sequences or pairs.
+        batch: the part, ignored positions included.
+        positions: of the part, among the flat positions of the whole.
+        chunk: the tokens that count, among those of the whole.
+        pairs: [first, last) of the pairs that it holds; [0, 0) where the scope is narrower.
     """
 
+    batch: Batch
+    positions: slice | Tensor
     chunk: Chunk
-    lengths: Sequence[int]
-    units: tuple[int, int]
+    pairs: tuple[int, int]
+
+    def weights(self, of_term: Tensor, scope: str) -> Tensor:
+        """The part's weights of a term with a scope: of its pairs, or of its positions."""
+        if scope == "batch":  # of pairs or positions, and the part is the whole
+            return of_term.reshape(-1)
+        return of_term[slice(*self.pairs)] if scope == "pair" else of_term.reshape(-1)[self.positions]
 
 
 def by_units(batch: Batch, scope: str, most: int) -> list[Group] | None:
-    """The tokens that count, sequence by sequence or pair by pair; None where one unit alone is too long for a chunk.
+    """All of the batch, cut where its losses do not depend on one another; None where one unit is too long for a chunk.
 
     Args:
         batch: the batch.
-        scope: of the loss; single tokens may be cut apart anywhere.
+        scope: of the loss: ``token`` may be cut anywhere, ``batch`` nowhere.
         most: tokens per chunk.
 
     Raises:
         ValueError: when the sequences of a loss of pairs are odd in number.
     """
     if scope == "token":
-        return [Group(chunk, [chunk.n], (0, 0)) for chunk in by_tokens(batch.target.reshape(-1), most)]
+        return _by_positions(batch, most)
     lengths = batch.lengths.tolist()
-    places = (batch.target.reshape(-1) != IGNORE).nonzero().squeeze(-1)
-    ends = torch.tensor(lengths).cumsum(0).tolist()
-    units: list[tuple[int, ...]] = [(s,) for s in range(len(lengths))]
     if scope == "pair":
-        units = [(s, batch.n_pairs + s) for s in range(batch.n_pairs)]
+        chosen, rejected = batch.split_pairs(torch.arange(batch.n_sequences))
+        units = torch.stack([chosen, rejected], 1).tolist()
+    elif scope == "sequence":
+        units = [[s] for s in range(len(lengths))]
+    else:
+        units = [list(range(len(lengths)))]
     sizes = [sum(lengths[s] for s in unit) for unit in units]
     if max(sizes, default=0) > most:
         return None
-    groups = []
-    for first, last in _packed(sizes, most):
-        # Transposed: of pairs, the chosen ones first and then the rejected.
-        sequences = [s for column in zip(*units[first:last], strict=True) for s in column]
-        parts = [places[ends[s] - lengths[s] : ends[s]] for s in sequences]
-        chunk = Chunk(torch.cat(parts), sum(sizes[first:last]))
-        groups.append(Group(chunk, [lengths[s] for s in sequences], (first, last)))
+    return [_group(batch, scope, units, span) for span in _packed(sizes, most)]
+
+
+def _group(batch: Batch, scope: str, units: Sequence[Sequence[int]], span: tuple[int, int]) -> Group:
+    members = units[slice(*span)]
+    # Of pairs that stand in halves, the chosen ones first and then the rejected.
+    columns = zip(*members, strict=True) if scope == "pair" and batch.pairs == "halves" else members
+    sequences = torch.tensor([s for column in columns for s in column], device=batch.target.device)
+    positions, _ = batch.positions_of(sequences)
+    part = batch.sequences(sequences)
+    counted = positions[part.valid]
+    pairs = {"pair": span, "batch": (0, batch.n_sequences // 2)}.get(scope, (0, 0))
+    return Group(part, positions, Chunk(counted, counted.numel()), pairs)
+
+
+def _by_positions(batch: Batch, most: int) -> list[Group]:
+    valid = batch.valid.reshape(-1)
+    counted = valid.nonzero().squeeze(-1)
+    groups, begin = [], 0
+    for first, last in _even(counted.numel(), most):
+        end = valid.numel() if last == counted.numel() else int(counted[last])
+        chunk = Chunk(counted[first:last], last - first)
+        groups.append(Group(batch.tokens(begin, end), slice(begin, end), chunk, (0, 0)))
+        begin = end
     return groups
 
 

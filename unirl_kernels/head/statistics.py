@@ -1,173 +1,151 @@
-"""What is measured of each token's row, from tiles of logits, tokens by vocabulary, none of which is kept."""
+"""Statistics of each token's row from tiles of logits, tokens by vocabulary, none of which is kept.
+
+A tile gives the moments of its columns; those of all tiles are merged once, in their order.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
-from unirl_kernels.backends import ReadoutArgs, RowObservations, RowStats
+from unirl_kernels.backends import (
+    ELSEWHERE,
+    Measured,
+    Observed,
+    ReadoutArgs,
+    RowMoments,
+    RowObservations,
+    RowStats,
+)
+from unirl_kernels.backends.moments import kappa_of, merge, statistics
 from unirl_kernels.batch import IGNORE
 from unirl_kernels.head.chunks import Chunk, by_tokens, chunk_bytes
 from unirl_kernels.head.sweep import Head
 
 TOKENS_OF_TILE = 1024
-"""Enough for a matrix product to run at full speed; the rest of a tile's memory goes into its width."""
-
-Rows = TypeVar("Rows", RowStats, RowObservations)
+"""Enough for a matmul to run at full speed; the rest of a tile's memory goes into its width."""
 
 
-class Share(NamedTuple):
-    """What a part of the vocabulary is of the parts together."""
-
-    log_weight: Tensor  # log of the probability of falling into it
-    width: float  # of its columns
-
-
-@dataclass(frozen=True, eq=False)
-class Measurement(Generic[Rows]):
-    """What can be measured in pieces of a row.
+def measure(head: Head, target: Tensor, readout: ReadoutArgs, max_chunk_bytes: int | None) -> Measured:
+    """Statistics and moments of all tokens, [T] each; 0 where the target is ``IGNORE``, NaN where it is otherwise
+    outside [0, V).
 
     Args:
-        function: of a backend that measures a piece, its name.
-        rows: what it returns.
-        merge: rows of two neighbouring pieces, and their shares in both together, made those of both.
-    """
-
-    function: str
-    rows: type[Rows]
-    merge: Callable[[Rows, Rows, Share, Share], Rows]
-
-
-def measure(
-    what: Measurement[Rows], head: Head, target: Tensor, readout: ReadoutArgs, max_chunk_bytes: int | None
-) -> Rows:
-    """Rows of all tokens, [T] each; 0 where the target is ``IGNORE``, NaN where it is otherwise outside [0, V), and
-    there -1 for integers.
-
-    Args:
-        what: is measured.
         head: what makes the logits.
         target: [T].
         readout: how logits become log-probabilities.
         max_chunk_bytes: memory for a tile; None for the default.
     """
+    stats, moments = _no_rows(RowStats, target, head), _no_rows(RowMoments, target, head)
+    for chunk, tiles in _tiles(head, target, readout, max_chunk_bytes, head.kernels.token_stats):
+        of_chunk = _merged([tile.moments for tile, _ in tiles], chunk.rows(readout))
+        _put(chunk, Measured(stats, moments), of_chunk, chunk.take(target))
+    return Measured(stats, moments)
+
+
+def observe(head: Head, target: Tensor, readout: ReadoutArgs, max_chunk_bytes: int | None) -> Observed:
+    """``measure``, and what else is observed of the rows; argmax -1 where the target is not in the vocabulary."""
+    found = Observed(*(_no_rows(group, target, head) for group in (RowStats, RowMoments, RowObservations)))
+    vocab = head.weight.shape[0]
+    for chunk, tiles in _tiles(head, target, readout, max_chunk_bytes, head.kernels.token_observations):
+        row_readout = chunk.rows(readout)
+        measured = _merged([tile.moments for tile, _ in tiles], row_readout)
+        observations = _merged_observations(tiles, measured.moments, row_readout, vocab)
+        _put(chunk, found, Observed(*measured, observations), chunk.take(target))
+    return found
+
+
+Tile = tuple[Any, range]
+"""What a backend found in a tile, and the columns of the tile."""
+
+
+def _tiles(
+    head: Head,
+    target: Tensor,
+    readout: ReadoutArgs,
+    max_chunk_bytes: int | None,
+    function: Callable[[Tensor, Tensor, ReadoutArgs], Any],
+) -> Sequence[tuple[Chunk, list[Tile]]]:
+    """What a function of the backend finds in the tiles of each chunk of tokens."""
     vocab = head.weight.shape[0]
     logits = max(1, chunk_bytes(head.weight.device, max_chunk_bytes) // head.row_dtype.itemsize)
     chunks = by_tokens(target, min(TOKENS_OF_TILE, logits))
     width = min(max(1, logits // TOKENS_OF_TILE), vocab)
-    tile = head.empty(max((chunk.n for chunk in chunks), default=0) * width)
-    found: list[Rows] = []
-    # Pieces first: a weight in another dtype is converted once, piece by piece.
+    memory = head.empty(max((chunk.n for chunk in chunks), default=0) * width)
+    found: list[tuple[Chunk, list[Tile]]] = [(chunk, []) for chunk in chunks]
+    # Tiles of the vocabulary first: a weight in another dtype is converted once, part by part.
     for start in range(0, vocab, width):
-        stop = min(start + width, vocab)
-        piece = head.words(start, stop)
-        for k, chunk in enumerate(chunks):
-            part = _of_piece(what, piece, start, chunk, target, readout, tile)
-            if start == 0:
-                found.append(part)
-            else:
-                found[k] = what.merge(found[k], part, *_shares(found[k], part, start, stop))
-    results = what.rows(*(_nothing(name, target, head.row_dtype) for name in what.rows._fields))
-    for chunk, rows in zip(chunks, found, strict=True):
-        for whole, values in zip(results, _finished(rows, chunk.take(target), vocab), strict=True):
-            chunk.put(whole, values)
-    return results
+        columns = range(start, min(start + width, vocab))
+        part = head.columns(columns.start, columns.stop)
+        for chunk, tiles in found:
+            tile = memory[: chunk.n * len(columns)].view(chunk.n, len(columns))
+            part.matmuls.logits(chunk.take(part.hidden).to(part.dtype), part.bias, tile)
+            at = _target_in(chunk.row(target), columns, vocab)
+            tiles.append((function(tile.unsqueeze(0), at, chunk.rows(readout)), columns))
+    return found
 
 
-def _nothing(name: str, target: Tensor, dtype: torch.dtype) -> Tensor:
-    """What stands for tokens that are ignored."""
-    return torch.full_like(target, -1) if name == "argmax" else target.new_zeros(target.shape, dtype=dtype)
+def _target_in(target: Tensor, columns: range, vocab: int) -> Tensor:
+    """Targets as a tile of the vocabulary has them; those outside the vocabulary stay outside."""
+    inside = (target >= columns.start) & (target < columns.stop)
+    elsewhere = (target >= 0) & (target < vocab)
+    outside = torch.where(elsewhere, ELSEWHERE, torch.where(target == IGNORE, IGNORE, -1))
+    return torch.where(inside, target - columns.start, outside)
 
 
-def _of_piece(
-    what: Measurement[Rows],
-    piece: Head,
-    start: int,
-    chunk: Chunk,
-    target: Tensor,
-    readout: ReadoutArgs,
-    tile: Tensor,
-) -> Rows:
-    """The rows of a few tokens in the words from ``start`` on that a piece of the head has."""
-    shape = chunk.n, piece.weight.shape[0]
-    logits = tile[: math.prod(shape)].view(shape)
-    piece.products.logits(chunk.take(piece.hidden).to(piece.dtype), piece.bias, logits)
-    target = chunk.row(target)
-    inside = (target >= start) & (target < start + shape[1])
-    place = torch.where(target == IGNORE, IGNORE, torch.where(inside, target - start, 0))
-    rows = getattr(piece.kernels, what.function)(logits.unsqueeze(0), place, chunk.rows(readout))
-    return _placed(what.rows(*(x.squeeze(0) for x in rows)), inside.squeeze(0), start)
+def _stacked(groups: Sequence[Any]) -> Any:
+    """One group of [n, ...] tensors from n groups."""
+    return type(groups[0])(*(torch.stack(values) for values in zip(*groups, strict=True)))
 
 
-def _finished(rows: Rows, target: Tensor, vocab: int) -> Rows:
-    """Rows of the whole vocabulary, with what stands for targets outside of it."""
-    known = (target >= 0) & (target < vocab)
-    rows = rows._replace(logp=torch.where(rows.lse == -torch.inf, torch.nan, rows.logp))
-    values = (x.masked_fill(~known, torch.nan if x.is_floating_point() else -1) for x in rows)
-    return type(rows)(*(x.masked_fill(target == IGNORE, 0) if x.is_floating_point() else x for x in values))
+def _merged(tiles: Sequence[RowMoments], readout: ReadoutArgs) -> Measured:
+    kappa = kappa_of(readout, tiles[0].top)
+    moments = merge(_stacked(tiles), kappa) if len(tiles) > 1 else tiles[0]
+    return Measured(statistics(moments, kappa), moments)
 
 
-def _placed(piece: Rows, inside: Tensor, start: int) -> Rows:
-    """A piece's rows as those of its place: logp -inf where the target is elsewhere, columns counted from the row's."""
-    # In a piece of -inf throughout nothing has a distribution; in the row such a target has probability 0.
-    piece = piece._replace(logp=torch.where(inside & (piece.lse != -torch.inf), piece.logp, -torch.inf))
-    if isinstance(piece, RowObservations):
-        return piece._replace(argmax=torch.where(piece.argmax < 0, -1, piece.argmax + start))
-    return piece
+def _merged_observations(tiles: Sequence[Tile], row: RowMoments, readout: ReadoutArgs, vocab: int) -> RowObservations:
+    """Observations of a row from those of its tiles, with w the probability of falling into a tile:
 
+        log sum p^2 = log sum_tiles w^2 e^l        mean = sum_tiles n mean / V
 
-def _shares(a: Rows, b: Rows, start: int, stop: int) -> tuple[Share, Share]:
-    """Of the columns before ``start``, and of those from there to ``stop``.
-
-    With w the probability of falling into a part, log w_a = log sigma(lse_a - lse_b), so that nothing of lse's size is
-    rounded on the way.
+    and the argmax of the first tile with the largest logit.
     """
-    nothing = torch.isneginf(b.lse)
-    difference = torch.where(nothing, torch.inf, a.lse - b.lse)
-    return Share(logsigmoid(difference), start / stop), Share(logsigmoid(-difference), (stop - start) / stop)
-
-
-def _merge_stats(a: RowStats | RowObservations, b: RowStats | RowObservations, of_a: Share, of_b: Share) -> RowStats:
-    """Statistics of a row from those of two parts of its vocabulary; logp -inf where the target is not in a part.
-
-        lse = log(e^{lse_a} + e^{lse_b})        logp = logp_a + log w_a
-        H = w_a (H_a - log w_a) + w_b (H_b - log w_b)
-
-    (entropy's chain rule).
-    """
-    entropy = torch.zeros_like(a.entropy)
-    for part, share in ((a, of_a.log_weight), (b, of_b.log_weight)):
-        entropy += torch.where(torch.isneginf(share), 0, share.exp() * (part.entropy - share))
-    logp = torch.maximum(a.logp + of_a.log_weight, b.logp + of_b.log_weight)
-    return RowStats(logp, entropy, torch.logaddexp(a.lse, b.lse))
-
-
-def _merge_observations(a: RowObservations, b: RowObservations, of_a: Share, of_b: Share) -> RowObservations:
-    """Observations of a row from those of two parts of its vocabulary, a before b.
-
-        log sum p^2 = log(w_a^2 e^{l_a} + w_b^2 e^{l_b})        mean = (n_a mean_a + n_b mean_b) / (n_a + n_b)
-
-    and the argmax of the part with the larger logit, of a where they are equal.
-    """
-    squares = (
-        torch.where(torch.isneginf(share), -torch.inf, part.log_sum_sq_probs + 2 * share)
-        for part, share in ((a, of_a.log_weight), (b, of_b.log_weight))
-    )
-    later = (b.largest > a.largest) | b.largest.isnan()
+    moments: RowMoments = _stacked([tile.moments for tile, _ in tiles])
+    of_tiles: RowObservations = _stacked([tile.observations for tile, _ in tiles])
+    kappa = kappa_of(readout, row.top)
+    log_w = torch.log1p(moments.s_minus_1) - torch.log1p(row.s_minus_1) + (moments.top - row.top) * kappa
+    log_w = torch.where(moments.s_minus_1 == -1, -torch.inf, log_w)
+    squares = torch.where(log_w == -torch.inf, -torch.inf, of_tiles.log_sum_sq_probs + 2 * log_w)
+    share = row.top.new_tensor([len(columns) / vocab for _, columns in tiles])
+    starts = torch.tensor([columns.start for _, columns in tiles], device=row.top.device)
+    by_tile = (-1, *[1] * row.top.dim())
+    largest = of_tiles.largest.amax(0)
+    first = (of_tiles.largest == largest).to(torch.int8).argmax(0, keepdim=True)
+    argmax = (of_tiles.argmax + starts.view(by_tile)).gather(0, first).squeeze(0)
     return RowObservations(
-        *_merge_stats(a, b, of_a, of_b),
-        torch.logaddexp(*squares).clamp(max=0),
-        of_a.width * a.mean_logit + of_b.width * b.mean_logit,
-        torch.maximum(a.largest, b.largest),
-        torch.where(later, b.argmax, a.argmax),
+        torch.logsumexp(squares, 0).clamp(max=0),
+        (of_tiles.mean_logit * share.view(by_tile)).sum(0),
+        largest,
+        torch.where(largest.isnan(), -1, argmax),
     )
 
 
-STATISTICS = Measurement("token_stats", RowStats, _merge_stats)
-OBSERVATIONS = Measurement("token_observations", RowObservations, _merge_observations)
+def _no_rows(group: Any, target: Tensor, head: Head) -> Any:
+    """What stands for tokens that are ignored."""
+    zeros = (target.new_zeros(target.shape, dtype=head.row_dtype) for _ in group._fields)
+    values = dict(zip(group._fields, zeros, strict=True))
+    if "argmax" in values:
+        values["argmax"] = torch.full_like(target, -1)
+    return group(**values)
+
+
+def _put(chunk: Chunk, whole: Any, found: Any, target: Tensor) -> None:
+    """Write what was found in a chunk, [1, n] each, into groups of [T]; 0 for targets that are ignored."""
+    for of_whole, of_chunk in zip(whole, found, strict=True):
+        for values, new in zip(of_whole, of_chunk, strict=True):
+            new = new.squeeze(0)
+            chunk.put(values, new.masked_fill(target == IGNORE, 0) if new.is_floating_point() else new)

@@ -5,30 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from unirl_kernels.backends import Backend, load
-from unirl_kernels.backends.products import Products
+from unirl_kernels.backends.matmuls import Matmuls
 from unirl_kernels.head.chunks import Chunk, rows_per_chunk
-
-
-class Wanted(NamedTuple):
-    """Which gradients are wanted; what nobody asks for is not computed."""
-
-    hidden: bool
-    weight: bool
-    bias: bool
-
-
-class Gradients(NamedTuple):
-    """Those not wanted have no elements."""
-
-    hidden: Tensor  # [T, D]
-    weight: Tensor  # [V, D]
-    bias: Tensor  # [V]
+from unirl_kernels.operators.linear import HeadArgs, HeadGradients, SweepArgs, Wanted, kept_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +23,7 @@ class Head:
         hidden: [T, D].
         weight: [V, D].
         bias: [V] or None.
-        dtype: of the products' operands.
+        dtype: of the matmuls' operands.
         backend: name of the one that multiplies, and whose row kernels work on the logits.
     """
 
@@ -57,17 +41,21 @@ class Head:
     def kernels(self) -> Backend:
         return load(self.backend)
 
-    @cached_property
-    def products(self) -> Products:
-        return self.kernels.products(self.weight, self.dtype)
+    @classmethod
+    def of(cls, head: HeadArgs, sweep: SweepArgs) -> Head:
+        return cls(*head, sweep.dtype, sweep.backend)
 
-    def words(self, start: int, stop: int) -> Head:
+    @cached_property
+    def matmuls(self) -> Matmuls:
+        return self.kernels.matmuls(self.weight, self.dtype)
+
+    def columns(self, start: int, stop: int) -> Head:
         """The head of a part of the vocabulary."""
         bias = None if self.bias is None else self.bias[start:stop]
         return replace(self, weight=self.weight[start:stop], bias=bias)
 
     def rows_per_chunk(self, max_chunk_bytes: int | None) -> int:
-        return rows_per_chunk(self.products.row_bytes, self.weight.device, max_chunk_bytes)
+        return rows_per_chunk(self.matmuls.row_bytes, self.weight.device, max_chunk_bytes)
 
     def empty(self, *shape: int) -> Tensor:
         """Uninitialised memory of the rows' dtype."""
@@ -76,10 +64,10 @@ class Head:
 
 def sweep(
     head: Head, chunks: Sequence[Chunk], work: Callable[[Tensor, Tensor, int], None], wanted: Wanted
-) -> Gradients:
+) -> HeadGradients:
     """Make the logits of each chunk, let ``work`` find their gradient, and form the other gradients from it.
 
-    Three products per token in all, two or one where fewer gradients are wanted.
+    Three matmuls per token in all, two or one where fewer gradients are wanted.
 
     Args:
         head: what makes the logits.
@@ -89,32 +77,28 @@ def sweep(
         wanted: which gradients.
 
     Returns:
-        ``Gradients`` in the dtypes of hidden states, weight and bias, but fp32 for fp16, which holds the gradients of
-        single tokens only after a loss scale; zero at tokens in no chunk.
+        ``HeadGradients`` in the dtypes of hidden states, weight and bias, but fp32 for fp16, which holds the gradients
+        of single tokens only after a loss scale; zero at tokens in no chunk.
     """
     vocab, d = head.weight.shape
-    d_hidden = head.hidden.new_zeros(head.hidden.shape[0] if wanted.hidden else 0, d, dtype=kept_dtype(head.hidden))
+    tokens = head.hidden.shape[0] if wanted.hidden else 0
+    d_hidden = head.hidden.new_zeros(tokens, d, dtype=kept_dtype(head.hidden))
     d_weight = head.empty(vocab if wanted.weight else 0, d)
     d_bias = head.weight.new_zeros(vocab if wanted.bias else 0, dtype=head.row_dtype)
     logits_of_largest = head.empty(max((chunk.n for chunk in chunks), default=0), vocab)
-    d_logits_of_largest = head.products.memory_of_gradient(logits_of_largest)
+    d_logits_of_largest = head.matmuls.gradient_buffer(logits_of_largest)
     for k, chunk in enumerate(chunks):
         hidden = chunk.take(head.hidden).to(head.dtype)
         logits, d_logits = logits_of_largest[: chunk.n], d_logits_of_largest[: chunk.n]
-        head.products.logits(hidden, head.bias, logits)
+        head.matmuls.logits(hidden, head.bias, logits)
         work(logits.unsqueeze(0), d_logits.unsqueeze(0), k)
         if wanted.hidden:
-            chunk.put(d_hidden, head.products.d_hidden(d_logits))
+            chunk.put(d_hidden, head.matmuls.d_hidden(d_logits))
         if wanted.weight:
-            head.products.add_d_weight(d_logits, hidden, d_weight, first=k == 0)
+            head.matmuls.add_d_weight(d_logits, hidden, d_weight, first=k == 0)
         if wanted.bias:
             d_bias += d_logits.sum(0, dtype=d_bias.dtype)
     if not chunks:
         d_weight.zero_()
     d_bias = d_bias if head.bias is None else d_bias.to(kept_dtype(head.bias))
-    return Gradients(d_hidden, d_weight.to(kept_dtype(head.weight)), d_bias)
-
-
-def kept_dtype(x: Tensor) -> torch.dtype:
-    """Of the gradient of x until it has been multiplied by the loss scale."""
-    return torch.float32 if x.dtype == torch.float16 else x.dtype
+    return HeadGradients(d_hidden, d_weight.to(kept_dtype(head.weight)), d_bias)

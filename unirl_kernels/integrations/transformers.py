@@ -39,7 +39,7 @@ def causal_lm_loss(
         labels: [B, L] int64, the tokens themselves: place t is scored against label t + 1.
         vocab_size: V.
         num_items_in_batch: labels of the whole optimisation step, > 0, which is more than this batch holds under
-            gradient accumulation; None counts those of the batch.
+            gradient accumulation; a number, or a tensor that holds one. None counts those of the batch.
         ignore_index: label of a token that does not count.
         shift_labels: [B, L] int64, labels in place of ``labels`` that are shifted already.
         kwargs: what transformers passes to every loss; not used.
@@ -48,7 +48,7 @@ def causal_lm_loss(
         0-dim; 0 where no label counts.
 
     Raises:
-        ValueError: when there are no labels, or V is not ``vocab_size``.
+        ValueError: when there are no labels, V is not ``vocab_size``, or ``num_items_in_batch`` holds several numbers.
     """
     if vocab_size is not None and logits.shape[-1] != vocab_size:
         raise ValueError(f"logits must have {vocab_size} columns (vocab_size), got {logits.shape[-1]}")
@@ -67,7 +67,11 @@ def _batch(labels: Tensor | None, shift_labels: Tensor | None, ignore_index: int
 
 
 def _mean(num_items: int | Tensor | None, device: torch.device) -> Loss:
-    return Loss(SFT(), TokenMean(num_items.to(device) if isinstance(num_items, Tensor) else num_items))
+    if isinstance(num_items, Tensor):
+        if num_items.numel() != 1:
+            raise ValueError(f"num_items_in_batch must be one number, got shape {tuple(num_items.shape)}")
+        num_items = num_items.reshape(()).to(device)  # Trainer gives the replicas of DataParallel [1, 1]
+    return Loss(SFT(), TokenMean(num_items))
 
 
 def readout_of(config: Any) -> Readout:
@@ -100,8 +104,8 @@ class FusedHead:
 
     With labels its forward runs the backbone, takes the loss from the hidden states and returns ``logits=None``;
     without labels (in generation, say) it is the model's own. The loss is ``causal_lm_loss``, gradient accumulation's
-    ``num_items_in_batch`` included. A deep copy of the model has the head too, until ``undo``; one that was saved or
-    pickled has not.
+    ``num_items_in_batch`` included. A deep copy of the model and a replica of DataParallel have the head too, until
+    ``undo``; one that was saved or pickled has not.
 
     Trained with ``Trainer``, nothing else changes. Where that computes the loss itself (``label_smoothing_factor``,
     ``compute_loss_func``) it keeps the labels, so that the model's own forward runs and makes logits. Evaluation gives
@@ -126,10 +130,12 @@ class FusedHead:
         self._check()
         self._active, self._before = True, vars(model).get("forward")
         self._ours = model.forward = MethodType(self._forward_of(model.forward), model)
+        model._replicate_for_data_parallel = MethodType(self._replicate_of(self._ours.__func__), model)
 
     def undo(self) -> None:
         """Give the model its own forward back. A second time does nothing."""
         self._active = False  # where something else has wrapped this forward meanwhile, it stays, and does nothing
+        vars(self._model).pop("_replicate_for_data_parallel", None)
         if vars(self._model).get("forward") is self._ours:
             del self._model.forward
             if self._before is not None:
@@ -208,6 +214,18 @@ class FusedHead:
             parameters=[model, *signature.parameters.values()]
         )
         return forward
+
+    @staticmethod
+    def _replicate_of(forward: Callable[..., Any]) -> Callable[[Any], Any]:
+        """How DataParallel copies the model: torch would leave the replica with a forward that is the model's."""
+
+        def _replicate_for_data_parallel(model: Any) -> Any:
+            replica = type(model)._replicate_for_data_parallel(model)
+            if getattr(model.forward, "__func__", None) is forward:
+                replica.forward = MethodType(forward, replica)
+            return replica
+
+        return _replicate_for_data_parallel
 
     def _with_loss(
         self,

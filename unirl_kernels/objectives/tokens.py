@@ -9,14 +9,20 @@ from unirl_kernels.batch import Batch
 
 
 class Tokens:
-    """The tokens of a batch, as flat vectors over T places; gradients flow through ``logp``, ``entropy``, ``lse``.
+    """The tokens of a batch, as flat vectors over T positions; gradients flow through ``logp``, ``entropy``, ``lse``.
 
-    Ignored places hold zeros and weigh nothing. Token-scope objectives use the fields alone; objectives that
-    look at whole sequences also use the methods.
+    Every field of the batch is an attribute: ``t.advantage``, ``t.old_logp``, ``t.ref_logp``, and ``t.<name>`` for
+    each name in ``batch.fields``. It is [T], whatever shape the field was given in. Narrow dtypes come widened, so that
+    arithmetic on them neither rounds nor wraps around, as it does not in a one-pass kernel: floating-point fields have
+    at least the precision of the statistics, integers are int64. On policy ``t.old_logp`` is ``logp`` without its
+    gradient.
+
+    Ignored positions hold 0 and have weight 0. Objectives of token scope use these vectors alone; objectives that
+    look further also use the methods.
 
     Args:
         batch: the batch.
-        logp, entropy, lse: target's shape, the statistics of each place.
+        logp, entropy, lse: target's shape, the statistics of each position.
     """
 
     def __init__(self, batch: Batch, logp: Tensor, entropy: Tensor, lse: Tensor) -> None:
@@ -25,50 +31,101 @@ class Tokens:
         self.entropy = entropy.reshape(-1)
         self.lse = lse.reshape(-1)
 
-    @property
-    def advantage(self) -> Tensor:
-        """[T]: the advantage of each token, or of its sequence."""
-        advantage = self._field("advantage")
-        return self._used(advantage if advantage.shape == self._batch.target.shape else self._spread(advantage))
-
-    @property
-    def old_logp(self) -> Tensor:
-        """[T]: log-probabilities under the policy that sampled; on policy, ``logp`` without its gradient."""
-        if self._batch.old_logp is None:
+    def __getattr__(self, name: str) -> Tensor:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if name == "old_logp" and self._batch.on_policy:
             return self.logp.detach()
-        return self._used(self._batch.old_logp)
+        return self._used(self._widened(self._per_token(name)))
 
-    @property
-    def ref_logp(self) -> Tensor:
-        """[T]: log-probabilities under the reference policy."""
-        return self._used(self._field("ref_logp"))
+    def _per_token(self, name: str) -> Tensor:
+        return self._batch.per_token_field(name)
 
-    def _field(self, name: str) -> Tensor:
-        value: Tensor | None = getattr(self._batch, name)
-        if value is None:
-            raise ValueError(f"the objective reads {name}, but batch.{name} is None")
-        return value
+    def _widened(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.bool:
+            return x
+        return x.to(torch.promote_types(x.dtype, self.logp.dtype) if x.is_floating_point() else torch.int64)
 
     def _used(self, x: Tensor) -> Tensor:
-        # Whatever stands at ignored places (infinities, NaN) must not reach the loss as 0 * inf.
-        return torch.where(self._batch.valid, x, torch.zeros_like(x)).reshape(-1).to(self.logp.dtype)
+        # Whatever stands at ignored positions (infinities, NaN) must not reach the loss as 0 * inf.
+        return torch.where(self._batch.valid, x, torch.zeros_like(x)).reshape(-1)
 
-    def _spread(self, x: Tensor) -> Tensor:
-        return self._batch.per_token(x)
+    @property
+    def valid(self) -> Tensor:
+        """[T] bool: the positions that count."""
+        return self._batch.valid.reshape(-1)
+
+    @property
+    def lengths(self) -> Tensor:
+        """[S] int64: |o|, the valid tokens of each sequence."""
+        return self._batch.lengths
+
+    @property
+    def positions(self) -> Tensor:
+        """[T] int64: how many valid tokens of its sequence stand before each position."""
+        counted = torch.nn.functional.pad(self.valid.cumsum(0), (1, 0))
+        return counted[:-1] - counted[self._batch.offsets[self._batch.sequence_of_token]]
+
+    @property
+    def n_sequences(self) -> int:
+        """S, the number of sequences."""
+        return self._batch.n_sequences
+
+    @property
+    def n_pairs(self) -> int:
+        """S / 2, the number of pairs."""
+        return self._batch.n_pairs
+
+    def sequence_field(self, name: str) -> Tensor:
+        """A field that was given with one value per sequence, or one for all: [S].
+
+        Raises:
+            ValueError: when the batch lacks it, or it has a value per token.
+        """
+        return self._widened(self._batch.per_sequence_field(name))
 
     def to_tokens(self, x: Tensor) -> Tensor:
         """Spread one value per sequence, [S], over its tokens: [T]."""
-        return self._spread(x).reshape(-1)
+        return self._batch.per_token(x).reshape(-1)
 
     def sequence_sum(self, x: Tensor) -> Tensor:
         """Sum of [T] values over the valid tokens of each sequence: [S]. Added in fp64, in the sequence's order."""
-        x = torch.where(self._batch.valid.reshape(-1), x, torch.zeros_like(x))
+        x = torch.where(self.valid, x, torch.zeros_like(x))
         sums = torch.segment_reduce(x.double(), "sum", offsets=self._batch.offsets, unsafe=True, initial=0.0)
-        return sums.to(x.dtype)
+        return sums.to(x.dtype if x.is_floating_point() else self.logp.dtype)
 
     def sequence_mean(self, x: Tensor) -> Tensor:
         """Mean of [T] values over the valid tokens of each sequence: [S]; 0 for a sequence without tokens."""
-        return self.sequence_sum(x) / self._batch.lengths.clamp(min=1)
+        return self.sequence_sum(x) / self.lengths.clamp(min=1)
+
+    def sequence_scan(self, x: Tensor, decay: float | Tensor = 1.0, reverse: bool = False) -> Tensor:
+        """Discounted sums along each sequence: [T].
+
+            y_t = x_t + decay_t y_{t-1}        or, reversed,        y_t = x_t + decay_t y_{t+1}
+
+        with y = 0 outside the sequence. Ignored positions are passed over: their x counts 0 and their decay 1. A
+        cumulative product of positive values is ``exp(sequence_scan(log(x)))``. Added in fp64.
+
+        Args:
+            x: [T].
+            decay: a number or [T].
+            reverse: whether sums run from the end of a sequence.
+        """
+        sequence = self._batch.sequence_of_token
+        y = torch.where(self.valid, x, torch.zeros_like(x)).double()
+        factor = torch.where(self.valid, torch.as_tensor(decay, dtype=y.dtype, device=y.device), 1)
+        if reverse:
+            y, factor, sequence = y.flip(0), factor.flip(0), sequence.flip(0)
+        # Hillis and Steele: after each step a position has the sum of twice as many.
+        step = 1
+        while step < y.numel():
+            before = torch.nn.functional.pad(sequence[:-step], (step, 0), value=-1) == sequence
+            of_before = torch.nn.functional.pad(y[:-step], (step, 0))
+            factor_before = torch.nn.functional.pad(factor[:-step], (step, 0))
+            y = torch.where(before, y + factor * of_before, y)
+            factor = torch.where(before, factor * factor_before, 0)
+            step *= 2
+        return (y.flip(0) if reverse else y).to(x.dtype if x.is_floating_point() else self.logp.dtype)
 
     def pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Split one value per sequence, [S], into the chosen and the rejected: [S/2] each.
@@ -76,5 +133,17 @@ class Tokens:
         Raises:
             ValueError: when the number of sequences is odd.
         """
-        n = self._batch.n_pairs
-        return x[:n], x[n:]
+        return self._batch.split_pairs(x)
+
+    def same_group(self, field: str = "group") -> Tensor:
+        """[S, S] bool: which sequences are of the same group, by a field with one value per sequence."""
+        group = self.sequence_field(field)
+        return group.unsqueeze(0) == group.unsqueeze(1)
+
+    def group_sum(self, x: Tensor, field: str = "group") -> Tensor:
+        """Sum of one value per sequence, [S], over the sequences of the same group: [S]."""
+        return torch.where(self.same_group(field), x, torch.zeros_like(x)).sum(-1)
+
+    def group_mean(self, x: Tensor, field: str = "group") -> Tensor:
+        """Mean of one value per sequence, [S], over the sequences of the same group: [S]."""
+        return self.group_sum(x, field) / self.same_group(field).sum(-1)

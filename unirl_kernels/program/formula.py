@@ -70,4 +70,4 @@ def _leaf(g: Graph, node: Node) -> tuple[str, int]:
     if node.kind == "input":
         return str(node.value), CALL
     value = g.params[int(node.value)] if node.kind == "param" else float(node.value)
-    return f"{value:.6g}", CALL if value >= 0 else PREFIX_PRECEDENCE
+    return f"{value:.6g}", CALL if value >= 0 else PREFIX_PRECEDENCE - 1

@@ -128,7 +128,7 @@ def _power(g: Graph, x: Any, exponent: Any) -> int:
         raise UnsupportedOperation("raises to a power that varies by token; exponents are numbers")
     if isinstance(exponent, torch.Tensor) and exponent.numel() == 1 and not exponent.requires_grad:
         exponent = exponent.item()
-    if not isinstance(exponent, numbers.Real):
+    if not isinstance(exponent, (int, float)):
         raise UnsupportedOperation(f"raises to the power {exponent!r}; exponents are numbers")
     if exponent == 0.5:
         return g.op(Op.SQRT, base)
@@ -335,3 +335,7 @@ def _is_truth_value(name: str, truths: list[bool | None]) -> bool | None:
     if name not in OF_ONE_KIND or False in truths:
         return False
     return None if None in truths else True
+
+
+Symbol.functions = FUNCTIONS
+Symbol.record = staticmethod(call)  # type: ignore[assignment]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from unirl_kernels.program.ir import (
     MAX_FIELDS,
@@ -330,7 +331,7 @@ def assemble(g: Graph, terms: Sequence[int], weights: Sequence[str]) -> tuple[Pr
     params = [*g.params, *constants]
     first = {"input": 0, "param": len(STATISTICS) + len(fields)}
     first["const"] = first["param"] + len(g.params)
-    numbers = {"input": [*STATISTICS, *fields], "const": constants}
+    numbers: dict[str, list[Any]] = {"input": [*STATISTICS, *fields], "const": constants}
     register: dict[int, int] = {ZERO: ZERO}
     instructions: list[Instruction] = []
     for x in order:

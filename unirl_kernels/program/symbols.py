@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NoReturn
+from collections.abc import Callable, Collection
+from typing import Any, ClassVar, NoReturn
 
 import torch
 
@@ -11,7 +11,18 @@ from unirl_kernels.program.graph import Graph
 
 
 class UnsupportedOperation(TypeError):
-    """An objective uses an operation that the one-pass kernels cannot run."""
+    """An objective uses an operation that the one-pass kernels cannot run.
+
+    The text names the operation, lists those that can be used, and says how to run the objective all the same.
+
+    Examples:
+        >>> loss = uk.Loss(lambda t: torch.special.i0(t.logp))
+        >>> try:
+        ...     loss.traced()
+        ... except uk.UnsupportedOperation as error:
+        ...     print("special_i0" in str(error), "Plan(kernel='composed')" in str(error))
+        True True
+    """
 
 
 class Symbol:
@@ -25,6 +36,9 @@ class Symbol:
 
     dtype = torch.float32
     device = torch.device("cpu")
+    # What functions record stands in ``functions``, which needs symbols itself and sets these two.
+    functions: ClassVar[Collection[str]] = ()
+    record: ClassVar[Callable[..., Symbol]]
 
     def __init__(self, graph: Graph, node: int, truth: bool | None = False) -> None:
         self.graph = graph
@@ -43,12 +57,10 @@ class Symbol:
         return _call(name, args, kwargs or {}, method=func is getattr(torch.Tensor, name, None))
 
     def __getattr__(self, name: str) -> Callable[..., Symbol]:
-        from unirl_kernels.program.functions import FUNCTIONS
-
         if name.startswith("__"):
             raise AttributeError(name)
-        if name not in FUNCTIONS:
-            raise UnsupportedOperation(f"uses .{name}; one-pass kernels run {', '.join(sorted(FUNCTIONS))}")
+        if name not in self.functions:
+            raise UnsupportedOperation(f"uses .{name}; one-pass kernels run {', '.join(sorted(self.functions))}")
         return lambda *args, **kwargs: _call(name, (self, *args), kwargs, method=True)
 
     def __bool__(self) -> NoReturn:
@@ -132,6 +144,4 @@ class Symbol:
 
 
 def _call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, method: bool = False) -> Symbol:
-    from unirl_kernels.program.functions import call
-
-    return call(name, args, kwargs or {}, method=method)
+    return Symbol.record(name, args, kwargs or {}, method=method)

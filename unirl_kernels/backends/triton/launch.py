@@ -48,7 +48,7 @@ def token_observations(logits: Tensor, target: Tensor, readout: ReadoutArgs) -> 
     rows = Observed(
         RowStats(*_new_rows(logits, target, 3)),
         RowMoments(*_new_rows(logits, target, 4)),
-        RowObservations(*_new_rows(logits, target, 3), torch.empty_like(target)),
+        RowObservations._make((*_new_rows(logits, target, 3), torch.empty_like(target))),
     )
     _measure(observations, (*rows.stats, *rows.moments, *rows.observations), logits, target, readout)
     return rows

@@ -113,7 +113,7 @@ def row_fields(fields: tl.tensor, row: tl.tensor, rows: tl.tensor, FIELDS: tl.co
     """The fields of a row, from [FIELDS, rows]."""
     values = ()
     for i in tl.static_range(FIELDS):
-        values = values + (tl.load(fields + i * rows.to(tl.int64) + row),)  # noqa: RUF005
+        values = values + (tl.load(fields + i * rows.to(tl.int64) + row),)  # type: ignore  # noqa: RUF005
     return values
 
 

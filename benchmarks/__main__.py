@@ -1,0 +1,18 @@
+"""``python -m benchmarks``: see ``options``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from benchmarks import options
+from unirl_kernels.cli import run_alone
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the bench; ``arguments`` and what is returned are those of ``unirl_kernels.cli.main``."""
+    return run_alone(options, "python -m benchmarks", arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

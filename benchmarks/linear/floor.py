@@ -1,0 +1,60 @@
+"""What bounds work on a linear head: its matrix products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from benchmarks.buffers import Ring
+from benchmarks.work import DTYPES, Work
+
+PRODUCTS_OF_GRADIENTS = 3
+"""Logits and two gradients. Statistics whose logits are not kept make them twice; that counts once all the same."""
+
+
+def floor(work: Work) -> dict[str, int]:
+    """What counts as done, by whoever does it: 2 T D V operations for each product."""
+    assert work.hidden is not None
+    products = PRODUCTS_OF_GRADIENTS if work.has_gradient else 1
+    return {"flops": products * 2 * work.tokens * work.hidden * work.vocab}
+
+
+def gradient_bytes(work: Work) -> int:
+    """Memory of the gradients that are asked for."""
+    assert work.hidden is not None
+    return (work.tokens + work.vocab) * work.hidden * DTYPES[work.dtype].itemsize if work.has_gradient else 0
+
+
+def baselines(work: Work, rings: Sequence[Ring]) -> dict[str, Callable[[], object]]:
+    """The bare products, in the dtype of the operands, into memory that is there already."""
+    return {"products": Products(work, rings)}
+
+
+class Products:
+    """logits = h W^T, and with gradients d W and d^T h, where any matrix of the logits' shape passes for d.
+
+    Args:
+        work: the work.
+        rings: of hidden states and weight.
+    """
+
+    def __init__(self, work: Work, rings: Sequence[Ring]) -> None:
+        self._work, self._rings = work, rings
+        self._outputs: tuple[Tensor, ...] | None = None
+
+    def __call__(self) -> None:
+        hidden, weight = (ring.take() for ring in self._rings)
+        hidden = hidden.flatten(0, 1)
+        if self._outputs is None:  # before the first timed call: checks need the memory
+            self._outputs = tuple(x.new_empty(*shape) for x, shape in self._shapes(hidden, weight))
+        logits, d_hidden, d_weight = self._outputs
+        torch.mm(hidden, weight.t(), out=logits)
+        if self._work.has_gradient:
+            torch.mm(logits, weight, out=d_hidden)
+            torch.mm(logits.t(), hidden, out=d_weight)
+
+    def _shapes(self, hidden: Tensor, weight: Tensor) -> list[tuple[Tensor, tuple[int, ...]]]:
+        gradients = [(x, tuple(x.shape) if self._work.has_gradient else (0,)) for x in (hidden, weight)]
+        return [(hidden, (len(hidden), len(weight))), *gradients]

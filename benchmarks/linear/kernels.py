@@ -1,0 +1,41 @@
+"""This package's linear heads as providers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+import unirl_kernels as uk
+from benchmarks.inputs import Inputs, Values
+from benchmarks.providers import OURS, Bind, Function, Provider, needs_backend
+from benchmarks.work import FUSED, Work
+from unirl_kernels import backends
+
+
+def ours(work: Work) -> Iterator[Provider]:
+    """Every backend as its plan is by default."""
+    for backend in backends.MODULES:
+        one_pass = backends.load(backend).KERNELS if work.recipe.scope == "token" else ()
+        kernel = (*one_pass, backends.COMPOSED)[0] if work.mode == FUSED else "statistics"
+        plan = uk.Plan(backend, max_chunk_bytes=work.chunk_bytes)
+        yield Provider(OURS, f"{backend}/{kernel}", _binder(plan))
+
+
+def _binder(plan: uk.Plan) -> Bind:
+    def bind(inputs: Inputs) -> Function:
+        assert plan.backend is not None
+        needs_backend(inputs.work, plan.backend)
+        batch, recipe = inputs.batch, inputs.work.recipe
+
+        def loss(hidden: Tensor, weight: Tensor) -> Values:
+            out = uk.fused_linear_loss(hidden, weight, batch, recipe, plan=plan)
+            return Values(out.loss, out.logp)
+
+        def statistics(hidden: Tensor, weight: Tensor) -> Values:
+            stats = uk.linear_token_stats(hidden, weight, batch.target, plan=plan)
+            return Values(None, stats.logp, stats.entropy)
+
+        return loss if inputs.work.mode == FUSED else statistics
+
+    return bind

@@ -1,0 +1,123 @@
+"""Measures providers side by side: first whether each is right, then its time, then its memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from benchmarks.buffers import Ring
+from benchmarks.cases import Case
+from benchmarks.hardware import Elsewhere
+from benchmarks.levels import level_of
+from benchmarks.measure import interleaved_times
+from benchmarks.memory import peak_in_fresh_process
+from benchmarks.providers import Provider, Skipped
+from benchmarks.record import FAILED, OK, WRONG, Row, Run
+from benchmarks.truth import Check, Truth
+from benchmarks.work import Work
+
+Step = Callable[[], object]
+
+
+class Measurement:
+    """Providers on one piece of work.
+
+    Args:
+        work: the work.
+        providers: who takes part.
+    """
+
+    def __init__(self, work: Work, providers: Sequence[Provider]) -> None:
+        self.work, self.providers = work, providers
+        self.level = level_of(work)
+        self.inputs = self.level.make(work)
+        self.rings = [Ring(x) for x in self.inputs.operands]
+        self.baselines = self.level.baselines(work, self.rings)
+        self.rows: dict[str, Row] = {}
+        self.skipped: dict[str, str] = {}
+        self.cases: dict[str, Case] = {}
+        """Those that passed ``check``."""
+
+    def check(self, after_each: Step) -> None:
+        """Let each provider do the work once, and hold it against fp64."""
+        truth = self.level.truth(self.inputs)
+        for provider in self.providers:
+            try:
+                self.rows[provider.key] = self._checked(provider, truth)
+            except Skipped as reason:
+                self.skipped[f"{provider.name} {provider.kernel}"] = str(reason)
+            except Exception as error:  # a peer may raise anything, and the others still count
+                message = str(error).strip().splitlines() or [""]
+                reasons = [f"{type(error).__name__}: {message[0]}"]
+                self.rows[provider.key] = Row(provider.name, provider.kernel, provider.overwrites, FAILED, reasons)
+            after_each()
+
+    def _checked(self, provider: Provider, truth: Truth) -> Row:
+        case = Case(provider.bind(self.inputs), self.inputs, self.rings, provider.overwrites)
+        try:
+            found = truth.check(*case())
+        finally:
+            intact = case.operands_are_intact()
+            case.renew()
+        if not (intact or provider.overwrites):
+            found.problems.append("operands: overwritten where a fresh gradient was asked for")
+        if not found.problems:
+            self.cases[provider.key] = case
+        status = WRONG if found.problems else OK
+        row = Row(provider.name, provider.kernel, provider.overwrites, status, found.problems)
+        return replace(row, **_errors(found))
+
+    def time(self, rounds: int, after_each: Step) -> Run:
+        """Time those that are right."""
+        called: list[Case] = []
+
+        def noted(case: Case) -> Callable[[], object]:
+            def call() -> object:
+                called.append(case)
+                return case()
+
+            return call
+
+        def after_call() -> None:
+            while called:
+                called.pop().renew()
+            after_each()
+
+        calls = {**self.baselines, **{key: noted(case) for key, case in self.cases.items()}}
+        elsewhere = Elsewhere()
+        times = interleaved_times(calls, torch.device(self.work.device), rounds=rounds, after_call=after_call)
+        for key in self.cases:
+            self.rows[key] = replace(self.rows[key], time=times[key])
+        share, rows = elsewhere.share(), list(self.rows.values())
+        floor: dict[str, Any] = {**self.level.floor(self.work), **{name: times[name] for name in self.baselines}}
+        return Run(self.work, rounds, share, rows, self.skipped, **floor)
+
+    def calls(self, rounds: int) -> int:
+        """How often ``time`` calls ``after_each``."""
+        return (len(self.baselines) + len(self.cases)) * (1 + rounds)
+
+    def memory(self, run: Run, after_each: Step) -> Run:
+        """Measure the memory of those that are right, and add it to their rows. Frees what the work holds here."""
+        self.cases.clear()
+        del self.rings, self.inputs, self.baselines
+        if torch.device(self.work.device).type == "cuda":
+            torch.cuda.empty_cache()
+        providers = {provider.key: provider for provider in self.providers}
+        rows = []
+        for row in run.rows:
+            if row.status == OK:
+                row = replace(row, peak_extra_bytes=peak_in_fresh_process(providers[row.key], self.work))
+                after_each()
+            rows.append(row)
+        return replace(run, rows=rows)
+
+
+def _errors(found: Check) -> dict[str, Any]:
+    """As ``Row`` has them: absolute of what is in nats, else relative."""
+    errors = found.relative | {name: found.largest[name] for name in ("logp", "entropy") if name in found.largest}
+    # JSON has no NaN and no infinity.
+    return {f"{name}_error": x if math.isfinite(x) else None for name, x in errors.items()}

@@ -1,0 +1,85 @@
+"""What takes part in a comparison, and how it is bound to a piece of work."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from benchmarks.inputs import Inputs, Values
+from benchmarks.record import key
+from benchmarks.work import FUSED, Work
+from unirl_kernels import backends
+
+Function = Callable[..., Values]
+"""From the operands of the level to what the mode asks for: the loss, or log-probability and entropy."""
+
+Bind = Callable[[Inputs], Function]
+"""Makes the function for some inputs; raises ``Skipped`` where there is none."""
+
+OURS = "unirl_kernels"
+
+
+class Skipped(Exception):
+    """A provider does not take part; the message says why."""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A kernel under comparison.
+
+    Args:
+        name: whose it is, as ``--peers`` spells it.
+        kernel: which of theirs.
+        bind: makes the function.
+        overwrites: the gradient comes into the operand's memory.
+        source: ``FILE.py:FUNCTION`` where it is the user's own, see ``own``; else empty.
+    """
+
+    name: str
+    kernel: str
+    bind: Bind
+    overwrites: bool = False
+    source: str = ""
+
+    @property
+    def key(self) -> str:
+        """Names it among all providers."""
+        return key(self.name, self.kernel, self.overwrites)
+
+
+def needs(module: str, pip: str) -> ModuleType:
+    """Import a peer's module, or skip the peer."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module(module)
+    except ImportError as error:
+        missing = (error.name or "").split(".")[0]
+        if missing == module.split(".")[0]:
+            raise Skipped(f"not installed: pip install {pip}") from error
+        raise Skipped(f"cannot be imported: {str(error).splitlines()[0]}") from error
+
+
+def needs_gpu(work: Work) -> None:
+    if torch.device(work.device).type != "cuda":
+        raise Skipped("runs on a GPU only")
+
+
+def needs_backend(work: Work, backend: str) -> None:
+    if reason := backends.unavailable(backend, torch.device(work.device)):
+        raise Skipped(reason)
+    if backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+        raise Skipped("interpreted: its time would mean nothing")
+
+
+def needs_loss(work: Work, *losses: str) -> None:
+    if work.mode != FUSED:
+        raise Skipped("computes losses only, no statistics")
+    if work.loss not in losses:
+        raise Skipped(f"computes {' and '.join(losses)} only")

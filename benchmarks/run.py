@@ -1,0 +1,125 @@
+"""The bench from beginning to end."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from benchmarks import hardware
+from benchmarks.arguments import usable_device
+from benchmarks.defaults import ROUNDS, SIZE, SWEPT_SIZE, SWEPT_TOKENS, SWEPT_VOCABS
+from benchmarks.measurement import Measurement
+from benchmarks.own import own
+from benchmarks.providers import OURS, Provider
+from benchmarks.record import FAILED, OK, WRONG, Record, Run, size
+from benchmarks.selection import chosen
+from benchmarks.table import remarks, terminal
+from benchmarks.terminal import Stages, open_console
+from benchmarks.work import Work
+from unirl_kernels.cli import CommandFailed
+
+
+def run_bench(options: argparse.Namespace) -> int:
+    """Measure, show, save after each piece of work.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        CommandFailed: when something that was asked for cannot be had, or a kernel of this package, or the user's own,
+            is wrong.
+    """
+    _check_level(options)
+    device = usable_device(options.device)
+    rounds = options.rounds or ROUNDS[device.type]
+    works = [(work, _providers(work, options)) for work in _works(options, device)]
+    answerable = {OURS} | {provider.name for _, providers in works for provider in providers if provider.source}
+    _make_writable(options.out)
+    console = open_console()
+    runs: list[Run] = []
+    for work, providers in works:
+        runs.append(measured(work, providers, rounds, options.memory and not options.sweep, console))
+        if options.out is not None:
+            record_of(runs, device).save(options.out)
+    if wrong := wrong_kernels(runs, answerable):
+        raise CommandFailed(wrong)
+    return 0
+
+
+def wrong_kernels(runs: Sequence[Run], names: Collection[str] = (OURS,)) -> str:
+    """Which kernels of providers with these names are wrong or failed, and why; empty where none is."""
+    rows = [row for run in runs for row in run.rows if row.name in names and row.status != OK]
+    said = {WRONG: "is wrong", FAILED: "failed"}
+    return "; ".join(f"{row.kernel} {said[row.status]}: {row.reasons[0]}" for row in rows)
+
+
+def _check_level(options: argparse.Namespace) -> None:
+    """Raise where an option is about the other level."""
+    of_logits, of_heads = ("sweep", "overwrite", "fresh"), ("chunk_bytes",)
+    for name in of_logits if options.hidden else of_heads:
+        if getattr(options, name):
+            level = "logits: not with --hidden" if options.hidden else "linear heads: give --hidden"
+            raise CommandFailed(f"--{name.replace('_', '-')} is about {level}")
+
+
+def _works(options: argparse.Namespace, device: torch.device) -> Iterator[Work]:
+    """One piece of work, or those of the sweeps."""
+    tokens, vocab = SWEPT_SIZE[device.type] if options.sweep else SIZE
+    tokens, vocab = options.tokens or tokens, options.vocab or vocab
+    names = ("loss", "mode", "dtype", "on_policy", "seed", "hidden", "chunk_bytes")
+    try:
+        work = Work(tokens=tokens, vocab=vocab, device=str(device), **{name: getattr(options, name) for name in names})
+        if not options.sweep:
+            yield work
+            return
+        yield from (replace(work, vocab=n) for n in SWEPT_VOCABS)
+        yield from (replace(work, tokens=n) for n in SWEPT_TOKENS)
+    except ValueError as error:
+        raise CommandFailed(f"--{error}") from error
+
+
+def _providers(work: Work, options: argparse.Namespace) -> list[Provider]:
+    overwrite = True if options.overwrite else False if options.fresh else None
+    users = [own(text, work) for text in dict.fromkeys(options.provider)]
+    try:
+        return [*users, *chosen(work, options.kernels, options.peers, overwrite)]
+    except ValueError as error:
+        raise CommandFailed(str(error)) from error
+
+
+def _make_writable(out: Path | None) -> None:
+    if out is None:
+        return
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.touch()
+    except OSError as error:
+        raise CommandFailed(f"cannot write to --out {out}: {error.strerror}") from error
+
+
+def measured(work: Work, providers: Sequence[Provider], rounds: int, memory: bool, console: Console) -> Run:
+    """Measure one piece of work, and show it."""
+    stages = Stages(console)
+    with stages.stage(f"Making inputs, {size(work)}"):
+        measurement = Measurement(work, providers)
+    with stages.stage("Checking against fp64", len(providers)) as after_each:
+        measurement.check(after_each)
+    with stages.stage("Timing", measurement.calls(rounds)) as after_each:
+        run = measurement.time(rounds, after_each)
+    if memory:
+        with stages.stage("Measuring memory", len(measurement.cases)) as after_each:
+            run = measurement.memory(run, after_each)
+    console.print(terminal(run))
+    for remark in remarks(run):
+        console.print(remark, style="dim", markup=False, highlight=False, soft_wrap=True)
+    return run
+
+
+def record_of(runs: Sequence[Run], device: torch.device) -> Record:
+    """What was measured just now."""
+    return Record(hardware.now(), *hardware.commit(), hardware.versions(), hardware.hardware(device), runs)

@@ -1,0 +1,86 @@
+"""setuptools' build backend (PEP 517), which compiles against the torch that the package will run with.
+
+pip builds in an environment of its own. A torch that is fetched there has a CUDA of several gigabytes, and may be
+another release than the one in use, for which the extension then does not load. So the torch of the environment that
+pip installs into is taken, and one is fetched only where there is none.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import build_meta
+from setuptools.build_meta import (
+    build_editable,
+    build_sdist,
+    build_wheel,
+    get_requires_for_build_sdist,
+    prepare_metadata_for_build_editable,
+    prepare_metadata_for_build_wheel,
+)
+
+__all__ = [
+    "build_editable",
+    "build_sdist",
+    "build_wheel",
+    "get_requires_for_build_editable",
+    "get_requires_for_build_sdist",
+    "get_requires_for_build_wheel",
+    "prepare_metadata_for_build_editable",
+    "prepare_metadata_for_build_wheel",
+]
+
+_FIND = """
+import importlib.metadata, importlib.util
+found = importlib.util.find_spec("torch")
+if found:
+    print(importlib.metadata.version("torch"))
+    print(*found.submodule_search_locations)
+"""
+
+
+def get_requires_for_build_wheel(config_settings: dict[str, str] | None = None) -> list[str]:
+    return [*build_meta.get_requires_for_build_wheel(config_settings), *_compiling()]
+
+
+def get_requires_for_build_editable(config_settings: dict[str, str] | None = None) -> list[str]:
+    return [*build_meta.get_requires_for_build_editable(config_settings), *_compiling()]
+
+
+def _compiling() -> list[str]:
+    """What the native extension needs besides setuptools."""
+    if os.environ.get("UNIRL_BUILD") == "none":
+        return []
+    return ["ninja"] if importlib.util.find_spec("torch") else ["ninja", _torch_needed()]
+
+
+def _torch_needed() -> str:
+    """The package's own requirement of torch."""
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    found = re.search(r'^dependencies = \["(torch>=[\d.]+)"', text, flags=re.MULTILINE)
+    if found is None:
+        raise SystemExit("dependencies in pyproject.toml must begin with torch>=RELEASE")
+    return found[1]
+
+
+def _torch_outside() -> str | None:
+    """Folder that holds the torch of the environment that is installed into, if it is new enough.
+
+    The interpreter is that environment's; pip hides its packages by variables, which -E ignores.
+    """
+    asked = subprocess.run([sys.executable, "-E", "-c", _FIND], capture_output=True, text=True).stdout.splitlines()
+    if len(asked) != 2:
+        return None
+    release, least = (re.findall(r"\d+", text)[:2] for text in (asked[0], _torch_needed()))
+    return str(Path(asked[1]).parent) if [*map(int, release)] >= [*map(int, least)] else None
+
+
+if importlib.util.find_spec("torch") is None and os.environ.get("UNIRL_BUILD") != "none":
+    outside = _torch_outside()
+    if outside:
+        sys.path.append(outside)  # behind the build environment's own packages

@@ -1,0 +1,17 @@
+// The CPU functions of unirl_kernels._C.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "segment.h"
+
+namespace unirl::cpu {
+
+// Throws std::invalid_argument for a dtype that logits cannot have.
+Format format_of(at::ScalarType dtype);
+
+void bind_rows(pybind11::module_& m);
+void bind_matmul(pybind11::module_& m);
+
+}  // namespace unirl::cpu

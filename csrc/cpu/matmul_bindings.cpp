@@ -1,0 +1,116 @@
+#include "../arguments.h"
+#include "bindings.h"
+#include "matmul.h"
+
+namespace unirl {
+namespace {
+
+using at::Tensor;
+using cpu::Format;
+using cpu::Slice;
+using cpu::format_of;
+
+std::string matmuls_unavailable(at::ScalarType dtype) {
+  if (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf) {
+    return cpu::matmuls_unavailable(format_of(dtype));
+  }
+  return "matmuls take Float, BFloat16 or Half, not " + std::string(c10::toString(dtype));
+}
+
+std::string matmul_arithmetic(at::ScalarType dtype) {
+  return cpu::multiplied_as(format_of(dtype)) == Format::BF16 ? "bf16" : "fp32";
+}
+
+void require_matrix(const Tensor& x, int64_t rows, int64_t columns, const char* shape, const char* name) {
+  require(x.device().is_cpu() && x.layout() == at::kStrided, name, " must be a dense tensor on the cpu, got ",
+          x.layout(), " on ", x.device());
+  require(x.dim() == 2 && x.size(0) == rows && x.size(1) == columns, name, " must have shape ", shape, " = [", rows,
+          ", ", columns, "], got ", x.sizes());
+  require_memory(x, name);
+}
+
+void require_float(const Tensor& x, const char* name) {
+  require(x.scalar_type() == at::kFloat, name, " must be Float, got ", x.scalar_type());
+}
+
+// A matrix that a matmul writes to.
+void require_result(const Tensor& x, int64_t rows, int64_t columns, const char* shape, const char* name) {
+  require_matrix(x, rows, columns, shape, name);
+  require_float(x, name);
+  require(columns <= 1 || x.stride(1) == 1, name, " must have stride 1 in its last dimension, got ", x.stride(1));
+  require(rows <= 1 || x.stride(0) >= columns, name, " must have rows that do not overlap, got strides ", x.strides());
+}
+
+// The factor whose dtype decides how a matmul runs.
+void require_factor(const Tensor& x, const char* name) {
+  require(x.dim() == 2, name, " must have two dimensions, got ", x.sizes());
+  const std::string reason = matmuls_unavailable(x.scalar_type());
+  require(reason.empty(), name, " must have a dtype that is multiplied on this machine: ", reason);
+}
+
+// fp32 in either case, or missing.
+OptionalTensor checked_bias(const OptionalTensor& bias, int64_t vocab) {
+  if (!bias) return bias;
+  require(bias->device().is_cpu() && bias->dim() == 1 && bias->size(0) == vocab && bias->is_floating_point(),
+          "bias must be floating on the cpu with shape [V] = [", vocab, "], got ", bias->scalar_type(), " ",
+          bias->sizes(), " on ", bias->device());
+  require_memory(*bias, "bias");
+  return bias->to(at::kFloat).contiguous();
+}
+
+Slice slice(const Tensor& x, int64_t lanes, int64_t depth) {
+  return {format_of(x.scalar_type()), x.data_ptr(), x.stride(lanes), x.stride(depth), x.size(lanes), x.size(depth)};
+}
+
+void run(const Slice& rows, const Slice& columns, const float* bias, bool add, const Tensor& result) {
+  const cpu::Matmul matmul = {rows, columns, bias, add, result.data_ptr<float>(), result.stride(0)};
+  const py::gil_scoped_release no_gil;
+  cpu::multiply(matmul);
+}
+
+void logits_matmul(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, const Tensor& out) {
+  require_factor(weight, "weight");
+  require(hidden.dim() == 2, "hidden must have two dimensions, got ", hidden.sizes());
+  const int64_t n = hidden.size(0), vocab = weight.size(0);
+  require_matrix(weight, vocab, hidden.size(1), "[V, D]", "weight");
+  require_matrix(hidden, n, weight.size(1), "[n, D]", "hidden");
+  require(hidden.scalar_type() == weight.scalar_type(), "hidden must be ", weight.scalar_type(), " like weight, got ",
+          hidden.scalar_type());
+  require_result(out, n, vocab, "[n, V]", "out");
+  const OptionalTensor added = checked_bias(bias, vocab);
+  run(slice(hidden, 0, 1), slice(weight, 0, 1), added ? added->data_ptr<float>() : nullptr, false, out);
+}
+
+void d_hidden_matmul(const Tensor& d_logits, const Tensor& weight, const Tensor& out) {
+  require_factor(weight, "weight");
+  require(d_logits.dim() == 2, "d_logits must have two dimensions, got ", d_logits.sizes());
+  const int64_t n = d_logits.size(0);
+  require_matrix(weight, d_logits.size(1), weight.size(1), "[V, D]", "weight");
+  require_matrix(d_logits, n, weight.size(0), "[n, V]", "d_logits");
+  require_float(d_logits, "d_logits");
+  require_result(out, n, weight.size(1), "[n, D]", "out");
+  run(slice(d_logits, 0, 1), slice(weight, 1, 0), nullptr, false, out);
+}
+
+void d_weight_matmul(const Tensor& d_logits, const Tensor& hidden, const Tensor& total, bool add) {
+  require_factor(hidden, "hidden");
+  require(d_logits.dim() == 2, "d_logits must have two dimensions, got ", d_logits.sizes());
+  const int64_t n = d_logits.size(0);
+  require_matrix(hidden, n, hidden.size(1), "[n, D]", "hidden");
+  require_matrix(d_logits, n, d_logits.size(1), "[n, V]", "d_logits");
+  require_float(d_logits, "d_logits");
+  require_result(total, d_logits.size(1), hidden.size(1), "[V, D]", "total");
+  run(slice(d_logits, 1, 0), slice(hidden, 1, 0), nullptr, add, total);
+}
+
+}  // namespace
+
+void cpu::bind_matmul(pybind11::module_& m) {
+  m.def("logits_matmul", &logits_matmul, py::arg("hidden"), py::arg("weight"), py::arg("bias"), py::arg("out"));
+  m.def("d_hidden_matmul", &d_hidden_matmul, py::arg("d_logits"), py::arg("weight"), py::arg("out"));
+  m.def("d_weight_matmul", &d_weight_matmul, py::arg("d_logits"), py::arg("hidden"), py::arg("total"), py::arg("add"));
+  m.def("matmuls_unavailable", &unirl::matmuls_unavailable, py::arg("dtype"));
+  m.def("matmul_arithmetic", &matmul_arithmetic, py::arg("dtype"));
+}
+
+}  // namespace unirl

@@ -1,0 +1,143 @@
+"""Fused against naive on the same input: value and gradients against the fp64 oracle, time, peak memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import unirl_kernels as uk
+from benchmarks.measure import Timing, interleaved_times, peak_extra_bytes
+from examples.demo.sources import Source
+from examples.demo.ways import Gradients, Ways
+from unirl_kernels import backends
+from unirl_kernels.testing.budgets import Error, budget, condition_of, error
+
+FUSED, NAIVE = "fused", "naive"
+ULPS = 4
+"""What an error may be beyond twice that of naive fp32: a few units in the last place."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """Distance from the fp64 oracle, and how large it may be."""
+
+    error: float
+    tolerance: float
+
+    @property
+    def failed(self) -> bool:
+        return not self.error <= self.tolerance  # so that NaN fails
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of one of the demo's tables.
+
+    Args:
+        algorithm, equation: from the paradigm's table.
+        data: where the samples come from.
+        tokens: valid ones, those that the loss counts.
+        loss: the fused one.
+        checks: of the loss, absolute error, under ``loss``; of each gradient, relative L2, under its name in ``Ways``.
+        time: of loss and gradients, by ``FUSED`` and ``NAIVE``.
+        peak_bytes: extra memory of the same, the gradients included.
+    """
+
+    algorithm: str
+    equation: str
+    data: str
+    tokens: int
+    loss: float
+    checks: dict[str, Check]
+    time: dict[str, Timing]
+    peak_bytes: dict[str, int]
+
+
+def steps_per_comparison(rounds: int) -> int:
+    """How often ``compare`` calls ``after_step``."""
+    return 3 + 2 * (1 + rounds) + 2
+
+
+def compare(
+    source: Source,
+    ways: Ways,
+    plan: uk.Plan,
+    rounds: int,
+    after_step: Callable[[], object] = lambda: None,
+    *,
+    peaks: int = 3,
+) -> Row:
+    """Compute one loss and its gradients both ways, check them against the oracle, and measure both.
+
+    The tolerance comes from the naive computation in fp32 arithmetic: twice its error, plus a few ulp, since its error
+    may happen to be nothing.
+
+    Args:
+        source: the loss and its batch.
+        ways: to that loss.
+        plan: how the fused loss is computed.
+        rounds: timed runs.
+        after_step: called ``steps_per_comparison(rounds)`` times; to show progress.
+        peaks: runs of which the least memory is taken.
+    """
+    device = source.batch.target.device
+    loss, checks = _checks(source.batch, ways, after_step)
+    calls = {FUSED: ways.fused, NAIVE: ways.naive}
+    time = interleaved_times(calls, device, rounds=rounds, after_call=after_step)
+    peak_bytes = {}
+    for name, call in calls.items():
+        peak_bytes[name] = peak_extra_bytes(call, device, prepare=lambda: _release_kept_memory(plan), repeats=peaks)
+        after_step()
+    paradigm = source.loss.paradigm
+    assert paradigm is not None
+    tokens = int(source.batch.valid.sum())
+    return Row(paradigm.algorithm, paradigm.equations, source.data, tokens, loss, checks, time, peak_bytes)
+
+
+def _release_kept_memory(plan: uk.Plan) -> None:
+    """Memory that a backend keeps for the next gradient would hide that a gradient needs it."""
+    if plan.backend is not None:
+        backends.load(plan.backend).release_memory()
+
+
+def _checks(batch: uk.Batch, ways: Ways, after_step: Callable[[], object]) -> tuple[float, dict[str, Check]]:
+    """The fused loss, its error, and the errors of its gradients."""
+    true_loss, gradients = ways.exact()
+    true_gradients = _at_tokens(gradients, batch)
+    after_step()
+    plain_loss, gradients = ways.plain()
+    plain_gradients = _at_tokens(gradients, batch)
+    # Losses of tokens are of order 1 and cancel where advantages do: an ulp is one of 1, not of what is left.
+    loss_budget = budget(plain_loss, true_loss, ulps=ULPS, condition=condition_of(true_loss, ways.scale))
+    tolerances = {
+        name: budget(x.float(), true_gradients[name], ulps=ULPS).relative for name, x in plain_gradients.items()
+    }
+    del gradients, plain_gradients
+    after_step()
+    loss, gradients = ways.fused()
+    checks = {"loss": Check(_error(loss, true_loss).largest, loss_budget.largest)}
+    for name, x in _at_tokens(gradients, batch).items():
+        checks[name] = Check(_error(x, true_gradients[name]).relative, tolerances[name])
+    after_step()
+    return loss.item(), checks
+
+
+def _error(x: Tensor, truth: Tensor) -> Error:
+    """As ``error``; infinite where ``x`` is not finite, so that a broken kernel stands in the table like any other."""
+    infinite = float("inf")
+    return error(x, truth) if bool(x.isfinite().all()) else Error(infinite, infinite, infinite)
+
+
+def _at_tokens(gradients: Gradients, batch: uk.Batch) -> Gradients:
+    """Of gradients that have rows for tokens, those of the valid ones; NaN when another is not exactly zero."""
+
+    def kept(gradient: Tensor) -> Tensor:
+        if gradient.shape[:-1] != batch.target.shape:
+            return gradient
+        stray = gradient[~batch.valid].any()
+        return torch.where(stray, torch.nan, gradient[batch.valid])
+
+    return {name: kept(gradient) for name, gradient in gradients.items()}

@@ -1,0 +1,154 @@
+"""The demo's results: two tables, a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from examples.demo.compare import FUSED, NAIVE, Check, Row
+from examples.demo.train import Step
+from examples.demo.ways import GRAD, HIDDEN_GRAD, WEIGHT_GRAD
+
+WORDS = {"loss": "loss", GRAD: "gradient", HIDDEN_GRAD: "d_hidden", WEIGHT_GRAD: "d_weight"}
+"""What is checked, in words, by its name in ``Row.checks``."""
+
+
+@dataclass(frozen=True)
+class GrpoStep:
+    """A GRPO step: what the samples earned, and what the optimisation saw."""
+
+    reward: float
+    step: Step
+
+
+@dataclass(frozen=True)
+class Result:
+    """All that a run of the demo found.
+
+    Args:
+        model: its name.
+        vocab, width: V and D of its head.
+        backend: of the fused losses.
+        rows: the six losses on logits.
+        linear_rows: the same on hidden states; none where the model's head needs all its logits.
+        grpo_steps: in order.
+    """
+
+    model: str
+    vocab: int
+    width: int
+    backend: str
+    rows: Sequence[Row]
+    linear_rows: Sequence[Row]
+    grpo_steps: Sequence[GrpoStep]
+
+    def summary(self) -> dict[str, Any]:
+        """The content of ``summary.json``."""
+        steps = [{"loss": s.step.loss, "reward": s.reward, "kl": s.step.metrics["kl"]} for s in self.grpo_steps]
+        return {
+            "model": self.model,
+            "vocab": self.vocab,
+            "backend": self.backend,
+            "rows": [_row_summary(row) for row in self.rows],
+            "linear_rows": [_row_summary(row) for row in self.linear_rows],
+            "grpo_steps": steps,
+        }
+
+    def exceeded(self) -> list[str]:
+        """The errors beyond their tolerance, one line each."""
+        return [
+            f"{row.algorithm}{where}: {WORDS[name]} error {check.error:.2e} exceeds its tolerance {check.tolerance:.2e}"
+            for rows, where in ((self.rows, ""), (self.linear_rows, " on hidden states"))
+            for row in rows
+            for name, check in row.checks.items()
+            if check.failed
+        ]
+
+
+def _row_summary(row: Row) -> dict[str, Any]:
+    return {
+        "algorithm": row.algorithm,
+        "equation": row.equation,
+        "tokens": row.tokens,
+        "loss": row.loss,
+        **{f"{name}_error": check.error for name, check in row.checks.items()},
+        "fused_s": row.time[FUSED].median,
+        "naive_s": row.time[NAIVE].median,
+        "fused_peak_bytes": row.peak_bytes[FUSED],
+        "naive_peak_bytes": row.peak_bytes[NAIVE],
+    }
+
+
+def save_summary(result: Result, path: Path) -> None:
+    path.write_text(json.dumps(result.summary(), indent=2) + "\n")
+
+
+def tables(result: Result) -> list[Table]:
+    """Losses on logits and, where there are any, on hidden states; fused / naive side by side."""
+    where = f"{result.model}, V = {result.vocab}, backend {result.backend}"
+    shown = [_table(f"{where}: loss and gradient of the logits", CAPTION, result.rows)]
+    if result.linear_rows:
+        title = f"{where}, D = {result.width}: loss on hidden states, and gradients of them and of the head's weight"
+        shown.append(_table(title, LINEAR_CAPTION, result.linear_rows))
+    return shown
+
+
+def _table(title: str, caption: str, rows: Sequence[Row]) -> Table:
+    shown = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    shown.add_column("algorithm", style="bold")
+    for name in ("equation", "data source"):
+        shown.add_column(name)
+    checked = [f"{WORDS[name]} error" for name in rows[0].checks]
+    for name in ("tokens", "loss", *checked, "time, ms", "extra peak, MB"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        shown.add_row(
+            row.algorithm,
+            row.equation,
+            row.data,
+            str(row.tokens),
+            f"{row.loss:.5f}",
+            *map(_check, row.checks.values()),
+            _fused_and_naive(milliseconds(row)),
+            _fused_and_naive(megabytes(row)),
+        )
+    return shown
+
+
+CAPTION = (
+    "errors against the fp64 oracle: loss absolute, gradient relative L2, each with its tolerance, twice the error of "
+    "naive fp32 plus 4 ulp; time (median) and peak memory beyond the logits: fused / naive"
+)
+LINEAR_CAPTION = (
+    "naive: F.linear(hidden, weight), then the loss on the logits; fused: logits in chunks only. Errors and tolerances "
+    "as above; time (median) and peak memory beyond hidden states and weight, their gradients included: fused / naive"
+)
+
+
+def milliseconds(row: Row) -> tuple[float, float]:
+    """Median times, fused and naive."""
+    return row.time[FUSED].median * 1e3, row.time[NAIVE].median * 1e3
+
+
+def megabytes(row: Row) -> tuple[float, float]:
+    """Peaks of memory, fused and naive."""
+    return row.peak_bytes[FUSED] / 1e6, row.peak_bytes[NAIVE] / 1e6
+
+
+def times(pair: tuple[float, float]) -> str:
+    """How much more the naive way takes."""
+    return f"{pair[1] / pair[0]:.1f}x" if pair[0] > 0 else ""
+
+
+def _fused_and_naive(pair: tuple[float, float]) -> str:
+    return f"{pair[0]:.0f} / {pair[1]:.0f} [bold green]{times(pair)}[/]"
+
+
+def _check(check: Check) -> str:
+    style = "bold red" if check.failed else "green"
+    return f"[{style}]{check.error:.1e}[/] [dim]≤ {check.tolerance:.1e}[/]"

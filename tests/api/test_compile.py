@@ -1,0 +1,115 @@
+"""torch.compile(fullgraph=True): numbers and lengths that change compile nothing; losses made in the function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import unirl_kernels as uk
+
+V, D = 17, 6
+TARGET = torch.randint(0, V, (2, 5), generator=torch.Generator().manual_seed(0))
+OLD, REF = torch.full((2, 5), -3.0), torch.full((2, 5), -3.2)
+BATCH = uk.Batch(TARGET, torch.tensor([1.0, -0.5]), OLD, REF)
+HEAD = torch.randn(V, D, generator=torch.Generator().manual_seed(1))
+
+
+class Compiled:
+    """A function compiled as one graph, and how often it was."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        torch.compiler.reset()
+        self.graphs = 0
+        self.function = torch.compile(function, fullgraph=True, backend=self._count)
+
+    def _count(self, graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        self.graphs += 1
+        return torch._dynamo.backends.debugging.aot_eager(graph, inputs)
+
+
+def value_and_gradient(function: Callable[..., Tensor], x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    leaf = x.detach().clone().requires_grad_()
+    value = function(leaf, *args)
+    (gradient,) = torch.autograd.grad(value, leaf)
+    return value.detach(), gradient
+
+
+def check_numbers(function: Callable[..., Tensor], x: Tensor, make: Callable[[float], Any] = float) -> None:
+    """The values of the plain function; the second number makes a variable of it, and those that follow compile
+    nothing."""
+    compiled = Compiled(function)
+    for k in range(5):
+        number = make(0.3 + k / 7)
+        got, expected = (value_and_gradient(f, x, number) for f in (compiled.function, function))
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b)
+    assert compiled.graphs == 2
+
+
+@pytest.mark.parametrize("made", ["inside", "outside"])
+def test_temperature_that_changes(made: str) -> None:
+    def inside(x: Tensor, temperature: float) -> Tensor:
+        return outside(x, uk.Readout(temperature))
+
+    def outside(x: Tensor, readout: uk.Readout) -> Tensor:
+        return uk.token_stats(x, TARGET, readout=readout).logp.sum()
+
+    x = torch.randn(2, 5, V)
+    if made == "inside":
+        check_numbers(inside, x)
+    else:
+        check_numbers(outside, x, uk.Readout)
+
+
+def entropy(t: Any) -> Tensor:
+    return -t.entropy
+
+
+INSIDE: dict[str, Callable[[float], uk.Loss]] = {
+    "recipe": lambda number: uk.grpo(beta=number),
+    "closure": lambda number: uk.Loss(lambda t: -number * torch.exp(t.logp - t.old_logp) * t.advantage),
+    "sum": lambda number: uk.sft() + number * uk.Loss(entropy, uk.TokenMean(10 * number)),
+    "pairs": lambda number: uk.dpo(beta=number),
+}
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_loss_made_in_a_compiled_function(name: str) -> None:
+    make = INSIDE[name]
+    check_numbers(lambda x, number: uk.fused_loss(x, BATCH, make(number)).loss, torch.randn(2, 5, V))
+
+
+def test_loss_made_in_a_compiled_function_with_a_linear_head() -> None:
+    def loss(hidden: Tensor, beta: float) -> Tensor:
+        return uk.fused_linear_loss(hidden, HEAD, BATCH, uk.grpo(beta=beta), readout=uk.Readout(temperature=beta)).loss
+
+    check_numbers(loss, 0.3 * torch.randn(2, 5, D))
+
+
+def test_operation_that_kernels_do_not_run_is_named() -> None:
+    def loss(x: Tensor) -> Tensor:
+        return uk.fused_loss(x, BATCH, uk.Loss(lambda t: t.logp.cumsum(0))).loss
+
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"uses \.cumsum; one-pass kernels run"):
+        Compiled(loss).function(torch.randn(2, 5, V))
+
+
+@pytest.mark.parametrize("make", [uk.ppo, uk.dpo])
+def test_overwritten_logits_of_any_length(make: Callable[[], uk.Loss]) -> None:
+    loss, plan = make(), uk.Plan(overwrite_logits=True)
+
+    def step(x: Tensor, target: Tensor, old: Tensor, advantage: Tensor) -> Tensor:
+        return uk.fused_loss(x * 1.0, uk.Batch(target, advantage, old, old), loss, plan=plan).loss
+
+    compiled = Compiled(step)
+    for length in (5, 9, 11, 7):
+        target, old = torch.randint(0, V, (2, length)), -3 * torch.rand(2, length)
+        arguments = (torch.randn(2, length, V), target, old, torch.tensor([1.0, -1.0]))
+        got, expected = (value_and_gradient(f, *arguments) for f in (compiled.function, step))
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b)
+    assert compiled.graphs == 2

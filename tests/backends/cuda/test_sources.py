@@ -1,0 +1,166 @@
+"""The CUDA kernels where there is no GPU: what they compile to. What they compute is said by ``test_emulated``.
+
+A kernel must not spill, must keep within the registers that let its blocks share a multiprocessor, and must move 16
+bytes at a time.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import ROOT
+from unirl_kernels.backends import ReadoutArgs, choose, cuda, unavailable
+
+ARCHITECTURES = ("sm_90", "sm_100")
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+REGISTERS = {
+    ("fused_loss", False): 48,
+    ("fused_loss", True): 64,
+    ("token_stats", False): 48,
+    ("token_stats", True): 64,
+    ("token_stats_backward", False): 48,
+    ("token_stats_backward", True): 64,
+    ("scale", False): 32,
+}
+"""Most registers per thread by source and by whether there is a softcap, for nvcc 13.0."""
+
+
+def _tool(name: str) -> Path | None:
+    """A tool of the CUDA toolkit, or the copy that Triton brings."""
+    triton = importlib.util.find_spec("triton")
+    places = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")]
+    if triton and triton.origin:
+        places.append(Path(triton.origin).parent / "backends/nvidia/bin")
+    found = shutil.which(name)
+    return next((p for p in (Path(found or ""), *(d / name for d in places)) if p.is_file()), None)
+
+
+NVCC, CUOBJDUMP, CXX = _tool("nvcc"), _tool("cuobjdump"), shutil.which("g++") or shutil.which("c++")
+compiles = pytest.mark.skipif(not (NVCC and CUOBJDUMP), reason="needs nvcc and cuobjdump (a CUDA toolkit, or Triton's)")
+
+
+@dataclass(frozen=True)
+class Usage:
+    name: str
+    registers: int
+    stack: int
+    operations: Counter[str]
+
+    @property
+    def capped(self) -> bool:
+        return "Lb1E" in self.name
+
+
+def _dump(binary: Path, architecture: str) -> list[Usage]:
+    """The kernels of a fat binary for one architecture."""
+    usage, sass = (
+        subprocess.run(
+            [CUOBJDUMP, flag, "-arch", architecture, binary], capture_output=True, text=True, check=True
+        ).stdout
+        for flag in ("-res-usage", "-sass")
+    )
+    code = dict(re.findall(r"Function : (\S+)\n(.*?)(?=Function : |\Z)", sass, re.DOTALL))
+    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage)
+    operation = re.compile(r"^\s+/\*\w+\*/\s+(?:@!?\w+ )?([A-Z][\w.]+)", re.MULTILINE)
+    return [Usage(name, int(r), int(stack), Counter(operation.findall(code[name]))) for name, r, stack in found]
+
+
+@cache
+def _compiled(source: Path, folder: Path) -> Path:
+    """A fat binary for all architectures; both in one call take two thirds of the time."""
+    binary = folder / source.stem
+    targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in (a[3:] for a in ARCHITECTURES)]
+    command = [NVCC, "-std=c++17", "-O3", "--expt-relaxed-constexpr", *targets, "-fatbin", "-o", binary, source]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "warning" not in done.stderr
+    return binary
+
+
+@pytest.fixture(
+    scope="module", params=[(s, a) for s in SOURCES for a in ARCHITECTURES], ids=lambda p: f"{p[0].stem}-{p[1]}"
+)
+def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Usage]]:
+    source, architecture = request.param
+    return source.stem, _dump(_compiled(source, tmp_path_factory.getbasetemp()), architecture)
+
+
+@pytest.mark.skipif(CXX is None, reason="needs a C++ compiler")
+def test_bindings_compile_against_torch() -> None:
+    """torch's own headers for CUDA come with every build of it, but for one that a build with CUDA generates."""
+    from torch.utils.cpp_extension import include_paths
+
+    cuda = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "include")
+    if not (cuda / "cuda_runtime.h").is_file():
+        pytest.skip(f"needs CUDA's headers, not found in {cuda} (set CUDA_HOME)")
+    folders = [*include_paths(), sysconfig.get_paths()["include"], cuda]
+    macros = ["-DUNIRL_WITH_CUDA", "-DC10_USING_CUSTOM_GENERATED_MACROS"]
+    source = ROOT / "csrc/cuda/bindings.cpp"
+    command = [CXX, "-std=c++20", "-fsyntax-only", *macros, *(f"-isystem{f}" for f in folders), source]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@compiles
+def test_budget(kernels: tuple[str, list[Usage]]) -> None:
+    source, found = kernels
+    # fp32, bf16, fp16, and fp32 with a gradient in bf16; each without and with a softcap.
+    assert len(found) == {"scale": 3, "token_stats": 6}.get(source, 8)
+    for kernel in found:
+        spilled = kernel.stack + sum(n for op, n in kernel.operations.items() if op.startswith(("LDL", "STL")))
+        assert spilled == 0, kernel
+        assert kernel.registers <= REGISTERS[source, kernel.capped], kernel
+
+
+@compiles
+def test_accesses_are_16_bytes_wide(kernels: tuple[str, list[Usage]]) -> None:
+    """Narrow ones are a row's scalars and the two edges of an unaligned slice."""
+    source, found = kernels
+    for kernel in found:
+        wide = {op.split(".")[0] for op in kernel.operations if op.endswith(".128")}
+        loads = "LDG" if source == "scale" else "LDGSTS"
+        assert wide >= ({loads} if source == "token_stats" else {loads, "STG"}), kernel
+        narrow = sum(
+            n for op, n in kernel.operations.items() if re.match(r"LDG\b|STG\b", op) and not op.endswith("128")
+        )
+        assert narrow <= 20, kernel
+
+
+@compiles
+def test_a_row_meets_at_cluster_barriers(kernels: tuple[str, list[Usage]]) -> None:
+    """One for the start of all blocks, one for their parts; and the two waits."""
+    source, found = kernels
+    for kernel in found:
+        barriers = (kernel.operations["UCGABAR_ARV"], kernel.operations["UCGABAR_WAIT"])
+        assert barriers == ((0, 0) if source == "scale" else (2, 2)), kernel
+
+
+def test_why_it_cannot_run() -> None:
+    cpu = torch.device("cpu")
+    assert unavailable("cuda", cpu) == "it runs on CUDA devices, not on cpu"
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run on cpu: it runs on CUDA devices"):
+        choose(cpu, "cuda", None)
+
+
+def test_says_that_it_does_not_observe() -> None:
+    readout = ReadoutArgs(1.0, None, 1.0, None)
+    with pytest.raises(RuntimeError, match=r"no kernel for observations; Plan\(backend='triton'\) has one"):
+        cuda.token_observations(torch.zeros(1, 1, 2), torch.zeros(1, 1, dtype=torch.int64), readout)
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="the extension may be built with CUDA")
+def test_says_that_it_is_not_built() -> None:
+    cuda._native.cache_clear()
+    assert "without CUDA" in (cuda.unavailable(torch.device("cuda", 0)) or "")

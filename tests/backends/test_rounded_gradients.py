@@ -1,0 +1,78 @@
+"""Gradients in bf16 of logits in fp32, as products of 16-bit operands take them: those in fp32, rounded once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.backends.triton.rows import OBJECTIVES, READOUTS, make_rows
+from tests.places import PLACES, Place
+from unirl_kernels.backends import COMPOSED, RowGradients, load
+from unirl_kernels.batch import IGNORE
+from unirl_kernels.program import trace
+
+KERNELS = [place for place in PLACES if place.backend != "cpu" and place.kernel != COMPOSED]
+"""The CPU's products take gradients in fp32."""
+
+LAYOUTS = {
+    "vectors": (4104, 4104, 0),
+    "odd": (4101, 4101, 0),
+    "row of one vector": (4, 4, 0),
+    "below a vector": (3, 3, 0),
+    "shifted": (2056, 2060, 1),
+}
+"""V, distance between rows and start of the first."""
+
+of_kernels = pytest.mark.parametrize("place", KERNELS, ids=str)
+of_layouts = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+def memory(layout: str, dtype: torch.dtype, device: str) -> Tensor:
+    """[1, 3, V], and NaN around it."""
+    vocab, stride, start = LAYOUTS[layout]
+    whole = torch.full((start + 3 * stride + 8,), torch.nan, dtype=dtype, device=device)
+    return whole.as_strided((1, 3, vocab), (3 * stride, stride, 1), start)
+
+
+def check(place: Place, rounded: Tensor, exact: Tensor) -> None:
+    """One is the other, rounded, and nothing beside it was written."""
+    if place.interpreted:  # which rounds towards zero
+        exact = (exact.contiguous().view(torch.int32) & -(2**16)).view(torch.float32)
+    assert exact.any()
+    assert torch.equal(rounded, exact.to(torch.bfloat16))
+    around = rounded._base
+    assert around is not None
+    assert around.isnan().sum() == around.numel() - rounded.numel()
+
+
+@of_layouts
+@pytest.mark.parametrize(
+    ("objective", "readout"), [("kl", "plain"), ("entropy", "softcap"), ("entropy", "temperature")]
+)
+@of_kernels
+def test_one_pass(place: Place, objective: str, readout: str, layout: str) -> None:
+    rows = make_rows(LAYOUTS[layout][0], shape=(1, 3))
+    logits = memory(layout, torch.float32, place.device).copy_(rows.logits)
+    target = rows.target.to(place.device).index_fill(1, torch.tensor([1], device=place.device), IGNORE)
+    fields = type(rows.fields)(*(x.to(place.device) for x in rows.fields))
+    traced = trace(OBJECTIVES[objective])
+    params = torch.tensor(traced.params, dtype=torch.float64, device=place.device)
+    code, how, backend = traced.program.encode(), READOUTS[readout], load(place.backend)
+    written = [memory(layout, dtype, place.device) for dtype in (torch.bfloat16, torch.float32)]
+    for d_logits in written:
+        backend.fused_loss(logits, target, fields, how, code, params, d_logits, place.kernel)
+    check(place, *written)
+
+
+@of_layouts
+@pytest.mark.parametrize("place", [p for p in KERNELS if p.kernel == load(p.backend).KERNELS[0]], ids=str)
+def test_of_statistics(place: Place, layout: str) -> None:
+    rows, backend, readout = make_rows(LAYOUTS[layout][0], shape=(1, 3)), load(place.backend), READOUTS["temperature"]
+    logits, target = memory(layout, torch.float32, place.device).copy_(rows.logits), rows.target.to(place.device)
+    stats = backend.token_stats(logits, target, readout)
+    gradients = RowGradients(*(torch.randn(1, 3, device=place.device) for _ in range(3)))
+    written = [memory(layout, dtype, place.device) for dtype in (torch.bfloat16, torch.float32)]
+    for d_logits in written:
+        backend.token_stats_backward(logits, target, stats, gradients, readout, d_logits)
+    check(place, *written)

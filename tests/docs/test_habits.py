@@ -1,0 +1,70 @@
+"""The CI matrix, pre-commit and the templates say what the project says elsewhere."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.install.test_lock import PROJECT
+
+ROOT = Path(__file__).parents[2]
+
+
+def parse(name: str) -> Any:
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    return yaml.safe_load((ROOT / name).read_text())
+
+
+@pytest.fixture
+def workflow() -> dict[str, Any]:
+    return parse(".github/workflows/ci.yml")
+
+
+def commands(job: dict[str, Any]) -> str:
+    return "\n".join(step.get("run", "") for step in job["steps"])
+
+
+def test_matrix_has_every_supported_python(workflow: dict[str, Any]) -> None:
+    prefix = "Programming Language :: Python :: 3."
+    supported = ["3." + name.removeprefix(prefix) for name in PROJECT["classifiers"] if name.startswith(prefix)]
+    assert workflow["jobs"]["matrix"]["strategy"]["matrix"]["python"] == supported
+    assert PROJECT["requires-python"] == f">={supported[0]}"
+
+
+def test_oldest_torch_is_the_one_that_is_required(workflow: dict[str, Any]) -> None:
+    (required,) = (name.removeprefix("torch>=") for name in PROJECT["dependencies"] if name.startswith("torch>="))
+    assert f"'torch=={required}.*'" in commands(workflow["jobs"]["matrix"])
+    assert f"torch ≥ {required}" in (ROOT / "README.md").read_text()
+
+
+def test_ci_runs_what_a_contributor_runs(workflow: dict[str, Any]) -> None:
+    assert ".ci/run" in commands(workflow["jobs"]["locked"])
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_hooks_run_tools_of_the_environment() -> None:
+    hooks = [hook for repo in parse(".pre-commit-config.yaml")["repos"] for hook in repo["hooks"]]
+    makefile = (ROOT / "Makefile").read_text()
+    for hook in hooks:
+        python, option, module, *rest = shlex.split(hook["entry"])
+        assert (python, option) == (".venv/bin/python", "-m")
+        assert f"$(PY) -m {module}" in makefile
+        assert all((ROOT / name).exists() for name in rest if name.endswith(".py"))
+
+
+@pytest.mark.parametrize("name", ["bug.md", "objective.md"])
+def test_issue_templates_have_a_name(name: str) -> None:
+    text = (ROOT / ".github" / "ISSUE_TEMPLATE" / name).read_text()
+    assert re.match(r"---\nname: .+\nabout: .+\nlabels: \w+\n---\n", text)
+    assert text.count("```") % 2 == 0
+
+
+def test_commands_that_documents_name_exist() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for name in ("CONTRIBUTING.md", "README.md", ".github/pull_request_template.md"):
+        named = re.findall(r"`make ([\w-]+)", (ROOT / name).read_text())
+        assert set(named) <= targets, name

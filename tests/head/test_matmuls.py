@@ -1,0 +1,281 @@
+"""The matmuls of a linear head: no more of them than needed, right on every kind of device, and what they cost."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import unirl_kernels as uk
+from benchmarks.measure import peak_extra_bytes
+from tests.cases import BY_NAME
+from tests.linear import (
+    NATIVE,
+    NOTHING,
+    PACKED,
+    RAGGED,
+    SEQUENCE_SCOPE,
+    Wrapped,
+    budget,
+    changed_matmuls,
+    check,
+    counted,
+    fused,
+    gradients_of,
+    leaves_of,
+    make_head,
+)
+from tests.places import PLACES, Place
+from unirl_kernels.backends import COMPOSED, load
+from unirl_kernels.backends.matmuls import Mixed, Widened
+from unirl_kernels.head.sweep import Head, sweep
+from unirl_kernels.operators.linear import Wanted
+
+CPU = torch.device("cpu")
+MIB = 2**20
+BACKENDS = [place for place in NATIVE if place.kernel == COMPOSED]
+"""Matmuls are the same for every kernel."""
+of_backends = pytest.mark.parametrize("place", BACKENDS, ids=str)
+
+VALID, WORDS = 8, 37
+"""Of ``RAGGED`` and ``PACKED``; the other tokens are ignored."""
+
+
+@of_backends
+@pytest.mark.parametrize("frozen", [(), ("weight",), ("hidden",), ("bias",), ("hidden", "bias"), ("weight", "bias")])
+@pytest.mark.parametrize("tokens", [1, 3, None])
+def test_one_pass_takes_three_matmuls_and_fewer_where_something_is_frozen(
+    place: Place, frozen: Sequence[str], tokens: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = make_head(RAGGED, BY_NAME["grpo"], device=place.device)
+    everything = fused(head, uk.grpo())
+    plan = uk.Plan(place.backend, max_chunk_bytes=budget(head, tokens, place.backend))
+    with counted(monkeypatch, place.backend) as count:
+        got = fused(head, uk.grpo(), plan, frozen=frozen)
+    assert count.matmuls(VALID * WORDS) == {
+        "logits": 1,
+        "d_hidden": "hidden" not in frozen,
+        "add_d_weight": "weight" not in frozen,
+    }
+    for name, a, b in zip(("hidden", "weight", "bias"), got[1:4], everything[1:4], strict=True):
+        assert (a is None) == (name in frozen)
+        if a is not None:
+            torch.testing.assert_close(a, b)
+
+
+@of_backends
+@pytest.mark.parametrize(("tokens", "forwards"), [(None, 1), (5, 1), (4, 2), (1, 2)])
+@pytest.mark.parametrize("frozen", [(), ("weight",), ("hidden",)])
+def test_pairs_that_fit_a_chunk_take_three_matmuls_and_others_four(
+    place: Place, tokens: int | None, forwards: int, frozen: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The longest pair has 5 tokens."""
+    head = make_head(PACKED, BY_NAME["dpo"], device=place.device)
+    plan = uk.Plan(place.backend, max_chunk_bytes=budget(head, tokens, place.backend))
+    with counted(monkeypatch, place.backend) as count:
+        fused(head, uk.dpo(), plan, frozen=frozen)
+    assert count.matmuls(VALID * WORDS) == {
+        "logits": forwards,
+        "d_hidden": "hidden" not in frozen,
+        "add_d_weight": "weight" not in frozen,
+    }
+
+
+@of_backends
+@pytest.mark.parametrize(("tokens", "forwards"), [(4, 1), (3, 2)])
+def test_sequences_that_fit_a_chunk(place: Place, tokens: int, forwards: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = make_head(RAGGED, SEQUENCE_SCOPE, device=place.device)
+    with counted(monkeypatch, place.backend) as count:
+        fused(head, SEQUENCE_SCOPE.make(), uk.Plan(place.backend, max_chunk_bytes=budget(head, tokens, place.backend)))
+    assert count.matmuls(VALID * WORDS) == {"logits": forwards, "d_hidden": 1, "add_d_weight": 1}
+
+
+@of_backends
+@pytest.mark.parametrize("name", ["grpo", "dpo"])
+def test_nothing_but_the_logits_where_no_gradient_is_wanted(
+    place: Place, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = make_head(RAGGED, BY_NAME[name], device=place.device)
+    hidden, weight, bias = leaves_of(head)
+    expected = fused(head, BY_NAME[name].make()).loss
+
+    def loss() -> Tensor:
+        return uk.fused_linear_loss(
+            hidden, weight, head.batch, BY_NAME[name].make(), bias=bias, plan=uk.Plan(place.backend)
+        ).loss
+
+    with counted(monkeypatch, place.backend) as count:
+        with torch.no_grad():
+            values = [loss()]
+        with torch.inference_mode():
+            values.append(loss())
+        for x in (hidden, weight, bias):
+            x.requires_grad_(False)
+        values.append(loss())
+    assert count.matmuls(VALID * WORDS) == {"logits": 3, "d_hidden": 0, "add_d_weight": 0}
+    for value in values:
+        assert not value.requires_grad
+        torch.testing.assert_close(value, expected)
+
+
+@of_backends
+@pytest.mark.parametrize("frozen", [(), ("weight", "bias"), ("hidden",)])
+def test_statistics_take_one_product_and_their_gradients_what_is_wanted(
+    place: Place, frozen: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = make_head(RAGGED, BY_NAME["sft"], device=place.device)
+    hidden, weight, bias = leaves = leaves_of(head, frozen)
+    plan = uk.Plan(place.backend, max_chunk_bytes=budget(head, 3, place.backend))
+    with counted(monkeypatch, place.backend) as count:
+        stats = uk.linear_token_stats(hidden, weight, head.batch.target, bias=bias, plan=plan)
+        assert count.matmuls(VALID * WORDS) == {"logits": 1, "d_hidden": 0, "add_d_weight": 0}
+        gradients_of(stats.logp.sum(), leaves)
+    assert count.matmuls(VALID * WORDS) == {
+        "logits": 2,
+        "d_hidden": "hidden" not in frozen,
+        "add_d_weight": "weight" not in frozen,
+    }
+
+
+@of_backends
+def test_ignored_tokens_are_not_multiplied(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    with counted(monkeypatch, place.backend) as count:
+        fused(make_head(NOTHING, BY_NAME["grpo"], device=place.device), uk.grpo(), uk.Plan(place.backend))
+    assert count.matmuls(1) == {"logits": 0, "d_hidden": 0, "add_d_weight": 0}
+
+
+@of_backends
+def test_gradients_that_nobody_wants_have_no_memory(place: Place) -> None:
+    head = make_head(PACKED, BY_NAME["sft"], device=place.device)
+    operands = Head(*head.operands, torch.float32, place.backend)
+    gradients = sweep(operands, [], lambda logits, d_logits, k: None, Wanted(False, False, False))
+    assert [x.numel() for x in gradients] == [0, 0, 0]
+
+
+# Matmuls of devices that multiply 16-bit operands into fp32, which a CPU does not.
+
+
+@pytest.fixture
+def _mixed_matmuls_on_the_cpu() -> Iterator[None]:
+    """The overloads with ``out_dtype``, which PyTorch has for CUDA alone, for the CPU as well: operands are widened."""
+    library = torch.library.Library("aten", "IMPL", "CPU")
+
+    def mm(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
+        assert a.dtype == b.dtype != out_dtype
+        return torch.mm(a.to(out_dtype), b.to(out_dtype))
+
+    def addmm(
+        total: Tensor, a: Tensor, b: Tensor, out_dtype: torch.dtype, *, beta: float = 1, alpha: float = 1
+    ) -> Tensor:
+        assert a.dtype == b.dtype != out_dtype
+        return torch.addmm(total.to(out_dtype), a.to(out_dtype), b.to(out_dtype), beta=beta, alpha=alpha)
+
+    def mm_out(a: Tensor, b: Tensor, out_dtype: torch.dtype, *, out: Tensor) -> Tensor:
+        return out.copy_(mm(a, b, out_dtype))
+
+    def addmm_out(
+        total: Tensor, a: Tensor, b: Tensor, out_dtype: torch.dtype, *, out: Tensor, **factors: float
+    ) -> Tensor:
+        return out.copy_(addmm(total, a, b, out_dtype, **factors))
+
+    for name, f in (("mm.dtype", mm), ("mm.dtype_out", mm_out), ("addmm.dtype", addmm), ("addmm.dtype_out", addmm_out)):
+        library.impl(name, f)
+    yield
+    library._destroy()
+
+
+def exact(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Numbers whose matmuls and sums fp32 holds without rounding."""
+    return (torch.randint(-8, 9, shape) / 8).to(dtype)
+
+
+@pytest.mark.usefixtures("_mixed_matmuls_on_the_cpu")
+@pytest.mark.parametrize("bias", [None, torch.float32, torch.bfloat16], ids=str)
+def test_matmuls_into_fp32(bias: torch.dtype | None) -> None:
+    weight, hidden = exact(33, 6, dtype=torch.bfloat16), exact(5, 6, dtype=torch.bfloat16)
+    matmuls = Mixed(weight)
+    assert matmuls.row_bytes == 33 * 4 + 40 * 2
+    added = None if bias is None else exact(33, dtype=bias)
+    logits = torch.full((5, 33), torch.nan)
+    matmuls.logits(hidden, added, logits)
+    expected = hidden.double() @ weight.double().t() + (0 if added is None else added.double())
+    assert torch.equal(logits.double(), expected)
+
+    d_logits = matmuls.gradient_buffer(logits).copy_(exact(5, 33, dtype=torch.float32))
+    assert d_logits.dtype == torch.bfloat16
+    assert d_logits.stride() == (40, 1)
+    d_hidden = matmuls.d_hidden(d_logits)
+    assert d_hidden.dtype == torch.float32
+    assert torch.equal(d_hidden.double(), d_logits.double() @ weight.double())
+
+    total = torch.full((33, 6), torch.nan)
+    one = d_logits.double().t() @ hidden.double()
+    matmuls.add_d_weight(d_logits, hidden, total, first=True)
+    assert torch.equal(total.double(), one)
+    matmuls.add_d_weight(d_logits, hidden, total, first=False)
+    assert torch.equal(total.double(), 2 * one)
+
+
+@pytest.mark.usefixtures("_mixed_matmuls_on_the_cpu")
+@pytest.mark.parametrize("name", ["grpo", "dpo"])
+@pytest.mark.parametrize("place", [p for p in PLACES if p.kernel == COMPOSED and p.backend != "cpu"], ids=str)
+def test_matmuls_into_fp32_round_the_gradient_and_nothing_else(
+    place: Place, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head on them: loss, logp and entropy within the fp32 budget; gradients as if d_logits were rounded once."""
+    loss = BY_NAME[name]
+    head = make_head(RAGGED, loss, torch.bfloat16, place.device)
+    plan = uk.Plan(place.backend, max_chunk_bytes=5 * Mixed(head.weight).row_bytes)
+
+    class RoundedOnce(Wrapped):
+        def gradient_buffer(self, logits: Tensor) -> Tensor:
+            return logits.bfloat16()
+
+        def d_hidden(self, d_logits: Tensor) -> Tensor:
+            return self.matmuls.d_hidden(d_logits.float())
+
+        def add_d_weight(self, d_logits: Tensor, *args: Any, **kwargs: Any) -> None:
+            self.matmuls.add_d_weight(d_logits.float(), *args, **kwargs)
+
+    with changed_matmuls(monkeypatch, place.backend, lambda _: Mixed(head.weight)):
+        got = fused(head, loss.make(), plan)
+    with changed_matmuls(monkeypatch, place.backend, lambda _: RoundedOnce(Widened(head.weight, torch.bfloat16))):
+        expected = fused(head, loss.make(), plan)
+    check(got._replace(d_hidden=None, d_weight=None, d_bias=None), head, loss)
+    for a, b in zip(got[1:4], expected[1:4], strict=True):
+        assert a.dtype == b.dtype == torch.bfloat16
+        torch.testing.assert_close(a, b)
+
+
+# Memory
+
+
+def peak_of(tokens: int, chunk: int, dtype: torch.dtype = torch.float32) -> int:
+    vocab, d = 8192, 64
+    hidden, weight = torch.randn(tokens, d).to(dtype), torch.randn(vocab, d).to(dtype)
+    cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32)
+    batch = uk.Batch(torch.randint(0, vocab, (tokens,)), cu_seqlens=cu_seqlens)
+    leaves = [x.requires_grad_() for x in (hidden, weight)]
+
+    def call() -> None:
+        out = uk.fused_linear_loss(*leaves, batch, uk.sft(), plan=uk.Plan(max_chunk_bytes=chunk))
+        torch.autograd.grad(out.loss, leaves)
+
+    return peak_extra_bytes(call, CPU, prepare=load("cpu").release_memory, repeats=2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak cannot be reset")
+def test_memory_is_that_of_a_chunk_and_the_gradients_whatever_the_batch() -> None:
+    """Logits of 4096 tokens are 128 MiB; the gradients of hidden states and weight 3 MiB and less."""
+    chunk = 32 * MIB
+    peaks = {tokens: peak_of(tokens, chunk) for tokens in (1024, 4096)}
+    for tokens, peak in peaks.items():
+        gradients = 4 * 64 * (8192 + tokens)
+        # Of the chunk: its hidden states and their gradient, and what the multiplication packs for itself.
+        assert 0.9 * chunk < peak < chunk + gradients + 10 * MIB, f"{tokens} tokens"
+    assert abs(peaks[4096] - peaks[1024]) < 8 * MIB
+    assert peak_of(4096, 4 * chunk) > 3.5 * chunk  # the measure sees logits where they are

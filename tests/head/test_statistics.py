@@ -1,0 +1,310 @@
+"""``linear_token_stats``: statistics merged from tiles of the vocabulary, and their gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import unirl_kernels as uk
+from tests.cases import BY_NAME
+from tests.linear import (
+    DTYPES,
+    PACKED,
+    RAGGED,
+    LinearHead,
+    Result,
+    budget,
+    check_gradients,
+    chosen_plan,
+    gradients_of,
+    leaves_of,
+    logits_of,
+    make_head,
+)
+from tests.places import PLACES, Place
+from unirl_kernels.backends import COMPOSED, load
+from unirl_kernels.testing import oracle
+from unirl_kernels.testing.budgets import condition_of, violations
+
+BACKENDS = [place for place in PLACES if place.kernel == COMPOSED]
+"""Statistics are the same for every one-pass kernel."""
+
+NATIVE = [place for place in BACKENDS if not place.interpreted]
+TILES = {"one": (1024, None), "two": (8, 4), "ten": (8, 1), "word_by_word": (1024, 1), "few_tokens": (3, 1)}
+"""Tokens of a tile, and tokens whose whole rows would fit its memory."""
+
+READOUTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "everything": {"temperature": 1.3, "softcap": 5.0, "scale": 0.5},
+}
+
+
+def plan_of(head: LinearHead, place: Place, tiles: str, monkeypatch: pytest.MonkeyPatch) -> uk.Plan:
+    tokens, rows = TILES[tiles]
+    monkeypatch.setattr("unirl_kernels.head.statistics.TOKENS_OF_TILE", tokens)
+    return uk.Plan(place.backend, max_chunk_bytes=budget(head, rows, place.backend))
+
+
+def stats_of(head: LinearHead, plan: uk.Plan, readout: uk.Readout = uk.Readout()) -> uk.TokenStats:
+    hidden, weight, bias = head.operands
+    return uk.linear_token_stats(hidden, weight, head.batch.target, bias=bias, readout=readout, plan=plan)
+
+
+def by_oracle(head: LinearHead, readout: dict[str, Any], factors: torch.dtype = torch.float32) -> uk.TokenStats:
+    """In the dtype of the head, zero at ignored places."""
+    z, target = oracle.apply_readout(logits_of(*head.operands, factors), **readout), head.batch.target
+    values = (oracle.log_probs(z, target), oracle.entropy(z), torch.logsumexp(z, -1))
+    return uk.TokenStats(*(torch.where(target != uk.IGNORE, x, 0) for x in values))
+
+
+def with_gradients(head: LinearHead, stats_of_leaves: Any, weights: Tensor) -> tuple[uk.TokenStats, Result]:
+    leaves = leaves_of(head)
+    stats = stats_of_leaves(LinearHead(*leaves, head.batch))
+    value = sum((s * w.to(s.dtype)).sum() for s, w in zip(stats, weights, strict=True))
+    gradients = gradients_of(value, leaves)
+    stats = uk.TokenStats(*(x.detach() for x in stats))
+    return stats, Result(value.detach(), *gradients, stats.logp, stats.entropy)
+
+
+def compare(head: LinearHead, plan: uk.Plan, **readout: Any) -> None:
+    """Statistics without and with a gradient, and the gradients of a random combination of all three."""
+    exact = {name: x.double() if isinstance(x, Tensor) else x for name, x in readout.items()}
+    weights = torch.randn(3, *head.batch.target.shape).to(head.hidden.device)
+    truth, d_truth = with_gradients(head.used.to(torch.float64), lambda x: by_oracle(x, exact), weights)
+    plain, d_plain = with_gradients(head.used.to(torch.float32), lambda x: by_oracle(x, readout), weights)
+    got, d_got = with_gradients(head, lambda x: stats_of(x, plan, uk.Readout(**readout)), weights)
+    for a, b in zip(got, stats_of(head, plan, uk.Readout(**readout)), strict=True):
+        assert torch.equal(a, b), "statistics depend on whether a gradient is wanted"
+    lse = max(1.0, truth.lse.abs().max().item())
+    for name, g, p, t in zip(got._fields, got, plain, truth, strict=True):
+        assert g.dtype == torch.float32
+        assert not (problems := violations(g, p, t, condition=condition_of(t, lse))), f"{name}: {problems}"
+        assert not g[~head.batch.valid].any()
+    dtype = head.hidden.dtype
+    _, d_rounded = with_gradients(head.used.to(torch.float32), lambda x: by_oracle(x, readout, dtype), weights)
+    check_gradients(d_got, [d_plain, d_rounded], d_truth, head, condition=2 * lse)
+
+
+@pytest.mark.parametrize("tiles", TILES)
+@pytest.mark.parametrize("place", NATIVE, ids=str)
+def test_statistics_and_gradients(place: Place, tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for shape in (RAGGED, PACKED):
+        for dtype in DTYPES:
+            for readout in READOUTS.values():
+                head = make_head(shape, BY_NAME["sft"], dtype, place.device)
+                compare(head, plan_of(head, place, tiles, monkeypatch), **readout)
+    head = make_head(RAGGED, BY_NAME["sft"], device=place.device, bias=False)
+    temperature = (0.5 + torch.rand(head.batch.target.shape)).to(place.device)
+    compare(head, plan_of(head, place, tiles, monkeypatch), temperature=temperature)
+
+
+def test_under_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in BACKENDS:
+        if place.interpreted:
+            head = make_head(RAGGED, BY_NAME["sft"], torch.bfloat16, place.device)
+            compare(head, plan_of(head, place, "two", monkeypatch), temperature=0.7)
+
+
+def test_tiles_are_as_wide_as_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``WORDS_OF_TILE`` is true."""
+    seen: list[tuple[int, ...]] = []
+    matmuls = load("cpu").matmuls
+
+    def spy(weight: Tensor, dtype: torch.dtype) -> object:
+        seen.append(tuple(weight.shape))
+        return matmuls(weight, dtype)
+
+    head = make_head(RAGGED, BY_NAME["sft"])
+    place = next(p for p in NATIVE if p.backend == "cpu")
+    widths = {}
+    for tiles in TILES:
+        plan = plan_of(head, place, tiles, monkeypatch)
+        with monkeypatch.context() as patch:
+            patch.setattr(load("cpu"), "matmuls", spy)
+            seen.clear()
+            stats_of(head, plan)
+        # A bound on memory is first held against what a row of the whole weight takes.
+        widths[tiles] = [shape[0] for shape in seen[plan.max_chunk_bytes is not None :]]
+    assert widths == {
+        "one": [37],
+        "two": [18, 18, 1],
+        "ten": [4] * 9 + [1],
+        "word_by_word": [1] * 37,
+        "few_tokens": [12, 12, 12, 1],
+    }
+
+
+@pytest.mark.parametrize("tiles", TILES)
+@pytest.mark.parametrize("place", NATIVE, ids=str)
+def test_targets_in_every_tile(place: Place, tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = make_head(RAGGED, BY_NAME["sft"], device=place.device)
+    hidden = torch.randn(1, *head.weight.shape).to(place.device)
+    target = torch.arange(len(head.weight), device=place.device).unsqueeze(0)
+    head = LinearHead(hidden, head.weight, head.bias, uk.Batch(target))
+    compare(head, plan_of(head, place, tiles, monkeypatch))
+
+
+@pytest.mark.parametrize("shift", [1e3, -1e3])
+@pytest.mark.parametrize("tiles", TILES)
+@pytest.mark.parametrize("place", NATIVE, ids=str)
+def test_huge_logits(place: Place, tiles: str, shift: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Added to all words, and to those of the first tile alone: the others' share underflows."""
+    for words in (slice(None), slice(0, 4)):
+        head = make_head(RAGGED, BY_NAME["sft"], device=place.device)
+        head.bias[words] += shift
+        compare(head, plan_of(head, place, tiles, monkeypatch))
+
+
+@pytest.mark.parametrize("tiles", TILES)
+@pytest.mark.parametrize("place", NATIVE, ids=str)
+def test_equal_logits(place: Place, tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The uniform distribution: logp -log V, entropy log V, lse log V + the value."""
+    head = make_head(RAGGED, BY_NAME["sft"], device=place.device)
+    head = LinearHead(head.hidden, torch.zeros_like(head.weight), torch.full_like(head.bias, -3.0), head.batch)
+    stats = stats_of(head, plan_of(head, place, tiles, monkeypatch))
+    uniform = math.log(37)
+    for x, expected in zip(stats, (-uniform, uniform, uniform - 3), strict=True):
+        torch.testing.assert_close(x, expected * head.batch.valid.float(), rtol=3e-6, atol=0)
+
+
+@pytest.mark.parametrize("place", BACKENDS, ids=str)
+def test_one_word(place: Place) -> None:
+    shape = replace(RAGGED, vocab=1)
+    head = make_head(shape, BY_NAME["sft"], device=place.device)
+    ones = torch.ones(3, 4, 4, device=place.device)
+    stats, gradients = with_gradients(head, lambda x: stats_of(x, uk.Plan(place.backend)), ones)
+    assert not stats.logp.any()
+    assert not stats.entropy.any()
+    logits = (head.used.hidden @ head.weight.t() + head.bias).squeeze(-1)
+    torch.testing.assert_close(stats.lse, torch.where(head.batch.valid, logits, 0))
+    assert gradients.d_bias.item() == pytest.approx(8.0)  # of lse alone
+
+
+def masked(head: LinearHead, kept: Tensor) -> LinearHead:
+    bias = torch.full_like(head.bias, float("-inf"))
+    bias[kept] = head.bias[kept]
+    return LinearHead(head.hidden, head.weight, bias, head.batch)
+
+
+MASKS = {"first_tiles": range(20, 37), "last_tiles": range(9), "all_but_three": (5, 18, 36)}
+"""The words that are left."""
+
+WORDS_OF_TILE = {"one": 37, "two": 18, "ten": 4, "word_by_word": 1, "few_tokens": 12}
+
+
+def masked_cases() -> list[object]:
+    cases = []
+    for place in BACKENDS:
+        for tiles in WORDS_OF_TILE:
+            for mask in MASKS:
+                # One case shows it under the interpreter, where a row is slow.
+                if not place.interpreted or (tiles, mask) == ("two", "first_tiles"):
+                    cases.append(pytest.param(place, tiles, mask, id=f"{place}-{tiles}-{mask}"))
+    return cases
+
+
+@pytest.mark.parametrize(("place", "tiles", "mask"), masked_cases())
+def test_masked_words(place: Place, tiles: str, mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bias of -inf is as if the words did not exist, whole tiles of them included."""
+    kept = torch.tensor(MASKS[mask], device=place.device)
+    few = torch.randint(0, len(kept), (2, 3)).to(place.device)
+    everything = make_head(RAGGED, BY_NAME["sft"], device=place.device)
+    hidden, weights = torch.randn(2, 3, 12).to(place.device), torch.randn(3, 2, 3).to(place.device)
+    small = LinearHead(hidden, everything.weight[kept], everything.bias[kept], uk.Batch(few))
+    large = masked(LinearHead(hidden, everything.weight, everything.bias, uk.Batch(kept[few])), kept)
+    stats, gradients = with_gradients(large, lambda x: stats_of(x, plan_of(large, place, tiles, monkeypatch)), weights)
+    monkeypatch.undo()
+    few_stats, few_gradients = with_gradients(small, lambda x: stats_of(x, uk.Plan(place.backend)), weights)
+    for a, b in zip(stats, few_stats, strict=True):
+        torch.testing.assert_close(a, b, rtol=4e-6, atol=4e-6)
+    torch.testing.assert_close(gradients.d_hidden, few_gradients.d_hidden, rtol=1e-5, atol=4e-6)
+    for name in ("d_weight", "d_bias"):
+        whole = getattr(gradients, name)
+        torch.testing.assert_close(whole[kept], getattr(few_gradients, name), rtol=1e-5, atol=4e-6)
+        whole[kept] = 0
+        assert not whole.any(), f"{name} of words that cannot be"
+
+
+@pytest.mark.parametrize("tiles", TILES)
+@pytest.mark.parametrize("place", NATIVE, ids=str)
+def test_target_of_probability_zero(place: Place, tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = make_head(RAGGED, BY_NAME["sft"], device=place.device)
+    alone = {"two": (0, 20), "ten": (0, 20), "one": (0, 20, 36), "few_tokens": (0, 20), "word_by_word": ()}
+    for word in alone[tiles]:
+        check_impossible(head, word, (word,), plan_of(head, place, tiles, monkeypatch))
+
+
+@pytest.mark.parametrize("tiles", ["ten", "word_by_word", "two"])
+@pytest.mark.parametrize("place", NATIVE, ids=str)
+def test_target_in_a_tile_of_probability_zero(place: Place, tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = make_head(RAGGED, BY_NAME["sft"], device=place.device)
+    check_impossible(head, 36, (36,), plan_of(head, place, tiles, monkeypatch))
+    check_impossible(head, 3, range(20), plan_of(head, place, tiles, monkeypatch))
+
+
+def check_impossible(head: LinearHead, target: int, words: Sequence[int], plan: uk.Plan) -> None:
+    """A target of probability zero has logp -inf; its distribution is one all the same."""
+    valid = head.batch.valid
+    bias = head.bias.clone()
+    bias[list(words)] = float("-inf")
+    batch = uk.Batch(torch.where(valid, target, uk.IGNORE))
+    stats = stats_of(LinearHead(head.hidden, head.weight, bias, batch), plan)
+    assert (stats.logp[valid] == float("-inf")).all()
+    for x in stats[1:]:
+        assert torch.isfinite(x).all()
+        assert x[valid].all()
+
+
+@pytest.mark.parametrize("tiles", TILES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", NATIVE, ids=str)
+def test_a_row_without_a_distribution_says_so(
+    place: Place, value: float, tiles: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN or +inf in one hidden state, in whatever tile it is met, is NaN in its row and in no other."""
+    head = make_head(RAGGED, BY_NAME["sft"], device=place.device)
+    hidden = head.hidden.clone()
+    hidden[3, 2] = 0
+    hidden[3, 2, 0] = value
+    weight = head.weight.abs()
+    stats = stats_of(LinearHead(hidden, weight, head.bias, head.batch), plan_of(head, place, tiles, monkeypatch))
+    for x in stats[:2]:
+        assert x[3, 2].isnan()
+        assert x.isnan().sum() == 1
+
+
+@pytest.mark.parametrize("readout", READOUTS)
+@pytest.mark.parametrize("place", NATIVE, ids=str)
+def test_gradcheck(place: Place, readout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp64: analytic against numeric gradients of logp, entropy and lse."""
+    place.need(torch.float64)
+    wide = {"dtype": torch.float64, "device": place.device}
+    operands = [torch.randn(*shape, **wide).requires_grad_() for shape in ((1, 3, 3), (5, 3), (5,))]
+    batch = uk.Batch(torch.tensor([[0, uk.IGNORE, 4]], device=place.device))
+    head = LinearHead(*operands, batch)
+    plan = plan_of(head, place, "ten", monkeypatch)
+
+    def statistics(*leaves: Tensor) -> tuple[Tensor, ...]:
+        return tuple(stats_of(LinearHead(*leaves, batch), plan, uk.Readout(**READOUTS[readout])))
+
+    assert torch.autograd.gradcheck(statistics, operands)
+
+
+def test_gradients_of_some_statistics_only(device: str) -> None:
+    """A statistic that the loss does not use has no gradient, and costs no wrong one."""
+    head = make_head(PACKED, BY_NAME["sft"], device=device)
+    for k in range(3):
+        weights = torch.zeros(3, 8, device=device)
+        weights[k] = torch.randn(8)
+        leaves = leaves_of(head)
+        stats = stats_of(LinearHead(*leaves, head.batch), chosen_plan(head, 3))
+        alone = gradients_of((stats[k] * weights[k]).sum(), leaves)
+        _, together = with_gradients(head, lambda x: stats_of(x, uk.Plan()), weights)
+        for a, b in zip(alone, together[1:4], strict=True):
+            torch.testing.assert_close(a, b)

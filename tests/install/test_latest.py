@@ -1,0 +1,63 @@
+"""What ``make latest`` records; nothing is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PRINTED = {
+    "setup": "touch .venv/.built\n",
+    "lint": "F401 [*] `os` imported but unused\n --> a.py:1:8\nWould reformat: b.py\nFound 1 error.\n",
+    "types": "a/b.py:7: error: Incompatible types  [arg-type]\nFound 1 error in 1 file (checked 118 source files)\n",
+    "tests": "FAILED tests/test_a.py::test_b[x] - assert 1 == 2\n1 failed, 20 passed, 3 skipped in 61.20s (0:01:01)\n",
+}
+
+
+@pytest.fixture
+def latest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("latest", ROOT / ".ci" / "latest.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "COPY", tmp_path / "copy")
+    monkeypatch.setattr(module, "RECORD", tmp_path / "docs" / "latest.md")
+    monkeypatch.setattr(module, "copy_of_head", lambda: (tmp_path / "copy").mkdir() or "0123456789")
+    monkeypatch.delenv("LATEST_KEEP", raising=False)
+    monkeypatch.delenv("ARGS", raising=False)
+    return module
+
+
+def test_failures_are_recorded_by_name(latest: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latest, "make", lambda target: (target == "setup", PRINTED[target]))
+    assert latest.main() == 1
+    lines = latest.RECORD.read_text().splitlines()
+    assert "| setup | passed |" in lines
+    assert "| types | failed: Found 1 error in 1 file (checked 118 source files) |" in lines
+    assert "| tests | failed: 1 failed, 20 passed, 3 skipped in 61.20s |" in lines
+    named = lines[lines.index("```text") + 1 : -1]
+    assert [line.split()[0] for line in named] == ["F401", "Would", "a/b.py:7:", "FAILED"]
+    assert "commit 0123456789" in latest.RECORD.read_text()
+    assert not latest.COPY.exists()
+
+
+def test_success_is_recorded_without_failures(latest: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latest, "make", lambda target: (True, "4 passed in 1.00s\n"))
+    monkeypatch.setenv("ARGS", "tests/test_batch.py")
+    assert latest.main() == 0
+    text = latest.RECORD.read_text()
+    assert "| tests | passed: 4 passed in 1.00s |" in text
+    assert "Tests: `tests/test_batch.py`" in text
+    assert "What failed" not in text
+
+
+def test_checks_are_not_run_where_nothing_was_installed(latest: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latest, "make", lambda target: (False, "ERROR: No matching distribution found for torch\n"))
+    assert latest.main() == 1
+    text = latest.RECORD.read_text()
+    assert "| lint |" not in text
+    assert "No matching distribution found for torch" in text

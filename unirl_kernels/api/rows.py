@@ -1,0 +1,94 @@
+"""Builds the groups that operators take from what users give; the same for both levels, logits and linear heads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from unirl_kernels.api.arguments import check_device
+from unirl_kernels.backends import ProgramArgs, ReadoutArgs
+from unirl_kernels.batch import Batch
+from unirl_kernels.objectives import Loss
+from unirl_kernels.readout import Readout
+
+EXACT_INTEGERS = {torch.float32: 2**24, torch.float64: 2**53}
+"""Up to here every integer is a number of the rows' dtype."""
+
+
+def row_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What is computed in: fp32, or fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def as_rows(per_token: Tensor) -> Tensor:
+    """[B, L] contiguous, of either layout; the packed one is B = 1."""
+    return (per_token if per_token.dim() == 2 else per_token.unsqueeze(0)).contiguous()
+
+
+def readout_args(readout: Readout, target: Tensor, dtype: torch.dtype, batch: Batch | None = None) -> ReadoutArgs:
+    """A readout as operators take it, for rows of ``dtype``.
+
+    Raises:
+        ValueError: when a temperature has another shape than [S] or target's, or lies on another device.
+    """
+    temperature = readout.temperature
+    if not isinstance(temperature, Tensor):
+        if torch.compiler.is_compiling() and temperature != 1:
+            # An operator's numbers are constants of the compiled code: each temperature would compile again.
+            rows = torch.ones(target.shape, dtype=dtype, device=target.device) * temperature
+            return ReadoutArgs(readout.scale, readout.softcap, 1.0, as_rows(rows))
+        return ReadoutArgs(readout.scale, readout.softcap, float(temperature), None)
+    check_device("temperature", temperature, target.device, "target")
+    if temperature.shape != target.shape:
+        sequences = target.shape[:1] if batch is None else (batch.n_sequences,)
+        if temperature.shape != sequences or (batch is None and target.dim() == 1):
+            raise ValueError(
+                f"temperature must have shape {tuple(target.shape)} or one value per sequence, "
+                f"got {tuple(temperature.shape)}"
+            )
+        temperature = temperature.unsqueeze(-1).expand(target.shape) if batch is None else batch.per_token(temperature)
+    return ReadoutArgs(readout.scale, readout.softcap, 1.0, as_rows(temperature).to(dtype))
+
+
+def program_args(loss: Loss, batch: Batch, dtype: torch.dtype) -> ProgramArgs:
+    """The program of a loss of token scope, with its fields in one tensor.
+
+    Raises:
+        ValueError: when the batch lacks a field, or a field requires a gradient, which one-pass kernels do not give.
+    """
+    traced = loss.traced(batch.on_policy)
+    target, weights = batch.target, loss.weights(batch)
+    shape = target.shape if target.dim() == 2 else (1, *target.shape)
+    fields = torch.empty(len(traced.fields), *shape, dtype=dtype, device=target.device)
+    for k, name in enumerate(traced.fields):
+        value = loss.field(name, batch, weights)
+        if value.requires_grad:
+            raise ValueError(
+                f"fields[{name!r}] must not require a gradient in a one-pass kernel, which does not give it: detach "
+                "it, or call with Plan(kernel='composed'), which does"
+            )
+        fields[k].copy_(_exact(name, value, dtype))
+    return ProgramArgs(traced.text, fields, loss.params(batch.on_policy, target.device))
+
+
+def _exact(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values of a field, if the rows' dtype can hold them.
+
+    Raises:
+        ValueError: for an integer that would be rounded. On an accelerator reading values would wait for the device;
+            there such integers become NaN.
+    """
+    largest = EXACT_INTEGERS[dtype]
+    if value.is_floating_point() or value.dtype == torch.bool or torch.iinfo(value.dtype).max <= largest:
+        return value
+    # As int64: a narrower integer would be compared with a bound that wraps around in its own dtype.
+    wide = value.double() if value.dtype == torch.uint64 else value.to(torch.int64)
+    rounded = (wide > largest) | (wide < -largest)
+    if value.device.type != "cpu" or torch.compiler.is_compiling():
+        return value.to(dtype).masked_fill(rounded, torch.nan)
+    if bool(rounded.any()):
+        raise ValueError(
+            f"fields[{name!r}] must hold integers of at most {largest} in size in a one-pass kernel, which computes in "
+            f"{str(dtype).removeprefix('torch.')}, got {int(wide[rounded].flatten()[0])}"
+        )
+    return value

@@ -1,0 +1,122 @@
+"""What the operators of linear heads do: chunks of logits, and the row kernels on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unirl_kernels.backends import (
+    Measured,
+    Observed,
+    ProgramArgs,
+    ReadoutArgs,
+    RowGradients,
+    RowMoments,
+    RowStats,
+)
+from unirl_kernels.head.chunks import by_tokens, without_ignored
+from unirl_kernels.head.statistics import measure, observe
+from unirl_kernels.head.sweep import Head, sweep
+from unirl_kernels.operators import linear
+from unirl_kernels.operators.linear import FusedHead, HeadArgs, HeadGradients, SweepArgs, Wanted
+from unirl_kernels.operators.rows import check_targets
+
+
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Autocast would convert the operands of the matmuls again."""
+
+    @wraps(function)
+    def run(head: HeadArgs, *rest: object) -> Any:
+        with torch.autocast(head.hidden.device.type, enabled=False):
+            return function(head, *rest)
+
+    return run
+
+
+def _shaped(group: Any, like: Tensor) -> Any:
+    return type(group)(*(x.view(like.shape) for x in group))
+
+
+@linear.linear_token_stats.implementation
+@_without_autocast
+def _token_stats(args: HeadArgs, target: Tensor, readout: ReadoutArgs, how: SweepArgs) -> Measured:
+    head = _checked(args, target, how)
+    stats, moments = measure(head, target.reshape(-1), readout, how.max_chunk_bytes)
+    return Measured(_shaped(stats, target), _shaped(moments, target))
+
+
+@linear.linear_token_observations.implementation
+@_without_autocast
+def _token_observations(args: HeadArgs, target: Tensor, readout: ReadoutArgs, how: SweepArgs) -> Observed:
+    head = _checked(args, target, how)
+    found = observe(head, target.reshape(-1), readout, how.max_chunk_bytes)
+    return Observed(*(_shaped(group, target) for group in found))
+
+
+def _checked(args: HeadArgs, target: Tensor, how: SweepArgs) -> Head:
+    check_targets(target, args.weight.shape[0])
+    head = Head.of(args, how)
+    if how.max_chunk_bytes is not None:
+        head.rows_per_chunk(how.max_chunk_bytes)  # what the backward would refuse is refused here
+    return head
+
+
+@linear.linear_token_stats_backward.implementation
+@_without_autocast
+def _token_stats_backward(
+    args: HeadArgs,
+    target: Tensor,
+    readout: ReadoutArgs,
+    moments: RowMoments,
+    gradients: RowGradients,
+    how: SweepArgs,
+    wanted: Wanted,
+) -> HeadGradients:
+    head = Head.of(args._replace(hidden=without_ignored(args.hidden, target.reshape(-1))), how)
+    chunks = by_tokens(target.reshape(-1), head.rows_per_chunk(how.max_chunk_bytes))
+
+    def work(logits: Tensor, d_logits: Tensor, k: int) -> None:
+        chunk = chunks[k]
+        at, of_readout = chunk.row(target), chunk.rows(readout)
+        if head.matmuls.repeatable:
+            of_logits = chunk.rows(moments)
+        else:
+            # Moments of other bits give probabilities that do not add up to 1: at a low temperature by percents.
+            of_logits = head.kernels.token_stats(logits, at, of_readout).moments
+        head.kernels.token_stats_backward(logits, at, of_readout, of_logits, chunk.rows(gradients), d_logits)
+
+    return sweep(head, chunks, work, wanted)
+
+
+@linear.fused_linear_loss.implementation
+@_without_autocast
+def _fused_loss(
+    args: HeadArgs,
+    target: Tensor,
+    readout: ReadoutArgs,
+    program: ProgramArgs,
+    kernel: str,
+    how: SweepArgs,
+    wanted: Wanted,
+) -> FusedHead:
+    check_targets(target, args.weight.shape[0])
+    head = Head.of(args._replace(hidden=without_ignored(args.hidden, target.reshape(-1))), how)
+    chunks = by_tokens(target.reshape(-1), head.rows_per_chunk(how.max_chunk_bytes))
+    losses: list[Tensor] = []
+    stats = RowStats(*(head.hidden.new_zeros(target.numel(), dtype=head.row_dtype) for _ in RowStats._fields))
+
+    def work(logits: Tensor, d_logits: Tensor, k: int) -> None:
+        chunk = chunks[k]
+        of_rows = chunk.row(target), chunk.rows(readout), chunk.program(program)
+        rows = head.kernels.fused_loss(logits, *of_rows, d_logits, kernel)
+        losses.append(rows.loss.sum())
+        for whole, of_chunk in zip(stats, (rows.logp, rows.entropy, rows.lse), strict=True):
+            chunk.put(whole, of_chunk.squeeze(0))
+
+    gradients = sweep(head, chunks, work, wanted)
+    loss = torch.stack(losses).sum() if losses else stats.logp.new_zeros(())
+    return FusedHead(loss, _shaped(stats, target), gradients)

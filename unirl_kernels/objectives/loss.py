@@ -1,0 +1,380 @@
+"""What a loss is: objectives, each with an aggregation, and their sum."""
+
+from __future__ import annotations
+
+import numbers
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from unirl_kernels.batch import RESERVED, Batch
+from unirl_kernels.objectives.aggregate import Aggregation, FixedLength, GroupMean, PairMean, SequenceMean, TokenMean
+from unirl_kernels.objectives.arguments import Parameters
+from unirl_kernels.objectives.scopes import SCOPES, scope_fault, scope_of
+from unirl_kernels.objectives.tokens import Tokens
+from unirl_kernels.program import STATISTICS, Traced, UnsupportedOperation, trace, weight_name
+from unirl_kernels.program.trace import name_of
+
+BEYOND_ONE_TOKEN = RESERVED - set(STATISTICS)
+Metrics = Mapping[str, Tensor | tuple[Tensor, Tensor]]
+"""Named values of tokens, sequences or pairs; (values, counted) where not all of them count."""
+
+OF_TOKENS = (SequenceMean, TokenMean, FixedLength, GroupMean)
+"""Aggregations that weigh tokens, not pairs."""
+
+
+@dataclass(frozen=True)
+class Paradigm:
+    """A row of the unified paradigm's table (Shao et al. 2024, arXiv:2402.03300v3, section 5.2)."""
+
+    algorithm: str
+    equations: str
+    data_source: str
+    reward: str
+    objective: str
+    coefficient: str
+
+
+class Objective(Parameters):
+    """Base of the published objectives: frozen dataclasses, whose parameters are checked when they are made."""
+
+    scope: ClassVar[str] = "token"
+    paradigm: ClassVar[Paradigm | None] = None
+
+    def __call__(self, t: Tokens) -> Tensor:
+        """The loss of each token, or of each pair."""
+        raise NotImplementedError
+
+    def metrics(self, t: Tokens) -> Metrics:
+        """Named values of each token, sequence or pair, for ``LossOutput.metrics``."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Term:
+    """One objective of a loss: coefficient * aggregation(objective).
+
+    Args:
+        objective: the objective.
+        aggregation: the weights of its values.
+        coefficient: a number or a 0-dim tensor.
+    """
+
+    objective: Callable[[Any], Tensor]
+    aggregation: Aggregation
+    coefficient: float | Tensor = 1.0
+
+    @property
+    def scope(self) -> str:
+        return scope_of(self.objective)
+
+    def weights(self, batch: Batch) -> Tensor:
+        """Weight of each token (target's shape, 0 at ignored ones) or pair ([S/2]), the coefficient included; float64.
+
+        Raises:
+            ValueError: when the aggregation gives weights of another shape, or weights that require a gradient.
+        """
+        weights = self.aggregation.weights(batch)
+        of_tokens = isinstance(weights, Tensor) and weights.shape == batch.target.shape
+        unit, shape = "token", tuple(batch.target.shape)
+        if self.scope == "pair" or (self.scope == "batch" and not of_tokens):
+            unit, shape = "pair", (batch.n_pairs,)
+        if not isinstance(weights, Tensor) or tuple(weights.shape) != shape:
+            got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+            raise ValueError(f"aggregation {self.aggregation} must give a weight for each {unit}, {shape}, got {got}")
+        if weights.requires_grad:
+            raise ValueError(f"aggregation {self.aggregation} must give weights without a gradient: detach them")
+        weights = weights.double()
+        if unit == "token" and not isinstance(self.aggregation, OF_TOKENS):
+            weights = weights.masked_fill(~batch.valid, 0)
+        if isinstance(self.coefficient, Tensor):
+            return torch.where(weights == 0, 0, weights * self.coefficient)  # 0 * inf would not be 0
+        return weights if self.coefficient == 1 else weights * self.coefficient
+
+    def composed(self, tokens: Tokens, weights: Tensor, constant: bool) -> Tensor:
+        """The term as plain PyTorch, 0-dim: the sum of the objective's values times their weights.
+
+        Args:
+            tokens: statistics of each position, and the batch's fields.
+            weights: of each token or pair, in any shape.
+            constant: whether one value stands for all tokens: an objective that could be traced sees one token.
+
+        Raises:
+            TypeError: when the objective returns neither a tensor nor a number.
+            ValueError: when it does not return one value per token or pair.
+        """
+        weights = weights.reshape(-1).to(tokens.logp.dtype)
+        values = self.objective(tokens)
+        if isinstance(values, numbers.Real):
+            values = torch.full_like(weights, float(values))
+        if not isinstance(values, Tensor):
+            raise TypeError(f"objective must return a tensor of losses, got {type(values).__name__}")
+        if constant and values.numel() == 1:
+            values = values.reshape(()).expand_as(weights)
+        if values.shape != weights.shape:
+            unit = {"pair": "pair", "batch": "token or pair"}.get(self.scope, "token")
+            raise ValueError(f"objective must return one loss per {unit}, {len(weights)}, got {tuple(values.shape)}")
+        # 0 * inf would not be 0, nor would the gradient of an inf that is multiplied by 0.
+        used = weights != 0
+        values = torch.where(used, values.to(weights.dtype), 0)
+        return (values * weights).sum()
+
+
+class Loss:
+    """A loss: an objective, which gives each token or pair a value, and an aggregation, which gives it a weight.
+
+        L = sum_t w_t f(t)
+
+    An objective is any callable ``f(t)`` that returns the loss of each token from ``t.logp``, ``t.entropy``, ``t.lse``
+    and the fields of the batch, such as ``t.advantage``. Its attribute ``scope`` says how far it looks:
+
+    - ``token`` (the default): one token. It is traced once, differentiated, and run inside the one-pass kernels.
+    - ``sequence``: whole sequences, by the methods of ``Tokens``. Returns one loss per token.
+    - ``pair``: pairs of sequences. Returns one loss per pair.
+    - ``batch``: the whole batch, which is then never cut into chunks. Returns one loss per token, or per pair where the
+      aggregation is of pairs.
+
+    An optional method ``metrics(t)`` returns named values per token, sequence or pair; (values, counted) where not all
+    of them count.
+
+    Losses can be added and multiplied by a number or a 0-dim tensor. Each term of a sum keeps its aggregation. Terms of
+    token scope run in one pass together.
+
+    The objective is traced when the loss is made. A number that it reads from outside, and that changes later, has no
+    effect on the loss: make a new one. That takes a fraction of a millisecond and compiles nothing. A loss may also be
+    made inside a compiled function (torch.compile): numbers that change are then variables of its graph. The scope is
+    not checked there, since compiled code never cuts a batch.
+
+    Args:
+        objective: the objective.
+        aggregation: the weights of its values.
+
+    Raises:
+        TypeError: when the objective is not callable, or the aggregation has no weights.
+        ValueError: when the scope is unknown, or the aggregation does not fit it.
+
+    Warns:
+        UserWarning: when the objective looks further than its scope says. ``fused_linear_loss`` refuses it.
+
+    Examples:
+        An objective of your own, and an entropy bonus:
+
+        >>> surrogate = uk.Loss(lambda t: -torch.exp(t.logp - t.old_logp) * t.advantage, uk.TokenMean())
+        >>> loss = surrogate - 0.01 * uk.Loss(lambda t: t.entropy, uk.TokenMean())
+        >>> batch = uk.Batch(torch.tensor([[3, 1]]), advantage=torch.tensor([2.0]))
+        >>> uk.fused_loss(torch.zeros(1, 2, 4), batch, loss).loss  # -2 - 0.01 log 4
+        tensor(-2.0139)
+    """
+
+    terms: tuple[Term, ...]
+    """The objectives with their aggregations and coefficients; one, unless the loss is a sum."""
+    scope: str
+    """The widest scope of the terms."""
+
+    # The default is a class: torch.compile cannot name an object that is the default of a method.
+    def __init__(
+        self, objective: Callable[[Any], Tensor], aggregation: Aggregation | type[SequenceMean] = SequenceMean
+    ) -> None:
+        aggregation = SequenceMean() if aggregation is SequenceMean else cast(Aggregation, aggregation)
+        _check_objective(objective)
+        _check_aggregation(aggregation, scope_of(objective))
+        self._set_terms((Term(objective, aggregation),))
+        # torch.compile would compile the check, too; it never cuts a batch of what is not traced.
+        if not torch.compiler.is_compiling() and (self.scope != "token" or isinstance(self._traced, str)):
+            self._fault = scope_fault(objective)
+            if self._fault is not None:
+                warnings.warn(f"{self._fault}. Linear heads refuse it", stacklevel=2)
+
+    def _set_terms(self, terms: tuple[Term, ...], fault: str | None = None) -> None:
+        self.terms = terms
+        self._fault = fault
+        self.scope = SCOPES[max([SCOPES.index(term.scope) for term in terms])]
+        # Why an objective was refused is kept as text: an exception would keep every frame that it passed alive.
+        self._traced: str | tuple[Traced, Traced] | None = None
+        self._params: tuple[Tensor, Tensor] | None = None
+        if self.scope != "token":
+            return
+        objectives = [term.objective for term in terms]
+        try:
+            sampled = trace(objectives, BEYOND_ONE_TOKEN)
+            on_policy = trace(objectives, BEYOND_ONE_TOKEN, on_policy=True) if "old_logp" in sampled.fields else sampled
+        except UnsupportedOperation as error:
+            self._traced = error.args[0]
+        else:
+            self._traced = (sampled, on_policy)
+            if not torch.compiler.is_compiling():
+                self._params = (_tensor(sampled.params), _tensor(on_policy.params))
+
+    @classmethod
+    def _of(cls, terms: tuple[Term, ...], fault: str | None) -> Loss:
+        loss = object.__new__(cls)
+        loss._set_terms(terms, fault)
+        return loss
+
+    def check_scopes(self) -> None:
+        """Check that the loss may be computed on parts of a batch.
+
+        Raises:
+            ValueError: naming an objective that looks further than its scope says, and the way out.
+        """
+        if self._fault is not None:
+            raise ValueError(self._fault)
+
+    @property
+    def _single(self) -> Term:
+        if len(self.terms) != 1:
+            raise AttributeError(f"a sum of {len(self.terms)} losses has no objective of its own; see loss.terms")
+        return self.terms[0]
+
+    @property
+    def objective(self) -> Callable[[Any], Tensor]:
+        """The objective of a loss that is no sum."""
+        return self._single.objective
+
+    @property
+    def aggregation(self) -> Aggregation:
+        """The aggregation of a loss that is no sum."""
+        return self._single.aggregation
+
+    @property
+    def paradigm(self) -> Paradigm | None:
+        """The row of the paradigm's table, for the objectives that stand in it."""
+        return getattr(self.terms[0].objective, "paradigm", None) if len(self.terms) == 1 else None
+
+    def traced(self, on_policy: bool = False) -> Traced:
+        """The scalar program of a loss of token scope.
+
+        Args:
+            on_policy: of a batch without ``old_logp``.
+
+        Raises:
+            UnsupportedOperation: when an objective uses an operation that one-pass kernels cannot run.
+            ValueError: when it is not of token scope.
+        """
+        if isinstance(self._traced, str):
+            raise UnsupportedOperation(self._traced)
+        if self._traced is None:
+            raise ValueError(f"a {self.scope}-scope objective has no scalar program")
+        return self._traced[on_policy]
+
+    def params(self, on_policy: bool, device: torch.device) -> Tensor:
+        """[n_params] float64: the program's parameters on ``device``."""
+        params = self.traced(on_policy).params
+        if torch.compiler.is_compiling():
+            return _compiled(params, device) if self._params is None else self._params[on_policy].to(device)
+        return _on_device(params, device)
+
+    def composed(self, tokens: Tokens, weights: Sequence[Tensor]) -> Tensor:
+        """The loss as plain PyTorch, 0-dim: the sum of its terms, each with its weights (see ``Term.composed``)."""
+        values = self.values(tokens, weights)
+        return values[0] if len(values) == 1 else torch.stack(values).sum()
+
+    def values(self, tokens: Tokens, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The value of each term, 0-dim."""
+        constant = isinstance(self._traced, tuple)
+        return tuple(term.composed(tokens, w, constant) for term, w in zip(self.terms, weights, strict=True))
+
+    def weights(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Weights of each term's tokens or pairs; see ``Term.weights``."""
+        return tuple(term.weights(batch) for term in self.terms)
+
+    def field(self, name: str, batch: Batch, weights: tuple[Tensor, ...]) -> Tensor:
+        """A field of the loss's program: the weight of a term, or a field of the batch."""
+        for k, of_term in enumerate(weights):
+            if name == weight_name(k):
+                return of_term
+        return batch.per_token_field(name)
+
+    def __add__(self, other: object) -> Loss:
+        if isinstance(other, numbers.Real) and other == 0:  # the start of sum([...])
+            return self
+        if not isinstance(other, Loss):
+            return NotImplemented
+        return Loss._of(self.terms + other.terms, self._fault or other._fault)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: object) -> Loss:
+        return self + -1.0 * other if isinstance(other, Loss) else NotImplemented
+
+    def __neg__(self) -> Loss:
+        return -1.0 * self
+
+    def __mul__(self, coefficient: object) -> Loss:
+        if isinstance(coefficient, Tensor):
+            if coefficient.dim() or coefficient.requires_grad:
+                raise ValueError(
+                    "coefficient of a loss must be a number or a 0-dim tensor without a gradient, got a tensor of "
+                    f"shape {tuple(coefficient.shape)}, requires_grad={coefficient.requires_grad}"
+                )
+        elif not isinstance(coefficient, numbers.Real):
+            return NotImplemented
+        factor: Any = coefficient
+        terms = tuple(replace(term, coefficient=factor * term.coefficient) for term in self.terms)
+        return Loss._of(terms, self._fault)
+
+    __rmul__ = __mul__
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Loss) and self.terms == other.terms
+
+    def __hash__(self) -> int:
+        return hash(self.terms)
+
+    def __repr__(self) -> str:
+        return " + ".join(map(_written, self.terms))
+
+
+def _written(term: Term) -> str:
+    loss = f"Loss(objective={term.objective!r}, aggregation={term.aggregation!r})"
+    coefficient = term.coefficient
+    if isinstance(coefficient, Tensor):
+        return f"<tensor> * {loss}"
+    return loss if coefficient == 1 else f"{coefficient:g} * {loss}"
+
+
+def _check_objective(objective: object) -> None:
+    if not callable(objective):
+        raise TypeError(f"objective must be callable, got {objective!r} ({type(objective).__name__})")
+    if getattr(objective, "__module__", None) == "unirl_kernels.recipes":
+        raise TypeError(
+            f"objective must be an objective, got the recipe {name_of(objective)}, which makes a loss itself"
+        )
+    if isinstance(objective, type) and issubclass(objective, Objective):
+        raise TypeError(f"objective must be made first, as in {objective.__name__}(), got the class")
+    if scope_of(objective) not in SCOPES:
+        raise ValueError(
+            f"scope must be one of {', '.join(SCOPES)}, got {scope_of(objective)!r} of {name_of(objective)}"
+        )
+
+
+def _check_aggregation(aggregation: object, scope: str) -> None:
+    if isinstance(aggregation, type) or not callable(getattr(aggregation, "weights", None)):
+        raise TypeError(
+            f"aggregation must have a method weights(batch), as SequenceMean() and TokenMean() do, got {aggregation!r}"
+        )
+    wrong = {"pair": OF_TOKENS, "batch": ()}.get(scope, (PairMean,))
+    if isinstance(aggregation, wrong):
+        raise ValueError(f"aggregation of a {scope}-scope objective cannot be {aggregation}")
+
+
+def _tensor(params: tuple[float, ...]) -> Tensor:
+    return torch.tensor(params, dtype=torch.float64, device="cpu")
+
+
+def _compiled(params: tuple[float, ...], device: torch.device) -> Tensor:
+    """Parameters of a loss that is made inside of a compiled function: a coefficient may be a variable of it."""
+    one = torch.ones((), dtype=torch.float64, device=device)
+    # As multiplications, which torch.compile can move to tensors: it would compile again for each number of a list.
+    return torch.stack([one * p for p in params])
+
+
+# Copied once per value: a CUDA graph cannot record a copy from pageable memory, and what it recorded must stay.
+@lru_cache(maxsize=4096)
+def _on_device(params: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(params, dtype=torch.float64, device=device)

@@ -1,0 +1,169 @@
+"""Gradients of operators on rows of logits. The only autograd formulas that these operators have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unirl_kernels.backends import ProgramArgs, ReadoutArgs, RowGradients, RowMoments
+from unirl_kernels.operators import rows
+
+
+def refuse_double_backward() -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "unirl_kernels gradients cannot be differentiated again: call backward without create_graph=True"
+        )
+
+
+def refuse_forward_mode(*inputs: Tensor | None) -> None:
+    """Raise where a tangent of forward-mode AD would be dropped without a word."""
+    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level < 0:
+        return
+    if any(x is not None and torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise NotImplementedError("unirl_kernels has no forward-mode gradient (torch.func.jvp): use backward")
+
+
+def scaled(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
+    """gradient * factor; in place unless the graph is kept, for then the gradient is needed again."""
+    refuse_double_backward()
+    traced = type(gradient) is not Tensor or torch.compiler.is_compiling()
+    if traced or torch._C._autograd._get_current_graph_task_keep_graph():
+        return gradient * factor
+    rows.scale_(gradient, factor, backend)
+    return gradient
+
+
+def of_stats(d_logp: Tensor | None, d_entropy: Tensor | None, d_lse: Tensor | None) -> RowGradients:
+    """Gradients of statistics as kernels take them."""
+    return RowGradients(*(None if g is None else g.contiguous() for g in (d_logp, d_entropy, d_lse)))
+
+
+def as_rows(logits: Tensor) -> Tensor:
+    """[B, L, V] of either layout."""
+    return logits if logits.dim() == 3 else logits.unsqueeze(0)
+
+
+def consume(logits: Tensor) -> None:
+    """Take the memory away from overwritten logits, and from what they are a view of, so that using them fails instead
+    of reading a gradient."""
+    torch.autograd.graph.increment_version(logits)
+    if not torch.compiler.is_compiling():
+        for x in (logits, logits._base):
+            if x is not None:
+                x.data = x.new_empty(0)
+
+
+class Statistics(torch.autograd.Function):
+    """logp, entropy, lse of ``token_stats``. The backward goes by the moments: users may change the results."""
+
+    @staticmethod
+    def without_gradient(logits: Tensor, target: Tensor, readout: ReadoutArgs, backend: str) -> tuple[Tensor, ...]:
+        """The same where no gradient is wanted, for less of the host's time."""
+        refuse_forward_mode(logits)
+        return tuple(rows.token_stats(as_rows(logits), target, readout, backend).stats)
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, readout: ReadoutArgs, backend: str, overwrite: bool
+    ) -> tuple[Tensor, ...]:
+        stats, moments = rows.token_stats(as_rows(logits), target, readout, backend)
+        _save(ctx, logits, target, readout, moments, backend, overwrite)
+        return tuple(stats)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _stats_gradient(ctx, of_stats(*gradients)), None, None, None, None
+
+
+class Observations(torch.autograd.Function):
+    """logp, entropy, lse and the observations of ``token_observations``, of which the first three have gradients."""
+
+    @staticmethod
+    def without_gradient(logits: Tensor, target: Tensor, readout: ReadoutArgs, backend: str) -> tuple[Tensor, ...]:
+        """The same where no gradient is wanted, for less of the host's time."""
+        refuse_forward_mode(logits)
+        stats, _, observations = rows.token_observations(as_rows(logits), target, readout, backend)
+        return *stats, *observations
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, readout: ReadoutArgs, backend: str, overwrite: bool
+    ) -> tuple[Tensor, ...]:
+        stats, moments, observations = rows.token_observations(as_rows(logits), target, readout, backend)
+        _save(ctx, logits, target, readout, moments, backend, overwrite)
+        ctx.mark_non_differentiable(*observations)
+        return *stats, *observations
+
+    @staticmethod
+    def backward(
+        ctx: Any, d_logp: Tensor | None, d_entropy: Tensor | None, d_lse: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
+        return _stats_gradient(ctx, of_stats(d_logp, d_entropy, d_lse)), None, None, None, None
+
+
+def _save(
+    ctx: Any,
+    logits: Tensor,
+    target: Tensor,
+    readout: ReadoutArgs,
+    moments: RowMoments,
+    backend: str,
+    overwrite: bool,
+) -> None:
+    refuse_forward_mode(logits)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, target, readout.row_temperature, *moments)
+    ctx.readout, ctx.backend, ctx.overwrite = readout._replace(row_temperature=None), backend, overwrite
+
+
+def _stats_gradient(ctx: Any, gradients: RowGradients) -> Tensor:
+    refuse_double_backward()
+    logits, target, row_temperature, *moments = ctx.saved_tensors
+    readout = ctx.readout._replace(row_temperature=row_temperature)
+    arguments = (target, readout, RowMoments(*moments), gradients, ctx.backend)
+    if not ctx.overwrite:
+        d_logits: Tensor = rows.token_stats_backward(as_rows(logits), *arguments)
+        return d_logits.view(logits.shape)
+    overwritten: Tensor = logits.data
+    rows.token_stats_backward_(as_rows(overwritten), *arguments)
+    consume(logits)
+    return overwritten
+
+
+class OnePass(torch.autograd.Function):
+    """Loss, logp, entropy, lse of ``fused_loss``, whose gradient was made in the same pass. It keeps the gradient to
+    itself, and so may scale it in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        readout: ReadoutArgs,
+        program: ProgramArgs,
+        backend: str,
+        kernel: str,
+        overwrite: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        refuse_forward_mode(logits)
+        if overwrite:
+            # .data: the gradient must not share the version counter of the logits, which say they changed.
+            d_logits = logits.data
+            loss, stats = rows.fused_loss_(as_rows(d_logits), target, readout, program, backend, kernel)
+        else:
+            loss, stats, d_logits = rows.fused_loss(as_rows(logits), target, readout, program, backend, kernel)
+            d_logits = d_logits.view(logits.shape)
+        ctx.mark_non_differentiable(*stats)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(d_logits)
+        ctx.backend = backend
+        return loss, *stats
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        (d_logits,) = ctx.saved_tensors
+        d_logits = None if d_loss is None else scaled(d_logits, d_loss, ctx.backend)
+        return d_logits, None, None, None, None, None, None

@@ -1,0 +1,153 @@
+"""Declares operators of ``torch.ops.unirl`` from typed functions whose arguments are named groups.
+
+A group is a ``NamedTuple`` of tensors and scalars. torch.library sees its fields laid flat, each as
+``<argument>_<field>``; the schema, the flattening and the regrouping follow from the annotations.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Callable, Iterable, Iterator
+from types import UnionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("unirl", "DEF")
+
+SCHEMA_TYPES: dict[Any, str] = {
+    Tensor: "Tensor",
+    float: "float",
+    int: "int",
+    bool: "bool",
+    str: "str",
+    torch.dtype: "ScalarType",
+}
+
+
+def _is_group(annotation: Any) -> bool:
+    return hasattr(annotation, "_fields")
+
+
+def _schema_type(annotation: Any) -> str:
+    if isinstance(annotation, UnionType):
+        (inner,) = (x for x in typing.get_args(annotation) if x is not type(None))
+        return f"{SCHEMA_TYPES[inner]}?"
+    return SCHEMA_TYPES[annotation]
+
+
+def _leaves(annotation: Any) -> Iterator[Any]:
+    """Types of the values in a result: a tensor, or a group of tensors or groups."""
+    if not _is_group(annotation):
+        yield annotation
+        return
+    for inner in typing.get_type_hints(annotation).values():
+        yield from _leaves(inner)
+
+
+def _flattened(value: Any) -> Iterator[Any]:
+    if hasattr(value, "_fields"):
+        for inner in value:
+            yield from _flattened(inner)
+    else:
+        yield value
+
+
+def _builder(annotation: Any) -> Callable[[Iterator[Any]], Any]:
+    """Takes as many values as the annotation has leaves, and groups them."""
+    if not _is_group(annotation):
+        return next
+    builders = [_builder(inner) for inner in typing.get_type_hints(annotation).values()]
+    return lambda values: annotation._make([build(values) for build in builders])
+
+
+class Operator:
+    """An operator of torch.library that takes and returns named groups.
+
+    Its implementation gets the groups, on any device; the backend is one of the arguments. It has no gradient of its
+    own: autograd functions (``operators/autograd.py``) call it.
+
+    Args:
+        name: of the operator.
+        fake: what it returns for tensors without data. Its annotations declare the operator: tensors, scalars and
+            groups of them.
+        mutates: names of the tensors that it overwrites.
+    """
+
+    def __init__(self, name: str, fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> None:
+        hints = typing.get_type_hints(fake)
+        self.name = name
+        self._returns = hints.pop("return")
+        self._arguments = list(hints.items())
+        self._build_arguments = [_builder(annotation) for annotation in hints.values()]
+        self._build_result = _builder(self._returns) if _is_group(self._returns) else None
+        LIBRARY.define(self._schema(mutates))
+        torch.library.register_fake(f"unirl::{self.name}", self._flat(fake), lib=LIBRARY)
+        if not mutates:
+            # Python code at the autograd key would cost 20 us a call; the implementation refuses gradients itself.
+            LIBRARY.impl(self.name, torch.library.fallthrough_kernel, "Autograd")
+        self._call = getattr(torch.ops.unirl, self.name).default
+
+    def _schema(self, mutates: tuple[str, ...]) -> str:
+        parameters = []
+        for name, annotation in self._arguments:
+            if _is_group(annotation):
+                for field, inner in typing.get_type_hints(annotation).items():
+                    parameters.append(f"{_schema_type(inner)} {name}_{field}")
+            else:
+                alias = "(a!)" if name in mutates else ""
+                parameters.append(f"{_schema_type(annotation)}{alias} {name}")
+        results = [] if self._returns is type(None) else [_schema_type(x) for x in _leaves(self._returns)]
+        returned = results[0] if len(results) == 1 else f"({', '.join(results)})"
+        return f"{self.name}({', '.join(parameters)}) -> {returned}"
+
+    def _flat(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function as torch.library calls it."""
+
+        def run(*flat: object) -> Any:
+            values = iter(flat)
+            result = function(*[build(values) for build in self._build_arguments])
+            return result if self._build_result is None else tuple(_flattened(result))
+
+        return run
+
+    def implementation(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Decorator: the function that runs, on every device."""
+        implemented = self._flat(function)
+
+        def run(*flat: object) -> Any:
+            if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in flat):
+                raise RuntimeError(
+                    f"torch.ops.unirl.{self.name} has no gradient of its own: call the functions of unirl_kernels, "
+                    "which have"
+                )
+            return implemented(*flat)
+
+        LIBRARY.impl(self.name, run, "CompositeExplicitAutograd")
+        return function
+
+    def flat(self, groups: Iterable[object]) -> list[Any]:
+        """Arguments as the schema has them."""
+        values: list[Any] = []
+        for group in groups:
+            if isinstance(group, tuple):
+                values += group
+            else:
+                values.append(group)
+        return values
+
+    def __call__(self, *groups: object) -> Any:
+        result = self._call(*self.flat(groups))
+        return result if self._build_result is None else self._build_result(iter(result))
+
+
+def operator(fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Operator]:
+    """Decorator: declare an operator by the name of the function that implements it."""
+
+    def declare(function: Callable[..., Any]) -> Operator:
+        declared = Operator(function.__name__, fake, mutates)
+        declared.implementation(function)
+        return declared
+
+    return declare
