@@ -166,18 +166,19 @@ class RandomLoss:
         """By plain PyTorch, in the dtype of the statistics, [n, T] each."""
         leaves = torch.stack(list(stats)).requires_grad_()
         tokens = Tokens(inputs, Statistics(*leaves.unbind()))
-        terms, size = [], torch.zeros((), dtype=torch.float64)
+        terms, size, weight = [], torch.zeros((), dtype=torch.float64), 0.0
         for term in self.terms:
             weights = term.coefficient * term.aggregation.weights(inputs)
             values = torch.where(weights != 0, term.objective(tokens).to(leaves.dtype), 0)
             terms.append((values * weights.to(leaves.dtype)).sum(-1))
             size = size + (values.detach() * weights).abs().sum(-1)
+            weight += weights.abs().max().item() if weights.numel() else 0.0
         total = torch.stack(terms).sum()
         derivatives = torch.zeros_like(leaves)
         if total.requires_grad:
             (found,) = torch.autograd.grad(total, leaves, allow_unused=True)
             derivatives = derivatives if found is None else found
-        return Evaluated(torch.stack(terms, -1).detach().double(), derivatives.movedim(1, 0).double(), size)
+        return Evaluated(torch.stack(terms, -1).detach().double(), derivatives.movedim(1, 0).double(), size, weight)
 
     def __str__(self) -> str:
         return "\n".join(
