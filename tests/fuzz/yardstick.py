@@ -87,6 +87,8 @@ def rows_of(x: Tensor, plain: Tensor, inputs: Inputs) -> Rows:
     observed_sizes = (exact.observations[0][0].abs().clamp(min=1), exact.z[0].abs().mean(-1))
     # p itself is right to two ulps: as p_y -> 1 that shows in 1 - p_y.
     of_p = 2 * limits.eps * (exact.p * exact.slope[0]).amax(-1)
+    if inputs.case.softcap is not None:  # and 1 - tanh^2, where tanh is right to two
+        of_p = of_p + 4 * limits.eps * slope
     of_basis = allowed(runs.basis, exact.basis, _basis_sizes(exact), (lost * slope + of_p).unsqueeze(-1))
     return Rows(
         Statistics(*exact.stats[0].unbind()),
@@ -103,7 +105,7 @@ def rows_of(x: Tensor, plain: Tensor, inputs: Inputs) -> Rows:
 
 
 def _basis_sizes(exact: _Measured) -> Tensor:
-    """[3, T, 1]: the largest element of a row; of the entropy's derivative the parts -p log p and -p H, which cancel."""
+    """[3, T, 1]: the largest element of a row; of the entropy's derivative its parts -p log p and -p H."""
     sizes = exact.basis[0].abs().amax(-1, keepdim=True)
     surprise = exact.log_p.abs() + exact.stats[0, 1].unsqueeze(-1)
     parts = torch.where(exact.p > 0, exact.p * surprise, 0.0) * exact.slope[0]
@@ -180,13 +182,13 @@ class Evaluated:
         terms: [n, terms], values of the terms.
         derivatives: [n, 3, T].
         size: [n], sum of the sizes of the contributions.
-        weight: the largest weight of a token or pair.
+        weight: [T], how much a token weighs.
     """
 
     terms: Tensor
     derivatives: Tensor
     size: Tensor
-    weight: float
+    weight: Tensor
 
 
 @dataclass(frozen=True)
@@ -221,8 +223,9 @@ def coefficients(evaluate: Callable[[Statistics], Evaluated], rows: Rows, dtype:
         terms = torch.maximum(terms, difference(runs.terms, truth.terms).amax(0))
         derivatives = torch.maximum(derivatives, difference(runs.derivatives, truth.derivatives).amax(0))
     terms = terms[0] + ULPS * eps * _finite(truth.size)
-    own = ULPS * OWN * truth.weight  # the truth's slopes are differences of numbers of size 1, such as 1 - tanh^2
-    derivatives = derivatives[0] + ULPS * eps * _finite(truth.derivatives[0].abs()) + own
+    # Slopes such as 1 - tanh^2 are differences of numbers of size 1, right to two ulps of it; the truth's, too.
+    slopes = (2 * eps + ULPS * OWN) * truth.weight
+    derivatives = derivatives[0] + ULPS * eps * _finite(truth.derivatives[0].abs()) + slopes
     return Coefficients(truth.terms[0], terms, truth.derivatives[0], derivatives)
 
 
