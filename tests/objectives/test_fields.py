@@ -53,7 +53,9 @@ def test_every_integer_dtype_in_a_kernel(rows: torch.dtype, dtype: torch.dtype) 
     """2^53, which fp64 rows hold, is 0 as int32."""
     logits, target = torch.randn(4, 1, 9, dtype=rows, requires_grad=True), torch.randint(0, 9, (4, 1))
     batch = uk.Batch(target, fields={"x": torch.tensor([0, 1, 2, 100]).view(4, 1).to(dtype)})
-    value = uk.fused_loss(logits, batch, uk.Loss(lambda t: t.x * 1.0, uk.TokenMean(1)), plan=uk.Plan("cpu", "rows")).loss
+    value = uk.fused_loss(
+        logits, batch, uk.Loss(lambda t: t.x * 1.0, uk.TokenMean(1)), plan=uk.Plan("cpu", "rows")
+    ).loss
     assert value.item() == 103
 
 
@@ -67,7 +69,9 @@ def test_an_integer_that_would_be_rounded_is_refused() -> None:
 def test_weights_of_as_many_pairs_as_tokens() -> None:
     """[S / 2] and [T] are the same shape where half of the sequences are empty."""
     batch = uk.Batch(
-        torch.zeros(1, dtype=torch.int64), cu_seqlens=torch.tensor([0, 1, 1]), fields={"share": torch.tensor([4.0, 2.0])}
+        torch.zeros(1, dtype=torch.int64),
+        cu_seqlens=torch.tensor([0, 1, 1]),
+        fields={"share": torch.tensor([4.0, 2.0])},
     )
     twice = uk.Weighted(uk.Weighted(uk.PairMean(), "share"), "share")
     assert uk.Weighted(uk.PairMean(), "share").weights(batch).tolist() == [8]

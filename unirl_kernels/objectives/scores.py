@@ -23,6 +23,7 @@ __all__ = [
     "DesensitizedLogRatio",
     "ForwardKL",
     "JensenShannon",
+    "LengthMean",
     "LogRatio",
     "MeanLogRatio",
     "MeanLogp",
@@ -104,19 +105,45 @@ class DesensitizedLogRatio(Score):
 
 
 @dataclass(frozen=True)
-class ForwardKL(Score):
-    """1 - e^(-R), f-DPO with the forward KL divergence.  Wang et al. 2023 (arXiv:2309.16240); TRL ``forward_kl``."""
+class LengthMean(Score):
+    """R / |o|, R another score.  TRL ``sigmoid_norm`` and ``ipo`` with an f-divergence or ``ld_alpha``.
+
+    Args:
+        of: R.
+    """
+
+    of: Score = LogRatio()
 
     def __call__(self, t: Tokens) -> Tensor:
-        return 1 - ratio(-LogRatio()(t))
+        return self.of(t) / t.lengths.clamp(min=1)
+
+
+@dataclass(frozen=True)
+class ForwardKL(Score):
+    """1 - e^(-R), f-DPO with the forward KL divergence.  Wang et al. 2023 (arXiv:2309.16240); TRL ``forward_kl``.
+
+    Args:
+        of: R.
+    """
+
+    of: Score = LogRatio()
+
+    def __call__(self, t: Tokens) -> Tensor:
+        return 1 - ratio(-self.of(t))
 
 
 @dataclass(frozen=True)
 class JensenShannon(Score):
-    """log 2 sigma(R), f-DPO with the Jensen-Shannon divergence.  Wang et al. 2023; TRL ``js_divergence``."""
+    """log 2 sigma(R), f-DPO with the Jensen-Shannon divergence.  Wang et al. 2023; TRL ``js_divergence``.
+
+    Args:
+        of: R.
+    """
+
+    of: Score = LogRatio()
 
     def __call__(self, t: Tokens) -> Tensor:
-        return math.log(2) + logsigmoid(LogRatio()(t))
+        return math.log(2) + logsigmoid(self.of(t))
 
 
 @dataclass(frozen=True)
@@ -125,12 +152,14 @@ class AlphaDivergence(Score):
 
     Args:
         alpha: >= 0.
+        of: R.
     """
 
     alpha: NonNegative = 0.5
+    of: Score = LogRatio()
 
     def __call__(self, t: Tokens) -> Tensor:
-        r, power = LogRatio()(t), self.alpha - 1
+        r, power = self.of(t), self.alpha - 1
         return r if abs(power) < 1e-6 else (ratio(power * r) - 1) / power
 
 

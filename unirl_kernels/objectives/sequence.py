@@ -17,7 +17,18 @@ from unirl_kernels.objectives.policy import ppo_kl
 from unirl_kernels.objectives.ratios import BOUND, clip_metrics, clipped, ratio
 from unirl_kernels.objectives.tokens import Tokens
 
-__all__ = ["GMPO", "GSPO", "RLOO", "VESPO", "FutureKL", "GSPOToken", "SequenceImportanceWeighted", "SequenceSAPO"]
+__all__ = [
+    "GMPO",
+    "GSPO",
+    "RLOO",
+    "VESPO",
+    "FutureKL",
+    "GSPOToken",
+    "SequenceCISPO",
+    "SequenceImportanceWeighted",
+    "SequenceSAPO",
+    "SequenceTwoSidedClip",
+]
 
 
 LEAST = -18.420680743952367
@@ -49,6 +60,48 @@ class GSPO(Objective):
     def metrics(self, t: Tokens) -> Metrics:
         """Those of ``Clip``."""
         return clip_metrics(self._ratio(t), t.advantage, self.low, self.high) | ppo_kl(t)
+
+
+@dataclass(frozen=True)
+class SequenceTwoSidedClip(GSPO):
+    """``GSPO`` whose ratio is bounded where A < 0, too: -min(min(s, delta) A, clip(s, 1 - low, 1 + high) A).
+
+    TRL ``delta`` with ``importance_sampling_level="sequence"``.
+
+    Args:
+        delta: the largest ratio that counts, > 1.
+    """
+
+    delta: AboveOne = 4.0
+
+    def __call__(self, t: Tokens) -> Tensor:
+        s = self._ratio(t)
+        unclipped = s.clamp(max=self.delta) * t.advantage
+        return -torch.minimum(unclipped, s.clamp(1 - self.low, 1 + self.high) * t.advantage)
+
+
+@dataclass(frozen=True)
+class SequenceCISPO(Objective):
+    """-sg(clip(s, lower, upper)) A log pi, s the geometric mean of the sequence's ratios: ``CISPO`` of sequences.
+
+    TRL ``cispo`` with ``importance_sampling_level="sequence"``.
+
+    Args:
+        lower, upper: of the ratio itself, >= 0.
+    """
+
+    lower: NonNegative = 0.0
+    upper: NonNegative = 5.0
+
+    scope = "sequence"
+
+    def __call__(self, t: Tokens) -> Tensor:
+        s = t.to_tokens(ratio(t.sequence_mean(t.logp - t.old_logp)))
+        return -s.clamp(self.lower, self.upper).detach() * t.advantage * t.logp
+
+    def metrics(self, t: Tokens) -> Metrics:
+        """``ppo_kl``."""
+        return ppo_kl(t)
 
 
 @dataclass(frozen=True)
