@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import unirl_kernels as uk
 from tests.fuzz import inputs as making
 from tests.fuzz import losses
 from tests.fuzz.calls import STATISTICS, Answer
@@ -68,7 +67,15 @@ def check(question: Question, answer: Answer, upstream: Tensor, findings: Findin
     d_logits, d_allowed = combined(weights, allowed, question.rows.basis, question.rows.basis_allowed, question.eps)
     d_allowed = torch.where(d_logits.isfinite().all(-1, keepdim=True), d_allowed, torch.inf)
     if "d_logits" in answer:
-        _check_rows(question, answer["d_logits"], d_logits, d_allowed, float(upstream) if upstream.dim() == 0 else 1.0, findings, prefix)
+        _check_rows(
+            question,
+            answer["d_logits"],
+            d_logits,
+            d_allowed,
+            float(upstream) if upstream.dim() == 0 else 1.0,
+            findings,
+            prefix,
+        )
     elif "d_hidden" in answer:
         _check_head(question, answer, weights, d_logits, d_allowed, findings, prefix)
 
@@ -101,7 +108,9 @@ def _check_observations(question: Question, answer: Answer, findings: Findings, 
     findings.require(bool((argmax[~valid] == -1).all()), f"{prefix}argmax of an ignored position is not -1")
     if question.case.linear:  # rounding of the matmul decides between equal logits
         return
-    findings.require(bool((argmax == rows.observations.argmax)[valid].all()), f"{prefix}argmax is not the first largest")
+    findings.require(
+        bool((argmax == rows.observations.argmax)[valid].all()), f"{prefix}argmax is not the first largest"
+    )
 
 
 def _check_rows(
@@ -128,7 +137,9 @@ def _check_head(
     closed = torch.where(open_rows.unsqueeze(-1), 0, allowed)
     truth = torch.where(open_rows.unsqueeze(-1), 0, truth)
     rounding = _operand_rounding(question)
-    d_plain = [(weights.nan_to_num().unsqueeze(-1) * plain.double()).sum(0).to(question.dtype) for plain in question.rows.plain]
+    d_plain = [
+        (weights.nan_to_num().unsqueeze(-1) * plain.double()).sum(0).to(question.dtype) for plain in question.rows.plain
+    ]
     d_plain = [torch.where(open_rows.unsqueeze(-1), 0, d) for d in d_plain]
 
     again = question.loss is not None and question.case.upstream != 1

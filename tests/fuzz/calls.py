@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -86,7 +86,12 @@ def _ask(request: Request) -> Answer:
     readout = uk.Readout(inputs.temperature, case.softcap, case.scale)
     leaves = {
         name: x.detach().requires_grad_()
-        for name, x in (("logits", inputs.logits), ("hidden", inputs.hidden), ("weight", inputs.weight), ("bias", inputs.bias))
+        for name, x in (
+            ("logits", inputs.logits),
+            ("hidden", inputs.hidden),
+            ("weight", inputs.weight),
+            ("bias", inputs.bias),
+        )
         if x is not None
     }
     function = getattr(uk, FUNCTIONS[case.level])
@@ -103,9 +108,7 @@ def _ask(request: Request) -> Answer:
         used = [k for k in range(3) if not _absent(request.upstream[k], inputs.valid)]
         outputs = [out[k] for k in used]
         turned = case.random("upstream strides")
-        upstreams = [
-            strided(request.upstream[k].to(out.logp.dtype).reshape(out.logp.shape), turned) for k in used
-        ]
+        upstreams = [strided(request.upstream[k].to(out.logp.dtype).reshape(out.logp.shape), turned) for k in used]
     if request.gradient:
         answer |= _gradients(outputs, upstreams, leaves)
     return answer
@@ -139,7 +142,9 @@ def _gradients(outputs: list[Tensor], upstreams: list[Tensor], leaves: dict[str,
     if not any(x.requires_grad for x in outputs):
         return {f"d_{name}": torch.zeros_like(x) for name, x in _flat(leaves).items()}
     found = torch.autograd.grad(outputs, list(leaves.values()), upstreams, allow_unused=True)
-    gradients = {name: torch.zeros_like(x) if d is None else d for (name, x), d in zip(leaves.items(), found, strict=True)}
+    gradients = {
+        name: torch.zeros_like(x) if d is None else d for (name, x), d in zip(leaves.items(), found, strict=True)
+    }
     return {f"d_{name}": x for name, x in _flat(gradients).items()}
 
 

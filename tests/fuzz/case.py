@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from random import Random
 
-LEVELS = ("stats", "stats", "observations", "loss", "loss", "loss", "linear_stats", "linear_observations", "linear_loss")
+LEVELS = (
+    "stats",
+    "stats",
+    "observations",
+    "loss",
+    "loss",
+    "loss",
+    "linear_stats",
+    "linear_observations",
+    "linear_loss",
+)
 INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
 """Of the native kernels; a process each. The case's number says which."""
 

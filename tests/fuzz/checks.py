@@ -73,7 +73,9 @@ def stored(allowed: Tensor, truth: Tensor, dtype: torch.dtype, roundings: int = 
     return torch.where(allowed.isnan() | (truth.abs() * (1 + limits.eps) > limits.max), torch.inf, allowed)
 
 
-def combined(weights: Tensor, weights_allowed: Tensor, basis: Tensor, basis_allowed: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def combined(
+    weights: Tensor, weights_allowed: Tensor, basis: Tensor, basis_allowed: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     """Rows sum_k w_k B_k, and what they may err.
 
     Args:

@@ -48,8 +48,7 @@ RECIPES: dict[str, tuple[Any, str]] = {
     ),
     "grpo": (
         lambda: uk.grpo(None, 0.1),
-        "d = t.ref_logp - t.logp\n"
-        "return -torch.exp(t.logp - t.old_logp) * t.advantage + 0.1 * (torch.expm1(d) - d)",
+        "d = t.ref_logp - t.logp\nreturn -torch.exp(t.logp - t.old_logp) * t.advantage + 0.1 * (torch.expm1(d) - d)",
     ),
 }
 """Recipes, and the same formulas as a user would write them."""
@@ -140,8 +139,10 @@ class RandomLoss:
         """The package's."""
         loss: Any = 0
         for term in self.terms:
-            one = RECIPES[term.recipe][0]() if term.recipe else uk.Loss(
-                term.objective, term.aggregation.made(random.random() < 0.3)
+            one = (
+                RECIPES[term.recipe][0]()
+                if term.recipe
+                else uk.Loss(term.objective, term.aggregation.made(random.random() < 0.3))
             )
             if term.coefficient == -1 and loss != 0:
                 loss = loss - one
@@ -159,7 +160,9 @@ class RandomLoss:
         """Names of the fields."""
         names = set().union(*(term.objective.reads for term in self.terms))
         weights = {term.aggregation.field for term in self.terms if term.aggregation.field}
-        groups = {"group"} if any(t.aggregation.kind == "GroupMean" for t in self.terms) or "group_mean" in names else set()
+        groups = (
+            {"group"} if any(t.aggregation.kind == "GroupMean" for t in self.terms) or "group_mean" in names else set()
+        )
         return (names & {*FIELDS, "advantage", "old_logp", "ref_logp"}) | weights | groups
 
     def evaluate(self, inputs: Inputs, stats: Statistics) -> Evaluated:
@@ -167,17 +170,21 @@ class RandomLoss:
         leaves = torch.stack(list(stats)).requires_grad_()
         tokens = Tokens(inputs, Statistics(*leaves.unbind()))
         terms, size = [], torch.zeros((), dtype=torch.float64)
+        weight = torch.zeros(len(inputs.flat_target), dtype=torch.float64)
         for term in self.terms:
             weights = term.coefficient * term.aggregation.weights(inputs)
             values = torch.where(weights != 0, term.objective(tokens).to(leaves.dtype), 0)
             terms.append((values * weights.to(leaves.dtype)).sum(-1))
             size = size + (values.detach() * weights).abs().sum(-1)
+            weight += (
+                weights.abs() if len(weights) == len(weight) and term.objective.scope != "pair" else weights.abs().sum()
+            )
         total = torch.stack(terms).sum()
         derivatives = torch.zeros_like(leaves)
         if total.requires_grad:
             (found,) = torch.autograd.grad(total, leaves, allow_unused=True)
             derivatives = derivatives if found is None else found
-        return Evaluated(torch.stack(terms, -1).detach().double(), derivatives.movedim(1, 0).double(), size)
+        return Evaluated(torch.stack(terms, -1).detach().double(), derivatives.movedim(1, 0).double(), size, weight)
 
     def __str__(self) -> str:
         return "\n".join(

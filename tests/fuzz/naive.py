@@ -37,7 +37,9 @@ def statistics(z: Tensor, target: Tensor) -> Statistics:
     entropy = -(p * torch.where(p > 0, log_p, 0.0)).sum(-1)
     column = target.clamp(min=0).expand(z.shape[:-1]).unsqueeze(-1)
     logp = log_p.gather(-1, column).squeeze(-1)
-    return Statistics(logp, entropy, torch.logsumexp(z, -1))
+    # By the largest: torch.logsumexp goes back by way of the rounded lse.
+    top = z.detach().argmax(-1, keepdim=True)
+    return Statistics(logp, entropy, (z.gather(-1, top) - log_p.gather(-1, top)).squeeze(-1))
 
 
 class Observations(NamedTuple):

@@ -28,7 +28,8 @@ def plain_logits(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 def flat_operands(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
     """Hidden states [T, D], with zeros at ignored positions, weight and bias."""
-    assert inputs.hidden is not None and inputs.weight is not None
+    assert inputs.hidden is not None
+    assert inputs.weight is not None
     hidden = inputs.hidden.reshape(-1, inputs.case.width)
     return torch.where(inputs.valid.unsqueeze(-1), hidden, 0), inputs.weight, inputs.bias
 

@@ -88,6 +88,7 @@ def _layouts(question: Question, request: Request, answer: Answer, findings: Fin
 
 def packed(inputs: Inputs) -> Inputs:
     """The same batch with its sequences one behind the other, everything contiguous."""
+
     def flat(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.reshape(-1, x.shape[-1]).contiguous()
 

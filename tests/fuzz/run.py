@@ -25,7 +25,11 @@ def run(case: Case) -> Findings:
     except Exception as error:
         findings.problems.append(f"raised {type(error).__name__}: {str(error)[:600]}")
     for before, now in zip(given, question.inputs.given, strict=True):
-        same = torch.equal(before, now) if not before.is_floating_point() else torch.equal(before.nan_to_num(7), now.nan_to_num(7))
+        same = (
+            torch.equal(before, now)
+            if not before.is_floating_point()
+            else torch.equal(before.nan_to_num(7), now.nan_to_num(7))
+        )
         findings.require(same, f"an argument of shape {tuple(now.shape)} was changed")
     return findings
 

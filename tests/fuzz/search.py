@@ -113,5 +113,7 @@ def start(instruction_set: str, arguments: list[str], folder: Path) -> Worker:
     progress = folder / f"{instruction_set}.json"
     command = [sys.executable, "-m", "tests.fuzz", "--worker", instruction_set, "--progress", str(progress), *arguments]
     environment = os.environ | {"UNIRL_CPU_ISA": instruction_set, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     return Worker(instruction_set, process, progress)

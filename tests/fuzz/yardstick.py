@@ -19,7 +19,7 @@ from tests.fuzz import naive
 from tests.fuzz.inputs import Inputs
 from tests.fuzz.naive import Statistics
 
-RUNS = 4
+RUNS = 8
 ULPS = 8
 OWN = torch.finfo(torch.float64).eps
 """An ulp of the truth."""
@@ -85,7 +85,11 @@ def rows_of(x: Tensor, plain: Tensor, inputs: Inputs) -> Rows:
     sizes = exact.stats[0].abs().clamp(min=1)
     sizes[2] = torch.maximum(sizes[2], exact.z[0].amax(-1).abs())
     observed_sizes = (exact.observations[0][0].abs().clamp(min=1), exact.z[0].abs().mean(-1))
-    of_basis = allowed(runs.basis, exact.basis, _basis_sizes(exact), (lost * slope).unsqueeze(-1))
+    # p itself is right to two ulps: as p_y -> 1 that shows in 1 - p_y.
+    of_p = 2 * limits.eps * (exact.p * exact.slope[0]).amax(-1)
+    if inputs.case.softcap is not None:  # and 1 - tanh^2, where tanh is right to two
+        of_p = of_p + 4 * limits.eps * slope
+    of_basis = allowed(runs.basis, exact.basis, _basis_sizes(exact), (lost * slope + of_p).unsqueeze(-1))
     return Rows(
         Statistics(*exact.stats[0].unbind()),
         exact.basis[0],
@@ -101,12 +105,10 @@ def rows_of(x: Tensor, plain: Tensor, inputs: Inputs) -> Rows:
 
 
 def _basis_sizes(exact: _Measured) -> Tensor:
-    """[3, T, 1]: the largest element of a row; of the entropy's derivative the parts -p log p and -p H, which cancel."""
+    """[3, T, 1]: the largest element of a row; of the entropy's derivative its parts -p log p and -p H."""
     sizes = exact.basis[0].abs().amax(-1, keepdim=True)
-    log_p = exact.z[0] - exact.stats[0, 2].unsqueeze(-1)
-    p = log_p.exp()
-    surprise = log_p.abs() + exact.stats[0, 1].unsqueeze(-1)
-    parts = torch.where(p > 0, p * surprise, 0.0) * exact.slope[0]
+    surprise = exact.log_p.abs() + exact.stats[0, 1].unsqueeze(-1)
+    parts = torch.where(exact.p > 0, exact.p * surprise, 0.0) * exact.slope[0]
     return torch.stack([sizes[0], torch.maximum(sizes[1], parts.amax(-1, keepdim=True)), sizes[2]])
 
 
@@ -119,6 +121,15 @@ class _Measured:
     stats: Tensor  # [n, 3, T]
     basis: Tensor  # [n, 3, T, V]
     observations: naive.Observations  # [n, T]
+
+    @property
+    def log_p(self) -> Tensor:
+        """[T, V], of the first run."""
+        return (self.z[0] - self.stats[0, 2].unsqueeze(-1)).clamp(max=0)
+
+    @property
+    def p(self) -> Tensor:
+        return self.log_p.exp().nan_to_num()
 
 
 def _measured(x: Tensor, inputs: Inputs) -> _Measured:
@@ -171,11 +182,13 @@ class Evaluated:
         terms: [n, terms], values of the terms.
         derivatives: [n, 3, T].
         size: [n], sum of the sizes of the contributions.
+        weight: [T], how much a token weighs.
     """
 
     terms: Tensor
     derivatives: Tensor
     size: Tensor
+    weight: Tensor
 
 
 @dataclass(frozen=True)
@@ -210,7 +223,9 @@ def coefficients(evaluate: Callable[[Statistics], Evaluated], rows: Rows, dtype:
         terms = torch.maximum(terms, difference(runs.terms, truth.terms).amax(0))
         derivatives = torch.maximum(derivatives, difference(runs.derivatives, truth.derivatives).amax(0))
     terms = terms[0] + ULPS * eps * _finite(truth.size)
-    derivatives = derivatives[0] + ULPS * eps * _finite(truth.derivatives[0].abs())
+    # Slopes such as 1 - tanh^2 are differences of numbers of size 1, right to two ulps of it; the truth's, too.
+    slopes = (2 * eps + ULPS * OWN) * truth.weight
+    derivatives = derivatives[0] + ULPS * eps * _finite(truth.derivatives[0].abs()) + slopes
     return Coefficients(truth.terms[0], terms, truth.derivatives[0], derivatives)
 
 

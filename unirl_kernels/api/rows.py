@@ -60,14 +60,14 @@ def program_args(loss: Loss, batch: Batch, dtype: torch.dtype) -> ProgramArgs:
     target, weights = batch.target, loss.weights(batch)
     shape = target.shape if target.dim() == 2 else (1, *target.shape)
     fields = torch.empty(len(traced.fields), *shape, dtype=dtype, device=target.device)
-    for row, name in zip(fields.unbind(), traced.fields, strict=True):
+    for k, name in enumerate(traced.fields):
         value = loss.field(name, batch, weights)
         if value.requires_grad:
             raise ValueError(
                 f"fields[{name!r}] must not require a gradient in a one-pass kernel, which does not give it: detach "
                 "it, or call with Plan(kernel='composed'), which does"
             )
-        row.copy_(_exact(name, value, dtype))
+        fields[k].copy_(_exact(name, value, dtype))
     return ProgramArgs(traced.text, fields, loss.params(batch.on_policy, target.device))
 
 

@@ -84,7 +84,8 @@ def _token_stats_backward(
         at, of_readout = chunk.row(target), chunk.rows(readout)
         if head.matmuls.repeatable:
             of_logits = chunk.rows(moments)
-        else:  # moments of other bits would give probabilities that do not add up to 1, at a low temperature by percents
+        else:
+            # Moments of other bits give probabilities that do not add up to 1: at a low temperature by percents.
             of_logits = head.kernels.token_stats(logits, at, of_readout).moments
         head.kernels.token_stats_backward(logits, at, of_readout, of_logits, chunk.rows(gradients), d_logits)
 

@@ -81,10 +81,9 @@ class Term:
         """
         weights = self.aggregation.weights(batch)
         of_tokens = isinstance(weights, Tensor) and weights.shape == batch.target.shape
+        unit, shape = "token", tuple(batch.target.shape)
         if self.scope == "pair" or (self.scope == "batch" and not of_tokens):
             unit, shape = "pair", (batch.n_pairs,)
-        else:
-            unit, shape = "token", tuple(batch.target.shape)
         if not isinstance(weights, Tensor) or tuple(weights.shape) != shape:
             got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
             raise ValueError(f"aggregation {self.aggregation} must give a weight for each {unit}, {shape}, got {got}")
@@ -118,7 +117,8 @@ class Term:
         if constant and values.numel() == 1:
             values = values.reshape(()).expand_as(weights)
         if values.shape != weights.shape:
-            unit = {"pair": "pair", "batch": "token or pair"}.get(self.scope, "token")
+            of_pairs = self.scope == "pair" or (self.scope == "batch" and len(weights) != len(tokens.logp))
+            unit = "pair" if of_pairs else "token"
             raise ValueError(f"objective must return one loss per {unit}, {len(weights)}, got {tuple(values.shape)}")
         # 0 * inf would not be 0, nor would the gradient of an inf that is multiplied by 0.
         used = weights != 0
@@ -127,28 +127,29 @@ class Term:
 
 
 class Loss:
-    """A loss: what each token contributes, and how the contributions add up.
+    """A loss: an objective, which gives each token or pair a value, and an aggregation, which gives it a weight.
+
+        L = sum_t w_t f(t)
 
     An objective is any callable ``f(t)`` that returns the loss of each token from ``t.logp``, ``t.entropy``, ``t.lse``
     and the fields of the batch, such as ``t.advantage``. Its attribute ``scope`` says how far it looks:
 
-    - ``token`` (the default): one token. It is read here once, differentiated, and run inside the one-pass kernels.
+    - ``token`` (the default): one token. It is traced once, differentiated, and run inside the one-pass kernels.
     - ``sequence``: whole sequences, by the methods of ``Tokens``. Returns one loss per token.
     - ``pair``: pairs of sequences. Returns one loss per pair.
-    - ``batch``: all of the batch, which is then never cut into chunks. Returns one loss per token, or per pair where
-      the aggregation is of pairs.
+    - ``batch``: the whole batch, which is then never cut into chunks. Returns one loss per token, or per pair where the
+      aggregation is of pairs.
 
     An optional method ``metrics(t)`` returns named values per token, sequence or pair; (values, counted) where not all
     of them count.
 
-    Losses add up: ``uk.grpo() - 0.01 * uk.Loss(entropy, uk.TokenMean())`` is a loss, and each term keeps its
-    aggregation. Terms of token scope run in one pass together. A coefficient is a number or a 0-dim tensor.
+    Losses can be added and multiplied by a number or a 0-dim tensor. Each term of a sum keeps its aggregation. Terms of
+    token scope run in one pass together.
 
-    It may be made inside of a compiled function (torch.compile): numbers that change are variables of its graph. There
-    the scope is not checked, since compiled code never cuts a batch.
-
-    The objective is read when the loss is made: a closure that later changes a number it refers to changes nothing;
-    make a new loss (a fraction of a millisecond, no compilation).
+    The objective is traced when the loss is made. A number that it reads from outside, and that changes later, has no
+    effect on the loss: make a new one. That takes a fraction of a millisecond and compiles nothing. A loss may also be
+    made inside a compiled function (torch.compile): numbers that change are then variables of its graph. The scope is
+    not checked there, since compiled code never cuts a batch.
 
     Args:
         objective: the objective.
@@ -159,7 +160,16 @@ class Loss:
         ValueError: when the scope is unknown, or the aggregation does not fit it.
 
     Warns:
-        UserWarning: when the objective looks further than its scope says; linear heads refuse it.
+        UserWarning: when the objective looks further than its scope says. ``fused_linear_loss`` refuses it.
+
+    Examples:
+        An objective of your own, and an entropy bonus:
+
+        >>> surrogate = uk.Loss(lambda t: -torch.exp(t.logp - t.old_logp) * t.advantage, uk.TokenMean())
+        >>> loss = surrogate - 0.01 * uk.Loss(lambda t: t.entropy, uk.TokenMean())
+        >>> batch = uk.Batch(torch.tensor([[3, 1]]), advantage=torch.tensor([2.0]))
+        >>> uk.fused_loss(torch.zeros(1, 2, 4), batch, loss).loss  # -2 - 0.01 log 4
+        tensor(-2.0139)
     """
 
     terms: tuple[Term, ...]

@@ -17,7 +17,7 @@ class Tokens:
     at least the precision of the statistics, integers are int64. On policy ``t.old_logp`` is ``logp`` without its
     gradient.
 
-    Ignored positions hold zeros and weigh nothing. Objectives of token scope use these vectors alone; objectives that
+    Ignored positions hold 0 and have weight 0. Objectives of token scope use these vectors alone; objectives that
     look further also use the methods.
 
     Args:
@@ -68,12 +68,12 @@ class Tokens:
 
     @property
     def n_sequences(self) -> int:
-        """S."""
+        """S, the number of sequences."""
         return self._batch.n_sequences
 
     @property
     def n_pairs(self) -> int:
-        """S / 2."""
+        """S / 2, the number of pairs."""
         return self._batch.n_pairs
 
     def sequence_field(self, name: str) -> Tensor:

@@ -59,7 +59,7 @@ def step(logits: Tensor, beta: float, readout: ReadoutArgs, offset: int = 0) -> 
 
 
 def keys() -> dict[str, list[str]]:
-    """Per kernel, the keys of: few and many tokens, other L, other scalars, other strides and places in memory."""
+    """Per kernel, the keys of: few and many tokens, other L, other scalars, other strides and addresses."""
     found: dict[str, set[str]] = {name: set() for name in KERNELS}
     for name in KERNELS:
         setattr(launch, name, Recorder(getattr(launch, name), found[name]))

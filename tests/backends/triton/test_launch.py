@@ -149,10 +149,10 @@ def published(x: tl.tensor, record: tl.tensor, out: tl.tensor) -> None:
     ("dtype", "bits"), [(torch.float64, torch.int64), (torch.float32, torch.int32)], ids=lambda x: str(x)
 )
 def test_no_number_is_published_as_nothing(dtype: torch.dtype, bits: torch.dtype) -> None:
-    """A word of 0 is waited for, for ever: neither 0 nor -0 nor a NaN of any bits may be one."""
+    """An entry of 0 is waited for, for ever: neither 0 nor -0 nor a NaN of any bits may be one."""
     largest = torch.iinfo(bits).max
-    for word in (0, -largest - 1, 1, largest, -1, -2):
-        x = torch.tensor(word, dtype=bits, device=DEVICE).view(dtype)
+    for number_bits in (0, -largest - 1, 1, largest, -1, -2):
+        x = torch.tensor(number_bits, dtype=bits, device=DEVICE).view(dtype)
         record, out = torch.zeros(4, dtype=torch.int64, device=DEVICE), torch.empty((), dtype=dtype, device=DEVICE)
         published[(1,)](x, record, out)
         assert record.all()

@@ -1,0 +1,143 @@
+"""Every argument in every layout that it may have, on every path: the values are those of contiguous ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import unirl_kernels as uk
+from tests.places import Place
+from unirl_kernels.backends import COMPOSED
+
+B, L, V, D = 2, 3, 16, 8
+
+Layout = Callable[[Tensor], Tensor]
+
+
+def strided(x: Tensor) -> Tensor:
+    """Every second element of a larger tensor."""
+    memory = torch.zeros(*x.shape[:-1], 2 * x.shape[-1], dtype=x.dtype)
+    memory[..., ::2] = x
+    return memory[..., ::2]
+
+
+def unaligned(x: Tensor) -> Tensor:
+    """One element behind the start of its memory."""
+    return torch.cat([torch.zeros(1, dtype=x.dtype), x.reshape(-1)])[1:].view(x.shape)
+
+
+def transposed(x: Tensor) -> Tensor:
+    """The first dimension is the innermost in memory."""
+    return x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim())))
+
+
+LAYOUTS: dict[str, Layout] = {"strided": strided, "unaligned": unaligned, "transposed": transposed}
+
+
+def own(t: Any) -> Tensor:
+    return -t.weight * t.logp + t.shift
+
+
+LOSSES = {
+    "grpo": uk.grpo(),
+    "dpo": uk.dpo(),
+    "own": uk.Loss(own, uk.TokenMean()),
+    "weighted": uk.Loss(uk.sft().objective, uk.Weighted(uk.SequenceMean(), "weight")),
+}
+
+
+class Case(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor
+    batch: uk.Batch
+    readout: uk.Readout
+
+
+def make(layout: Layout, packed: bool, device: str) -> Case:
+    random = torch.Generator().manual_seed(0)
+    target = torch.randint(0, V, (B, L), generator=random)
+    target[0, 1] = uk.IGNORE
+    of_tokens = [-1 - torch.rand(B, L, generator=random) for _ in range(4)]
+    of_sequences = [torch.randn(B, generator=random) for _ in range(2)]
+
+    def laid(x: Tensor) -> Tensor:
+        return layout(x.flatten(0, 1) if packed and x.shape[:2] == (B, L) else x).to(device)
+
+    old_logp, ref_logp, weight, temperature = map(laid, of_tokens)
+    advantage, shift = map(laid, of_sequences)
+    ends = layout(torch.tensor([0, 3, 6], dtype=torch.int32)).to(device) if packed else None
+    batch = uk.Batch(laid(target), advantage, old_logp, ref_logp, ends, {"weight": weight, "shift": shift})
+    shapes = ((B, L, D), (V, D), (V,))
+    operands = (laid(torch.randn(*shape, generator=random)) for shape in shapes)
+    return Case(*operands, batch, uk.Readout(-temperature))
+
+
+def with_gradients(values: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
+    """The values, and the gradient of the sum of their means, which comes expanded."""
+    gradients = torch.autograd.grad(sum((x.mean() for x in values[1:]), values[0].mean()), leaves)
+    return [x.detach().reshape(-1) for x in (*values, *gradients)]
+
+
+def losses(case: Case, place: Place) -> list[Tensor]:
+    hidden, weight, bias, batch, readout = case
+    found: list[Tensor] = []
+    for name, loss in LOSSES.items():
+        if (name == "dpo" and place.kernel != COMPOSED) or (name != "own" and place.interpreted):
+            continue
+        logits = torch.nn.functional.linear(hidden, weight, bias).detach().requires_grad_()
+        out = uk.fused_loss(logits, batch, loss, readout=readout, plan=place.plan())
+        found += [*with_gradients([out.loss], [logits]), *out.terms, *out.metrics.values()]
+        leaves = [x.detach().requires_grad_() for x in (hidden, weight, bias)]
+        for tokens in (B * L, B * L // 2):
+            plan = uk.Plan(place.backend, place.kernel, max_chunk_bytes=4 * V * tokens)
+            out = uk.fused_linear_loss(*leaves[:2], batch, loss, bias=leaves[2], readout=readout, plan=plan)
+            found += with_gradients([out.loss], leaves)
+    return found
+
+
+def statistics(case: Case, place: Place) -> list[Tensor]:
+    hidden, weight, bias, batch, readout = case
+    how: dict[str, Any] = {"readout": readout, "plan": uk.Plan(place.backend)}
+    logits = torch.nn.functional.linear(hidden, weight, bias).detach().requires_grad_()
+    leaves = [x.detach().requires_grad_() for x in (hidden, weight, bias)]
+    return [
+        *with_gradients(uk.token_stats(logits, batch.target, **how), [logits]),
+        *with_gradients(uk.linear_token_stats(*leaves[:2], batch.target, bias=leaves[2], **how), leaves),
+    ]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_layouts(packed: bool, layout: str, place: Place) -> None:
+    if place.interpreted and (layout != "strided" or not packed):
+        pytest.skip("one layout shows it; a row is slow under the interpreter")
+    of = statistics if place.kernel == COMPOSED and place.interpreted else lambda *a: losses(*a) + statistics(*a)
+    expected = of(make(torch.Tensor.contiguous, packed, place.device), place)
+    for got, wanted in zip(of(make(LAYOUTS[layout], packed, place.device), place), expected, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_tensors_that_repeat_one_element(place: Place) -> None:
+    """Expanded ones: one hidden state, one target and one advantage for all."""
+    hidden, weight = torch.randn(D), torch.randn(V, D)
+    target, advantage = torch.tensor(3), torch.tensor(0.5)
+    old_logp = torch.tensor(-2.0)
+
+    def loss(expand: Callable[[Tensor], Tensor]) -> Tensor:
+        tokens = (hidden.expand(B, L, D), target.expand(B, L), advantage.expand(B), old_logp.expand(B, L))
+        x, *fields = (expand(y).to(place.device) for y in tokens)
+        batch = uk.Batch(*fields)
+        return uk.fused_linear_loss(x, weight.to(place.device), batch, uk.ppo(), plan=place.plan()).loss
+
+    torch.testing.assert_close(loss(lambda x: x), loss(torch.Tensor.contiguous))
+
+
+def test_masks_and_ids_in_any_layout() -> None:
+    ids, mask = torch.randint(0, V, (3, 5)), torch.rand(3, 5) > 0.5
+    for layout in LAYOUTS.values():
+        assert torch.equal(uk.shift_targets(layout(ids), layout(mask)), uk.shift_targets(ids, mask))
