@@ -1,4 +1,4 @@
-"""Gradients in bf16 of logits in fp32, as products of 16-bit operands take them: those in fp32, rounded once."""
+"""Gradients in bf16 of logits in fp32, as matmuls of 16-bit operands take them: those in fp32, rounded once."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.backends.triton.rows import OBJECTIVES, READOUTS, make_rows
+from tests.backends.triton.rows import OBJECTIVES, READOUTS, make_program, make_rows
 from tests.places import PLACES, Place
 from unirl_kernels.backends import COMPOSED, RowGradients, load
 from unirl_kernels.batch import IGNORE
 from unirl_kernels.program import trace
 
 KERNELS = [place for place in PLACES if place.backend != "cpu" and place.kernel != COMPOSED]
-"""The CPU's products take gradients in fp32."""
+"""The CPU's matmuls take gradients in fp32."""
 
 LAYOUTS = {
     "vectors": (4104, 4104, 0),
@@ -55,13 +55,11 @@ def test_one_pass(place: Place, objective: str, readout: str, layout: str) -> No
     rows = make_rows(LAYOUTS[layout][0], shape=(1, 3))
     logits = memory(layout, torch.float32, place.device).copy_(rows.logits)
     target = rows.target.to(place.device).index_fill(1, torch.tensor([1], device=place.device), IGNORE)
-    fields = type(rows.fields)(*(x.to(place.device) for x in rows.fields))
-    traced = trace(OBJECTIVES[objective])
-    params = torch.tensor(traced.params, dtype=torch.float64, device=place.device)
-    code, how, backend = traced.program.encode(), READOUTS[readout], load(place.backend)
+    program = make_program(trace([OBJECTIVES[objective]]), rows.fields, logits)
+    backend = load(place.backend)
     written = [memory(layout, dtype, place.device) for dtype in (torch.bfloat16, torch.float32)]
     for d_logits in written:
-        backend.fused_loss(logits, target, fields, how, code, params, d_logits, place.kernel)
+        backend.fused_loss(logits, target, READOUTS[readout], program, d_logits, place.kernel)
     check(place, *written)
 
 
@@ -70,9 +68,9 @@ def test_one_pass(place: Place, objective: str, readout: str, layout: str) -> No
 def test_of_statistics(place: Place, layout: str) -> None:
     rows, backend, readout = make_rows(LAYOUTS[layout][0], shape=(1, 3)), load(place.backend), READOUTS["temperature"]
     logits, target = memory(layout, torch.float32, place.device).copy_(rows.logits), rows.target.to(place.device)
-    stats = backend.token_stats(logits, target, readout)
+    moments = backend.token_stats(logits, target, readout).moments
     gradients = RowGradients(*(torch.randn(1, 3, device=place.device) for _ in range(3)))
     written = [memory(layout, dtype, place.device) for dtype in (torch.bfloat16, torch.float32)]
     for d_logits in written:
-        backend.token_stats_backward(logits, target, stats, gradients, readout, d_logits)
+        backend.token_stats_backward(logits, target, readout, moments, gradients, d_logits)
     check(place, *written)
