@@ -240,6 +240,12 @@ def test_grpo_on_policy(kind: str, given: dict[str, Any]) -> None:
     compare(config_of(trl.GRPOConfig, loss_type=kind, beta=0.1), given, on_policy=True)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "vespo"])
+def test_grpo_advantages_of_tokens(kind: str, given: dict[str, Any]) -> None:
+    given["advantages"] = torch.randn(B, L).double()
+    compare(config_of(trl.GRPOConfig, loss_type=kind, beta=0.1, off_policy_mask_threshold=0.05), given)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_grpo_in_evaluation(kind: str, given: dict[str, Any]) -> None:
     config = config_of(trl.GRPOConfig, loss_type=kind, steps_per_generation=6, beta=0.1, entropy_coef=0.1)

@@ -156,6 +156,12 @@ def test_options_of_policy_losses(mode: str, losses: ModuleType, given: dict[str
     compare(losses, config, given)
 
 
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in ("geo_mean", "clip_cov")])
+def test_advantages_of_tokens(mode: str, losses: ModuleType, given: dict[str, Any]) -> None:
+    given["advantage"] = torch.randn(B, L).double()
+    compare(losses, config_of(losses, policy={"loss_mode": mode, **COV}), given)
+
+
 @pytest.mark.parametrize("far", [-25.0, 25.0])
 @pytest.mark.parametrize("mode", ["vanilla", "dppo_tv", "dppo_kl", "sapo", "cispo"])
 def test_ratios_beyond_verls_bound(mode: str, far: float, losses: ModuleType, given: dict[str, Any]) -> None:

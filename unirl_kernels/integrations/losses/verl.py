@@ -72,7 +72,8 @@ def loss(actor_config: Any, rollout_correction: Any = None) -> Loss:
     Not there is ``rollout_corr/...`` of bypass mode; verl's own function computes it of ``out.logp``.
 
     Where verl differs: a log-ratio is bounded at 40, which verl bounds at 20 or not at all, and in ``gspo`` at -10 from
-    below, too (values change by less than 5e-5 of the advantage); a batch without a valid token is 0, not NaN.
+    below, too (values change by less than 5e-5 of the advantage); a batch without a valid token is 0, not NaN;
+    ``geo_mean`` moves tokens of advantage 0 in a sequence whose other tokens have one.
 
     Args:
         actor_config: the actor's configuration.
