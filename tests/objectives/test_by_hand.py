@@ -168,6 +168,8 @@ FOUR_AND_ONE = {"p": [1, 1 / 2], "old": [1 / 4, 1 / 2], "lengths": [2]}
 SEQUENCES = [
     (uo.GSPO(0.2, 0.2), FOUR_AND_ONE | {"advantage": [1.0]}, [-1.2, -1.2]),
     (uo.GSPO(0.2, 0.2), FOUR_AND_ONE | {"advantage": [-1.0]}, [2, 2]),
+    (uo.SequenceTwoSidedClip(0.2, 0.2, 1.5), FOUR_AND_ONE | {"advantage": [-1.0]}, [1.5, 1.5]),
+    (uo.SequenceCISPO(0, 1.5), FOUR_AND_ONE | {"advantage": [1.0]}, [0, 1.5 * L]),
     (uo.GSPOToken(0.2, 0.2), FOUR_AND_ONE | {"advantage": [1.0, -1.0]}, [-1.2, 2]),
     (uo.SequenceSAPO(2.0, 1.0), {"p": [1, 1 / 4], "old": [1 / 2, 1 / 2], "lengths": [2], "advantage": [1.0]}, [-1, -1]),
     (uo.RLOO(), FOUR_AND_ONE | {"advantage": [-1.0]}, [4, 4]),
@@ -278,6 +280,7 @@ SCORES = [
     (uo.LogRatio(), TWO_AND_ONE, [3 * L, L]),
     (uo.LogRatio("ref_sum"), {"p": [1 / 2, 1 / 2, 1 / 2], "lengths": [2, 1], "ref_sum": [-3 * L, 0.0]}, [L, -L]),
     (uo.MeanLogRatio(), TWO_AND_ONE, [1.5 * L, L]),
+    (uo.LengthMean(), TWO_AND_ONE, [1.5 * L, L]),
     (uo.WeightedLogRatio(), TWO_AND_ONE | {"token_weight": [1.0, 0.5, 0.0]}, [2 * L, 0]),
     (uo.DesensitizedLogRatio(0.5), TWO_AND_ONE, [2 * L, L]),
     (uo.ForwardKL(), PAIR, [1 / 2, -1]),

@@ -45,6 +45,7 @@ from unirl_kernels.objectives import (
     Hinge,
     JensenShannon,
     KTOBatch,
+    LengthMean,
     LogRatio,
     MeanLogp,
     OddsRatio,
@@ -267,6 +268,13 @@ ROWS = [
         "f-divergence forward_kl",
         lambda: uk.Loss(DPO(B, score=ForwardKL()), PAIRS),
         of_margin(dpo, lambda o: 1 - torch.exp(-R(o))),
+        REF,
+    ),
+    Row(
+        136,
+        "f-divergence forward_kl, averaged",
+        lambda: uk.Loss(DPO(B, score=LengthMean(ForwardKL())), PAIRS),
+        of_margin(dpo, lambda o: (1 - torch.exp(-R(o))) / max(len(o), 1)),
         REF,
     ),
     Row(

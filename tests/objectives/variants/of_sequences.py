@@ -47,10 +47,12 @@ from unirl_kernels.objectives import (
     Reinforce,
     Scaled,
     SecondMoment,
+    SequenceCISPO,
     SequenceImportanceWeighted,
     SequenceMeanAdvantage,
     SequenceOneSide,
     SequenceSAPO,
+    SequenceTwoSidedClip,
     SimPER,
     TargetPolicy,
     TopEntropy,
@@ -77,6 +79,10 @@ def s(o: Answer) -> Tensor:
 
 def gspo(o: Answer, low: float = 0.05, high: float = 0.06) -> Tensor:
     return ppo(s(o), o.advantage, low, high)
+
+
+def gspo_two_sided(o: Answer) -> Tensor:
+    return -torch.minimum(torch.clamp(s(o), max=1.2) * o.advantage, torch.clamp(s(o), 0.95, 1.06) * o.advantage)
 
 
 def gspo_with_kl(o: Answer) -> Tensor:
@@ -247,6 +253,20 @@ def rho_1(answers: list[Answer]) -> Tensor:
 
 ROWS = [
     Row(92, "gspo", lambda: uk.Loss(GSPO(0.05, 0.06)), of_sequences(gspo), A),
+    Row(
+        92,
+        "gspo, two-sided delta (TRL)",
+        lambda: uk.Loss(SequenceTwoSidedClip(0.05, 0.06, delta=1.2)),
+        mean_of_means(gspo_two_sided),
+        "advantage:token_advantage old_logp",
+    ),
+    Row(
+        92,
+        "cispo of sequences (TRL)",
+        lambda: uk.Loss(SequenceCISPO(0.9, 1.1), TOKENS),
+        token_mean(lambda o: -sg(torch.clamp(s(o), 0.9, 1.1)) * o.advantage * o.logp),
+        A,
+    ),
     Row(
         93,
         "gspo + KL r k3",
