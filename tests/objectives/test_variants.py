@@ -226,8 +226,9 @@ def test_a_field_that_learns_gets_its_gradient() -> None:
 
 
 def test_kernels_take_more_than_twice_the_longest_of_the_table() -> None:
-    programs = [loss.traced().program for row in ROWS if (loss := row.loss()).scope == "token"]
+    made = [row.loss() for row in ROWS]
+    programs = [loss.traced().program for loss in made if loss.scope == "token"]
     assert len(programs) > 90
-    assert 2 * max(len(p.instructions) for p in programs) <= MAX_INSTRUCTIONS
-    assert 2 * max(p.n_params for p in programs) <= MAX_PARAMS
-    assert 2 * max(p.n_fields for p in programs) <= MAX_FIELDS
+    assert MAX_INSTRUCTIONS >= 2 * max(len(p.instructions) for p in programs)
+    assert MAX_PARAMS >= 2 * max(p.n_params for p in programs)
+    assert MAX_FIELDS >= 2 * max(p.n_fields for p in programs)

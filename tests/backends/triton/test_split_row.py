@@ -10,7 +10,7 @@ import torch
 import torch.multiprocessing
 from torch import Tensor
 
-from tests.triton_rows import DEVICE, PLAIN, RESULTS, Rows, check, make_rows, run
+from tests.backends.triton.rows import DEVICE, PLAIN, RESULTS, Rows, check, make_rows, run
 from unirl_kernels.backends import FusedRows
 from unirl_kernels.backends.triton import geometry
 from unirl_kernels.batch import IGNORE
