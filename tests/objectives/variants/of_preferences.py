@@ -271,6 +271,13 @@ ROWS = [
         REF,
     ),
     Row(
+        136,
+        "f-divergence forward_kl, averaged",
+        lambda: uk.Loss(DPO(B, score=LengthMean(ForwardKL())), PAIRS),
+        of_margin(dpo, lambda o: (1 - torch.exp(-R(o))) / max(len(o), 1)),
+        REF,
+    ),
+    Row(
         137,
         "f-divergence js",
         lambda: uk.Loss(DPO(B, score=JensenShannon()), PAIRS),
