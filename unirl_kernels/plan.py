@@ -13,9 +13,10 @@ class Plan:
         backend: ``cpu``, ``triton``, ``cuda`` or ``eager``; None takes the best that runs on the logits' device.
         kernel: the backend's kernel, or ``composed`` (statistics, then the objective under autograd, then the
             gradient: runs any objective); None takes the default of the backend, for fp16 logits ``composed``.
-        overwrite_logits: put the gradient into the logits' memory. The logits, and what they are a view of, are left
-            without elements (under ``torch.compile`` with the gradient: do not use them). Linear heads do so with
-            their own in any case.
+        overwrite_logits: put the gradient into the logits' memory, in the forward where the kernel has one pass, else
+            in the backward. The logits, and what they are a view of, are left without elements. Other views of the same
+            memory, detached aliases, and under ``torch.compile`` the logits themselves, hold the gradient from then
+            on: do not read them. Linear heads do so with their own logits in any case.
         max_chunk_bytes: linear heads' memory for the logits of one chunk of tokens, bytes, > 0; at least one token
             must fit. None: 256 MiB on a CPU, 2 GiB elsewhere.
 
