@@ -130,8 +130,8 @@ def _saved(ctx: Any) -> tuple[Any, ...]:
         if "modified by an inplace operation" not in str(error):
             raise
         raise RuntimeError(
-            "logits have changed since the forward: overwrite_logits=True puts their gradient there, which allows one use "
-            "of them and one backward, or another operation has changed them in place"
+            "logits have changed since the forward: overwrite_logits=True puts their gradient there, for one use of "
+            "them and one backward, or another operation has changed them in place"
         ) from error
 
 
