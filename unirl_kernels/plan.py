@@ -7,21 +7,29 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Plan:
-    """Choices of the machine. They never change a value beyond rounding.
+    """Which backend and kernel run, and in how much memory. No choice changes a value beyond rounding.
 
     Args:
-        backend: ``cpu``, ``triton``, ``cuda`` or ``eager``; None takes the best that runs on the logits' device.
-        kernel: the backend's kernel, or ``composed`` (statistics, then the objective under autograd, then the
-            gradient: runs any objective); None takes the default of the backend, for fp16 logits ``composed``.
-        overwrite_logits: put the gradient into the logits' memory, in the forward where the kernel has one pass, else
-            in the backward. The logits, and what they are a view of, are left without elements. Other views of the same
-            memory, detached aliases, and under ``torch.compile`` the logits themselves, hold the gradient from then
-            on: do not read them. Linear heads do so with their own logits in any case.
+        backend: ``cpu``, ``triton``, ``cuda`` or ``eager``; None takes the first of its device's backends that runs.
+        kernel: the name of one of the backend's kernels, or ``composed``: the statistics, then the objective as plain
+            PyTorch under autograd, then the gradient. ``composed`` runs any objective. None takes the backend's
+            default; for fp16 logits ``composed``.
+        overwrite_logits: write the gradient into the logits' memory, in the forward where a kernel has one pass, else in
+            the backward. The logits, and the tensor that they are a view of, are left empty, so that nobody reads a
+            gradient for logits. Other views of that memory, aliases by ``detach()``, and under ``torch.compile`` the
+            logits themselves hold the gradient from then on: do not use them. Linear heads always do so with the
+            logits that they compute.
         max_chunk_bytes: linear heads' memory for the logits of one chunk of tokens, bytes, > 0; at least one token
             must fit. None: 256 MiB on a CPU, 2 GiB elsewhere.
 
     Raises:
-        TypeError, ValueError: when ``max_chunk_bytes`` is not a positive integer, or ``overwrite_logits`` not a bool.
+        TypeError: when ``max_chunk_bytes`` is not an int, or ``overwrite_logits`` not a bool.
+        ValueError: when ``max_chunk_bytes`` is not positive.
+
+    Examples:
+        >>> logits, batch = torch.zeros(1, 2, 4), uk.Batch(torch.tensor([[3, 1]]))
+        >>> uk.fused_loss(logits, batch, uk.sft(), plan=uk.Plan(backend="eager")).loss
+        tensor(1.3863)
     """
 
     backend: str | None = None

@@ -24,7 +24,17 @@ class Readout:
         scale: factor on the raw logits, finite and not 0 (Cohere's ``logit_scale``).
 
     Raises:
-        TypeError, ValueError: when an argument is outside its range.
+        TypeError: when an argument has a wrong type or dtype.
+        ValueError: when an argument is outside its range, or the temperature requires a gradient.
+
+    Examples:
+        A temperature divides the logits:
+
+        >>> logits, target = torch.tensor([[[0.0, 2.0]]]), torch.tensor([[1]])
+        >>> uk.token_stats(logits, target, readout=uk.Readout(temperature=2.0)).logp
+        tensor([[-0.3133]])
+        >>> uk.token_stats(logits / 2, target).logp
+        tensor([[-0.3133]])
     """
 
     temperature: float | Tensor = 1.0

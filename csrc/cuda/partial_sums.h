@@ -1,5 +1,4 @@
-// The arithmetic of the first sweep: a thread's running sums, and their combination by lanes, warps and ranks. For the
-// host too, where a model of the kernel is checked against fp64 (tests/backends/cuda/cluster_model.cpp).
+// The arithmetic of the first sweep: a thread's running sums, and their combination by lanes, warps and ranks.
 #pragma once
 
 #include <math.h>

@@ -61,9 +61,8 @@ def test_the_bare_operator_refuses_a_gradient(name: str) -> None:
     place = Place("cpu", "rows", "cpu")
     logits, batch = example(place)
     _, *rest = operator_arguments(place, logits, batch)[name]
-    found = getattr(rows, name)(logits.requires_grad_(), *rest)
     with pytest.raises(RuntimeError, match=f"{name} has no gradient of its own"):
-        found.stats.logp.sum().backward()
+        getattr(rows, name)(logits.requires_grad_(), *rest)
 
 
 @pytest.mark.parametrize("name", ["fused_loss", "fused_loss_"])

@@ -98,7 +98,7 @@ def compare(f: object, points: Tensor) -> None:
     expected = (value, *torch.autograd.grad(value.sum(), (x, y)))
     loss, d_logp, d_entropy, d_lse = outputs_of(traced, x.detach(), y.detach())
     for got, want in zip((loss, d_logp, d_entropy), expected, strict=True):
-        torch.testing.assert_close(got, want.detach(), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(got, want.detach(), rtol=1e-12, atol=1e-12, equal_nan=True)
     assert not d_lse.any()
 
 
@@ -171,6 +171,23 @@ def test_an_infinite_slope_of_what_was_selected_away_is_zero(steep: object, kept
     """PyTorch selects in its backward pass: sqrt(relu(x)) has the gradient 0 at x <= 0, not inf * 0."""
     points = torch.tensor([[-1.0, -0.5, 0.0, 0.5, 2.0], [1.0, 2.0, -1.0, 0.5, 0.0]], dtype=torch.float64)
     compare(lambda x, y: steep(kept(x)), points)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x, y: torch.exp((1000 * x).clamp(max=800)),
+        lambda x, y: torch.expm1(torch.where(x > 1, 800.0, x)),
+        lambda x, y: torch.exp((x + torch.log(y).detach()).clamp(-20, 20)),
+        lambda x, y: torch.log(y) * x.clamp(max=1),
+        lambda x, y: torch.tanh(torch.log(y)) * torch.relu(-x),
+        lambda x, y: (1000 * torch.relu(x).exp() ** 400) ** 2 * torch.sigmoid(y),
+    ],
+)
+def test_an_overflow_of_what_was_selected_away_has_no_slope(f: object) -> None:
+    """A value that is infinite or NaN still has the gradient that PyTorch gives it."""
+    points = torch.tensor([[-1.0, -0.5, 0.25, 0.5, 2.0, 2.0], [1.0, 2.0, -1.0, 0.5, 0.25, -1.0]], dtype=torch.float64)
+    compare(f, points)
 
 
 def test_the_guard_of_steep_slopes_costs_the_recipes_nothing() -> None:

@@ -30,18 +30,18 @@ def linear_token_stats(
     readout: Readout = Readout(),
     plan: Plan = Plan(),
 ) -> TokenStats:
-    """``token_stats`` of the logits hidden W^T + b, which are never formed as a whole.
+    """``token_stats`` of the logits hidden W^T + b, without a tensor of all logits.
 
         lse = log sum_j e^{z_j}        logp = z_y - lse        H = lse - sum_j p_j z_j,        p = softmax(z)
 
-    One matmul, in tiles of tokens by vocabulary that are not kept; the backward makes the logits again and
-    takes three.
+    The forward takes one matmul, in tiles of tokens by vocabulary that are not kept. The backward computes the logits
+    again and takes three.
 
     Args:
-        hidden: [B, L, D] or [T, D]; float32, bfloat16 or float16 (float64 for checks). Under autocast the matmuls
-            have operands of its dtype; their results are float32 in any case.
+        hidden: [B, L, D] or [T, D]; float32, bfloat16 or float16 (float64 for checks). Under autocast the operands of
+            the matmuls have its dtype. The logits are always float32.
         weight: [V, D], of hidden's dtype.
-        target: [B, L] or [T] int64 in [0, V), or ``IGNORE``: such a token is left out of the matmuls, and gets zero
+        target: [B, L] or [T] int64 in [0, V), or ``IGNORE``: such a token is left out of the matmuls and gets zero
             gradient.
         bias: [V], of weight's dtype, or None.
         readout: how logits become a distribution.
@@ -51,9 +51,12 @@ def linear_token_stats(
         ``TokenStats``, differentiable in hidden, weight and bias.
 
     Raises:
-        TypeError, ValueError: when an argument does not fit, naming it, what was expected and what came.
-        IndexError: when a target is outside the vocabulary (on the CPU; on an accelerator its row becomes NaN).
-        RuntimeError: when the named backend cannot run here.
+        TypeError, ValueError, IndexError, RuntimeError: as ``token_stats`` does.
+
+    Examples:
+        >>> hidden, weight = torch.ones(1, 2, 3), torch.zeros(4, 3)  # B = 1, L = 2, D = 3, V = 4
+        >>> uk.linear_token_stats(hidden, weight, torch.tensor([[3, uk.IGNORE]])).logp
+        tensor([[-1.3863,  0.0000]])
     """
     found = _measured(LinearStatistics, hidden, weight, bias, target, readout, plan)
     return TokenStats(*found)
@@ -68,15 +71,32 @@ def linear_token_observations(
     readout: Readout = Readout(),
     plan: Plan = Plan(),
 ) -> TokenObservations:
-    """``token_observations`` of the logits hidden W^T + b, which are never formed as a whole.
+    """``token_observations`` of the logits hidden W^T + b, without a tensor of all logits.
 
         log_sum_sq_probs = log sum_j p_j^2        mean_logit = 1/V sum_j z_j        argmax = min argmax_j z_j
 
-    and logp, entropy and lse as in ``linear_token_stats``, at its cost and with its arguments and errors. The logits
-    are those of the matmuls: where two of them are equal but for rounding, the matmul decides which is the larger.
+    It costs what ``linear_token_stats`` costs. Where two logits are equal but for rounding, the matmul's rounding
+    decides which is the argmax.
+
+    Args:
+        hidden: as in ``linear_token_stats``.
+        weight: [V, D], of hidden's dtype.
+        target: as in ``linear_token_stats``.
+        bias: [V], of weight's dtype, or None.
+        readout: how logits become a distribution.
+        plan: how the machine computes it; ``max_chunk_bytes`` bounds the memory for logits.
 
     Returns:
         ``TokenObservations``; logp, entropy and lse are differentiable in hidden, weight and bias.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: as ``token_stats`` does.
+
+    Examples:
+        >>> hidden, weight = torch.ones(1, 2, 3), torch.eye(4, 3)
+        >>> bias = torch.tensor([0.0, 0.0, 0.0, 5.0])
+        >>> uk.linear_token_observations(hidden, weight, torch.tensor([[3, 1]]), bias=bias).argmax
+        tensor([[3, 3]])
     """
     found = _measured(LinearObservations, hidden, weight, bias, target, readout, plan)
     return TokenObservations.of_rows(found)
@@ -111,34 +131,40 @@ def fused_linear_loss(
     readout: Readout = Readout(),
     plan: Plan = Plan(),
 ) -> LossOutput:
-    """``fused_loss`` of the logits hidden W^T + b, which are never formed as a whole.
+    """``fused_loss`` of the logits hidden W^T + b, without a tensor of all logits.
 
-    Logits exist for a chunk of tokens at a time, in float32, are replaced by their gradient in one pass, and give the
-    gradients of hidden states, weight and bias at once: three matmuls in all. A loss of wider scope
-    takes as many where its sequences or pairs (all of the batch, for batch scope) fit a chunk, and four (statistics
-    first) where one does not or under ``torch.compile``; ``explain`` says which. Gradients that nothing requires are
-    not computed.
+    The batch is cut into chunks of tokens. The logits of a chunk are computed in float32, one pass replaces them by
+    their gradient, and the gradients of hidden, weight and bias are formed from that. This takes three matmuls.
+
+    A loss of a wider scope takes three matmuls if each of its units (a sequence, a pair, the whole batch) fits a chunk.
+    Otherwise, and under ``torch.compile``, it takes four: the statistics come first. ``explain`` says which. Gradients
+    that nothing requires are not computed.
 
     Args:
-        hidden: [B, L, D] or [T, D], as ``batch.target`` is laid out; float32, bfloat16 or float16 (float64 for
-            checks). Under autocast the matmuls have operands of its dtype; their results, the logits and the sum of
-            the weight's gradient over the chunks are float32 in any case.
+        hidden: [B, L, D] or [T, D], in the layout of ``batch.target``; float32, bfloat16 or float16 (float64 for
+            checks). Under autocast the operands of the matmuls have its dtype. The logits, and the sum of the weight's
+            gradient over the chunks, are always float32.
         weight: [V, D], of hidden's dtype.
-        batch: what to learn from. Ignored tokens are left out of the matmuls.
-        loss: objective and aggregation.
+        batch: targets, and the fields that the objective reads. Ignored tokens are left out of the matmuls.
+        loss: an objective and its aggregation, or a sum of losses.
         bias: [V], of weight's dtype, or None.
         readout: how logits become a distribution.
         plan: how the machine computes it; ``max_chunk_bytes`` bounds the memory for logits.
 
     Returns:
-        ``LossOutput``, its loss differentiable in hidden, weight and bias.
+        ``LossOutput``. Its ``loss`` is differentiable in hidden, weight and bias.
 
     Raises:
-        TypeError, ValueError: when an argument does not fit, naming it, what was expected and what came; when an
-            objective reads a field that the batch lacks, uses an operation that the kernel cannot run, or looks
-            further than its scope says.
-        IndexError: when a target is outside the vocabulary (on the CPU; on an accelerator its row becomes NaN).
-        RuntimeError: when the named backend cannot run here.
+        TypeError, IndexError, RuntimeError: as ``fused_loss`` does.
+        ValueError: as ``fused_loss`` does, and when an objective looks further than its scope says.
+
+    Examples:
+        >>> hidden = torch.ones(1, 2, 3)
+        >>> weight = torch.zeros(4, 3, requires_grad=True)
+        >>> out = uk.fused_linear_loss(hidden, weight, uk.Batch(torch.tensor([[3, uk.IGNORE]])), uk.sft())
+        >>> out.loss.backward()
+        >>> weight.grad[:, 0]
+        tensor([ 0.2500,  0.2500,  0.2500, -0.7500])
     """
     check_kinds(batch=batch, loss=loss, readout=readout, plan=plan)
     check_head(hidden, weight, bias, batch.target)

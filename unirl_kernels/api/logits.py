@@ -29,7 +29,7 @@ def token_stats(
 
         lse = log sum_j e^{z_j}        logp = z_y - lse        H = lse - sum_j p_j z_j,        p = softmax(z)
 
-    A drop-in for ``log_softmax`` + ``gather`` and for the entropy of the policy; gradients flow from all three.
+    Replaces ``log_softmax`` + ``gather`` and the entropy of the policy. All three have gradients.
 
     Args:
         logits: [B, L, V] or [T, V]; float32, bfloat16 or float16 (float64 for checks), last dimension contiguous.
@@ -41,9 +41,20 @@ def token_stats(
         ``TokenStats``.
 
     Raises:
-        TypeError, ValueError: when an argument does not fit, naming it, what was expected and what came.
+        TypeError: when an argument has a wrong type or dtype. The text names the argument, what was expected and what
+            came.
+        ValueError: when an argument has a wrong shape, device or value, in the same form.
         IndexError: when a target is outside the vocabulary (on the CPU; on an accelerator its row becomes NaN).
         RuntimeError: when the named backend cannot run here.
+
+    Examples:
+        >>> logits = torch.zeros(1, 2, 4, requires_grad=True)  # p = 1/4 everywhere
+        >>> stats = uk.token_stats(logits, torch.tensor([[3, uk.IGNORE]]))
+        >>> stats.logp.detach()
+        tensor([[-1.3863,  0.0000]])
+        >>> stats.logp.sum().backward()
+        >>> logits.grad[0, 0]
+        tensor([-0.2500, -0.2500, -0.2500,  0.7500])
     """
     return TokenStats(*_measured(Statistics, logits, target, readout, plan))
 
@@ -55,16 +66,29 @@ def token_observations(
     readout: Readout = Readout(),
     plan: Plan = Plan(),
 ) -> TokenObservations:
-    """``token_stats``, and what else shows in the same read of the logits: collision probability, mean, top token.
+    """``token_stats``, and the collision probability, mean and largest of the logits, in the same read of them.
 
         log_sum_sq_probs = log sum_j p_j^2        mean_logit = 1/V sum_j z_j        argmax = min argmax_j z_j
 
-    What loss heads of trainers report beside the log-probabilities. Gradients flow from logp, entropy and lse; the rest
-    is only observed. Arguments and errors are those of ``token_stats``; the argmax of a row whose target is outside the
-    vocabulary is -1.
+    Trainers report these beside the log-probabilities. logp, entropy and lse have gradients, the other three have none.
+
+    Args:
+        logits: as in ``token_stats``.
+        target: as in ``token_stats``. A row whose target is outside the vocabulary has argmax -1.
+        readout: how logits become a distribution.
+        plan: how the machine computes it.
 
     Returns:
         ``TokenObservations``.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: as ``token_stats`` does.
+
+    Examples:
+        >>> logits = torch.tensor([[[0.0, 3.0, 1.0]]])
+        >>> seen = uk.token_observations(logits, torch.tensor([[2]]))
+        >>> seen.argmax, seen.mean_logit
+        (tensor([[1]]), tensor([[1.3333]]))
     """
     return TokenObservations.of_rows(_measured(Observations, logits, target, readout, plan))
 
@@ -74,12 +98,12 @@ def _measured(function: Any, logits: Tensor, target: Tensor, readout: Readout, p
     check_kinds(readout=readout, plan=plan)
     check_logits(logits, target)
     backend, _ = choose(logits.device, plan.backend, plan.kernel)
-    overwrite = plan.overwrite_logits and _wants_gradient(logits)
-    if overwrite:
+    rows = (as_rows(target), readout_args(readout, target, row_dtype(logits.dtype)), backend)
+    if not _wants_gradient(logits):
+        return [x.view(target.shape) for x in function.without_gradient(logits, *rows)]
+    if plan.overwrite_logits:
         check_overwritable(logits)
-    of_readout = readout_args(readout, target, row_dtype(logits.dtype))
-    found = function.apply(logits, as_rows(target), of_readout, backend, overwrite)
-    return [x.view(target.shape) for x in found]
+    return [x.view(target.shape) for x in function.apply(logits, *rows, plan.overwrite_logits)]
 
 
 def fused_loss(
@@ -90,30 +114,45 @@ def fused_loss(
     readout: Readout = Readout(),
     plan: Plan = Plan(),
 ) -> LossOutput:
-    """The loss of a batch, with its gradient computed in the same pass over the logits.
+    """The loss of a batch and the gradient of its logits, in one pass over the logits.
 
-        L = sum_t w_t f(logp_t, entropy_t, ...),      dL/dz_j = w_t (f_logp (1[j=y] - p_j) + ...)
+        L = sum_t w_t f(t)
+        dL/dz_j = w_t (f_logp (1[j = y] - p_j) + f_lse p_j - f_H p_j (log p_j + H))
 
-    Terms of token scope run inside the kernel: one read and one write of the logits. A loss with a term of wider scope
-    takes two passes, statistics, then the gradient in ``backward``; so do fp16 logits, whose gradient is rounded after
-    a loss scale has multiplied it, unless ``plan`` names a kernel.
+    f is the objective, f_x = df/dx, and w_t the weight that the aggregation gives token t. z are the logits of the
+    token after the readout, p = softmax(z), y is the target and H the entropy.
+
+    A loss of token scope reads the logits once and writes their gradient once. Two cases take two passes, the
+    statistics first and the gradient in ``backward``: a loss of a wider scope, and fp16 logits unless ``plan`` names a
+    kernel. The gradient of fp16 logits must not be rounded before the loss scale has multiplied it.
 
     Args:
-        logits: [B, L, V] or [T, V], as ``batch.target`` is laid out; float32, bfloat16 or float16 (float64 for
+        logits: [B, L, V] or [T, V], in the layout of ``batch.target``; float32, bfloat16 or float16 (float64 for
             checks), last dimension contiguous.
-        batch: what to learn from.
-        loss: objective and aggregation, or a sum of losses.
+        batch: targets, and the fields that the objective reads.
+        loss: an objective and its aggregation, or a sum of losses.
         readout: how logits become a distribution.
         plan: how the machine computes it.
 
     Returns:
-        ``LossOutput``.
+        ``LossOutput``. Its ``loss`` is differentiable in the logits. The gradient is computed in the forward;
+        ``backward`` multiplies it by the upstream gradient.
 
     Raises:
-        TypeError, ValueError: when an argument does not fit, naming it, what was expected and what came; when an
-            objective reads a field that the batch lacks, or uses an operation that the kernel cannot run.
+        TypeError: when an argument has a wrong type or dtype. The text names the argument, what was expected and what
+            came. Also when the objective uses an operation that the kernel cannot run (``UnsupportedOperation``).
+        ValueError: when an argument has a wrong shape, device or value, in the same form. Also when the objective
+            reads a field that the batch lacks.
         IndexError: when a target is outside the vocabulary (on the CPU; on an accelerator its row becomes NaN).
         RuntimeError: when the named backend cannot run here.
+
+    Examples:
+        >>> logits = torch.zeros(1, 2, 4, requires_grad=True)
+        >>> batch = uk.Batch(torch.tensor([[3, uk.IGNORE]]), advantage=torch.tensor([2.0]))
+        >>> out = uk.fused_loss(logits, batch, uk.ppo(clip=0.2))
+        >>> out.loss.backward()
+        >>> logits.grad[0, 0]  # -2 (1[j = 3] - 1/4)
+        tensor([ 0.5000,  0.5000,  0.5000, -1.5000])
     """
     check_kinds(batch=batch, loss=loss, readout=readout, plan=plan)
     check_logits(logits, batch.target)

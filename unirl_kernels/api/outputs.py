@@ -13,17 +13,24 @@ from torch.utils._pytree import register_pytree_node
 from unirl_kernels.backends import RowObservations
 from unirl_kernels.batch import Batch
 from unirl_kernels.objectives import Loss, Tokens
-from unirl_kernels.objectives.policy import kl_estimate
+from unirl_kernels.objectives.penalties import kl_estimate
+from unirl_kernels.objectives.policy import ratio_to_old
 
 
 class TokenStats(NamedTuple):
-    """Statistics of each token's distribution, differentiable in what they were computed from. Target's shape,
-    float32 (float64 for float64 input); 0 where the target is ``IGNORE``.
+    """Statistics of each token's distribution, differentiable in what they were computed from.
+
+    Each has target's shape, in float32 (float64 for float64 input), and is 0 where the target is ``IGNORE``.
 
     Args:
         logp: log pi(o_t) = z_y - lse, <= 0, nats.
         entropy: H = lse - sum_j p_j z_j of the whole distribution, in [0, log V], nats.
         lse: log sum_j exp(z_j).
+
+    Examples:
+        >>> logp, entropy, lse = uk.token_stats(torch.zeros(1, 1, 4), torch.tensor([[3]]))
+        >>> logp, entropy, lse  # -log 4, log 4, log 4
+        (tensor([[-1.3863]]), tensor([[1.3863]]), tensor([[1.3863]]))
     """
 
     logp: Tensor
@@ -32,15 +39,25 @@ class TokenStats(NamedTuple):
 
 
 class TokenObservations(NamedTuple):
-    """``TokenStats``, and what else can be observed of each token's distribution, without a gradient. Target's shape,
-    float32 (float64 for float64 input); 0, and argmax -1, where the target is ``IGNORE``.
+    """``TokenStats`` and three more observations of each token's distribution, which have no gradient.
+
+    Each has target's shape, in float32 (float64 for float64 input). Where the target is ``IGNORE`` the argmax is -1 and
+    the others are 0.
 
     Args:
-        logp, entropy, lse: as in ``TokenStats``, differentiable.
+        logp: as in ``TokenStats``, differentiable.
+        entropy: as in ``TokenStats``, differentiable.
+        lse: as in ``TokenStats``, differentiable.
         log_sum_sq_probs: log sum_j p_j^2, in [-log V, 0], nats; minus the Renyi entropy of order 2.
         mean_logit: mean of z_j over the vocabulary; -inf where a z_j is.
         argmax: int64, the first column with the largest z; -1 where the target is not in the vocabulary, or a logit is
             NaN or inf. ``argmax == target`` says whether the target is the most probable token.
+
+    Examples:
+        >>> target = torch.tensor([[1]])
+        >>> seen = uk.token_observations(torch.tensor([[[0.0, 3.0, 1.0]]]), target)
+        >>> seen.argmax == target
+        tensor([[True]])
     """
 
     logp: Tensor
@@ -59,12 +76,26 @@ class TokenObservations(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class MetricParts:
-    """A metric in parts that ranks can reduce: sums and counts add up, min and max by their extremum. 0-dim each."""
+    """A metric in parts that ranks can reduce: add sums and counts, take the least min and the greatest max.
+
+    Args:
+        sum: 0-dim, the sum of what counts.
+        count: 0-dim, how many values count.
+        min: 0-dim, the least of them; inf if there are none.
+        max: 0-dim, the greatest of them; -inf if there are none.
+
+    Examples:
+        >>> logits = torch.zeros(1, 2, 4)
+        >>> out = uk.fused_loss(logits, uk.Batch(torch.tensor([[3, 1]])), uk.sft())
+        >>> parts = out.metric_parts["entropy"]
+        >>> parts.sum, parts.count, parts.mean
+        (tensor(2.7726), tensor(2.), tensor(1.3863))
+    """
 
     sum: Tensor
     count: Tensor
-    min: Tensor  # inf where nothing counts
-    max: Tensor  # -inf where nothing counts
+    min: Tensor
+    max: Tensor
 
     @property
     def mean(self) -> Tensor:
@@ -78,7 +109,15 @@ class LossOutput:
 
     Args:
         loss: 0-dim, float32 (float64 for float64 input), differentiable in what it was computed from.
-        logp, entropy, lse: target's shape, detached; 0 where the target is ``IGNORE``.
+        logp: target's shape, detached; 0 where the target is ``IGNORE``.
+        entropy: target's shape, detached; 0 where the target is ``IGNORE``.
+        lse: target's shape, detached; 0 where the target is ``IGNORE``.
+
+    Examples:
+        >>> batch = uk.Batch(torch.tensor([[3, 1]]), advantage=torch.tensor([2.0]))
+        >>> out = uk.fused_loss(torch.zeros(1, 2, 4), batch, uk.ppo())
+        >>> out.loss, out.metrics["clip_fraction"]
+        (tensor(-2.), tensor(0.))
     """
 
     loss: Tensor
@@ -99,8 +138,9 @@ class LossOutput:
         """Means over valid tokens, sequences or pairs: 0-dim tensors, computed when read, without waiting for a device.
 
         ``entropy``; ``ratio_mean``, pi / pi_old (1 on policy); ``kl``, estimate k3 of KL(pi || pi_ref), where the
-        batch has ``ref_logp``; and what the objectives add, such as ``clip_fraction``. Two objectives of a sum that
-        add the same name are told apart by the number of their term: ``clip_fraction.1``.
+        batch has ``ref_logp``; and what the objectives add, such as ``clip_fraction``, which goes before these where
+        the name is the same. Two objectives of a sum that add the same name are told apart by the number of their
+        term: ``clip_fraction.1``.
         """
         return {name: parts.mean for name, parts in self.metric_parts.items()}
 
@@ -109,13 +149,15 @@ class LossOutput:
         """``metrics`` as sum, count, min and max, for one reduction across ranks."""
         with torch.no_grad():
             tokens = self._tokens()
-            values = {"entropy": tokens.entropy, "ratio_mean": torch.exp(tokens.logp - tokens.old_logp)}
+            values: dict[str, Tensor | tuple[Tensor, Tensor]] = {"entropy": tokens.entropy}
+            values["ratio_mean"] = ratio_to_old(tokens)
             if self._batch.ref_logp is not None:
                 values["kl"] = kl_estimate(tokens)
+            added: dict[str, Tensor | tuple[Tensor, Tensor]] = {}
             for k, term in enumerate(self._loss.terms):
                 for name, value in getattr(term.objective, "metrics", lambda t: {})(tokens).items():
-                    values[f"{name}.{k}" if name in values else name] = value
-            return {name: self._parts(value) for name, value in values.items()}
+                    added[f"{name}.{k}" if name in added else name] = value
+            return {name: self._parts(value) for name, value in (values | added).items()}
 
     @property
     def terms(self) -> tuple[Tensor, ...]:
@@ -127,12 +169,15 @@ class LossOutput:
     def _tokens(self) -> Tokens:
         return Tokens(self._batch, self.logp, self.entropy, self.lse)
 
-    def _parts(self, value: Tensor) -> MetricParts:
+    def _parts(self, metric: Tensor | tuple[Tensor, Tensor]) -> MetricParts:
         """Of values per token, of which the valid ones count, or per sequence or pair, of which all do."""
+        value, chosen = metric if isinstance(metric, tuple) else (metric, None)
         value = value.to(self.logp.dtype)
         counted = self._batch.valid.reshape(-1)
         if value.shape != counted.shape:
             counted = torch.ones_like(value, dtype=torch.bool)
+        if chosen is not None:
+            counted = counted & chosen
         return MetricParts(
             torch.where(counted, value, 0).sum(),
             counted.sum().to(value.dtype),

@@ -67,7 +67,7 @@ def program_args(loss: Loss, batch: Batch, dtype: torch.dtype) -> ProgramArgs:
                 f"fields[{name!r}] must not require a gradient in a one-pass kernel, which does not give it: detach "
                 "it, or call with Plan(kernel='composed'), which does"
             )
-        fields[k].copy_(_exact(name, value, dtype).reshape(shape))
+        fields[k].copy_(_exact(name, value, dtype))
     return ProgramArgs(traced.text, fields, loss.params(batch.on_policy, target.device))
 
 
@@ -78,15 +78,17 @@ def _exact(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
         ValueError: for an integer that would be rounded. On an accelerator reading values would wait for the device;
             there such integers become NaN.
     """
-    if value.dtype not in (torch.int32, torch.int64, torch.uint32, torch.uint64):
-        return value
     largest = EXACT_INTEGERS[dtype]
-    rounded = (value > largest) | (value < -largest)
+    if value.is_floating_point() or value.dtype == torch.bool or torch.iinfo(value.dtype).max <= largest:
+        return value
+    # As int64: a narrower integer would be compared with a bound that wraps around in its own dtype.
+    wide = value.double() if value.dtype == torch.uint64 else value.to(torch.int64)
+    rounded = (wide > largest) | (wide < -largest)
     if value.device.type != "cpu" or torch.compiler.is_compiling():
         return value.to(dtype).masked_fill(rounded, torch.nan)
     if bool(rounded.any()):
         raise ValueError(
             f"fields[{name!r}] must hold integers of at most {largest} in size in a one-pass kernel, which computes in "
-            f"{str(dtype).removeprefix('torch.')}, got {int(value[rounded].flatten()[0])}"
+            f"{str(dtype).removeprefix('torch.')}, got {int(wide[rounded].flatten()[0])}"
         )
     return value

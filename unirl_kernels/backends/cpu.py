@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -71,6 +72,7 @@ class NativeMatmuls:
     """The matmuls below, of one weight."""
 
     weight: Tensor  # [V, D] of the operands' dtype
+    repeatable: ClassVar[bool] = True
 
     @property
     def row_bytes(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ SLICE_BYTES = 2**24
 
 class Matmuls(Protocol):
     """The matmuls of one weight. ``hidden`` is [n, D] in the operands' dtype; results are fp32."""
+
+    repeatable: ClassVar[bool]
+    """Whether a logit has the same bits whatever other tokens and columns are multiplied at once."""
 
     @property
     def row_bytes(self) -> int:
@@ -48,6 +51,7 @@ class Mixed:
     """Matmuls of a device that multiplies 16-bit operands into fp32 results; the gradient of the logits is one."""
 
     weight: Tensor  # [V, D] of the operands' dtype
+    repeatable: ClassVar[bool] = False
 
     @property
     def row_bytes(self) -> int:
@@ -83,6 +87,7 @@ class Widened:
 
     weight: Tensor  # [V, D]
     dtype: torch.dtype
+    repeatable: ClassVar[bool] = False
 
     @property
     def row_bytes(self) -> int:

@@ -136,6 +136,8 @@ class Group:
 
     def weights(self, of_term: Tensor, scope: str) -> Tensor:
         """The part's weights of a term with a scope: of its pairs, or of its positions."""
+        if scope == "batch":  # of pairs or positions, and the part is the whole
+            return of_term.reshape(-1)
         return of_term[slice(*self.pairs)] if scope == "pair" else of_term.reshape(-1)[self.positions]
 
 

@@ -75,8 +75,13 @@ def _token_stats_backward(
 
     def work(logits: Tensor, d_logits: Tensor, k: int) -> None:
         chunk = chunks[k]
-        of_rows = chunk.row(target), chunk.rows(readout), chunk.rows(moments), chunk.rows(gradients)
-        head.kernels.token_stats_backward(logits, *of_rows, d_logits)
+        at, of_readout = chunk.row(target), chunk.rows(readout)
+        if head.matmuls.repeatable:
+            of_logits = chunk.rows(moments)
+        else:
+            # Moments of other bits give probabilities that do not add up to 1: at a low temperature by percents.
+            of_logits = head.kernels.token_stats(logits, at, of_readout).moments
+        head.kernels.token_stats_backward(logits, at, of_readout, of_logits, chunk.rows(gradients), d_logits)
 
     return sweep(head, chunks, work, wanted)
 

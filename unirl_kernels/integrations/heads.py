@@ -10,11 +10,16 @@ from unirl_kernels.api.arguments import check_whole
 
 
 class HeadParameters(NamedTuple):
-    """What ``fused_linear_loss`` takes of an output layer.
+    """Weight and bias of an output layer, as ``fused_linear_loss`` takes them.
 
     Args:
         weight: [V, D], differentiable in the parameters that it was made of.
         bias: [V] or None.
+
+    Examples:
+        >>> weight, bias = uk.head_parameters(torch.nn.Linear(3, 4, bias=False))
+        >>> weight.shape, bias
+        (torch.Size([4, 3]), None)
     """
 
     weight: Tensor
@@ -24,12 +29,13 @@ class HeadParameters(NamedTuple):
 def head_parameters(module: nn.Module) -> HeadParameters:
     """Weight and bias of an output layer, the ones that its forward applies: x W^T + b.
 
-    A ``torch.nn.Linear`` gives its own. One that PEFT has adapted with LoRA (Hu et al. 2021, arXiv:2106.09685) gives
+    A ``torch.nn.Linear`` gives its own. If PEFT has adapted it with LoRA (Hu et al. 2021, arXiv:2106.09685), the weight
+    is
 
         W = W_0 + sum over active adapters of scaling * B A
 
-    formed anew at each call, so that gradients reach A and B through it; that takes memory for W and for its gradient,
-    [V, D] each. One that PEFT keeps a trained copy of (``modules_to_save``) gives the copy.
+    It is formed at each call, so that gradients reach A and B through it. That takes memory for W and for its gradient,
+    [V, D] each. If PEFT trains a copy of the layer (``modules_to_save``), weight and bias are those of the copy.
 
     Args:
         module: an output layer, for instance ``model.get_output_embeddings()``.
@@ -38,9 +44,15 @@ def head_parameters(module: nn.Module) -> HeadParameters:
         ``HeadParameters``.
 
     Raises:
-        TypeError: when the layer does something else than x W^T + b, or what it does is not known.
-        ValueError: when it does so only at times (dropout of an adapter, a merged adapter that is switched off), or
-            when its parameters are not whole (FSDP2 outside of the layer's forward, ZeRO-3).
+        TypeError: when the layer computes something else than x W^T + b, or its class is not known.
+        ValueError: when it computes x W^T + b only in some states (dropout of an adapter, a merged adapter that is
+            switched off), or when its parameters are not whole (FSDP2 outside of the layer's forward, ZeRO-3).
+
+    Examples:
+        >>> head = torch.nn.Linear(3, 4)
+        >>> weight, bias = uk.head_parameters(head)
+        >>> weight is head.weight, bias is head.bias
+        (True, True)
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")

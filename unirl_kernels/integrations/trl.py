@@ -19,6 +19,7 @@ from torch import Tensor
 
 from unirl_kernels.api import linear_token_observations, linear_token_stats, token_stats
 from unirl_kernels.batch import IGNORE
+from unirl_kernels.integrations.losses.trl import loss as loss
 from unirl_kernels.integrations.patching import Patch, Replacement, known
 from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from unirl_kernels.api import TokenStats, linear_token_stats, token_stats
+from unirl_kernels.integrations.losses.verl import loss as loss
 from unirl_kernels.integrations.patching import Patch, Replacement, known, parameters_of
 from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout

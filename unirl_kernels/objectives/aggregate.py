@@ -45,9 +45,10 @@ def _check_empty(empty: str) -> None:
         raise ValueError(f"empty must be 'count' or 'skip', got {empty!r}")
 
 
-def _masked(weights: Tensor, batch: Batch) -> Tensor:
-    """0 at ignored tokens, where a division may have given NaN."""
-    return torch.where(batch.valid, weights, 0)
+def _over(numerator: Tensor, count: float | Tensor, batch: Batch) -> Tensor:
+    """A quotient, 0 at ignored tokens: a count in a tensor may be 0, and 0 / 0 is NaN."""
+    quotient = numerator / count
+    return quotient.masked_fill(~batch.valid, 0) if isinstance(count, Tensor) else quotient
 
 
 @dataclass(frozen=True, repr=False)
@@ -57,14 +58,20 @@ class SequenceMean(_Value):
     Source: Shao et al. 2024 (arXiv:2402.03300v3), eq. 3.
 
     Args:
-        count: S, sequences of the whole step, > 0 (under gradient accumulation or data parallelism more than this
-            batch holds), a number or a 0-dim tensor; None counts the batch's own.
-        empty: without ``count``, whether a sequence without tokens counts in S: ``"count"`` (as in TRL; it adds 0) or
-            ``"skip"`` (as in verl).
+        count: S, the sequences of the whole step, > 0, a number or a 0-dim tensor. Under gradient accumulation or data
+            parallelism they are more than this batch holds. None counts those of the batch.
+        empty: without ``count``, whether a sequence without tokens counts in S: ``"count"``, as in TRL, or ``"skip"``,
+            as in verl. Its loss is 0 either way.
 
     Raises:
         TypeError: when ``count`` is not a number.
         ValueError: when ``count`` is not positive, has dimensions or a gradient, or ``empty`` is another word.
+
+    Examples:
+        >>> batch = uk.Batch(torch.tensor([[5, 7], [8, uk.IGNORE]]))  # lengths 2 and 1
+        >>> uk.SequenceMean().weights(batch)
+        tensor([[0.2500, 0.2500],
+                [0.5000, 0.0000]], dtype=torch.float64)
     """
 
     count: float | Tensor | None = None
@@ -75,8 +82,8 @@ class SequenceMean(_Value):
         _check_empty(self.empty)
 
     def weights(self, batch: Batch) -> Tensor:
-        lengths = batch.lengths.clamp(min=1).double()
-        return _masked(batch.per_token(1 / (_sequences(batch, self.count, self.empty) * lengths)), batch)
+        lengths = batch.per_token(batch.lengths.clamp(min=1).double())
+        return _over(batch.valid / lengths, _sequences(batch, self.count, self.empty), batch)
 
 
 @dataclass(frozen=True, repr=False)
@@ -86,12 +93,18 @@ class TokenMean(_Value):
     Source: Yu et al. 2025 (DAPO, arXiv:2503.14476), eq. 8.
 
     Args:
-        count: tokens of the whole step, > 0 (under gradient accumulation or data parallelism more than this
-            batch holds), a number or a 0-dim tensor; None counts the batch's own. ``count=1`` is the sum.
+        count: the tokens of the whole step, > 0, a number or a 0-dim tensor. Under gradient accumulation or data
+            parallelism they are more than this batch holds. None counts those of the batch; 1 gives the sum.
 
     Raises:
         TypeError: when ``count`` is not a number.
         ValueError: when ``count`` is not positive, or a tensor with dimensions or with a gradient.
+
+    Examples:
+        >>> batch = uk.Batch(torch.tensor([[5, 7], [8, uk.IGNORE]]))
+        >>> uk.TokenMean(count=10).weights(batch)
+        tensor([[0.1000, 0.1000],
+                [0.1000, 0.0000]], dtype=torch.float64)
     """
 
     count: float | Tensor | None = None
@@ -101,12 +114,12 @@ class TokenMean(_Value):
 
     def weights(self, batch: Batch) -> Tensor:
         count = batch.valid.sum().clamp(min=1) if self.count is None else self.count
-        return _masked(batch.valid.double() / count, batch)
+        return _over(batch.valid.double(), count, batch)
 
 
 @dataclass(frozen=True, repr=False)
 class FixedLength(_Value):
-    """Sum over tokens over a constant length, mean over sequences, w = 1 / (S n).
+    """Mean over sequences of the sum over tokens, divided by a constant length n, w = 1 / (S n).
 
     Source: Liu et al. 2025 (Dr. GRPO, arXiv:2503.20783), section 3.2.
 
@@ -118,6 +131,12 @@ class FixedLength(_Value):
     Raises:
         TypeError: when ``n`` or ``count`` is not a number.
         ValueError: when ``n`` or ``count`` is not positive, or ``empty`` is another word.
+
+    Examples:
+        >>> batch = uk.Batch(torch.tensor([[5, 7], [8, uk.IGNORE]]))
+        >>> uk.FixedLength(4).weights(batch)
+        tensor([[0.1250, 0.1250],
+                [0.1250, 0.0000]], dtype=torch.float64)
     """
 
     n: float
@@ -132,7 +151,7 @@ class FixedLength(_Value):
         _check_empty(self.empty)
 
     def weights(self, batch: Batch) -> Tensor:
-        return _masked(batch.valid.double() / self.n / _sequences(batch, self.count, self.empty), batch)
+        return _over(batch.valid.double() / self.n, _sequences(batch, self.count, self.empty), batch)
 
 
 @dataclass(frozen=True, repr=False)
@@ -143,11 +162,19 @@ class GroupMean(_Value):
 
     Args:
         field: name of the field that holds each sequence's group, [S] integer.
-        count: G, groups of the whole step, > 0; None counts the batch's own groups that have tokens.
+        count: G, the groups of the whole step, > 0; None counts the groups of the batch that have tokens.
 
     Raises:
         TypeError: when ``count`` is not a number.
         ValueError: when ``count`` is not positive.
+
+    Examples:
+        >>> target = torch.tensor([[5, 7], [8, uk.IGNORE], [6, 4]])
+        >>> batch = uk.Batch(target, fields={"group": torch.tensor([0, 0, 1])})  # 3 tokens, then 2
+        >>> uk.GroupMean().weights(batch)
+        tensor([[0.1667, 0.1667],
+                [0.1667, 0.0000],
+                [0.2500, 0.2500]], dtype=torch.float64)
     """
 
     field: str = "group"
@@ -165,7 +192,7 @@ class GroupMean(_Value):
         members = (same & (lengths > 0)).sum(-1).clamp(min=1)
         own = ((lengths > 0).double() / members).sum().clamp(min=1)
         count = own if self.count is None else self.count
-        return _masked(batch.per_token(1 / (tokens.clamp(min=1).double() * count)), batch)
+        return _over(batch.valid / batch.per_token(tokens.clamp(min=1).double()), count, batch)
 
 
 @dataclass(frozen=True, repr=False)
@@ -173,11 +200,15 @@ class PairMean(_Value):
     """Mean over pairs of sequences, w = 1 / P; for objectives of pair scope (DPO).
 
     Args:
-        count: P, pairs of the whole step, > 0; None counts the batch's own, S / 2.
+        count: P, the pairs of the whole step, > 0; None counts those of the batch, S / 2.
 
     Raises:
         TypeError: when ``count`` is not a number.
         ValueError: when ``count`` is not positive.
+
+    Examples:
+        >>> uk.PairMean().weights(uk.Batch(torch.tensor([[5], [8], [6], [4]])))
+        tensor([0.5000, 0.5000], dtype=torch.float64)
     """
 
     count: float | Tensor | None = None
@@ -195,15 +226,22 @@ class PairMean(_Value):
 class Weighted(_Value):
     """Another aggregation's weights times a field: sample weights, loss scales, masks that keep the denominator.
 
-    A token whose field is 0 is left out and still counts in |o|.
+    A token whose field is 0 is left out of the sum, but still counts in the denominator of ``base``.
 
     Args:
         base: the aggregation.
         field: name of the field, of shape [], [S] or target's. For pairs it has one value for each sequence, and the
-            weight of a pair is the product of its two.
+            weight of a pair is multiplied by both.
 
     Raises:
         TypeError: when ``base`` has no weights.
+
+    Examples:
+        >>> target = torch.tensor([[5, 7], [8, uk.IGNORE]])
+        >>> batch = uk.Batch(target, fields={"trust": torch.tensor([1.0, 0.0])})
+        >>> uk.Weighted(uk.TokenMean(), "trust").weights(batch)
+        tensor([[0.3333, 0.3333],
+                [0.0000, 0.0000]], dtype=torch.float64)
     """
 
     base: Aggregation
@@ -215,7 +253,14 @@ class Weighted(_Value):
 
     def weights(self, batch: Batch) -> Tensor:
         weights = self.base.weights(batch)
-        if weights.shape == batch.target.shape:
+        if not _weighs_pairs(self.base, weights, batch):
             return torch.where(weights == 0, 0, weights * batch.per_token_field(self.field).double())
         chosen, rejected = batch.split_pairs(batch.per_sequence_field(self.field).double())
         return weights * chosen * rejected
+
+
+def _weighs_pairs(aggregation: Aggregation, weights: Tensor, batch: Batch) -> bool:
+    """Whether weights are of pairs. Their shape alone does not tell where a batch has as many pairs as tokens."""
+    if isinstance(aggregation, Weighted):
+        return _weighs_pairs(aggregation.base, weights, batch)
+    return isinstance(aggregation, PairMean) or weights.shape != batch.target.shape

@@ -2,9 +2,83 @@
 
 from __future__ import annotations
 
+import math
 import numbers
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, NamedTuple, get_args, get_origin, get_type_hints
 
 from torch import Tensor
+
+
+class Range(NamedTuple):
+    """Which values a parameter may have."""
+
+    words: str  # "name must <words>"
+    holds: Callable[[Any], bool]
+    kind: str = "a number"
+
+
+Number = Annotated[float, Range("be finite", math.isfinite)]
+Positive = Annotated[float, Range("be positive", lambda x: x > 0)]
+NonNegative = Annotated[float, Range("be at least 0", lambda x: x >= 0)]
+Share = Annotated[float, Range("lie in [0, 1]", lambda x: 0 <= x <= 1)]
+AboveOne = Annotated[float, Range("be above 1", lambda x: x > 1)]
+Below1Half = Annotated[float, Range("lie in [0, 0.5)", lambda x: 0 <= x < 0.5)]
+Exponent = Annotated[float, Range("be at least 1", lambda x: x >= 1)]
+Bound = Annotated[float, Range("lie in (0, 80]", lambda x: 0 < x <= 80)]
+"""A bound of a log-ratio: exp(80) is finite in fp32."""
+Field = Annotated[str, Range("be an identifier", str.isidentifier, "the name of a field")]
+
+
+CALLABLE = Range("be callable", callable, "callable, as Clip() is")
+
+
+def _is_of_functions(hint: object) -> bool:
+    return get_origin(hint) is Callable or (isinstance(hint, type) and issubclass(hint, Parameters))
+
+
+class Parameters:
+    """Base of frozen dataclasses whose parameters are checked when one is made.
+
+    A parameter of one of the types above has a range; an objective or rule that is one must be callable.
+
+    Raises:
+        TypeError: when a parameter is not of its kind.
+        ValueError: when a parameter is outside its range.
+    """
+
+    _ranges: ClassVar[tuple[tuple[str, Range, bool], ...]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        found = []
+        try:
+            hints = get_type_hints(cls, include_extras=True)
+        except NameError:  # a class of a function's own, annotated with names that only the function knows
+            return
+        for name, hint in hints.items():
+            options = (hint, *get_args(hint))
+            for option in options:
+                ranges = getattr(option, "__metadata__", (CALLABLE,) if _is_of_functions(option) else ())
+                found += [(name, x, type(None) in options) for x in ranges]
+        cls._ranges = tuple(found)
+
+    def __post_init__(self) -> None:
+        for name, allowed, optional in self._ranges:
+            value = getattr(self, name)
+            if not (optional and value is None):
+                _check(name, value, allowed)
+
+
+def _check(name: str, value: object, allowed: Range) -> None:
+    if allowed.kind == "a number":
+        check_number(name, value)
+        if isinstance(value, Tensor) and value.device.type != "cpu":
+            return  # reading it would wait for the device
+    elif not isinstance(value, str) if allowed is not CALLABLE else isinstance(value, type) or not callable(value):
+        raise TypeError(f"{name} must be {allowed.kind}, got {value!r} ({type(value).__name__})")
+    if not allowed.holds(value):
+        raise ValueError(f"{name} must {allowed.words}, got {value!r}")
 
 
 def check_number(name: str, value: object) -> None:

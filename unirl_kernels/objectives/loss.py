@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar, cast
@@ -14,12 +14,16 @@ from torch import Tensor
 
 from unirl_kernels.batch import RESERVED, Batch
 from unirl_kernels.objectives.aggregate import Aggregation, FixedLength, GroupMean, PairMean, SequenceMean, TokenMean
+from unirl_kernels.objectives.arguments import Parameters
 from unirl_kernels.objectives.scopes import SCOPES, scope_fault, scope_of
 from unirl_kernels.objectives.tokens import Tokens
 from unirl_kernels.program import STATISTICS, Traced, UnsupportedOperation, trace, weight_name
 from unirl_kernels.program.trace import name_of
 
 BEYOND_ONE_TOKEN = RESERVED - set(STATISTICS)
+Metrics = Mapping[str, Tensor | tuple[Tensor, Tensor]]
+"""Named values of tokens, sequences or pairs; (values, counted) where not all of them count."""
+
 OF_TOKENS = (SequenceMean, TokenMean, FixedLength, GroupMean)
 """Aggregations that weigh tokens, not pairs."""
 
@@ -36,11 +40,19 @@ class Paradigm:
     coefficient: str
 
 
-class Objective:
-    """Base of the published objectives."""
+class Objective(Parameters):
+    """Base of the published objectives: frozen dataclasses, whose parameters are checked when they are made."""
 
     scope: ClassVar[str] = "token"
     paradigm: ClassVar[Paradigm | None] = None
+
+    def __call__(self, t: Tokens) -> Tensor:
+        """The loss of each token, or of each pair."""
+        raise NotImplementedError
+
+    def metrics(self, t: Tokens) -> Metrics:
+        """Named values of each token, sequence or pair, for ``LossOutput.metrics``."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -68,16 +80,21 @@ class Term:
             ValueError: when the aggregation gives weights of another shape, or weights that require a gradient.
         """
         weights = self.aggregation.weights(batch)
-        unit, shape = ("pair", (batch.n_pairs,)) if self.scope == "pair" else ("token", tuple(batch.target.shape))
+        of_tokens = isinstance(weights, Tensor) and weights.shape == batch.target.shape
+        unit, shape = "token", tuple(batch.target.shape)
+        if self.scope == "pair" or (self.scope == "batch" and not of_tokens):
+            unit, shape = "pair", (batch.n_pairs,)
         if not isinstance(weights, Tensor) or tuple(weights.shape) != shape:
             got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
             raise ValueError(f"aggregation {self.aggregation} must give a weight for each {unit}, {shape}, got {got}")
         if weights.requires_grad:
             raise ValueError(f"aggregation {self.aggregation} must give weights without a gradient: detach them")
         weights = weights.double()
-        if unit == "token":
-            weights = torch.where(batch.valid, weights, 0)
-        return torch.where(weights == 0, 0, weights * self.coefficient)
+        if unit == "token" and not isinstance(self.aggregation, OF_TOKENS):
+            weights = weights.masked_fill(~batch.valid, 0)
+        if isinstance(self.coefficient, Tensor):
+            return torch.where(weights == 0, 0, weights * self.coefficient)  # 0 * inf would not be 0
+        return weights if self.coefficient == 1 else weights * self.coefficient
 
     def composed(self, tokens: Tokens, weights: Tensor, constant: bool) -> Tensor:
         """The term as plain PyTorch, 0-dim: the sum of the objective's values times their weights.
@@ -100,7 +117,8 @@ class Term:
         if constant and values.numel() == 1:
             values = values.reshape(()).expand_as(weights)
         if values.shape != weights.shape:
-            unit = "pair" if self.scope == "pair" else "token"
+            of_pairs = self.scope == "pair" or (self.scope == "batch" and len(weights) != len(tokens.logp))
+            unit = "pair" if of_pairs else "token"
             raise ValueError(f"objective must return one loss per {unit}, {len(weights)}, got {tuple(values.shape)}")
         # 0 * inf would not be 0, nor would the gradient of an inf that is multiplied by 0.
         used = weights != 0
@@ -109,26 +127,29 @@ class Term:
 
 
 class Loss:
-    """A loss: what each token contributes, and how the contributions add up.
+    """A loss: an objective, which gives each token or pair a value, and an aggregation, which gives it a weight.
+
+        L = sum_t w_t f(t)
 
     An objective is any callable ``f(t)`` that returns the loss of each token from ``t.logp``, ``t.entropy``, ``t.lse``
     and the fields of the batch, such as ``t.advantage``. Its attribute ``scope`` says how far it looks:
 
-    - ``token`` (the default): one token. It is read here once, differentiated, and run inside the one-pass kernels.
+    - ``token`` (the default): one token. It is traced once, differentiated, and run inside the one-pass kernels.
     - ``sequence``: whole sequences, by the methods of ``Tokens``. Returns one loss per token.
     - ``pair``: pairs of sequences. Returns one loss per pair.
-    - ``batch``: all of the batch, which is then never cut into chunks. Returns one loss per token.
+    - ``batch``: the whole batch, which is then never cut into chunks. Returns one loss per token, or per pair where the
+      aggregation is of pairs.
 
-    An optional method ``metrics(t)`` returns named values per token, sequence or pair.
+    An optional method ``metrics(t)`` returns named values per token, sequence or pair; (values, counted) where not all
+    of them count.
 
-    Losses add up: ``uk.grpo() - 0.01 * uk.Loss(entropy, uk.TokenMean())`` is a loss, and each term keeps its
-    aggregation. Terms of token scope run in one pass together. A coefficient is a number or a 0-dim tensor.
+    Losses can be added and multiplied by a number or a 0-dim tensor. Each term of a sum keeps its aggregation. Terms of
+    token scope run in one pass together.
 
-    It may be made inside of a compiled function (torch.compile): numbers that change are variables of its graph. There
-    the scope is not checked, since compiled code never cuts a batch.
-
-    The objective is read when the loss is made: a closure that later changes a number it refers to changes nothing;
-    make a new loss (a fraction of a millisecond, no compilation).
+    The objective is traced when the loss is made. A number that it reads from outside, and that changes later, has no
+    effect on the loss: make a new one. That takes a fraction of a millisecond and compiles nothing. A loss may also be
+    made inside a compiled function (torch.compile): numbers that change are then variables of its graph. The scope is
+    not checked there, since compiled code never cuts a batch.
 
     Args:
         objective: the objective.
@@ -139,7 +160,16 @@ class Loss:
         ValueError: when the scope is unknown, or the aggregation does not fit it.
 
     Warns:
-        UserWarning: when the objective looks further than its scope says; linear heads refuse it.
+        UserWarning: when the objective looks further than its scope says. ``fused_linear_loss`` refuses it.
+
+    Examples:
+        An objective of your own, and an entropy bonus:
+
+        >>> surrogate = uk.Loss(lambda t: -torch.exp(t.logp - t.old_logp) * t.advantage, uk.TokenMean())
+        >>> loss = surrogate - 0.01 * uk.Loss(lambda t: t.entropy, uk.TokenMean())
+        >>> batch = uk.Batch(torch.tensor([[3, 1]]), advantage=torch.tensor([2.0]))
+        >>> uk.fused_loss(torch.zeros(1, 2, 4), batch, loss).loss  # -2 - 0.01 log 4
+        tensor(-2.0139)
     """
 
     terms: tuple[Term, ...]
@@ -329,7 +359,7 @@ def _check_aggregation(aggregation: object, scope: str) -> None:
         raise TypeError(
             f"aggregation must have a method weights(batch), as SequenceMean() and TokenMean() do, got {aggregation!r}"
         )
-    wrong = OF_TOKENS if scope == "pair" else PairMean
+    wrong = {"pair": OF_TOKENS, "batch": ()}.get(scope, (PairMean,))
     if isinstance(aggregation, wrong):
         raise ValueError(f"aggregation of a {scope}-scope objective cannot be {aggregation}")
 

@@ -1,4 +1,7 @@
-"""Policy gradients: surrogates of the return, and the penalty for leaving the reference policy."""
+"""Policy gradients of tokens: surrogates of the return through the ratio r = pi / pi_old.
+
+The log-ratio is bounded (``ratios.BOUND``), so that an advantage of 0 gives 0 whatever the policies are.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,53 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unirl_kernels.objectives.arguments import check_number
-from unirl_kernels.objectives.loss import Objective, Paradigm
+from unirl_kernels.objectives.arguments import AboveOne, Field, NonNegative, Share
+from unirl_kernels.objectives.loss import Metrics, Objective, Paradigm
+from unirl_kernels.objectives.penalties import KL
+from unirl_kernels.objectives.ratios import clip_metrics, clipped, ratio
 from unirl_kernels.objectives.tokens import Tokens
+
+__all__ = ["Clip", "DualClip", "PolicyGradient", "Ratio", "Reinforce", "TwoSidedClip"]
+
+
+def ratio_to_old(t: Tokens) -> Tensor:
+    """r = pi / pi_old."""
+    return ratio(t.logp - t.old_logp)
+
+
+def ppo_kl(t: Tokens) -> dict[str, Tensor]:
+    """``ppo_kl``: log pi_old / pi, estimate k1 of KL(pi_old || pi), as verl logs it."""
+    return {"ppo_kl": t.old_logp - t.logp}
+
+
+@dataclass(frozen=True)
+class Reinforce(Objective):
+    """-A log pi.  Williams 1992; verl ``gpg`` (Chu et al. 2025, arXiv:2504.02546), Kimi k1.5, OPMD."""
+
+    def __call__(self, t: Tokens) -> Tensor:
+        return -t.advantage * t.logp
+
+    def metrics(self, t: Tokens) -> Metrics:
+        """``ppo_kl``."""
+        return ppo_kl(t)
 
 
 @dataclass(frozen=True)
 class Ratio(Objective):
-    """Importance-weighted advantage, -r A with r = pi / pi_old.  Shao et al. 2024, eq. 12 as printed (no clip)."""
+    """Importance-weighted advantage, -r A with r = pi / pi_old.  Shao et al. 2024, eq. 12 as printed (no clip).
+
+    Args:
+        against: the field with the log-probabilities of the policy that sampled.
+    """
+
+    against: Field = "old_logp"
 
     def __call__(self, t: Tokens) -> Tensor:
-        return -torch.exp(t.logp - t.old_logp) * t.advantage
+        return -ratio(t.logp - getattr(t, self.against)) * t.advantage
+
+    def metrics(self, t: Tokens) -> Metrics:
+        """``ppo_kl``."""
+        return {"ppo_kl": getattr(t, self.against) - t.logp}
 
 
 @dataclass(frozen=True)
@@ -34,8 +73,8 @@ class Clip(Objective):
         ValueError: when a bound is outside its range.
     """
 
-    low: float = 0.2
-    high: float = 0.2
+    low: Share = 0.2
+    high: NonNegative = 0.2
 
     paradigm = Paradigm(
         "PPO",
@@ -46,55 +85,63 @@ class Clip(Objective):
         "A on policy (11)",
     )
 
-    def __post_init__(self) -> None:
-        check_number("low", self.low)
-        check_number("high", self.high)
-        if not 0 <= self.low <= 1:
-            raise ValueError(f"low must lie in [0, 1], got {self.low}")
-        if not self.high >= 0:
-            raise ValueError(f"high must be at least 0, got {self.high}")
-
     def __call__(self, t: Tokens) -> Tensor:
-        ratio = torch.exp(t.logp - t.old_logp)
-        return -torch.minimum(ratio * t.advantage, ratio.clamp(1 - self.low, 1 + self.high) * t.advantage)
+        return clipped(ratio_to_old(t), t.advantage, self.low, self.high)
 
-    def metrics(self, t: Tokens) -> dict[str, Tensor]:
-        """``clip_fraction``: tokens whose gradient the clip removes."""
-        ratio = torch.exp(t.logp - t.old_logp)
-        above = (ratio > 1 + self.high) & (t.advantage > 0)
-        below = (ratio < 1 - self.low) & (t.advantage < 0)
-        return {"clip_fraction": (above | below).to(ratio.dtype)}
+    def metrics(self, t: Tokens) -> Metrics:
+        """``clip_fraction``: tokens whose gradient the clip removes; ``/low`` and ``/high`` by the side; ``ppo_kl``."""
+        return clip_metrics(ratio_to_old(t), t.advantage, self.low, self.high) | ppo_kl(t)
 
 
 @dataclass(frozen=True)
-class KL(Objective):
-    """Penalty beta (pi_ref / pi - log pi_ref / pi - 1), an unbiased estimate of KL(pi || pi_ref), >= 0.
+class DualClip(Objective):
+    """``Clip`` whose loss is at most -c A where A < 0.
 
-    Source: Shao et al. 2024 (arXiv:2402.03300v3), eq. 4 of section 4.1.1; Schulman 2020, estimator k3.
+    Source: Ye et al. 2020 (arXiv:1912.09729); verl ``vanilla``, AReaL, slime, NeMo RL, OpenRLHF.
 
     Args:
-        beta: the coefficient, >= 0.
-
-    Raises:
-        TypeError: when ``beta`` is not a number.
-        ValueError: when ``beta`` is negative.
+        low, high: as in ``Clip``.
+        c: the largest ratio that counts where A < 0, > 1.
     """
 
-    beta: float = 0.04
-
-    def __post_init__(self) -> None:
-        check_number("beta", self.beta)
-        if not self.beta >= 0:
-            raise ValueError(f"beta must be at least 0, got {self.beta}")
+    low: Share = 0.2
+    high: NonNegative = 0.2
+    c: AboveOne = 3.0
 
     def __call__(self, t: Tokens) -> Tensor:
-        return self.beta * kl_estimate(t)
+        loss = clipped(ratio_to_old(t), t.advantage, self.low, self.high)
+        return torch.where(t.advantage < 0, torch.minimum(loss, -self.c * t.advantage), loss)
+
+    def metrics(self, t: Tokens) -> Metrics:
+        """Those of ``Clip``, and ``clip_fraction/dual``: tokens above c with A < 0."""
+        r = ratio_to_old(t)
+        dual = ((r > self.c) & (t.advantage < 0)).to(r.dtype)
+        return clip_metrics(r, t.advantage, self.low, self.high) | {"clip_fraction/dual": dual} | ppo_kl(t)
 
 
-def kl_estimate(t: Tokens) -> Tensor:
-    """KL(pi || pi_ref) per token, estimator k3: exp(d) - d - 1 with d = ref_logp - logp."""
-    difference = t.ref_logp - t.logp
-    return torch.expm1(difference) - difference
+@dataclass(frozen=True)
+class TwoSidedClip(Objective):
+    """-min(min(r, delta) A, clip(r, 1 - low, 1 + high) A), which bounds the ratio where A < 0, too.
+
+    Source: Prime Intellect 2025 (INTELLECT-2, arXiv:2505.07291); TRL ``delta``.
+
+    Args:
+        low, high: as in ``Clip``.
+        delta: the largest ratio that counts, > 1.
+    """
+
+    low: Share = 0.2
+    high: NonNegative = 0.2
+    delta: AboveOne = 4.0
+
+    def __call__(self, t: Tokens) -> Tensor:
+        r = ratio_to_old(t)
+        unclipped = r.clamp(max=self.delta) * t.advantage
+        return -torch.minimum(unclipped, r.clamp(1 - self.low, 1 + self.high) * t.advantage)
+
+    def metrics(self, t: Tokens) -> Metrics:
+        """Those of ``Clip``."""
+        return clip_metrics(ratio_to_old(t), t.advantage, self.low, self.high) | ppo_kl(t)
 
 
 @dataclass(frozen=True)
@@ -104,11 +151,11 @@ class PolicyGradient(Objective):
     Source: Shao et al. 2024 (arXiv:2402.03300v3), eq. 12, with gradient coefficient (15).
 
     Args:
-        surrogate: ``Clip`` or ``Ratio``.
+        surrogate: ``Clip``, ``Ratio`` or another objective of token scope.
         kl: the penalty; None for none, and then no ``ref_logp`` is read.
     """
 
-    surrogate: Clip | Ratio = Clip()
+    surrogate: Objective = Clip()
     kl: KL | None = KL()
 
     paradigm = Paradigm(
@@ -124,5 +171,6 @@ class PolicyGradient(Objective):
         loss = self.surrogate(t)
         return loss if self.kl is None else loss + self.kl(t)
 
-    def metrics(self, t: Tokens) -> dict[str, Tensor]:
-        return self.surrogate.metrics(t) if isinstance(self.surrogate, Clip) else {}
+    def metrics(self, t: Tokens) -> Metrics:
+        """Those of the surrogate."""
+        return self.surrogate.metrics(t)

@@ -12,10 +12,12 @@ class Tokens:
     """The tokens of a batch, as flat vectors over T positions; gradients flow through ``logp``, ``entropy``, ``lse``.
 
     Every field of the batch is an attribute: ``t.advantage``, ``t.old_logp``, ``t.ref_logp``, and ``t.<name>`` for
-    each name in ``batch.fields``. It is [T], in the field's own dtype, whatever shape the field was given in. On policy
-    ``t.old_logp`` is ``logp`` without its gradient.
+    each name in ``batch.fields``. It is [T], whatever shape the field was given in. Narrow dtypes come widened, so that
+    arithmetic on them neither rounds nor wraps around, as it does not in a one-pass kernel: floating-point fields have
+    at least the precision of the statistics, integers are int64. On policy ``t.old_logp`` is ``logp`` without its
+    gradient.
 
-    Ignored positions hold zeros and weigh nothing. Objectives of token scope use these vectors alone; objectives that
+    Ignored positions hold 0 and have weight 0. Objectives of token scope use these vectors alone; objectives that
     look further also use the methods.
 
     Args:
@@ -34,10 +36,15 @@ class Tokens:
             raise AttributeError(name)
         if name == "old_logp" and self._batch.on_policy:
             return self.logp.detach()
-        return self._used(self._per_token(name))
+        return self._used(self._widened(self._per_token(name)))
 
     def _per_token(self, name: str) -> Tensor:
         return self._batch.per_token_field(name)
+
+    def _widened(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.bool:
+            return x
+        return x.to(torch.promote_types(x.dtype, self.logp.dtype) if x.is_floating_point() else torch.int64)
 
     def _used(self, x: Tensor) -> Tensor:
         # Whatever stands at ignored positions (infinities, NaN) must not reach the loss as 0 * inf.
@@ -61,12 +68,12 @@ class Tokens:
 
     @property
     def n_sequences(self) -> int:
-        """S."""
+        """S, the number of sequences."""
         return self._batch.n_sequences
 
     @property
     def n_pairs(self) -> int:
-        """S / 2."""
+        """S / 2, the number of pairs."""
         return self._batch.n_pairs
 
     def sequence_field(self, name: str) -> Tensor:
@@ -75,7 +82,7 @@ class Tokens:
         Raises:
             ValueError: when the batch lacks it, or it has a value per token.
         """
-        return self._batch.per_sequence_field(name)
+        return self._widened(self._batch.per_sequence_field(name))
 
     def to_tokens(self, x: Tensor) -> Tensor:
         """Spread one value per sequence, [S], over its tokens: [T]."""

@@ -85,7 +85,8 @@ class Operator:
         LIBRARY.define(self._schema(mutates))
         torch.library.register_fake(f"unirl::{self.name}", self._flat(fake), lib=LIBRARY)
         if not mutates:
-            torch.library.register_autograd(f"unirl::{self.name}", self._refuse_gradient, lib=LIBRARY)
+            # Python code at the autograd key would cost 20 us a call; the implementation refuses gradients itself.
+            LIBRARY.impl(self.name, torch.library.fallthrough_kernel, "Autograd")
         self._call = getattr(torch.ops.unirl, self.name).default
 
     def _schema(self, mutates: tuple[str, ...]) -> str:
@@ -111,14 +112,19 @@ class Operator:
 
         return run
 
-    def _refuse_gradient(self, ctx: Any, *gradients: Tensor | None) -> None:
-        raise RuntimeError(
-            f"torch.ops.unirl.{self.name} has no gradient of its own: call the functions of unirl_kernels, which have"
-        )
-
     def implementation(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Decorator: the function that runs, on every device."""
-        LIBRARY.impl(self.name, self._flat(function), "CompositeExplicitAutograd")
+        implemented = self._flat(function)
+
+        def run(*flat: object) -> Any:
+            if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in flat):
+                raise RuntimeError(
+                    f"torch.ops.unirl.{self.name} has no gradient of its own: call the functions of unirl_kernels, "
+                    "which have"
+                )
+            return implemented(*flat)
+
+        LIBRARY.impl(self.name, run, "CompositeExplicitAutograd")
         return function
 
     def flat(self, groups: Iterable[object]) -> list[Any]:

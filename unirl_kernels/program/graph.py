@@ -164,7 +164,15 @@ Rule = Callable[[Graph, int, tuple[int, ...], tuple[int, ...]], int]
 
 def _along(slope: Callable[[Graph, int, int], int]) -> Rule:
     """Rule of a function of one argument: slope(x, y) dx, where y is the function's value."""
-    return lambda g, y, x, dx: g.op(Op.MUL, slope(g, x[0], y), dx[0])
+    return lambda g, y, x, dx: _times(g, slope(g, x[0], y), dx[0])
+
+
+def _times(g: Graph, factor: int, dx: int) -> int:
+    """factor dx; 0 where ``where``, ``clamp`` or the like made dx 0, even if a computed factor overflowed or is NaN."""
+    product = g.op(Op.MUL, factor, dx)
+    computed = isinstance(g.nodes[factor].kind, Op)
+    chosen = computed and any(g.nodes[x].kind is Op.WHERE for x in ancestors(g, dx))
+    return _selected(g, dx, product) if chosen else product
 
 
 def _selected(g: Graph, dx: int, product: int) -> int:
@@ -225,7 +233,7 @@ def _quotient(g: Graph, y: int, x: tuple[int, ...], dx: tuple[int, ...]) -> int:
 
 
 def _product(g: Graph, y: int, x: tuple[int, ...], dx: tuple[int, ...]) -> int:
-    return g.op(Op.ADD, g.op(Op.MUL, dx[0], x[1]), g.op(Op.MUL, x[0], dx[1]))
+    return g.op(Op.ADD, _times(g, x[1], dx[0]), _times(g, x[0], dx[1]))
 
 
 def _step(g: Graph, y: int, x: tuple[int, ...], dx: tuple[int, ...]) -> int:

@@ -11,7 +11,18 @@ from unirl_kernels.program.graph import Graph
 
 
 class UnsupportedOperation(TypeError):
-    """An objective uses an operation that the one-pass kernels cannot run."""
+    """An objective uses an operation that the one-pass kernels cannot run.
+
+    The text names the operation, lists those that can be used, and says how to run the objective all the same.
+
+    Examples:
+        >>> loss = uk.Loss(lambda t: torch.special.i0(t.logp))
+        >>> try:
+        ...     loss.traced()
+        ... except uk.UnsupportedOperation as error:
+        ...     print("special_i0" in str(error), "Plan(kernel='composed')" in str(error))
+        True True
+    """
 
 
 class Symbol:

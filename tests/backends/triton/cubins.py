@@ -57,7 +57,7 @@ class Variant:
 
 def variants() -> list[Variant]:
     """Every kernel on every architecture, dtype and kind of rows, in fp64 on one of them; the costlier programs on one
-    dtype; and gradients that are rounded for the products of linear heads."""
+    dtype; and gradients that are rounded for the matmuls of linear heads."""
     every = [
         Variant(kernel, architecture, dtype, rows)
         for kernel in ("statistics", "observations", "backward", "two_sweep", "split_row", "scale")
@@ -208,7 +208,7 @@ def _layouts(ttgir: str) -> dict[str, str]:
 
 
 def _threads(ttgir: str, shape: Any) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """(sizePerThread, threadsPerWarp) of tiles: [unroll, lanes, vector]; as accessed; as accessed in 8-byte words."""
+    """(sizePerThread, threadsPerWarp) of tiles: [unroll, lanes, vector]; as accessed; the same in 8-byte units."""
     layouts = _layouts(ttgir)
     row = (f"{shape.lanes}x{shape.vector}", f"{shape.lanes * shape.vector}", f"{shape.lanes * 2}")
     tile = rf"tensor<(?:{shape.unroll}|{shape.unroll // 2})x(?:{'|'.join(row)})x[^x,]*, (#\w+)>"

@@ -12,7 +12,7 @@ from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 import unirl_kernels as uk
-from unirl_kernels.backends import ReadoutArgs, RowFields, RowGradients, RowStats
+from unirl_kernels.backends import ProgramArgs, ReadoutArgs, RowGradients, RowMoments
 from unirl_kernels.backends.triton import launch
 from unirl_kernels.program import trace
 
@@ -43,24 +43,23 @@ def _logits(*shape: int) -> Tensor:
 def step(logits: Tensor, beta: float, readout: ReadoutArgs, offset: int = 0) -> None:
     """Everything that is launched in a training step. ``offset`` moves the per-row tensors in memory."""
 
-    def row(dtype: torch.dtype = torch.float32) -> Tensor:
-        n = logits.shape[0] * logits.shape[1]
-        return torch.ones(n + offset, dtype=dtype)[offset:].view(logits.shape[:2])
+    def row(*outer: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        shape = (*outer, *logits.shape[:2])
+        return torch.ones(torch.Size(shape).numel() + offset, dtype=dtype)[offset:].view(shape)
 
-    found = trace(uk.grpo(0.2, beta).objective)
-    target, params = row(torch.int64), torch.tensor(found.params, dtype=torch.float64)
-    stats, gradients = RowStats(row(), row(), row()), RowGradients(row(), None, None)
+    found = trace([uk.grpo(0.2, beta).objective])
+    program = ProgramArgs(found.text, row(len(found.fields)), torch.tensor(found.params, dtype=torch.float64))
+    target, gradients = row(dtype=torch.int64), RowGradients(row(), None, None)
     launch.token_stats(logits, target, readout)
     launch.token_observations(logits, target, readout)
-    launch.token_stats_backward(logits, target, stats, gradients, readout, logits)
-    fields = RowFields(row(), row(), row(), row())
+    launch.token_stats_backward(logits, target, readout, RowMoments(*row(4)), gradients, logits)
     for kernel in launch.LAUNCHES:
-        launch.fused_loss(logits, target, fields, readout, found.program.encode(), params, logits, kernel)
+        launch.fused_loss(logits, target, readout, program, logits, kernel)
     launch.scale_(logits, torch.ones(()))
 
 
 def keys() -> dict[str, list[str]]:
-    """Per kernel, the keys of: few and many tokens, other L, other scalars, other strides and places in memory."""
+    """Per kernel, the keys of: few and many tokens, other L, other scalars, other strides and addresses."""
     found: dict[str, set[str]] = {name: set() for name in KERNELS}
     for name in KERNELS:
         setattr(launch, name, Recorder(getattr(launch, name), found[name]))

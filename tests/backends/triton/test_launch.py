@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -12,10 +13,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tests.backends.triton.rows import BACKEND, DEVICE, OBJECTIVES, PLAIN, READOUTS, Rows, check, make_rows, run
-from unirl_kernels.backends import RowFields
+from tests.backends.triton.rows import (
+    BACKEND,
+    DEVICE,
+    OBJECTIVES,
+    PLAIN,
+    READOUTS,
+    RESULTS,
+    Rows,
+    check,
+    make_rows,
+    run,
+)
 from unirl_kernels.backends.triton import geometry
 from unirl_kernels.backends.triton.split_row import number, publish
+from unirl_kernels.backends.triton.statistics import Moments
 from unirl_kernels.backends.triton.tiles import head_and_body
 from unirl_kernels.batch import IGNORE
 
@@ -42,7 +54,7 @@ def test_layouts_give_the_same_bits(vocab: int, objective: str, kernel: str) -> 
                 assert torch.equal(a, b), name
         x.copy_(rows.logits)
         assert torch.equal(x._base.view(torch.int16), before.view(torch.int16)), f"wrote beside the {name} rows"
-    alone = Rows(rows.logits[1:, 1:], rows.target[1:, 1:], RowFields(*(f[1:, 1:] for f in rows.fields)))
+    alone = Rows(rows.logits[1:, 1:], rows.target[1:, 1:], {k: f[1:, 1:] for k, f in rows.fields.items()})
     for a, b in zip(expected, run(alone, kernel, objective), strict=True):
         assert torch.equal(a[1:, 1:], b)
 
@@ -54,12 +66,12 @@ def test_rows_more_than_2_31_elements_apart(kernel: str) -> None:
     far = torch.empty(stride + 160, dtype=torch.bfloat16, device=DEVICE)
     rows = make_rows(160, torch.bfloat16)
     expected = run(rows, kernel)
-    logp = BACKEND.token_stats(rows.logits, rows.target, PLAIN).logp
+    logp = BACKEND.token_stats(rows.logits, rows.target, PLAIN).stats.logp
     for shape, strides in (((1, 2, 160), (8, stride, 1)), ((2, 1, 160), (stride, 8, 1))):
         x = far.as_strided(shape, strides)
         x.copy_(rows.logits.view(shape))
-        view = Rows(x, rows.target.view(shape[:2]), RowFields(*(f.view(shape[:2]) for f in rows.fields)))
-        assert torch.equal(BACKEND.token_stats(x, view.target, PLAIN).logp.flatten(), logp.flatten())
+        view = Rows(x, rows.target.view(shape[:2]), {k: f.view(shape[:2]) for k, f in rows.fields.items()})
+        assert torch.equal(BACKEND.token_stats(x, view.target, PLAIN).stats.logp.flatten(), logp.flatten())
         for a, b in zip(expected, run(view, kernel, d_logits=x), strict=True):
             assert torch.equal(a.flatten(), b.flatten())
 
@@ -77,7 +89,7 @@ def test_split_rows(vocab: int, readout: str, objective: str, monkeypatch: pytes
 
     def marked(records: int, device: torch.device) -> Tensor:
         if not scratch:
-            scratch.append(torch.zeros(1 + records, launch.WORDS.value, dtype=torch.int64, device=device))
+            scratch.append(torch.zeros(1 + records, launch.RECORD.value, dtype=torch.int64, device=device))
             scratch[0][1:] = mark
         return scratch[0]
 
@@ -96,11 +108,12 @@ def test_split_rows(vocab: int, readout: str, objective: str, monkeypatch: pytes
     split = run(rows, "split_row", objective, args)
     whole = run(rows, "two_sweep", objective, args)
     exact = run(Rows(rows.logits.double(), rows.target, rows.fields), "two_sweep", objective, args)
-    for name, a, b, c in zip(("loss", "logp", "entropy", "d_logits"), split, whole, exact, strict=True):
+    for name, a, b, c in zip(RESULTS, split, whole, exact, strict=True):
         check(a, b, c, name, 10.0)
-    assert not split[3][0, 2].any()
+    d_logits = split[-1]
+    assert not d_logits[0, 2].any()
     if args.softcap is None:
-        assert not split[3][0, 1, :3000].any()
+        assert not d_logits[0, 1, :3000].any()
 
 
 @pytest.mark.parametrize(
@@ -127,7 +140,7 @@ def test_split_rows_fit_on_the_device(
 @triton.jit
 def published(x: tl.tensor, record: tl.tensor, out: tl.tensor) -> None:
     value = tl.load(x)
-    publish(record, value, value, value, value)
+    publish(record, Moments(value, value, value, value))
     tl.debug_barrier()
     tl.store(out, number(tl.load(record), value.dtype))
 
@@ -136,10 +149,10 @@ def published(x: tl.tensor, record: tl.tensor, out: tl.tensor) -> None:
     ("dtype", "bits"), [(torch.float64, torch.int64), (torch.float32, torch.int32)], ids=lambda x: str(x)
 )
 def test_no_number_is_published_as_nothing(dtype: torch.dtype, bits: torch.dtype) -> None:
-    """A word of 0 is waited for, for ever: neither 0 nor -0 nor a NaN of any bits may be one."""
+    """An entry of 0 is waited for, for ever: neither 0 nor -0 nor a NaN of any bits may be one."""
     largest = torch.iinfo(bits).max
-    for word in (0, -largest - 1, 1, largest, -1, -2):
-        x = torch.tensor(word, dtype=bits, device=DEVICE).view(dtype)
+    for number_bits in (0, -largest - 1, 1, largest, -1, -2):
+        x = torch.tensor(number_bits, dtype=bits, device=DEVICE).view(dtype)
         record, out = torch.zeros(4, dtype=torch.int64, device=DEVICE), torch.empty((), dtype=dtype, device=DEVICE)
         published[(1,)](x, record, out)
         assert record.all()
@@ -147,8 +160,8 @@ def test_no_number_is_published_as_nothing(dtype: torch.dtype, bits: torch.dtype
 
 
 @triton.jit
-def parts(x: tl.tensor, size: tl.tensor, out: tl.tensor, VECTOR: tl.constexpr) -> None:
-    head, body = head_and_body(x, size, False, VECTOR)
+def parts(x: tl.tensor, size: tl.tensor, out: tl.tensor, TILE: tl.constexpr) -> None:
+    head, body = head_and_body(x, size, TILE)
     tl.store(out, head)
     tl.store(out + 1, body)
 
@@ -161,7 +174,7 @@ def test_bodies_are_aligned(dtype: torch.dtype) -> None:
     for start in range(2 * vector):
         for size in (1, vector - 1, vector, 50):
             out = torch.empty(2, dtype=torch.int32, device=DEVICE)
-            parts[(1,)](memory[start:], size, out, vector)
+            parts[(1,)](memory[start:], size, out, geometry.Tile(1, 32, vector, 1, aligned=False))
             head, body = out.tolist()
             assert 0 <= head <= min(size, vector - 1)
             assert body % vector == 0
@@ -173,11 +186,21 @@ def test_bodies_are_aligned(dtype: torch.dtype) -> None:
 def test_slices_cover_a_row(dtype: torch.dtype) -> None:
     for vocab in [*range(1, 4000, 7), 32000, 49152, 50257, 128256, 151936, 201088, 262144, 262208, 10**6 + 1]:
         for readout in ("linear", "softcap"):
-            shape = geometry.slice_tile(dtype, vocab, readout)
-            count, width = geometry.slices(shape, vocab)
-            assert width % shape.vector == 0
-            assert width <= shape.columns
-            assert (count - 1) * width < vocab <= count * width
+            split = geometry.split(geometry.slice_tile(dtype, vocab, readout), vocab)
+            width = -(-vocab // (split.slices * split.tile.vector)) * split.tile.vector  # as ``split_row`` has it
+            assert width <= split.tile.columns
+            assert (split.slices - 1) * width < vocab <= split.slices * width
+            assert split.slices <= split.padded == triton.next_power_of_2(split.slices)
+            assert 2 * split.half.columns == split.tile.columns
+
+
+def test_kernels_have_few_parameters() -> None:
+    from unirl_kernels.backends.triton import launch
+
+    kernels = ("statistics", "observations", "backward", "two_sweep", "split_row", "scale")
+    for name in kernels:
+        parameters = inspect.signature(getattr(launch, name).fn).parameters
+        assert len(parameters) <= 25, f"{name} has {len(parameters)} parameters: what belongs together is one tensor"
 
 
 @pytest.mark.parametrize("factor", [1.0, -2.0])

@@ -50,6 +50,15 @@ class Terms(NamedTuple):
 
 
 @triton.jit
+def evaluated(
+    OBJECTIVE: tl.constexpr, parameters: tl.tensor, stats: Stats, fields: tl.tuple
+) -> tuple[tl.tensor, Gradients]:
+    """The loss of a row, and its gradients."""
+    loss, d_logp, d_entropy, d_lse = OBJECTIVE(parameters, *stats, *fields)
+    return loss, Gradients(d_logp, d_entropy, d_lse)
+
+
+@triton.jit
 def terms_of(moments: Moments, stats: Stats, gradients: Gradients, readout: Readout, READOUT: tl.constexpr) -> Terms:
     d_logp, d_entropy, d_lse = gradients
     # dz/dx at x = 0: du/dx is 1, or -1 for a negative scale, or the slope of tanh's argument.

@@ -32,7 +32,7 @@ from unirl_kernels.program import parsed
 
 WARP_SIZE = 64 if torch.version.hip else 32
 OPTIONS = {"enable_fp_fusion": True}
-"""Products and sums in one operation, as sz + e t; Triton 3.10 announces to stop doing so by default."""
+"""Multiplications and additions in one operation, as sz + e t; Triton 3.10 announces to stop doing so by default."""
 
 SCALE_PROGRAMS = 1024
 """Programs that multiply a gradient: enough to fill a device, few enough to cost microseconds when the factor is 1."""

@@ -107,7 +107,7 @@ def power(x: tl.tensor, y: tl.tensor) -> tl.tensor:
     whole = tl.floor(y) == y
     odd = whole & (tl.floor(y * 0.5) * 2.0 != y)
     negative = (x < 0) | (divide(1.0, x) < 0)  # -0 as well
-    value = tl.where(odd & negative, -value, value)
+    value = tl.where(odd & negative, value * -1.0, value)  # Triton's negation is 0 - x, which gives 0 for 0
     # A negative number has no real power but a whole one, -inf has all.
     return tl.where((x < 0) & (x > float("-inf")) & (whole == 0), float("nan"), value)
 

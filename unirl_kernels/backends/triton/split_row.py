@@ -26,6 +26,7 @@ from unirl_kernels.backends.triton.gradient import (
     Gradients,
     Terms,
     descend,
+    evaluated,
     from_log2,
     is_zero,
     log2_prob,
@@ -50,6 +51,7 @@ from unirl_kernels.backends.triton.scalar_math import LN2
 from unirl_kernels.backends.triton.statistics import (
     FLOOR,
     Moments,
+    Stats,
     Sums,
     finite_base,
     lane_sums,
@@ -125,30 +127,6 @@ def number(entry: tl.tensor, COMPUTE: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def wait(scratch: tl.tensor, records: tl.tensor, last: tl.tensor, SPLIT: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """Wait for the records of a row, [padded, RECORD], and draw the next ticket: meanwhile if ``last``, the row's last
-    ticket, is drawn.
-
-    A branch must go the same way in every thread. Scalar loads of memory that changes need not agree: hence a load by
-    each lane and a reduction.
-    """
-    i = tl.arange(0, SPLIT.padded)
-    at = records + i[:, None] * RECORD + tl.arange(0, RECORD)[None, :]
-    exists = tl.broadcast_to((i < SPLIT.slices)[:, None], SPLIT.padded, RECORD)
-    entries = tl.load(at, mask=exists, other=1, volatile=True)
-    drawn = tl.load(scratch + tl.full((SPLIT.tile.lanes,), 0, tl.int32), volatile=True)
-    ahead = tl.min(drawn.to(tl.int32), 0) > last
-    ticket = last
-    if ahead:
-        ticket = draw(scratch)
-    while tl.max(tl.max((entries == 0).to(tl.int32), 1), 0) > 0:
-        entries = tl.load(at, mask=exists, other=1, volatile=True)
-    if not ahead:
-        ticket = draw(scratch)
-    return entries, ticket
-
-
-@triton.jit
 def merged(entries: tl.tensor, rate: tl.tensor, SPLIT: tl.constexpr) -> Moments:
     """Moments of a row from the records of its slices."""
     exists = tl.arange(0, SPLIT.padded) < SPLIT.slices
@@ -166,18 +144,50 @@ def merged(entries: tl.tensor, rate: tl.tensor, SPLIT: tl.constexpr) -> Moments:
 
 
 @triton.jit
+def exchange(
+    scratch: tl.tensor, row: tl.tensor, part: tl.tensor, moments: Moments, rate: tl.tensor, SPLIT: tl.constexpr
+) -> tuple[Moments, tl.tensor]:
+    """Publish the moments of a slice and wait for those of the others. The moments of the row, and the next ticket.
+
+    The ticket is drawn while the program waits if all tickets of the row are drawn, else afterwards. A branch must go
+    the same way in every thread, and scalar loads of memory that changes need not agree: hence a load by each lane and
+    a reduction.
+    """
+    records = scratch + (1 + row.to(tl.int64) * SPLIT.slices) * RECORD
+    publish(records + part * RECORD, moments)
+    i = tl.arange(0, SPLIT.padded)
+    at = records + i[:, None] * RECORD + tl.arange(0, RECORD)[None, :]
+    exists = tl.broadcast_to((i < SPLIT.slices)[:, None], SPLIT.padded, RECORD)
+    entries = tl.load(at, mask=exists, other=1, volatile=True)
+    drawn = tl.load(scratch + tl.full((SPLIT.tile.lanes,), 0, tl.int32), volatile=True)
+    ahead = tl.min(drawn.to(tl.int32), 0) >= (row + 1) * SPLIT.slices
+    ticket = tl.full((), 0, tl.int32)
+    if ahead:
+        ticket = draw(scratch)
+    while tl.max(tl.max((entries == 0).to(tl.int32), 1), 0) > 0:
+        entries = tl.load(at, mask=exists, other=1, volatile=True)
+    if not ahead:
+        ticket = draw(scratch)
+    return merged(entries, rate, SPLIT), ticket
+
+
+@triton.jit
 def write_slice(
     x: Row,
     d_x: tl.tensor,
     held: Slice,
     readout: Readout,
     moments: Moments,
-    terms: Terms,
+    stats: Stats,
+    gradients: Gradients,
     ENTROPY: tl.constexpr,
     READOUT: tl.constexpr,
     SPLIT: tl.constexpr,
 ) -> None:
     """Write a slice of d_logits."""
+    TILE: tl.constexpr = SPLIT.tile
+    HALF: tl.constexpr = SPLIT.half
+    terms = terms_of(moments, stats, gradients, readout, READOUT)
     # e_j is relative to the slice; p_j = e_j 2^lag / s, relative to the row.
     lag = tl.maximum((held.moments.top - terms.base) * readout.rate, FLOOR)
     shift = terms.shift - lag
@@ -186,19 +196,19 @@ def write_slice(
         shift = tl.full((), 0.0, lag.dtype)
         common *= tl.exp2(lag) / (1.0 + moments.s_minus_1)
     terms = Terms(finite_base(held.moments.top), shift, common, terms.per_bit, terms.at_target)
-    if SPLIT.tile.aligned and READOUT != "softcap":
+    if TILE.aligned and READOUT != "softcap":
         if ENTROPY:
             # From d, not from e as well: both would take twice the registers.
             g = from_log2(log2_prob(held.d, readout.rate, shift), terms, ENTROPY)
         else:
             g = held.e * common
         if (x.target >= 0) & (x.target < x.size):
-            g = tl.where(is_column(x.target, 0, SPLIT.tile), terms.at_target, g)
-        store(d_x, 0, x.size, g, True, SPLIT.tile)
+            g = tl.where(is_column(x.target, 0, TILE), terms.at_target, g)
+        store(d_x, 0, x.size, g, True, TILE)
     else:
         # From the cache: in registers the columns do not form the vectors to be stored, or, under a softcap, the slope
         # is gone. By half tiles, for shifting takes registers too.
-        descend(x, d_x, readout, terms, ENTROPY, READOUT, SPLIT.half)
+        descend(x, d_x, readout, terms, ENTROPY, READOUT, HALF)
 
 
 @kernel
@@ -231,11 +241,11 @@ def split_row(
 ) -> None:
     """Programs run until the tickets are used up; how many there are does not matter to the result."""
     COMPUTE: tl.constexpr = loss.dtype.element_ty
-    width = tl.cdiv(size, SPLIT.slices * SPLIT.tile.vector) * SPLIT.tile.vector
+    TILE: tl.constexpr = SPLIT.tile
+    width = tl.cdiv(size, SPLIT.slices * TILE.vector) * TILE.vector
     ticket = draw(scratch)
     while ticket < rows * SPLIT.slices:
-        row = ticket // SPLIT.slices
-        part = ticket % SPLIT.slices
+        row, part = ticket // SPLIT.slices, ticket % SPLIT.slices
         first = part * width
         y = tl.load(target + row)
         count = tl.minimum(width, size - first)
@@ -248,24 +258,17 @@ def split_row(
             ticket = draw(scratch)
         else:
             readout = readout_of(inner, factor, row_temperature, row, COMPUTE)
-            x = start_of_row(logits, row, Strides(length, stride_b, stride_l)) + first
-            x = Row(x, count, column_of(y) - first)
-            held = read_slice(x, readout, READOUT, SPLIT.tile)
-            records = scratch + (1 + row.to(tl.int64) * SPLIT.slices) * RECORD
-            publish(records + part * RECORD, held.moments)
-            values = row_fields(fields, row, rows, FIELDS)
-            entries, ticket = wait(scratch, records, (row + 1) * SPLIT.slices - 1, SPLIT)
-            moments = merged(entries, readout.rate, SPLIT)
+            x = Row(start_of_row(logits, row, Strides(length, stride_b, stride_l)) + first, count, column_of(y) - first)
+            held = read_slice(x, readout, READOUT, TILE)
+            values = row_fields(fields, row, rows, FIELDS)  # on their way while the program waits
+            moments, ticket = exchange(scratch, row, part, held.moments, readout.rate, SPLIT)
             stats = statistics_of(moments, readout)
-            loss_y, d_logp, d_entropy, d_lse = OBJECTIVE(parameters, *stats, *values)
+            loss_y, gradients = evaluated(OBJECTIVE, parameters, stats, values)
             if part == 0:
-                tl.store(loss + row, loss_y)
-                write((logp, entropy, lse), row, stats)
-            gradients = Gradients(d_logp, d_entropy, d_lse)
+                write((loss, logp, entropy, lse), row, (loss_y, stats.logp, stats.entropy, stats.lse))
             value = tl.full((), 0.0, COMPUTE)
             silent = is_zero(gradients)
             if not silent:
-                terms = terms_of(moments, stats, gradients, readout, READOUT)
-                write_slice(x, d_x, held, readout, moments, terms, ENTROPY, READOUT, SPLIT)
+                write_slice(x, d_x, held, readout, moments, stats, gradients, ENTROPY, READOUT, SPLIT)
         if silent:
-            fill_slice(d_x, count, value, SPLIT.tile)
+            fill_slice(d_x, count, value, TILE)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from unirl_kernels.backends.triton.gradient import Gradients, write_row
+from unirl_kernels.backends.triton.gradient import evaluated, write_row
 from unirl_kernels.backends.triton.kernel import kernel
 from unirl_kernels.backends.triton.rows import (
     Row,
@@ -62,11 +62,10 @@ def two_sweep(
         moments = sweep(x, readout, READOUT, TILE)
         stats = statistics_of(moments, readout)
         values = row_fields(fields, row, tl.num_programs(0), FIELDS)
-        loss_y, d_logp, d_entropy, d_lse = OBJECTIVE(parameters, *stats, *values)
+        loss_y, gradients = evaluated(OBJECTIVE, parameters, stats, values)
         tl.store(loss + row, loss_y)
         write((logp, entropy, lse), row, stats)
         # The sums above made every thread wait until the row was read, so it may be overwritten now.
-        gradients = Gradients(d_logp, d_entropy, d_lse)
         write_row(x, d_x, readout, moments, stats, gradients, ENTROPY, READOUT, TILE)
     else:
         nothing = absent(y, COMPUTE)

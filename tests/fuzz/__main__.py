@@ -1,0 +1,63 @@
+"""``python -m tests.fuzz --seconds 600`` searches; ``python -m tests.fuzz --seed 0 --case 17`` runs one case again."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.fuzz.case import INSTRUCTION_SETS, instruction_set, make
+from tests.fuzz.search import Outcome, numbers_of, search, start
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser("python -m tests.fuzz", description="Search for wrong values with random cases.")
+    parser.add_argument("--seconds", type=float, default=60, help="how long; each process finishes its case")
+    parser.add_argument("--cases", type=int, default=10**9, help="at most so many on each instruction set")
+    parser.add_argument("--seed", type=int, default=0, help="of all cases")
+    parser.add_argument("--first", type=int, default=0, help="number of the first case")
+    parser.add_argument("--case", type=int, help="run this one alone and say what it is")
+    parser.add_argument("--isa", nargs="+", choices=INSTRUCTION_SETS, default=INSTRUCTION_SETS, help="instruction sets")
+    parser.add_argument("--worker", choices=INSTRUCTION_SETS, help=argparse.SUPPRESS)
+    parser.add_argument("--progress", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.case is not None:
+        return again(given.seed, given.case)
+    if given.worker:
+        numbers = numbers_of(given.worker, given.first)
+        search(given.seed, numbers, given.seconds, given.cases, given.progress)
+        return 0
+    return searched(given)
+
+
+def again(seed: int, number: int) -> int:
+    """Run one case, on its own instruction set."""
+    os.environ.setdefault("UNIRL_CPU_ISA", instruction_set(number))
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    from tests.fuzz.run import run
+
+    case = make(seed, number)
+    problems = run(case).problems
+    return bool(problems)
+
+
+def searched(given: argparse.Namespace) -> int:
+    """Search on each instruction set and say what was found."""
+    arguments = [f"--{name}={getattr(given, name)}" for name in ("seconds", "cases", "seed", "first")]
+    began, total = time.monotonic(), Outcome()
+    with tempfile.TemporaryDirectory() as folder:
+        workers = [start(name, arguments, Path(folder)) for name in given.isa]
+        for worker in workers:
+            outcome = worker.outcome()
+            total.add(outcome)
+    time.monotonic() - began
+    for _number, _problems in sorted(total.found.items()):
+        pass
+    return bool(total.found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

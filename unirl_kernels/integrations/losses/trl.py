@@ -1,0 +1,98 @@
+"""``integrations.trl.loss``: the loss that a configuration of TRL means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from unirl_kernels.integrations.losses import trl_policy, trl_preference
+from unirl_kernels.integrations.losses.options import Options
+from unirl_kernels.objectives import Loss
+
+KNOWN = (1, 16)
+"""The version whose losses these are."""
+
+CONFIGS: dict[str, Callable[[Options], Loss]] = {
+    "GRPOConfig": trl_policy.grpo,
+    "RLOOConfig": trl_policy.rloo,
+    "DPOConfig": trl_preference.dpo,
+    "KTOConfig": trl_preference.kto,
+    "SFTConfig": trl_preference.sft,
+}
+
+
+def loss(config: Any) -> Loss:
+    """The loss that a configuration of TRL means: what its trainer's ``compute_loss`` returns for a micro-batch.
+
+    Known are GRPOConfig, RLOOConfig, DPOConfig, KTOConfig, SFTConfig and what is derived from them, of TRL 1.16.
+    Targets are what the trainer scores: prompts, padding and masked tool output are ``IGNORE``. ``temperature`` is no
+    part of a loss; give ``uk.Readout(temperature=config.temperature)``.
+
+    The batch needs, beside ``target``:
+
+    ===========================  ==========================  =====================================================
+    configuration                where                       what, by TRL's name
+    ===========================  ==========================  =====================================================
+    GRPOConfig, RLOOConfig       ``advantage`` [S]           ``advantages``
+    the same                     ``old_logp``                ``old_per_token_logps``; None where TRL has None
+    GRPO, ``beta`` not 0         ``ref_logp``                ``ref_per_token_logps``
+    GRPO, ``use_vllm`` and the   ``rollout_logp``            ``sampling_per_token_logps``, NaN where vLLM gave
+    correction, or the off-                                  none
+    policy mask
+    GRPO: dapo, cispo, vespo     ``num_items_in_batch`` []   the same, of the generation batch
+    GRPO, adaptive entropy       ``entropy_coef`` []         the coefficient in force, 0 above the target
+    DPOConfig                    ``ref_logp``                the reference's ``log_probs``. The first half of the
+                                                             sequences is chosen
+    DPO, KTO, precomputed        ``ref_logps`` [S]           ``ref_chosen_logps`` and ``ref_rejected_logps``;
+                                                             ``ref_logps``
+    DPO, ``use_weighting``       ``log_sum_sq_probs``        the same (``uk.token_observations`` of the policy)
+    KTOConfig                    ``label`` [S]               the same
+    the same                     ``ref_logp``                the reference's ``log_probs``
+    KTO, ``kto``                 ``kl`` []                   the mean of ``KL_logps`` - ``ref_KL_logps`` over all
+                                                             processes
+    SFTConfig                    ``num_items_in_batch`` []   the same
+    ===========================  ==========================  =====================================================
+
+    GRPO's loss has the factor 1 / gradient_accumulation_steps, as its trainer's has. For another window of n
+    micro-batches multiply it by gradient_accumulation_steps / n. In evaluation multiply it by
+    gradient_accumulation_steps, and num_items_in_batch by steps_per_generation. For SFT in evaluation
+    num_items_in_batch is the number of the batch's tokens, times the processes where
+    ``average_tokens_across_devices`` is set.
+
+    ``out.metrics`` has TRL's names and values, of this process: ``clip_ratio/...``, ``cispo_clip_ratio``, ``kl``,
+    ``entropy``, ``vespo/phi_seq_mean``, ``rewards/...``, ``logps/...``. ``out.terms`` has the terms, the entropy bonus
+    last. Not there are ``logits/...`` and ``mean_token_accuracy``, which ``uk.token_observations`` has, and counts.
+
+    Where TRL differs: an advantage per token gives sequence-level metrics by its mean; ratios beyond e^40 are bounded;
+    a sequence without tokens adds 0, where TRL's RLOO and KTO add a constant without a gradient.
+
+    Args:
+        config: the configuration, as its trainer takes it.
+
+    Returns:
+        The loss.
+
+    Raises:
+        RuntimeError: when another TRL is installed.
+        TypeError: when the configuration is of another class, lacks an option, or an option is of another type.
+        ValueError: when an option has an unknown value, is outside its range, or asks for what no loss can express:
+            label smoothing of SFT, a router's loss, an entropy quantile over several processes.
+    """
+    _check_version()
+    names = [f"{c.__module__}.{c.__name__}" for c in type(config).__mro__ if c.__module__.partition(".")[0] == "trl"]
+    name = names[0].rpartition(".")[2] if names else ""
+    if not names or names[0].split(".")[1] != "trainer" or name not in CONFIGS:
+        got = names[0] if names else type(config).__name__
+        raise TypeError(f"config must be one of {', '.join(CONFIGS)} of TRL, got {got}; build its loss from objectives")
+    return CONFIGS[name](Options(config, name))
+
+
+def _check_version() -> None:
+    known = ".".join(map(str, KNOWN))
+    try:
+        installed = version("trl")
+    except PackageNotFoundError as error:
+        raise RuntimeError(f"trl must be of version {known}, but it is not installed") from error
+    if tuple(map(int, installed.split(".")[:2])) != KNOWN:
+        raise RuntimeError(f"trl must be of version {known}, whose losses are known, got {installed}")

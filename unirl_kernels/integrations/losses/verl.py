@@ -1,0 +1,193 @@
+"""``integrations.verl.loss``: the loss that an actor's configuration of verl means."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from torch import Tensor
+
+from unirl_kernels.batch import Batch
+from unirl_kernels.integrations.losses.options import Options
+from unirl_kernels.integrations.losses.rules import FieldWeight
+from unirl_kernels.integrations.losses.verl_policy import Policy
+from unirl_kernels.objectives import (
+    K1,
+    K2,
+    AbsoluteKL,
+    Aggregation,
+    Entropy,
+    FixedLength,
+    Loss,
+    LowVarianceKL,
+    Objective,
+    SequenceMean,
+    StraightThrough,
+    TokenMean,
+)
+from unirl_kernels.objectives.arguments import Number, Positive
+
+KNOWN = (0, 9)
+"""The version whose losses these are."""
+
+WEIGHTS = "rollout_is_weights"
+"""The field with the weights that verl's trainer computes."""
+
+
+def loss(actor_config: Any, rollout_correction: Any = None) -> Loss:
+    """The loss that an actor's configuration of verl means: what verl's ``ppo_loss`` returns for a micro-batch.
+
+    Known are ActorConfig of verl 0.9, what is derived from it, and mappings that have all its options (those of
+    verl's YAML files do not: ``omega_conf_to_dataclass``). Targets are verl's responses, ``IGNORE`` where
+    ``response_mask`` is 0, padded or packed.
+
+    The batch needs, beside ``target``:
+
+    =================================  =============================  ==========================================
+    configuration                      where                          what, by verl's name
+    =================================  =============================  ==========================================
+    any                                ``advantage``                  ``advantages``
+    any                                ``old_logp``                   ``old_log_probs``; in bypass mode
+                                                                      ``rollout_log_probs``
+    ``use_kl_loss``                    ``ref_logp``                   ``ref_log_prob``
+    ``rollout_correction`` with        ``rollout_is_weights``         the same, which verl's trainer computes of
+    ``rollout_is``, no bypass mode                                    ``old_log_probs`` and ``rollout_log_probs``
+    ``clip_cov``                       ``random``                     random numbers of tokens, which choose what
+                                                                      is left out
+    =================================  =============================  ==========================================
+
+    What verl rejects before the step (``rollout_rs``, no bypass mode) it takes out of ``response_mask``: ``IGNORE``.
+
+    ``actor_config.global_batch_info`` is read when the loss is made, as verl's losses do at each step: ``dp_size``,
+    ``batch_num_tokens``, ``global_batch_size``; numbers or 0-dim tensors. Without them counts are the batch's own.
+    ``loss_agg_mode="seq-mean-token-sum-norm"`` without ``loss_scale_factor`` divides by the padded length of the
+    target, which has to be that of verl's responses; it refuses packed targets.
+
+    ``out.metrics`` has ``actor/ppo_kl``, ``actor/pg_clipfrac``, ``actor/pg_clipfrac_lower`` where verl logs them.
+    ``out.terms`` is the policy loss, minus ``entropy_coeff`` times the entropy loss, and ``kl_loss_coef`` times the
+    penalty, so ``actor/pg_loss``, ``actor/entropy_loss`` and ``kl_loss`` are terms divided by their coefficients.
+    Not there is ``rollout_corr/...`` of bypass mode; verl's own function computes it of ``out.logp``.
+
+    Where verl differs: a log-ratio is bounded at 40, which verl bounds at 20 or not at all, and in ``gspo`` at -10 from
+    below, too (values change by less than 5e-5 of the advantage); a batch without a valid token is 0, not NaN.
+
+    Args:
+        actor_config: the actor's configuration.
+        rollout_correction: ``algorithm.rollout_correction``; None for none. With ``bypass_mode`` it makes the loss what
+            verl's trainer makes it, whatever ``loss_mode`` says.
+
+    Returns:
+        The loss.
+
+    Raises:
+        RuntimeError: when another verl is installed.
+        TypeError: when the configuration lacks an option, or one is of another type.
+        ValueError: when an option has an unknown value, is outside its range, or asks for what no loss can express:
+            the penalty ``full``, weights normalised over several processes, a policy loss that is not verl's own.
+    """
+    _check_version()
+    options = Options(actor_config, "ActorConfig")
+    counts = _counts(options)
+    aggregation = _aggregations(options, *counts)
+    correction = None if rollout_correction is None else Options(rollout_correction, "RolloutCorrectionConfig")
+    averaged = None if _lacks(counts[1], counts[2]) else SequenceMean(counts[1], empty="skip")
+    if correction is not None and correction.flag("bypass_mode"):
+        found = Policy(options, aggregation, averaged, None).bypass(correction)
+    else:
+        known = {None: None, "token": FieldWeight(WEIGHTS), "sequence": FieldWeight(WEIGHTS)}
+        weight = None if correction is None else correction.choice("rollout_is", known)
+        found = Policy(options, aggregation, averaged, weight).loss()
+    if coefficient := options.number("entropy_coeff", Number):
+        found = found - coefficient * Loss(Entropy(), aggregation)
+    if options.flag("use_kl_loss"):
+        found = found + options.number("kl_loss_coef", Number) * Loss(_penalty(options), aggregation)
+    return found
+
+
+def _check_version() -> None:
+    known = ".".join(map(str, KNOWN))
+    try:
+        installed = version("verl")
+    except PackageNotFoundError as error:
+        raise RuntimeError(f"verl must be of version {known}, but it is not installed") from error
+    if tuple(map(int, installed.split(".")[:2])) != KNOWN:
+        raise RuntimeError(f"verl must be of version {known}, whose losses are known, got {installed}")
+
+
+def _counts(options: Options) -> tuple[Any, Any, Any]:
+    """Tokens and sequences of the whole step for each process, None where they are not given, and the processes."""
+    given = options.get("global_batch_info")
+    found = {"dp_size": 1, "batch_num_tokens": None, "global_batch_size": None, **dict(given)}
+    for name, value in found.items():
+        if isinstance(value, int | float) and not value > 0:
+            raise ValueError(f"{options.title}.global_batch_info[{name!r}] must be positive, got {value!r}")
+    processes = found["dp_size"]
+    tokens, sequences = (
+        None if found[name] is None else found[name] / processes for name in ("batch_num_tokens", "global_batch_size")
+    )
+    return tokens, sequences, processes
+
+
+def _aggregations(options: Options, tokens: Any, sequences: Any, processes: Any) -> Aggregation:
+    """The aggregation of ``loss_agg_mode``."""
+    needed = {"token-mean": ("batch_num_tokens", tokens), "token-sum": ("", 1)}
+    modes: dict[str, Callable[[], Aggregation]] = {
+        "token-mean": lambda: TokenMean(tokens),
+        "token-sum": lambda: TokenMean(1 / processes),
+        "seq-mean-token-sum": lambda: FixedLength(1, sequences, empty="skip"),
+        "seq-mean-token-sum-norm": lambda: _normed(options, sequences),
+        "seq-mean-token-mean": lambda: SequenceMean(sequences, empty="skip"),
+    }
+    chosen = options.choice("loss_agg_mode", modes)
+    mode = options.get("loss_agg_mode")
+    name, count = needed.get(mode, ("global_batch_size", sequences))
+    if _lacks(count, processes):
+        raise ValueError(f"{options.title}.global_batch_info must have {name} with dp_size={processes} and {mode!r}")
+    return chosen()
+
+
+def _lacks(count: Any, processes: Any) -> bool:
+    """Whether several processes have no common count."""
+    return count is None and not (isinstance(processes, numbers.Real) and processes == 1)
+
+
+def _normed(options: Options, sequences: Any) -> Aggregation:
+    length = options.optional("loss_scale_factor", Positive)
+    return PaddedLength(sequences) if length is None else FixedLength(length, sequences, empty="skip")
+
+
+@dataclass(frozen=True)
+class PaddedLength:
+    """``FixedLength`` whose length is that of the padded target.
+
+    Args:
+        count: as in ``FixedLength``.
+    """
+
+    count: float | Tensor | None = None
+
+    def weights(self, batch: Batch) -> Tensor:
+        if batch.cu_seqlens is not None:
+            raise ValueError(
+                "ActorConfig.loss_scale_factor must be set for packed targets with 'seq-mean-token-sum-norm', got None"
+            )
+        return FixedLength(batch.target.shape[-1], self.count, empty="skip").weights(batch)
+
+
+def _penalty(options: Options) -> Objective:
+    """The penalty of ``kl_loss_type``."""
+    own: dict[tuple[str, ...], Objective] = {
+        ("kl", "k1"): K1(),
+        ("abs",): AbsoluteKL(),
+        ("mse", "k2"): K2(),
+        ("low_var_kl", "k3"): LowVarianceKL(),
+    }
+    plain = {name: x for names, x in own.items() for name in names}
+    # With a + the gradient is that of k2.
+    known = plain | {f"{name}+": x if x == K2() else StraightThrough(x, K2()) for name, x in plain.items()}
+    if options.get("kl_loss_type") == "full":
+        raise options.refused("kl_loss_type", "it needs the whole distributions, and verl has none; set 'low_var_kl'")
+    return options.choice("kl_loss_type", known)
