@@ -13,7 +13,7 @@ from unirl_kernels.api.rows import as_rows, program_args, readout_args, row_dtyp
 from unirl_kernels.backends import COMPOSED, Choice, choose
 from unirl_kernels.batch import Batch
 from unirl_kernels.objectives import Loss, Tokens
-from unirl_kernels.operators.autograd import Observations, OnePass, Statistics, consume
+from unirl_kernels.operators.autograd import Observations, OnePass, Statistics
 from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout
 
@@ -172,8 +172,6 @@ def _one_pass(logits: Tensor, batch: Batch, loss: Loss, readout: Readout, plan: 
     if plan.overwrite_logits:
         check_overwritable(logits)
     value, *stats = OnePass.apply(logits, as_rows(target), of_readout, program, *choice, plan.overwrite_logits)
-    if plan.overwrite_logits:
-        consume(logits)
     return LossOutput.of(value, stats, batch, loss)
 
 

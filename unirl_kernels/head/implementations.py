@@ -37,24 +37,18 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _shaped(group: Any, like: Tensor) -> Any:
-    return type(group)(*(x.view(like.shape) for x in group))
-
-
 @linear.linear_token_stats.implementation
 @_without_autocast
 def _token_stats(args: HeadArgs, target: Tensor, readout: ReadoutArgs, how: SweepArgs) -> Measured:
     head = _checked(args, target, how)
-    stats, moments = measure(head, target.reshape(-1), readout, how.max_chunk_bytes)
-    return Measured(_shaped(stats, target), _shaped(moments, target))
+    return measure(head, target, readout, how.max_chunk_bytes)
 
 
 @linear.linear_token_observations.implementation
 @_without_autocast
 def _token_observations(args: HeadArgs, target: Tensor, readout: ReadoutArgs, how: SweepArgs) -> Observed:
     head = _checked(args, target, how)
-    found = observe(head, target.reshape(-1), readout, how.max_chunk_bytes)
-    return Observed(*(_shaped(group, target) for group in found))
+    return observe(head, target, readout, how.max_chunk_bytes)
 
 
 def _checked(args: HeadArgs, target: Tensor, how: SweepArgs) -> Head:
@@ -107,7 +101,7 @@ def _fused_loss(
     head = Head.of(args._replace(hidden=without_ignored(args.hidden, target.reshape(-1))), how)
     chunks = by_tokens(target.reshape(-1), head.rows_per_chunk(how.max_chunk_bytes))
     losses: list[Tensor] = []
-    stats = RowStats(*(head.hidden.new_zeros(target.numel(), dtype=head.row_dtype) for _ in RowStats._fields))
+    stats = RowStats(*(head.hidden.new_zeros(target.shape, dtype=head.row_dtype) for _ in RowStats._fields))
 
     def work(logits: Tensor, d_logits: Tensor, k: int) -> None:
         chunk = chunks[k]
@@ -115,8 +109,8 @@ def _fused_loss(
         rows = head.kernels.fused_loss(logits, *of_rows, d_logits, kernel)
         losses.append(rows.loss.sum())
         for whole, of_chunk in zip(stats, (rows.logp, rows.entropy, rows.lse), strict=True):
-            chunk.put(whole, of_chunk.squeeze(0))
+            chunk.put(whole.view(-1), of_chunk.squeeze(0))
 
     gradients = sweep(head, chunks, work, wanted)
     loss = torch.stack(losses).sum() if losses else stats.logp.new_zeros(())
-    return FusedHead(loss, _shaped(stats, target), gradients)
+    return FusedHead(loss, stats, gradients)

@@ -30,19 +30,19 @@ TOKENS_OF_TILE = 1024
 
 
 def measure(head: Head, target: Tensor, readout: ReadoutArgs, max_chunk_bytes: int | None) -> Measured:
-    """Statistics and moments of all tokens, [T] each; 0 where the target is ``IGNORE``, NaN where it is otherwise
-    outside [0, V).
+    """Statistics and moments of all tokens, in target's shape; 0 where the target is ``IGNORE``, NaN where it is
+    otherwise outside [0, V).
 
     Args:
         head: what makes the logits.
-        target: [T].
+        target: [B, L].
         readout: how logits become log-probabilities.
         max_chunk_bytes: memory for a tile; None for the default.
     """
     stats, moments = _no_rows(RowStats, target, head), _no_rows(RowMoments, target, head)
     for chunk, tiles in _tiles(head, target, readout, max_chunk_bytes, head.kernels.token_stats):
         of_chunk = _merged([tile.moments for tile, _ in tiles], chunk.rows(readout))
-        _put(chunk, Measured(stats, moments), of_chunk, chunk.take(target))
+        _put(chunk, Measured(stats, moments), of_chunk, target)
     return Measured(stats, moments)
 
 
@@ -54,7 +54,7 @@ def observe(head: Head, target: Tensor, readout: ReadoutArgs, max_chunk_bytes: i
         row_readout = chunk.rows(readout)
         measured = _merged([tile.moments for tile, _ in tiles], row_readout)
         observations = _merged_observations(tiles, measured.moments, row_readout, vocab)
-        _put(chunk, found, Observed(*measured, observations), chunk.take(target))
+        _put(chunk, found, Observed(*measured, observations), target)
     return found
 
 
@@ -72,7 +72,7 @@ def _tiles(
     """What a function of the backend finds in the tiles of each chunk of tokens."""
     vocab = head.weight.shape[0]
     logits = max(1, chunk_bytes(head.weight.device, max_chunk_bytes) // head.row_dtype.itemsize)
-    chunks = by_tokens(target, min(TOKENS_OF_TILE, logits))
+    chunks = by_tokens(target.reshape(-1), min(TOKENS_OF_TILE, logits))
     width = min(max(1, logits // TOKENS_OF_TILE), vocab)
     memory = head.empty(max((chunk.n for chunk in chunks), default=0) * width)
     found: list[tuple[Chunk, list[Tile]]] = [(chunk, []) for chunk in chunks]
@@ -135,7 +135,7 @@ def _merged_observations(tiles: Sequence[Tile], row: RowMoments, readout: Readou
 
 
 def _no_rows(group: Any, target: Tensor, head: Head) -> Any:
-    """What stands for tokens that are ignored."""
+    """What stands for tokens that are ignored. No views: users may change in place what an operator returns."""
     zeros = (target.new_zeros(target.shape, dtype=head.row_dtype) for _ in group._fields)
     values = dict(zip(group._fields, zeros, strict=True))
     if "argmax" in values:
@@ -144,8 +144,9 @@ def _no_rows(group: Any, target: Tensor, head: Head) -> Any:
 
 
 def _put(chunk: Chunk, whole: Any, found: Any, target: Tensor) -> None:
-    """Write what was found in a chunk, [1, n] each, into groups of [T]; 0 for targets that are ignored."""
+    """Write what was found in a chunk, [1, n] each, into groups of target's shape; 0 for targets that are ignored."""
+    ignored = chunk.row(target).squeeze(0) == IGNORE
     for of_whole, of_chunk in zip(whole, found, strict=True):
         for values, new in zip(of_whole, of_chunk, strict=True):
             new = new.squeeze(0)
-            chunk.put(values, new.masked_fill(target == IGNORE, 0) if new.is_floating_point() else new)
+            chunk.put(values.view(-1), new.masked_fill(ignored, 0) if new.is_floating_point() else new)

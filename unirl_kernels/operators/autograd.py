@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends import ProgramArgs, ReadoutArgs, RowGradients, RowMoments
+from unirl_kernels.backends import ProgramArgs, ReadoutArgs, RowGradients, RowMoments, RowStats
 from unirl_kernels.operators import rows
+
+Result = TypeVar("Result")
 
 
 def refuse_double_backward() -> None:
@@ -46,14 +49,28 @@ def as_rows(logits: Tensor) -> Tensor:
     return logits if logits.dim() == 3 else logits.unsqueeze(0)
 
 
-def consume(logits: Tensor) -> None:
-    """Take the memory away from overwritten logits, and from what they are a view of, so that using them fails instead
-    of reading a gradient."""
+def overwrite(logits: Tensor, write: Callable[[Tensor], Result]) -> Result:
+    """Let ``write`` put a gradient into the memory of logits, which they lose: using them fails instead of reading a
+    gradient, and so does using what they are a view of.
+
+    They are whole again when it raises. When it is interrupted nobody knows what it has written, and they stay empty.
+    """
+    # .data: the gradient must not share the version counter of the logits, which says that they changed.
+    memory = logits.data
+    if torch.compiler.is_compiling():
+        result = write(memory)
+    else:
+        owners = [(x, x.data) for x in (logits, logits._base) if x is not None]
+        for x, _ in owners:
+            x.data = x.new_empty(0)
+        try:
+            result = write(memory)
+        except Exception:
+            for x, data in owners:
+                x.data = data
+            raise
     torch.autograd.graph.increment_version(logits)
-    if not torch.compiler.is_compiling():
-        for x in (logits, logits._base):
-            if x is not None:
-                x.data = x.new_empty(0)
+    return result
 
 
 class Statistics(torch.autograd.Function):
@@ -67,10 +84,10 @@ class Statistics(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, target: Tensor, readout: ReadoutArgs, backend: str, overwrite: bool
+        ctx: Any, logits: Tensor, target: Tensor, readout: ReadoutArgs, backend: str, overwrites: bool
     ) -> tuple[Tensor, ...]:
         stats, moments = rows.token_stats(as_rows(logits), target, readout, backend)
-        _save(ctx, logits, target, readout, moments, backend, overwrite)
+        _save(ctx, logits, target, readout, moments, backend, overwrites)
         return tuple(stats)
 
     @staticmethod
@@ -90,10 +107,10 @@ class Observations(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, target: Tensor, readout: ReadoutArgs, backend: str, overwrite: bool
+        ctx: Any, logits: Tensor, target: Tensor, readout: ReadoutArgs, backend: str, overwrites: bool
     ) -> tuple[Tensor, ...]:
         stats, moments, observations = rows.token_observations(as_rows(logits), target, readout, backend)
-        _save(ctx, logits, target, readout, moments, backend, overwrite)
+        _save(ctx, logits, target, readout, moments, backend, overwrites)
         ctx.mark_non_differentiable(*observations)
         return *stats, *observations
 
@@ -111,26 +128,40 @@ def _save(
     readout: ReadoutArgs,
     moments: RowMoments,
     backend: str,
-    overwrite: bool,
+    overwrites: bool,
 ) -> None:
     refuse_forward_mode(logits)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, target, readout.row_temperature, *moments)
-    ctx.readout, ctx.backend, ctx.overwrite = readout._replace(row_temperature=None), backend, overwrite
+    ctx.readout, ctx.backend, ctx.overwrites = readout._replace(row_temperature=None), backend, overwrites
+
+
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    try:
+        return tuple(ctx.saved_tensors)
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            "logits have changed since the forward: overwrite_logits=True puts their gradient there, for one use of "
+            "them and one backward, or another operation has changed them in place"
+        ) from error
 
 
 def _stats_gradient(ctx: Any, gradients: RowGradients) -> Tensor:
     refuse_double_backward()
-    logits, target, row_temperature, *moments = ctx.saved_tensors
+    logits, target, row_temperature, *moments = _saved(ctx)
     readout = ctx.readout._replace(row_temperature=row_temperature)
     arguments = (target, readout, RowMoments(*moments), gradients, ctx.backend)
-    if not ctx.overwrite:
+    if not ctx.overwrites:
         d_logits: Tensor = rows.token_stats_backward(as_rows(logits), *arguments)
         return d_logits.view(logits.shape)
-    overwritten: Tensor = logits.data
-    rows.token_stats_backward_(as_rows(overwritten), *arguments)
-    consume(logits)
-    return overwritten
+
+    def write(memory: Tensor) -> Tensor:
+        rows.token_stats_backward_(as_rows(memory), *arguments)
+        return memory
+
+    return overwrite(logits, write)
 
 
 class OnePass(torch.autograd.Function):
@@ -146,15 +177,18 @@ class OnePass(torch.autograd.Function):
         program: ProgramArgs,
         backend: str,
         kernel: str,
-        overwrite: bool,
+        overwrites: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         refuse_forward_mode(logits)
-        if overwrite:
-            # .data: the gradient must not share the version counter of the logits, which say they changed.
-            d_logits = logits.data
-            loss, stats = rows.fused_loss_(as_rows(d_logits), target, readout, program, backend, kernel)
+        arguments = (target, readout, program, backend, kernel)
+        if overwrites:
+
+            def write(memory: Tensor) -> tuple[Tensor, RowStats, Tensor]:
+                return *rows.fused_loss_(as_rows(memory), *arguments), memory
+
+            loss, stats, d_logits = overwrite(logits, write)
         else:
-            loss, stats, d_logits = rows.fused_loss(as_rows(logits), target, readout, program, backend, kernel)
+            loss, stats, d_logits = rows.fused_loss(as_rows(logits), *arguments)
             d_logits = d_logits.view(logits.shape)
         ctx.mark_non_differentiable(*stats)
         ctx.set_materialize_grads(False)

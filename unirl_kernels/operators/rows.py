@@ -124,7 +124,11 @@ def token_stats_backward_(
 def _fake_overwriting_loss(
     logits: Tensor, target: Tensor, readout: ReadoutArgs, program: ProgramArgs, backend: str, kernel: str
 ) -> Fused:
-    return Fused(row_like(target, logits.dtype).new_empty(()), stats_like(target, logits.dtype))
+    return Fused(_loss_like(target, logits), stats_like(target, logits.dtype))
+
+
+def _loss_like(target: Tensor, logits: Tensor) -> Tensor:
+    return target.new_empty((), dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def _fake_loss(
@@ -134,8 +138,9 @@ def _fake_loss(
     return FusedWithGradient(*fused, _gradient_like(logits))
 
 
-def _reduced(rows: FusedRows) -> Fused:
-    return Fused(rows.loss.sum(), RowStats(rows.logp, rows.entropy, rows.lse))
+def _reduced(rows: FusedRows, loss: Tensor) -> Fused:
+    torch.sum(rows.loss, (0, 1), out=loss)
+    return Fused(loss, RowStats(rows.logp, rows.entropy, rows.lse))
 
 
 @operator(fake=_fake_loss)
@@ -146,7 +151,7 @@ def fused_loss(
     kernels = load(backend)
     d_logits = kernels.empty(logits.shape, logits.dtype, logits.device)
     rows = kernels.fused_loss(logits, target, readout, program, d_logits, kernel)
-    return FusedWithGradient(*_reduced(rows), d_logits)
+    return FusedWithGradient(*_reduced(rows, _loss_like(target, logits)), d_logits)
 
 
 @operator(fake=_fake_overwriting_loss, mutates=("logits",))
@@ -154,7 +159,8 @@ def fused_loss_(
     logits: Tensor, target: Tensor, readout: ReadoutArgs, program: ProgramArgs, backend: str, kernel: str
 ) -> Fused:
     check_targets(target, logits.shape[-1])
-    return _reduced(load(backend).fused_loss(logits, target, readout, program, logits, kernel))
+    loss = _loss_like(target, logits)  # nothing may fail for want of memory once the logits are overwritten
+    return _reduced(load(backend).fused_loss(logits, target, readout, program, logits, kernel), loss)
 
 
 def _fake_scale(x: Tensor, factor: Tensor, backend: str) -> None:

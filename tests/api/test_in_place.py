@@ -1,0 +1,159 @@
+"""What is changed in place: results by users, logits by their gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import unirl_kernels as uk
+from tests.linear import NATIVE
+from tests.places import Place
+from unirl_kernels.backends import COMPOSED, load
+
+V, D = 13, 6
+TARGET = torch.tensor([[1, 2, 3], [4, uk.IGNORE, 5]])
+MASK = torch.tensor([[True, False, True], [True, True, False]])
+BATCH = uk.Batch(TARGET, torch.tensor([1.0, -0.5]), None, torch.full((2, 3), -3.0))
+WEIGHT = torch.randn(V, D, generator=torch.Generator().manual_seed(0))
+SCOPES = {"token": uk.grpo(), "pair": uk.dpo()}
+
+of_places = pytest.mark.parametrize("place", NATIVE, ids=str)
+of_losses = pytest.mark.parametrize("loss", SCOPES.values(), ids=SCOPES)
+
+
+def gradient(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    leaf = x.clone().requires_grad_()
+    return torch.autograd.grad(function(leaf * 1), leaf)[0]
+
+
+STATISTICS: dict[str, Callable[[Tensor, uk.Plan], Any]] = {
+    "logits": lambda x, plan: uk.token_stats(x, TARGET, plan=plan),
+    "logits, observations": lambda x, plan: uk.token_observations(x, TARGET, plan=plan),
+    "head": lambda x, plan: uk.linear_token_stats(x, WEIGHT, TARGET, plan=plan),
+    "head, observations": lambda x, plan: uk.linear_token_observations(x, WEIGHT, TARGET, plan=plan),
+}
+
+
+@of_places
+@pytest.mark.parametrize("statistic", ["logp", "entropy", "lse"])
+@pytest.mark.parametrize("name", STATISTICS)
+def test_statistics_may_be_written_into(name: str, statistic: str, place: Place) -> None:
+    """As those of log_softmax and gather: trainers write zeros where a mask is False."""
+    x = torch.randn(2, 3, D if name.startswith("head") else V)
+
+    def written(x: Tensor) -> Tensor:
+        found = STATISTICS[name](x, uk.Plan(place.backend))
+        for value in found[3:]:
+            value.zero_()
+        value = getattr(found, statistic)
+        value[~MASK] = 0
+        value *= 2
+        return value.sum()
+
+    def masked(x: Tensor) -> Tensor:
+        return 2 * (getattr(STATISTICS[name](x, uk.Plan(place.backend)), statistic) * MASK).sum()
+
+    torch.testing.assert_close(gradient(x, written), gradient(x, masked))
+
+
+@of_places
+@of_losses
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("linear", [False, True], ids=["logits", "head"])
+def test_outputs_may_be_written_into(linear: bool, dtype: torch.dtype, loss: uk.Loss, place: Place) -> None:
+    x, weight = torch.randn(2, 3, D if linear else V).to(dtype), WEIGHT.to(dtype)
+    plan = uk.Plan(place.backend, None if loss.scope == "pair" else place.kernel)
+
+    def output(x: Tensor) -> uk.LossOutput:
+        if linear:
+            return uk.fused_linear_loss(x, weight, BATCH, loss, plan=plan)
+        return uk.fused_loss(x, BATCH, loss, plan=plan)
+
+    def written(x: Tensor) -> Tensor:
+        out = output(x)
+        for value in (out.logp, out.entropy, out.lse):
+            value.fill_(torch.nan)
+        out.loss.mul_(2)
+        return out.loss
+
+    assert torch.equal(gradient(x, written), gradient(x, lambda x: 2 * output(x).loss))
+
+
+def failing(place: Place, name: str, error: BaseException, after: bool) -> Any:
+    """A backend's function that raises, before or after its work."""
+    own = getattr(load(place.backend), name)
+
+    def function(*args: Any) -> Any:
+        if after:
+            own(*args)
+        raise error
+
+    return function
+
+
+KERNELS = [place for place in NATIVE if place.backend in ("cpu", "eager") and place.kernel != COMPOSED]
+
+
+@pytest.mark.parametrize("place", KERNELS, ids=str)
+@of_losses
+def test_logits_are_whole_when_the_call_raises(loss: uk.Loss, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And empty when it is interrupted: what has been written by then is a gradient."""
+    plan = uk.Plan(place.backend, overwrite_logits=True)
+    name = "fused_loss" if loss.scope == "token" else "token_stats_backward"
+    leaf = torch.randn(2, 4, V, requires_grad=True)
+    expected = torch.autograd.grad(uk.fused_loss((leaf * 1)[:, 1:], BATCH, loss, plan=plan).loss, leaf)
+    whole = leaf * 1
+    part = whole[:, 1:]
+
+    def run() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(uk.fused_loss(part, BATCH, loss, plan=plan).loss, leaf)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(load(place.backend), name, failing(place, name, MemoryError("none left"), after=False))
+        with pytest.raises(MemoryError, match="none left"):
+            run()
+    assert torch.equal(whole, leaf)
+    assert torch.equal(part, leaf[:, 1:])
+    torch.testing.assert_close(run(), expected)
+    whole = leaf * 1
+    part = whole[:, 1:]
+    with monkeypatch.context() as patched:
+        patched.setattr(load(place.backend), name, failing(place, name, KeyboardInterrupt(), after=True))
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    assert whole.numel() == part.numel() == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: uk.Batch(TARGET.masked_fill(TARGET == 5, V)), IndexError, "target must lie in"),
+        (lambda: uk.Batch(TARGET), ValueError, r"the objective reads t\.advantage"),
+    ],
+)
+def test_logits_are_whole_when_the_batch_does_not_fit(make: Any, error: type[Exception], message: str) -> None:
+    leaf = torch.randn(2, 3, V, requires_grad=True)
+    x = leaf * 1
+    with pytest.raises(error, match=message):
+        uk.fused_loss(x, make(), uk.ppo(), plan=uk.Plan(overwrite_logits=True))
+    assert torch.equal(x, leaf)
+
+
+@of_losses
+def test_overwritten_logits_are_told_of_by_name(loss: uk.Loss) -> None:
+    """Where the memory went, whoever comes for it: another use of the logits, or a second backward."""
+    plan, leaf = uk.Plan(overwrite_logits=True), torch.randn(2, 3, V, requires_grad=True)
+    x = leaf * 1
+    other = uk.token_stats(x, TARGET).logp.sum()
+    value = uk.fused_loss(x, BATCH, loss, plan=plan).loss
+    value.backward(retain_graph=True)
+    with pytest.raises(ValueError, match=r"its memory was given to the gradient by overwrite_logits=True$"):
+        uk.fused_loss(x, BATCH, loss)
+    again = [other] if loss.scope == "token" else [other, value]
+    for late in again:
+        with pytest.raises(RuntimeError, match="overwrite_logits=True puts their gradient there"):
+            late.backward()
