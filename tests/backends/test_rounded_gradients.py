@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.backends.triton.rows import OBJECTIVES, READOUTS, make_rows
+from tests.backends.triton.rows import OBJECTIVES, READOUTS, make_program, make_rows
 from tests.places import PLACES, Place
 from unirl_kernels.backends import COMPOSED, RowGradients, load
 from unirl_kernels.batch import IGNORE
@@ -55,13 +55,10 @@ def test_one_pass(place: Place, objective: str, readout: str, layout: str) -> No
     rows = make_rows(LAYOUTS[layout][0], shape=(1, 3))
     logits = memory(layout, torch.float32, place.device).copy_(rows.logits)
     target = rows.target.to(place.device).index_fill(1, torch.tensor([1], device=place.device), IGNORE)
-    fields = type(rows.fields)(*(x.to(place.device) for x in rows.fields))
-    traced = trace(OBJECTIVES[objective])
-    params = torch.tensor(traced.params, dtype=torch.float64, device=place.device)
-    code, how, backend = traced.program.encode(), READOUTS[readout], load(place.backend)
+    program = make_program(trace([OBJECTIVES[objective]]), rows.fields, logits)
     written = [memory(layout, dtype, place.device) for dtype in (torch.bfloat16, torch.float32)]
     for d_logits in written:
-        backend.fused_loss(logits, target, fields, how, code, params, d_logits, place.kernel)
+        load(place.backend).fused_loss(logits, target, READOUTS[readout], program, d_logits, place.kernel)
     check(place, *written)
 
 
@@ -70,9 +67,9 @@ def test_one_pass(place: Place, objective: str, readout: str, layout: str) -> No
 def test_of_statistics(place: Place, layout: str) -> None:
     rows, backend, readout = make_rows(LAYOUTS[layout][0], shape=(1, 3)), load(place.backend), READOUTS["temperature"]
     logits, target = memory(layout, torch.float32, place.device).copy_(rows.logits), rows.target.to(place.device)
-    stats = backend.token_stats(logits, target, readout)
+    moments = backend.token_stats(logits, target, readout).moments
     gradients = RowGradients(*(torch.randn(1, 3, device=place.device) for _ in range(3)))
     written = [memory(layout, dtype, place.device) for dtype in (torch.bfloat16, torch.float32)]
     for d_logits in written:
-        backend.token_stats_backward(logits, target, stats, gradients, readout, d_logits)
+        backend.token_stats_backward(logits, target, readout, moments, gradients, d_logits)
     check(place, *written)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import re
 import shlex
 import subprocess
@@ -160,8 +161,23 @@ def speed(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     assert (row.key, row.status) == ("my_kernel.py my_sft", OK)
 
 
+def published(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Its sum is that of plain PyTorch."""
+    names = run("Published objectives")
+    logits, batch = names["logits"], names["batch"]
+    logp, entropy = oracle.log_probs(logits.double(), batch.target), oracle.entropy(logits.double())
+    ratio = (logp - batch.old_logp).exp()
+    a = batch.advantage.double()[:, None]
+    surrogate = torch.minimum(ratio * a, ratio.clamp(0.8, 1.28) * a) * math.exp(-0.05)
+    d = batch.ref_logp - logp
+    expected = (-surrogate + 0.04 * (d.exp() - d - 1) - 0.01 * entropy).mean()
+    torch.testing.assert_close(names["out"].loss.double(), expected, rtol=1e-5, atol=1e-6)
+    assert logits.grad.any()
+
+
 SECTIONS: dict[str, Callable[[pytest.MonkeyPatch, Path], None]] = {
     "Quick start": quick_start,
+    "Published objectives": published,
     "Use it in TRL": in_trl,
     "Use it in transformers": in_transformers,
     "Use it in your own loop": in_a_loop,

@@ -83,3 +83,53 @@ def check(
         condition = condition_of(exactly.double(), size)
         problems = violations(ours, plain.float(), exactly.double(), condition=condition)
         assert not problems, f"{name}: {problems}"
+
+
+def check_layouts(loss: uk.Loss, batch: uk.Batch) -> None:
+    """Assert that a loss is the same padded and packed, of logits and of a linear head, in one chunk and in several.
+
+    Args:
+        loss: the loss; one of token scope has to run in one pass.
+        batch: padded, without IGNORE before the last token of a sequence.
+    """
+    loss.check_scopes()
+    if loss.scope == "token":
+        loss.traced()
+    hidden, weight = torch.randn(*batch.target.shape, 8), torch.randn(V, 8)
+    used = batch.target != uk.IGNORE
+
+    def run(hidden: Tensor, batch: uk.Batch, plan: uk.Plan | None) -> tuple[Tensor, Tensor]:
+        """Loss and gradient of the rows that count; without a plan of logits."""
+        leaf, head = hidden.clone().requires_grad_(), weight.to(hidden.dtype)
+        if plan is None:
+            out = uk.fused_loss(leaf @ head.T, batch, loss)
+        else:
+            out = uk.fused_linear_loss(leaf, head, batch, loss, plan=plan)
+        (gradient,) = torch.autograd.grad(out.loss, leaf)
+        return out.loss.detach(), gradient if hidden.dim() == 2 else gradient[used]
+
+    truth, plain = run(hidden.double(), exactly(batch), None), run(hidden, batch, None)
+    size = (hidden @ weight.T).abs().max().item()
+    for other, rows in ((batch, hidden), (packed(batch), hidden[used])):
+        for plan in (None, uk.Plan(), uk.Plan(max_chunk_bytes=4 * V * 5)):
+            for x, of_plain, exact in zip(run(rows, other, plan), plain, truth, strict=True):
+                problems = violations(x, of_plain, exact, condition=condition_of(exact, size))
+                assert not problems, f"{other.target.shape}, {plan}: {problems}"
+
+
+def packed(batch: uk.Batch) -> uk.Batch:
+    """A padded batch, packed."""
+    valid = batch.valid
+
+    def flat(x: Tensor | None) -> Tensor | None:
+        return x[valid] if x is not None and x.shape == valid.shape else x
+
+    ends = torch.nn.functional.pad(batch.lengths.cumsum(0), (1, 0)).int()
+    given = [flat(x) for x in (batch.target, batch.advantage, batch.old_logp, batch.ref_logp)]
+    return uk.Batch(*given, ends, {name: flat(x) for name, x in batch.fields.items()})  # type: ignore[arg-type, misc]
+
+
+def exactly(batch: uk.Batch) -> uk.Batch:
+    """A batch in float64."""
+    fields = cast({name: getattr(batch, name) for name in ("advantage", "old_logp", "ref_logp")}, torch.float64)
+    return uk.Batch(batch.target, **fields, fields=cast(batch.fields, torch.float64))

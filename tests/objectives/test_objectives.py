@@ -121,7 +121,8 @@ def test_metrics() -> None:
     out = uk.fused_loss(logits, batch, uk.grpo())
     logp = oracle.log_probs(logits, batch.target)[batch.valid]
     d = batch.ref_logp[batch.valid] - logp
-    assert set(out.metrics) == {"kl", "ratio_mean", "entropy", "clip_fraction"}
+    clips = {"clip_fraction", "clip_fraction/low", "clip_fraction/high"}
+    assert set(out.metrics) == {"kl", "ratio_mean", "entropy", "ppo_kl"} | clips
     assert all(x.shape == () and not x.requires_grad for x in out.metrics.values())
     torch.testing.assert_close(out.metrics["kl"], (d.exp() - d - 1).mean())
     torch.testing.assert_close(out.metrics["ratio_mean"], (logp - batch.old_logp[batch.valid]).exp().mean())

@@ -20,6 +20,7 @@ from tests.objectives.variants.table import ABSENT, LAST, ROWS
 from unirl_kernels import objectives as uo
 from unirl_kernels.backends import COMPOSED, load
 from unirl_kernels.objectives.arguments import Parameters
+from unirl_kernels.program import MAX_FIELDS, MAX_INSTRUCTIONS, MAX_PARAMS
 from unirl_kernels.testing.budgets import condition_of, violations
 
 NATIVE = ("cpu", "eager")
@@ -222,3 +223,12 @@ def test_a_field_that_learns_gets_its_gradient() -> None:
     ):
         (got,) = torch.autograd.grad(out.loss, log_z)
         assert not violations(got, expected, expected.double(), condition=size_of(data))
+
+
+def test_kernels_take_more_than_twice_the_longest_of_the_table() -> None:
+    made = [row.loss() for row in ROWS]
+    programs = [loss.traced().program for loss in made if loss.scope == "token"]
+    assert len(programs) > 90
+    assert MAX_INSTRUCTIONS >= 2 * max(len(p.instructions) for p in programs)
+    assert MAX_PARAMS >= 2 * max(p.n_params for p in programs)
+    assert MAX_FIELDS >= 2 * max(p.n_fields for p in programs)

@@ -117,7 +117,8 @@ class Term:
         if constant and values.numel() == 1:
             values = values.reshape(()).expand_as(weights)
         if values.shape != weights.shape:
-            unit = {"pair": "pair", "batch": "token or pair"}.get(self.scope, "token")
+            of_pairs = self.scope == "pair" or (self.scope == "batch" and len(weights) != len(tokens.logp))
+            unit = "pair" if of_pairs else "token"
             raise ValueError(f"objective must return one loss per {unit}, {len(weights)}, got {tuple(values.shape)}")
         # 0 * inf would not be 0, nor would the gradient of an inf that is multiplied by 0.
         used = weights != 0

@@ -115,7 +115,7 @@ def vespo(o: Answer, extra: bool = False) -> Tensor:
 
 
 def opsm(o: Answer) -> Tensor:
-    kept = o.advantage >= 0 or mean(o.rollout_logp - o.logp) <= 0.1
+    kept = o.advantage >= 0 or mean(o.rollout_logp - o.logp) <= 0.3
     return clip(o) * float(kept)
 
 
@@ -124,7 +124,7 @@ def a2po(o: Answer) -> Tensor:
 
 
 def rec_one_side(o: Answer) -> Tensor:
-    kept = s(o) <= 1.05 if o.advantage >= 0 else s(o) >= 0.97
+    kept = s(o) <= 1.05 if o.advantage >= 0 else s(o) >= 0.95
     return -o.advantage * o.logp * kept + 0.1 * (o.logp - o.old_logp) ** 2
 
 
@@ -290,7 +290,7 @@ ROWS = [
     Row(
         103,
         "opsm",
-        lambda: uk.Loss(Scaled(PolicyGradient(kl=None), OffPolicyMask(0.1))),
+        lambda: uk.Loss(Scaled(PolicyGradient(kl=None), OffPolicyMask(0.3))),
         mean_of_means(opsm),
         A + " rollout_logp",
     ),
@@ -305,7 +305,7 @@ ROWS = [
     Row(
         106,
         "rec gspo-one-side",
-        lambda: uk.Loss(Scaled(Reinforce(), SequenceOneSide(0.03, 0.05))) + 0.2 * uk.Loss(K2("old_logp")),
+        lambda: uk.Loss(Scaled(Reinforce(), SequenceOneSide(0.05, 0.05))) + 0.2 * uk.Loss(K2("old_logp")),
         mean_of_means(rec_one_side),
         A,
     ),

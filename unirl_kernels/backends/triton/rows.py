@@ -111,7 +111,7 @@ def slope(u: tl.tensor, outer: tl.tensor, READOUT: tl.constexpr) -> tl.tensor:
 @triton.jit
 def row_fields(fields: tl.tensor, row: tl.tensor, rows: tl.tensor, FIELDS: tl.constexpr) -> tl.tuple:
     """The fields of a row, from [FIELDS, rows]."""
-    values = ()
+    values: tl.tuple = ()
     for i in tl.static_range(FIELDS):
         values = values + (tl.load(fields + i * rows.to(tl.int64) + row),)  # type: ignore  # noqa: RUF005
     return values

@@ -40,8 +40,9 @@ WEIGHTS = "rollout_is_weights"
 def loss(actor_config: Any, rollout_correction: Any = None) -> Loss:
     """The loss that an actor's configuration of verl means: what verl's ``ppo_loss`` returns for a micro-batch.
 
-    Known are the configurations of verl 0.9: ActorConfig, what is derived from it, and the OmegaConf mappings that
-    they are made of. Targets are verl's responses, ``IGNORE`` where ``response_mask`` is 0, padded or packed.
+    Known are ActorConfig of verl 0.9, what is derived from it, and mappings that have all its options (those of
+    verl's YAML files do not: ``omega_conf_to_dataclass``). Targets are verl's responses, ``IGNORE`` where
+    ``response_mask`` is 0, padded or packed.
 
     The batch needs, beside ``target``:
 
