@@ -43,15 +43,17 @@ RECIPES: dict[str, tuple[Any, str]] = {
     "rft": (uk.rft, "return -(t.advantage * t.logp)"),
     "ppo": (
         uk.ppo,
-        "r = torch.exp(t.logp - t.old_logp)\n"
+        "r = torch.exp((t.logp - t.old_logp).clamp(-40, 40))\n"
         "return -torch.where(t.advantage >= 0, r.clamp(max=1.2), r.clamp(min=0.8)) * t.advantage",
     ),
     "grpo": (
         lambda: uk.grpo(None, 0.1),
-        "d = t.ref_logp - t.logp\nreturn -torch.exp(t.logp - t.old_logp) * t.advantage + 0.1 * (torch.expm1(d) - d)",
+        "d = (t.ref_logp - t.logp).clamp(max=40)\n"
+        "r = torch.exp((t.logp - t.old_logp).clamp(-40, 40))\n"
+        "return -r * t.advantage + 0.1 * (torch.expm1(d) - d)",
     ),
 }
-"""Recipes, and the same formulas as a user would write them."""
+"""Recipes, and the same formulas as a user would write them; log-ratios are bounded by 40."""
 
 
 @dataclass(frozen=True)

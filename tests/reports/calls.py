@@ -53,13 +53,15 @@ def exact(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def close(x: Tensor, truth: Tensor, size: float = 1.0) -> None:
-    """Assert that ``x`` is within a few ulp of fp32 of the truth, relative to it and to intermediate values of a size."""
+    """Assert that ``x`` is within a few ulp of fp32, relative to the truth and to intermediate values of a size."""
     torch.testing.assert_close(
         x.detach().double().cpu(), truth.detach().double().cpu(), rtol=16 * EPS, atol=16 * EPS * size, equal_nan=False
     )
 
 
-def head_of(tokens: int = 6, vocab: int = 17, width: int = 8, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+def head_of(
+    tokens: int = 6, vocab: int = 17, width: int = 8, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states [T, D], weight [V, D], target [T]."""
     hidden, weight = torch.randn(tokens, width) / math.sqrt(width), torch.randn(vocab, width)
     return hidden.to(dtype), weight.to(dtype), torch.randint(0, vocab, (tokens,))

@@ -106,14 +106,13 @@ def test_checkpointing(reentrant: bool) -> None:
 
 
 def test_a_gradient_of_a_gradient_is_refused() -> None:
-    """A backward that is no function of autograd's gives a second derivative of 0 or None without a word:
-    https://github.com/pytorch/pytorch/issues/33999
+    """A function whose backward uses what its forward kept gives wrong second derivatives without a word:
+    https://github.com/pytorch/pytorch/issues/76185, https://github.com/pytorch/pytorch/issues/58509
     """
     logits, target = torch.randn(2, 3, 9, requires_grad=True), torch.randint(0, 9, (2, 3))
     stats = uk.token_stats(logits, target)
-    with pytest.raises(RuntimeError, match="once_differentiable|second|twice|create_graph"):
-        (first,) = torch.autograd.grad(stats.logp.sum(), logits, create_graph=True)
-        first.square().sum().backward()
+    with pytest.raises(RuntimeError, match="gradients cannot be differentiated again"):
+        torch.autograd.grad(stats.logp.sum(), logits, create_graph=True)
 
 
 @pytest.mark.slow
@@ -143,7 +142,8 @@ class Scored(nn.Module):
 
 def test_wrappers_find_the_tensors_of_an_output() -> None:
     """DistributedDataParallel with a static graph passes over outputs of a kind that it does not know, and leaves
-    gradients unsynchronised: https://github.com/pytorch/pytorch/issues/60844
+    gradients unsynchronised: https://github.com/huggingface/transformers/issues/25357,
+    https://github.com/pytorch/pytorch/pull/93125
     """
     hidden, _, target = head_of()
     leaves, spec = torch.utils._pytree.tree_flatten(Scored()(hidden, target))
@@ -173,8 +173,8 @@ def test_a_loss_value_without_a_gradient() -> None:
 
 
 def test_a_resumed_run_continues_with_the_same_loss() -> None:
-    """What a checkpoint or another process holds is the loss that was saved: states that are filled in while training
-    come back empty, https://github.com/pytorch/pytorch/issues/33999 has one of the kind.
+    """A loss that holds a model of its own went on with the untrained one after a restart:
+    https://github.com/huggingface/sentence-transformers/pull/2648. A loss here is a value.
     """
     logits, target = torch.randn(2, 3, 9), torch.randint(0, 9, (2, 3))
     batch = uk.Batch(target, torch.ones(2), ref_logp=-torch.rand(2, 3))

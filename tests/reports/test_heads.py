@@ -140,16 +140,20 @@ def test_a_weight_that_is_partitioned() -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 5, 6])
-def test_a_last_chunk_of_another_size(tokens: int) -> None:
-    """Chunks that do not divide the tokens lose some or weigh them wrong: https://github.com/linkedin/Liger-Kernel/pull/953"""
-    hidden, weight, target = head_of()
+def test_only_the_last_tokens_count(tokens: int) -> None:
+    """Where the first chunks had nothing to learn from, all gradients were 0 beside a loss that looked right:
+    https://github.com/unslothai/unsloth/issues/5230
+    """
+    hidden, weight, target = head_of(11)
+    target[:5] = uk.IGNORE
     hidden.requires_grad_(), weight.requires_grad_()
     plan = chunks_of(tokens, weight, torch.float32)
     out = uk.fused_linear_loss(hidden, weight, packed(target), uk.sft(), plan=plan)
     d_hidden, d_weight = torch.autograd.grad(out.loss, (hidden, weight))
-    d_logits = d_logits_of(hidden.detach(), weight.detach(), target)
-    close(d_hidden, d_logits @ weight.double(), size=8)
-    close(d_weight, d_logits.t() @ hidden.double(), size=8)
+    d_logits = d_logits_of(hidden.detach()[5:], weight.detach(), target[5:])
+    close(d_hidden[5:], d_logits @ weight.double(), size=8)
+    close(d_weight, d_logits.t() @ hidden[5:].double(), size=8)
+    assert not d_hidden[:5].any()
 
 
 def test_autocast_and_a_weight_in_fp32() -> None:

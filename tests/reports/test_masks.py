@@ -71,7 +71,7 @@ def test_garbage_under_the_mask_does_not_reach_the_loss(garbage: float, place: P
 
 def test_hidden_states_of_padding_may_be_anything() -> None:
     """A product with a gradient of 0 does not remove inf or NaN from the weight's gradient:
-    https://github.com/nvidia-cosmos/cosmos-rl/pull/155
+    https://github.com/verl-project/verl/pull/6349
     """
     hidden, weight, target = head_of()
     target[4:] = uk.IGNORE

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import unirl_kernels as uk
-from tests.reports.calls import head_of, of_every_backend, packed, statistics
 from tests.places import Place
+from tests.reports.calls import head_of, of_every_backend, packed, statistics
 
 
 @of_every_backend
@@ -64,18 +64,14 @@ def test_a_group_of_one() -> None:
         uk.group_advantages(torch.ones(4), 1)
 
 
-def test_an_odd_number_of_sequences_is_no_pairs() -> None:
-    """Pairs that do not pair up are paired wrong: https://github.com/huggingface/trl/issues/6879"""
-    logits, target = torch.randn(3, 2, 9), torch.randint(0, 9, (3, 2))
-    with pytest.raises(ValueError, match="even number of sequences, chosen and rejected, got 3"):
-        uk.fused_loss(logits, uk.Batch(target, ref_logp=torch.zeros(3, 2)), uk.dpo())
-
-
 def test_what_a_kernel_does_not_run_is_said() -> None:
-    """Options and losses were dropped by the fused path without a word: https://github.com/huggingface/trl/issues/7063"""
+    """The fused path left out what it could not do: https://github.com/unslothai/unsloth-zoo/pull/665,
+    https://github.com/unslothai/unsloth/pull/11277
+    """
     logits, target = torch.randn(2, 3, 9, requires_grad=True), torch.randint(0, 9, (2, 3))
-    with pytest.raises(uk.UnsupportedOperation, match="cumsum"):
-        uk.fused_loss(logits * 1, uk.Batch(target), uk.Loss(lambda t: t.logp.cumsum(0) * 0 + t.logp))
+    batch = uk.Batch(target, ref_logp=torch.zeros(2, 3))
+    rows, lgamma = uk.Plan("cpu", "rows"), uk.Loss(lambda t: torch.lgamma(1 - t.logp))
+    with pytest.raises(uk.UnsupportedOperation, match="lgamma"):
+        uk.fused_loss(logits * 1, batch, lgamma, plan=rows)
     with pytest.raises(ValueError, match="kernel must be 'composed' for a pair-scope objective"):
-        batch = uk.Batch(target, ref_logp=torch.zeros(2, 3))
-        uk.fused_loss(logits * 1, batch, uk.dpo(), plan=uk.Plan("cpu", "rows"))
+        uk.fused_loss(logits * 1, batch, uk.dpo(), plan=rows)

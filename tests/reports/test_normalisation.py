@@ -30,7 +30,9 @@ def accumulated(aggregation: object, *, sizes: tuple[int, ...] = (1, 3)) -> tupl
 
 
 @pytest.mark.parametrize(
-    "aggregation", [uk.TokenMean(sum(LENGTHS)), uk.SequenceMean(4), uk.FixedLength(5, 4)], ids=lambda a: type(a).__name__
+    "aggregation",
+    [uk.TokenMean(sum(LENGTHS)), uk.SequenceMean(4), uk.FixedLength(5, 4)],
+    ids=lambda a: type(a).__name__,
 )
 def test_micro_batches_add_up_to_the_batch(aggregation: object) -> None:
     """The mean of means of micro-batches is not the mean of the batch:
@@ -56,7 +58,10 @@ def test_a_micro_batch_of_nothing_adds_nothing() -> None:
     logits, target = ragged()
     target[0] = uk.IGNORE
     loss = uk.Loss(uk.sft().objective, uk.TokenMean(6))
-    empty, rest = (uk.fused_loss(x, uk.Batch(y), loss).loss for x, y in zip(logits.split((1, 3)), target.split((1, 3)), strict=True))
+    empty, rest = (
+        uk.fused_loss(x, uk.Batch(y), loss).loss
+        for x, y in zip(logits.split((1, 3)), target.split((1, 3)), strict=True)
+    )
     assert empty.item() == 0
     close(rest, uk.fused_loss(logits, uk.Batch(target), loss).loss)
 

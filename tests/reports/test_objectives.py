@@ -143,8 +143,8 @@ def test_an_advantage_for_each_token() -> None:
 
 
 def test_an_objective_of_ones_own_is_not_replaced() -> None:
-    """A variant fell back to the usual loss when an input was missing, and was ignored by the fused path:
-    https://github.com/MakazhanAlpamys/Soup/issues/584, https://github.com/huggingface/trl/issues/7063
+    """A variant fell back to the usual loss when an input was missing:
+    https://github.com/MakazhanAlpamys/Soup/issues/584
     """
     logits, target = torch.randn(2, 3, 9, requires_grad=True), torch.randint(0, 9, (2, 3))
     variant = uk.Loss(lambda t: -(t.logp - t.old_logp) * t.reward)

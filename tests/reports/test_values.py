@@ -10,6 +10,7 @@ import torch
 import unirl_kernels as uk
 from tests.places import Place
 from tests.reports.calls import DTYPES, EPS, close, exact, gradient, of_every_backend, one_token, statistics
+from unirl_kernels.objectives.ratios import BOUND
 from unirl_kernels.testing import oracle
 
 
@@ -17,8 +18,8 @@ from unirl_kernels.testing import oracle
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradient_of_a_sure_target(dtype: torch.dtype, overwrite: bool, place: Place) -> None:
     """As p_y -> 1 the target's entry, p_y - 1, is small. Read, corrected and written back in bf16 it is wrong by up to
-    100 % at p_y = 0.999, as the cross entropy of
-    https://github.com/linkedin/Liger-Kernel/blob/v0.3.0/src/liger_kernel/ops/cross_entropy.py once was.
+    100 % at p_y = 0.999: https://github.com/linkedin/Liger-Kernel/pull/1329,
+    https://github.com/linkedin/Liger-Kernel/pull/1419, https://github.com/NVIDIA/TransformerEngine/pull/3193
     """
     row = torch.randn(4, 300)
     row[:, 0] = torch.tensor([8.0, 10.0, 12.0, 16.0])
@@ -158,15 +159,16 @@ def test_a_reference_far_away(place: Place) -> None:
     """The k3 estimate of the KL divergence overflows where reference and policy have drifted apart:
     https://github.com/huggingface/trl/issues/3015, https://github.com/OpenRLHF/OpenRLHF/pull/1335
     """
-    row = torch.zeros(1, 3)
-    row[0, 0] = -60.0
+    row = torch.tensor([[-30.0, 0.0, 0.0], [-300.0, 0.0, 0.0]])
     logits, batch = one_token(row, place, advantage=0.0, ref_logp=-0.5)
     leaf = logits.clone().requires_grad_()
-    out = uk.fused_loss(leaf * 1, batch, uk.grpo(beta=1e-20), plan=place.plan())
-    difference = -0.5 + 60 + math.log(2)
-    assert out.loss.item() == pytest.approx(1e-20 * (math.expm1(difference) - difference), rel=1e-4)
+    out = uk.fused_loss(leaf * 1, batch, uk.grpo(beta=1e-12), plan=place.plan())
+    near = -0.5 + 30 + math.log(2)
+    values = [1e-12 * (math.expm1(d) - d) for d in (near, BOUND)]
+    assert out.loss.item() == pytest.approx(sum(values) / 2, rel=1e-4)
     (d_logits,) = torch.autograd.grad(out.loss, leaf)
-    assert d_logits[0, 0, 0].item() == pytest.approx(-1e-20 * math.expm1(difference), rel=1e-4)
+    assert d_logits[0, 0, 0].item() == pytest.approx(-1e-12 * math.expm1(near) / 2, rel=1e-4)
+    assert not d_logits[1].any()
 
 
 def test_a_small_gradient_survives_fp16(place: Place) -> None:
