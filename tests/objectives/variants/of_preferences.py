@@ -1,4 +1,4 @@
-"""Rows 122 to 168: preferences of pairs, judged sequences, groups of candidates."""
+"""Rows 122 to 168: preferences of pairs."""
 
 from __future__ import annotations
 
@@ -11,27 +11,22 @@ from torch import Tensor
 import unirl_kernels as uk
 from tests.objectives.variants.data import RAGGED, Answer
 from tests.objectives.variants.of_sequences import mean
-from tests.objectives.variants.rows import Row, of_groups, of_pairs, of_sequences, plus, token_sum
+from tests.objectives.variants.rows import Row, of_pairs, plus, token_sum
 from unirl_kernels.objectives import (
     AOT,
-    BCO,
     DPO,
     EXO,
     IPO,
-    KTO,
     NCA,
     ORPO,
     REBEL,
     SFT,
-    SPPO,
-    TPO,
     XPO,
     AlphaDivergence,
     AlphaReward,
     AOTUnpaired,
     APODown,
     APOZero,
-    APOZeroUnpaired,
     BCOPair,
     BetaDPO,
     CalibratedDPO,
@@ -44,13 +39,10 @@ from unirl_kernels.objectives import (
     ForwardKL,
     Hinge,
     JensenShannon,
-    KTOBatch,
     LengthMean,
     LogRatio,
-    MeanLogp,
     OddsRatio,
     OffsetDPO,
-    PlackettLuce,
     RobustDPO,
     SequenceLogp,
     ShiftedDPO,
@@ -62,7 +54,6 @@ from unirl_kernels.objectives import (
 PAIRS = uk.PairMean()
 B = 0.3
 N_CHOSEN = sum(RAGGED[:3])
-N_GOLD = RAGGED[4] + RAGGED[5]
 
 
 def R(o: Answer) -> Tensor:
@@ -150,31 +141,6 @@ def chosen_nll(answers: list[Answer]) -> Tensor:
     return token_sum(lambda o: -o.logp * o.chosen)(answers) / sum(len(o) for o in answers[: len(answers) // 2])
 
 
-def plackett_luce(group: list[Answer]) -> Tensor:
-    """The product over places of the probability that the best of the rest stands there."""
-    ordered = sorted(group, key=lambda o: o.rank)
-    return -sum(torch.log_softmax(torch.stack([B * R(o) for o in ordered[i:]]), 0)[0] for i in range(len(ordered)))
-
-
-def best_of_n(group: list[Answer]) -> Tensor:
-    ordered = sorted(group, key=lambda o: o.rank)
-    return -torch.log_softmax(torch.stack([B * R(o) for o in ordered]), 0)[0]
-
-
-def tpo(group: list[Answer]) -> Tensor:
-    chosen, rejected, _ = sorted(group, key=lambda o: o.rank)
-    return dpo(chosen.logp.sum() - rejected.logp.sum())
-
-
-def tpo_l(group: list[Answer]) -> Tensor:
-    chosen, rejected, _ = sorted(group, key=lambda o: o.rank)
-    return -log_sigma(B * (mean(chosen.logp) - mean(rejected.logp)) - 0.2)
-
-
-def gold_nll(answers: list[Answer]) -> Tensor:
-    return token_sum(lambda o: -o.logp * o.gold)(answers) / sum(len(o) for o in answers if o.gold)
-
-
 def odds(log_p: Tensor) -> Tensor:
     return torch.log(torch.exp(log_p) / (1 - torch.exp(log_p)))
 
@@ -182,24 +148,6 @@ def odds(log_p: Tensor) -> Tensor:
 def odds_ratio(a: Answer, b: Answer, answer: bool = False) -> Tensor:
     p, q = (x.logp[x.answer > 0].mean() if answer else x.logp.mean() for x in (a, b))
     return -B * log_sigma(odds(p) - odds(q))
-
-
-def kto(o: Answer, kl: Tensor) -> Tensor:
-    kl = max(kl, 0 * kl)
-    return 1.2 * (1 - torch.sigmoid(B * (R(o) - kl))) if o.label else 0.8 * (1 - torch.sigmoid(B * (kl - R(o))))
-
-
-def kto_batch(answers: list[Answer]) -> Tensor:
-    kl = sum(R(o) for o in answers).detach() / len(answers)
-    return of_sequences(lambda o: kto(o, kl))(answers)
-
-
-def apo_zero_unpaired(o: Answer) -> Tensor:
-    return 1 - torch.sigmoid(B * R(o)) if o.label else torch.sigmoid(B * R(o))
-
-
-def bco(o: Answer) -> Tensor:
-    return -log_sigma(B * R(o) - 0.1) if o.label else -log_sigma(-(B * R(o) - 0.1))
 
 
 def xpo(a: Answer, b: Answer) -> Tensor:
@@ -376,16 +324,6 @@ ROWS = [
         interleaved=True,
     ),
     Row(
-        155,
-        "plackett-luce",
-        lambda: uk.Loss(PlackettLuce(B), uk.GroupMean()),
-        of_groups(plackett_luce),
-        REF + " group rank",
-    ),
-    Row(
-        155, "best of n", lambda: uk.Loss(PlackettLuce(B, 1), uk.GroupMean()), of_groups(best_of_n), REF + " group rank"
-    ),
-    Row(
         156,
         "simpo",
         lambda: uk.Loss(SimPO(B, 0.2), PAIRS),
@@ -401,14 +339,6 @@ ROWS = [
         158, "cpo sigmoid", lambda: uk.Loss(DPO(B, score=SequenceLogp()), PAIRS), of_margin(dpo, lambda o: o.logp.sum())
     ),
     Row(
-        159,
-        "tpo",
-        lambda: uk.Loss(TPO(B), uk.GroupMean()) + 0.5 * uk.Loss(SFT(), uk.Weighted(uk.TokenMean(N_GOLD), "gold")),
-        plus((1, of_groups(tpo)), (0.5, gold_nll)),
-        "group rank gold",
-    ),
-    Row(159, "tpo-l", lambda: uk.Loss(TPO(B, 0.2, MeanLogp()), uk.GroupMean()), of_groups(tpo_l), "group rank"),
-    Row(
         160,
         "orpo",
         lambda: uk.Loss(ORPO(B), PAIRS),
@@ -422,19 +352,6 @@ ROWS = [
         plus((1, of_pairs(lambda a, b: odds_ratio(a, b, True))), (1, chosen_nll)),
         "answer chosen",
         empty=False,
-    ),
-    Row(
-        163, "kto, KL given", lambda: uk.Loss(KTO(B, 1.2, 0.8)), of_sequences(lambda o: kto(o, o.kl)), REF + " label kl"
-    ),
-    Row(164, "kto, KL of the batch", lambda: uk.Loss(KTOBatch(B, 1.2, 0.8)), kto_batch, REF + " label"),
-    Row(165, "apo_zero_unpaired", lambda: uk.Loss(APOZeroUnpaired(B)), of_sequences(apo_zero_unpaired), REF + " label"),
-    Row(166, "bco, unpaired", lambda: uk.Loss(BCO(B, 0.1)), of_sequences(bco), REF + " label"),
-    Row(
-        167,
-        "sppo, soft win rates",
-        lambda: uk.Loss(SPPO(B)),
-        of_sequences(lambda o: (R(o) - (o.win_rate - 0.5) / B) ** 2),
-        REF + " win_rate",
     ),
     Row(168, "xpo", lambda: uk.Loss(XPO(B, 0.05), PAIRS), of_pairs(xpo), REF + " from_reference"),
     Row(

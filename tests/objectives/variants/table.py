@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from tests.objectives.variants import of_likelihood, of_policy, of_preferences, of_sequences, of_sums, of_the_rest
+from tests.objectives.variants import (
+    of_candidates,
+    of_likelihood,
+    of_policy,
+    of_preferences,
+    of_sequences,
+    of_sums,
+    of_the_rest,
+)
 
 ROWS = [
     *of_likelihood.ROWS,
@@ -10,6 +18,7 @@ ROWS = [
     *of_sums.ROWS,
     *of_sequences.ROWS,
     *of_preferences.ROWS,
+    *of_candidates.ROWS,
     *of_the_rest.ROWS,
 ]
 
