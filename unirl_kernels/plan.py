@@ -14,8 +14,8 @@ class Plan:
         kernel: the name of one of the backend's kernels, or ``composed``: the statistics, then the objective as plain
             PyTorch under autograd, then the gradient. ``composed`` runs any objective. None takes the backend's
             default; for fp16 logits ``composed``.
-        overwrite_logits: write the gradient into the logits' memory, in the forward where a kernel has one pass, else in
-            the backward. The logits, and the tensor that they are a view of, are left empty, so that nobody reads a
+        overwrite_logits: write the gradient into the logits' memory, in the forward where a kernel has one pass, else
+            in the backward. The logits, and the tensor that they are a view of, are left empty, so that nobody reads a
             gradient for logits. Other views of that memory, aliases by ``detach()``, and under ``torch.compile`` the
             logits themselves hold the gradient from then on: do not use them. Linear heads always do so with the
             logits that they compute.
