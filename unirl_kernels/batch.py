@@ -272,9 +272,14 @@ class Batch:
         return Batch(self.target.reshape(-1)[begin:end], advantage, old_logp, ref_logp, ends, taken)
 
 
+def has_values(x: Tensor) -> bool:
+    """Whether a tensor has values: not one on the meta device, nor one of FakeTensorMode, which is about shapes."""
+    return not x.is_meta and type(x).__name__ != "FakeTensor"
+
+
 def _readable(x: Tensor) -> bool:
     """Whether reading values costs nothing: on an accelerator it would wait for the device."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return x.device.type == "cpu" and has_values(x) and not torch.compiler.is_compiling()
 
 
 def check_dtype(name: str, value: object, *dtypes: torch.dtype) -> None:
