@@ -73,6 +73,8 @@ class Batch:
 
     def __post_init__(self) -> None:
         check_dtype("target", self.target, torch.int64)
+        if self.target.is_nested:
+            raise TypeError("target must be a dense tensor, got a nested tensor: pack it, with cu_seqlens")
         shape = tuple(self.target.shape)
         if len(shape) not in (1, 2):
             raise ValueError(f"target must have shape [B, L] or [T], got {shape}")
@@ -272,9 +274,14 @@ class Batch:
         return Batch(self.target.reshape(-1)[begin:end], advantage, old_logp, ref_logp, ends, taken)
 
 
+def has_values(x: Tensor) -> bool:
+    """Whether a tensor has values: not one on the meta device, nor one of FakeTensorMode, which is about shapes."""
+    return not x.is_meta and type(x).__name__ != "FakeTensor"
+
+
 def _readable(x: Tensor) -> bool:
     """Whether reading values costs nothing: on an accelerator it would wait for the device."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return x.device.type == "cpu" and has_values(x) and not torch.compiler.is_compiling()
 
 
 def check_dtype(name: str, value: object, *dtypes: torch.dtype) -> None:
@@ -286,19 +293,21 @@ def check_dtype(name: str, value: object, *dtypes: torch.dtype) -> None:
         raise TypeError(f"{name} must be {expected}, got {str(value.dtype).removeprefix('torch.')}")
 
 
-def shift_targets(input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
+def shift_targets(input_ids: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
     """Next-token targets for logits that are not sliced: the logits at position t predict token t + 1.
 
     There is no need for ``logits[:, :-1]``, which is a copy: the last position gets ``IGNORE``, and its row of logits
     is not read.
 
     Args:
-        input_ids: [B, L] int64, the tokens given to the model.
-        mask: [B, L] bool or 0/1: 1 where the *token* is part of the loss (the completion), 0 elsewhere (prompt,
+        input_ids: [B, L] int64, or packed [T] with ``cu_seqlens``, the tokens given to the model.
+        mask: of their shape, bool or 0/1: 1 where the *token* is part of the loss (the completion), else 0 (prompt,
             padding). None: all of them.
+        cu_seqlens: [S + 1] int32, as in ``Batch``: no sequence predicts the first token of the next one.
 
     Returns:
-        [B, L] int64: ``input_ids[:, t + 1]`` where that token is part of the loss, else ``IGNORE``.
+        Of the same shape, int64: the token at t + 1 where it is of the same sequence and part of the loss, else
+        ``IGNORE``.
 
     Raises:
         TypeError: when ``input_ids`` is not an int64 tensor.
@@ -312,13 +321,21 @@ def shift_targets(input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
         tensor([[-100,   13, -100]])
     """
     check_dtype("input_ids", input_ids, torch.int64)
-    if input_ids.dim() != 2:
-        raise ValueError(f"input_ids must have shape [B, L], got {tuple(input_ids.shape)}")
+    expected = 1 if cu_seqlens is not None else 2
+    if input_ids.dim() != expected:
+        shapes = "[B, L], or [T] with cu_seqlens" if cu_seqlens is None else "[T] with cu_seqlens"
+        raise ValueError(f"input_ids must have shape {shapes}, got {tuple(input_ids.shape)}")
     if mask is not None:
         if mask.shape != input_ids.shape:
             raise ValueError(f"mask must have shape {tuple(input_ids.shape)}, got {tuple(mask.shape)}")
         input_ids = torch.where(mask.bool(), input_ids, IGNORE)
-    return torch.nn.functional.pad(input_ids[:, 1:], (0, 1), value=IGNORE)
+    shifted = torch.full_like(input_ids, IGNORE)
+    shifted[..., :-1] = input_ids[..., 1:]
+    if cu_seqlens is None:
+        return shifted
+    sequence = Batch(input_ids, cu_seqlens=cu_seqlens).sequence_of_token
+    shifted[:-1].masked_fill_(sequence[:-1] != sequence[1:], IGNORE)
+    return shifted
 
 
 def group_advantages(rewards: Tensor, group_size: int, *, eps: float = 1e-4) -> Tensor:

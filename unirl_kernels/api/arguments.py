@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from unirl_kernels.backends import COMPOSED, Choice, choose
-from unirl_kernels.batch import Batch, check_dtype
+from unirl_kernels.batch import Batch, check_dtype, has_values
 from unirl_kernels.objectives import Loss
 from unirl_kernels.operators import rows
 from unirl_kernels.plan import Plan
@@ -36,8 +36,8 @@ def check_input(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.is_nested or value.layout != torch.strided:
-        kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
-        raise TypeError(f"{name} must be a dense tensor, got {kind}: nested tensors are packed batches with cu_seqlens")
+        kind = "a nested tensor: pack it, with cu_seqlens" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {kind}")
     check_whole(name, value)
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} must be one of {', '.join(map(name_of, DTYPES))}, got {name_of(value.dtype)}")
@@ -62,7 +62,7 @@ def check_whole(name: str, value: Tensor) -> None:
 
 def _check_memory(name: str, value: Tensor) -> None:
     """Raise where kernels would read memory that is gone, or values that only a function transform has."""
-    if torch.compiler.is_compiling() or value.is_meta or type(value).__name__ == "FakeTensor":
+    if torch.compiler.is_compiling() or not has_values(value):
         return
     if torch._C._functorch.is_functorch_wrapped_tensor(value):
         raise NotImplementedError(

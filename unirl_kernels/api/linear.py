@@ -12,7 +12,7 @@ from unirl_kernels.api.arguments import check_head, check_kinds, kernel_of, name
 from unirl_kernels.api.outputs import LossOutput, TokenObservations, TokenStats
 from unirl_kernels.api.rows import as_rows, program_args, readout_args, row_dtype
 from unirl_kernels.backends import COMPOSED, choose
-from unirl_kernels.batch import Batch
+from unirl_kernels.batch import Batch, has_values
 from unirl_kernels.head import ComposedLinear, Composition, Group, Head, by_units
 from unirl_kernels.objectives import Loss, Tokens
 from unirl_kernels.operators.linear import HeadArgs, SweepArgs, Wanted
@@ -193,7 +193,8 @@ def fused_linear_loss(
 
 def _groups(head: HeadArgs, sweep: SweepArgs, batch: Batch, loss: Loss) -> Sequence[Group] | None:
     """What to work on together; None where that cannot be, and the statistics of all tokens have to come first."""
-    if torch.compiler.is_compiling():  # it cannot follow an objective inside an autograd function
+    # A compiler cannot follow an objective inside an autograd function; without values there are no lengths.
+    if torch.compiler.is_compiling() or not has_values(head.hidden):
         return None
     if any(x.requires_grad for x in batch.fields.values()):  # their gradients come from the loss as a whole
         return None
@@ -212,7 +213,8 @@ def _sweep(hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> S
 
 def _operand_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
     """Of the matmuls' operands: autocast's where it is on, else that of hidden, which all must have."""
-    if torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in (hidden.dtype, weight.dtype):
+    autocast = not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type)
+    if autocast and torch.float64 not in (hidden.dtype, weight.dtype):
         return torch.get_autocast_dtype(hidden.device.type)
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None and value.dtype != hidden.dtype:

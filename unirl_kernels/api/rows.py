@@ -68,7 +68,7 @@ def program_args(loss: Loss, batch: Batch, dtype: torch.dtype) -> ProgramArgs:
                 "it, or call with Plan(kernel='composed'), which does"
             )
         fields[k].copy_(_exact(name, value, dtype))
-    return ProgramArgs(traced.text, fields, loss.params(batch.on_policy, target.device))
+    return ProgramArgs(traced.text, fields, loss.params(batch.on_policy, target))
 
 
 def _exact(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:

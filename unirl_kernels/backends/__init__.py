@@ -219,7 +219,7 @@ def _best(device: torch.device) -> str:
         if reason is None:
             break
         reasons[name] = reason
-    if name == "eager":
+    if name == "eager" and device.type != "meta":
         why = "; ".join(f"{backend}: {reason}" for backend, reason in reasons.items())
         warnings.warn(f"unirl_kernels takes the slow backend 'eager' on {device} ({why})", RuntimeWarning, stacklevel=4)
     return name

@@ -25,11 +25,15 @@ class Aggregation(Protocol):
         ...
 
 
+def _equal(x: object, default: object) -> bool:
+    return x is default or (not isinstance(x, Tensor) and x == default)
+
+
 class _Value:
     """Written as it is made: arguments that have their default are left out."""
 
     def __repr__(self) -> str:
-        given = [f for f in fields(self) if getattr(self, f.name) is not f.default]  # type: ignore[arg-type]
+        given = [f for f in fields(self) if not _equal(getattr(self, f.name), f.default)]  # type: ignore[arg-type]
         return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in given)})"
 
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from unirl_kernels.batch import RESERVED, Batch
+from unirl_kernels.batch import RESERVED, Batch, has_values
 from unirl_kernels.objectives.aggregate import Aggregation, FixedLength, GroupMean, PairMean, SequenceMean, TokenMean
 from unirl_kernels.objectives.arguments import Parameters
 from unirl_kernels.objectives.scopes import SCOPES, scope_fault, scope_of
@@ -263,12 +263,14 @@ class Loss:
             raise ValueError(f"a {self.scope}-scope objective has no scalar program")
         return self._traced[on_policy]
 
-    def params(self, on_policy: bool, device: torch.device) -> Tensor:
-        """[n_params] float64: the program's parameters on ``device``."""
+    def params(self, on_policy: bool, like: Tensor) -> Tensor:
+        """[n_params] float64: the program's parameters, on the device of ``like``."""
+        device = like.device
         params = self.traced(on_policy).params
         if torch.compiler.is_compiling():
             return _compiled(params, device) if self._params is None else self._params[on_policy].to(device)
-        return _on_device(params, device)
+        # What is made in FakeTensorMode must not be kept.
+        return _on_device(params, device) if has_values(like) else _tensor(params).to(device)
 
     def composed(self, tokens: Tokens, weights: Sequence[Tensor]) -> Tensor:
         """The loss as plain PyTorch, 0-dim: the sum of its terms, each with its weights (see ``Term.composed``)."""

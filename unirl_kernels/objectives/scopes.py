@@ -10,12 +10,14 @@ from __future__ import annotations
 import itertools
 import numbers
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import _disable_current_modes
 
 from unirl_kernels.batch import IGNORE, Batch
 from unirl_kernels.objectives.tokens import Tokens
@@ -72,7 +74,13 @@ def _fault(objective: Objective) -> str | None:
     first: str | None = None
     names: tuple[str, ...] = ()
     kinds_of_names: Iterator[tuple[torch.dtype, ...]] = iter([()])
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False), _no_hooks():
+    with (
+        _no_modes(),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        _no_hooks(),
+    ):
         for _ in range(MAX_TRIES):
             kinds = next(kinds_of_names, None)
             if kinds is None:
@@ -92,6 +100,13 @@ def _fault(objective: Objective) -> str | None:
 def _no_hooks() -> AbstractContextManager[None]:
     """Hides the saved tensors of the check from activation checkpointing around it."""
     return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _no_modes() -> Iterator[None]:
+    """Without the caller's FakeTensorMode or torch.func: what is found is remembered for other calls."""
+    with _disable_current_modes(), temporarily_clear_interpreter_stack():
+        yield
 
 
 def _difference(objective: Objective, synthetic: Synthetic) -> str | None:

@@ -22,7 +22,7 @@ from unirl_kernels.backends import (
     RowStats,
     load,
 )
-from unirl_kernels.batch import IGNORE
+from unirl_kernels.batch import IGNORE, has_values
 from unirl_kernels.operators.declare import operator
 
 
@@ -42,7 +42,7 @@ def check_targets(target: Tensor, vocab: int) -> None:
 
     On an accelerator reading the values would wait for the device; there such rows become NaN instead.
     """
-    if target.device.type != "cpu":
+    if target.device.type != "cpu" or not has_values(target):
         return
     outside = (target != IGNORE) & ((target < 0) | (target >= vocab))
     if bool(outside.any()):
