@@ -12,6 +12,7 @@ OUT    ?= gpu-check
 STEPS  ?=
 WORKERS ?= 2
 PYTHONS ?= $(PYTHON)
+SECONDS ?= 600
 PY      = $(VENV)/bin/python
 PIP     = $(PY) -m pip install -q $(LOCK:%=-c %)
 TOOLS   = "setuptools>=77" ninja

@@ -264,12 +264,26 @@ struct Exponential {
   }
 };
 
+// v as it is rounded. v is a product, and what adds to a product may be contracted with either of its products: a tanh
+// would then be another one in another function, and the target's logit not the row's largest, which it is.
+UNIRL_ALWAYS_INLINE F32 uncontracted(F32 v) {
+#if defined(__x86_64__)
+  __asm__("" : "+x"(v));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(v));
+#else
+  __asm__("" : "+m"(v));
+#endif
+  return v;
+}
+
 // tanh(v), and 1 - tanh(v)^2 without the cancellation: both from w = e^(-2|v|).
 struct Tanh {
   F32 value, slope;
 };
 
-UNIRL_ALWAYS_INLINE Tanh hyperbolic_tangent(F32 v) {
+UNIRL_ALWAYS_INLINE Tanh hyperbolic_tangent(F32 product) {
+  const F32 v = uncontracted(product);
   const Exponential<5> exponential(2);
   const F32 magnitude = (F32)((U32)v & 0x7fffffffu);
   const F32 w = exponential(maximum(splat(exponential.floor), -magnitude));
