@@ -78,11 +78,10 @@ tests: setup
 test-all: lint types
 	UNIRL_COMPILE_GATE=full $(PYTEST) $(ARGS)
 
-# Random cases against fp64 for SECONDS, on every instruction set of the machine; CASE=K runs one case again.
-SECONDS ?= 600
-SEED    ?= 0
+# Random cases against fp64 until the time is over, a process for each instruction set. `make fuzz ARGS="--case 17"`
+# runs one again and says what it is.
 fuzz: setup
-	$(PY) -m tests.fuzz --seed $(SEED) $(if $(CASE),--case $(CASE),--seconds $(SECONDS))
+	$(PY) -m tests.fuzz --seconds $(SECONDS) $(ARGS)
 
 lint: setup
 	$(PY) -m ruff check .
