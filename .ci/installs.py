@@ -80,7 +80,8 @@ def main(pythons: list[str]) -> int:
     commit = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     rows = {}
     if RECORD.exists():
-        rows = {tuple(line.split(" | ")[:2]): line for line in RECORD.read_text().splitlines() if "`" in line[:20]}
+        kept = [line for line in RECORD.read_text().splitlines() if line.startswith("| `")]
+        rows = {tuple(line.split(" | ")[:2]): line for line in kept}
     failed = 0
     for python in pythons:
         for torch in os.environ.get("TORCH", OLDEST_AND_NEWEST).split():
