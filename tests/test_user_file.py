@@ -99,7 +99,7 @@ def test_explain_prints_what_the_function_returns(file: Path, capsys: pytest.Cap
     [
         ("mine.py:number", "objective must be callable, got 3 (int)"),
         ("mine.py:Unfinished", "missing 1 required positional argument: 'factor'"),
-        ("mine.py:Planets", "scope must be one of token, sequence, pair, got 'planet'"),
+        ("mine.py:Planets", "scope must be one of token, sequence, pair, batch, got 'planet'"),
         (
             "mine.py:nobody",
             "the file has no 'nobody'; it has RUNS, gate, Scaled, Unfinished, ",

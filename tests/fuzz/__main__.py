@@ -37,10 +37,12 @@ def again(seed: int, number: int) -> int:
     """Run one case, on its own instruction set."""
     os.environ.setdefault("UNIRL_CPU_ISA", instruction_set(number))
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    from tests.fuzz.run import run
+    from tests.fuzz.run import described, run
 
     case = make(seed, number)
+    print(described(case))
     problems = run(case).problems
+    print("\n".join(problems) or "nothing is wrong with it")
     return bool(problems)
 
 
@@ -52,10 +54,15 @@ def searched(given: argparse.Namespace) -> int:
         workers = [start(name, arguments, Path(folder)) for name in given.isa]
         for worker in workers:
             outcome = worker.outcome()
+            note = f"not run: {outcome.unavailable}" if outcome.unavailable else f"next is {outcome.next}"
+            print(f"{worker.instruction_set}: {outcome.cases.total()} cases, {len(outcome.found)} wrong; {note}")
             total.add(outcome)
-    time.monotonic() - began
-    for _number, _problems in sorted(total.found.items()):
-        pass
+    seconds = time.monotonic() - began
+    counts = ", ".join(f"{k} {n}" for k, n in sorted(total.cases.items()))
+    print(f"{total.cases.total()} cases in {seconds:.0f} s: {counts}")
+    print(f"{total.compared} elements compared with fp64, {total.undecided} left open; {len(total.found)} wrong cases")
+    for number, problems in sorted(total.found.items()):
+        print(f"\npython -m tests.fuzz --seed {given.seed} --case {number}", *problems[:6], sep="\n    ")
     return bool(total.found)
 
 

@@ -80,6 +80,8 @@ def search(seed: int, numbers: Iterator[int], seconds: float, cases: int, progre
         outcome.undecided += findings.undecided
         if findings.problems:
             outcome.found[number] = findings.problems
+    if progress is not None:
+        progress.write_text(json.dumps(vars(outcome)))
     return outcome
 
 

@@ -10,7 +10,7 @@ from tests.fuzz.case import INSTRUCTION_SETS, make
 from tests.fuzz.run import run
 from tests.fuzz.search import start
 
-CASES = 150
+CASES = 120
 """On each instruction set."""
 
 

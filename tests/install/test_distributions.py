@@ -92,6 +92,6 @@ def test_types_are_seen_by_a_user(wheel: Path, tmp_path: Path) -> None:
     python = environment / "bin" / "python"
     options = ["--python-executable", str(python), "--ignore-missing-imports", "--cache-dir", str(tmp_path / "cache")]
     said = run(["-m", "mypy", "--config-file", "", *options, "user.py"], tmp_path).stdout
-    assert 'Revealed type is "unirl_kernels.objectives.base.Loss"' in said
+    assert 'Revealed type is "unirl_kernels.objectives.loss.Loss"' in said
     assert 'Argument "backend" to "Plan" has incompatible type "int"' in said
     assert "py.typed" not in said

@@ -330,7 +330,8 @@ def assemble(g: Graph, terms: Sequence[int], weights: Sequence[str]) -> tuple[Pr
                 sum_of = g.op(Op.ADD, sum_of, weighted(g, node, weight))
         return sum_of
 
-    outputs = [total(terms), *(total([derivative(g, x, name) for x in terms]) for name in STATISTICS)]
+    slopes = [_visible(g, [derivative(g, x, name) for name in STATISTICS]) for x in terms]
+    outputs = [total(terms), *(total(of_terms) for of_terms in zip(*slopes, strict=True))]
     outputs = [ZERO if g.constant_value(x) == 0 else x for x in outputs]
     order = ancestors(g, *outputs)
     constants = sorted({float(g.nodes[x].value) for x in order if g.nodes[x].kind == "const"})
@@ -356,6 +357,16 @@ def assemble(g: Graph, terms: Sequence[int], weights: Sequence[str]) -> tuple[Pr
     _check_size(len(instructions), len(params), len(fields))
     at = [register[x] for x in outputs]
     return Program(len(fields), len(params), tuple(instructions), (at[0], at[1], at[2], at[3])), fields, params
+
+
+def _visible(g: Graph, slopes: list[int]) -> list[int]:
+    """Derivatives of a term, NaN in a row with NaN logits: a clamp's would be 0 there, and hide it. PyTorch's backward
+    of log_softmax multiplies even 0 by the row's NaN."""
+    lse = g.input("lse")
+    for k, slope in enumerate(slopes):
+        if g.constant_value(slope) != 0:
+            return [*slopes[:k], g.op(Op.ADD, slope, g.op(Op.SUB, lse, lse)), *slopes[k + 1 :]]
+    return slopes
 
 
 def _check_size(instructions: int, params: int, fields: int) -> None:
