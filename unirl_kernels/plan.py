@@ -12,7 +12,7 @@ class Plan:
     Args:
         backend: ``cpu``, ``triton``, ``cuda`` or ``eager``; None takes the first of its device's backends that runs.
         kernel: the name of one of the backend's kernels, or ``composed``: the statistics, then the objective as plain
-            PyTorch under autograd, then the gradient. ``composed`` runs any objective. None takes the backend's
+            PyTorch under autograd, then the gradient. ``composed`` runs what kernels cannot. None takes the backend's
             default; for fp16 logits ``composed``.
         overwrite_logits: write the gradient into the logits' memory, in the forward where a kernel has one pass, else
             in the backward. The logits, and the tensor that they are a view of, are left empty, so that nobody reads a

@@ -86,6 +86,10 @@ def gspo_two_sided(o: Answer) -> Tensor:
     return -torch.minimum(bounded * o.advantage, torch.clamp(s(o), 0.95, 1.06) * o.advantage)
 
 
+def gspo_delta(o: Answer) -> Tensor:
+    return -torch.minimum(torch.clamp(s(o), max=1.2) * o.advantage, torch.clamp(s(o), 0.95, 1.06) * o.advantage)
+
+
 def cispo(o: Answer) -> Tensor:
     return -sg(torch.clamp(s(o), max=1.02)) * o.advantage * o.logp
 
@@ -263,6 +267,20 @@ ROWS = [
         "gspo, two-sided",
         lambda: uk.Loss(SequenceTwoSidedClip(0.05, 0.06, 1.02)),
         of_sequences(gspo_two_sided),
+        A,
+    ),
+    Row(
+        92,
+        "gspo, two-sided delta (TRL)",
+        lambda: uk.Loss(SequenceTwoSidedClip(0.05, 0.06, delta=1.2)),
+        mean_of_means(gspo_delta),
+        "advantage:token_advantage old_logp",
+    ),
+    Row(
+        92,
+        "cispo of sequences (TRL)",
+        lambda: uk.Loss(SequenceCISPO(0.9, 1.1), TOKENS),
+        token_mean(lambda o: -sg(torch.clamp(s(o), 0.9, 1.1)) * o.advantage * o.logp),
         A,
     ),
     Row(92, "cispo, sequence level", lambda: uk.Loss(SequenceCISPO(0.0, 1.02), TOKENS), token_mean(cispo), A),
