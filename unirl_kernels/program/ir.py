@@ -94,18 +94,6 @@ class Program:
     outputs: tuple[int, int, int, int]
 
     @property
-    def first_field(self) -> int:
-        return len(STATISTICS)
-
-    @property
-    def first_param(self) -> int:
-        return len(STATISTICS) + self.n_fields
-
-    @property
-    def first_result(self) -> int:
-        return self.first_param + self.n_params
-
-    @property
     def has_entropy_gradient(self) -> bool:
         return self.outputs[OUTPUTS.index("d_entropy")] != ZERO
 
