@@ -15,17 +15,19 @@ from tests import ROOT
 PACKAGE = ROOT / "unirl_kernels"
 
 ARROWS = {
-    "batch": set(),
+    "collectives": set(),
+    "shard": {"collectives"},
+    "batch": {"collectives"},
     "plan": set(),
     "readout": set(),
     "testing": {"testing"},
     "program": {"program"},
-    "objectives": {"objectives", "program", "batch"},
+    "objectives": {"objectives", "program", "batch", "collectives"},
     "recipes": {"objectives"},
     "backends": {"backends", "program", "batch"},
-    "operators": {"operators", "backends", "batch"},
-    "head": {"head", "operators", "objectives", "backends", "batch"},
-    "api": {"api", "head", "operators", "backends", "objectives", "batch", "plan", "readout"},
+    "operators": {"operators", "backends", "batch", "collectives"},
+    "head": {"head", "operators", "objectives", "backends", "batch", "collectives"},
+    "api": {"api", "head", "operators", "backends", "objectives", "batch", "plan", "readout", "shard", "collectives"},
     "integrations": {"integrations", "api", "objectives", "batch", "plan", "readout"},
     "explain": {"head", "objectives", "program", "backends", "batch", "plan"},
 }

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from unirl_kernels.backends import Backend, load
-from unirl_kernels.backends.matmuls import Matmuls
+from unirl_kernels.backends.matmuls import Matmuls, NoColumns
+from unirl_kernels.collectives import Group, start_all_reduce, wait
 from unirl_kernels.head.chunks import Chunk, rows_per_chunk
 from unirl_kernels.operators.linear import HeadArgs, HeadGradients, SweepArgs, Wanted, kept_dtype
 
@@ -47,6 +48,8 @@ class Head:
 
     @cached_property
     def matmuls(self) -> Matmuls:
+        if not self.weight.shape[0]:
+            return NoColumns(self.weight)
         return self.kernels.matmuls(self.weight, self.dtype)
 
     def columns(self, start: int, stop: int) -> Head:
@@ -62,8 +65,44 @@ class Head:
         return self.kernels.empty(shape, self.row_dtype, self.weight.device)
 
 
+class AtOnce:
+    """Writes the gradient of the hidden states of a chunk where it belongs."""
+
+    def put(self, chunk: Chunk, d_hidden: Tensor, part: Tensor) -> None:
+        chunk.put(d_hidden, part)
+
+    def finish(self) -> None:
+        """Write what has not been written."""
+
+
+class Summed(AtOnce):
+    """The same of its sum over ranks, which is formed in fp32 while the next chunk is worked on.
+
+    Args:
+        ranks: each of which has a part of the weight.
+    """
+
+    def __init__(self, ranks: Group) -> None:
+        self._ranks = ranks
+        self._started: list[tuple[Chunk, Tensor, Tensor]] = []
+
+    def put(self, chunk: Chunk, d_hidden: Tensor, part: Tensor) -> None:
+        started = start_all_reduce(part, self._ranks)
+        self.finish()
+        self._started.append((chunk, d_hidden, started))
+
+    def finish(self) -> None:
+        while self._started:
+            chunk, d_hidden, total = self._started.pop()
+            chunk.put(d_hidden, wait(total))
+
+
 def sweep(
-    head: Head, chunks: Sequence[Chunk], work: Callable[[Tensor, Tensor, int], None], wanted: Wanted
+    head: Head,
+    chunks: Sequence[Chunk],
+    work: Callable[[Tensor, Tensor, int], None],
+    wanted: Wanted,
+    of_hidden: AtOnce = AtOnce(),
 ) -> HeadGradients:
     """Make the logits of each chunk, let ``work`` find their gradient, and form the other gradients from it.
 
@@ -75,6 +114,7 @@ def sweep(
         work: gets the logits of a chunk, [1, n, V] fp32 (fp64 for fp64), memory for their gradient, which is their own
             or has the dtype that is multiplied, and the chunk's number.
         wanted: which gradients.
+        of_hidden: what becomes of the gradient of a chunk's hidden states.
 
     Returns:
         ``HeadGradients`` in the dtypes of hidden states, weight and bias, but fp32 for fp16, which holds the gradients
@@ -93,11 +133,12 @@ def sweep(
         head.matmuls.logits(hidden, head.bias, logits)
         work(logits.unsqueeze(0), d_logits.unsqueeze(0), k)
         if wanted.hidden:
-            chunk.put(d_hidden, head.matmuls.d_hidden(d_logits))
+            of_hidden.put(chunk, d_hidden, head.matmuls.d_hidden(d_logits))
         if wanted.weight:
             head.matmuls.add_d_weight(d_logits, hidden, d_weight, first=k == 0)
         if wanted.bias:
             d_bias += d_logits.sum(0, dtype=d_bias.dtype)
+    of_hidden.finish()
     if not chunks:
         d_weight.zero_()
     d_bias = d_bias if head.bias is None else d_bias.to(kept_dtype(head.bias))

@@ -87,7 +87,7 @@ class Statistics(torch.autograd.Function):
         ctx: Any, logits: Tensor, target: Tensor, readout: ReadoutArgs, backend: str, overwrites: bool
     ) -> tuple[Tensor, ...]:
         stats, moments = rows.token_stats(as_rows(logits), target, readout, backend)
-        _save(ctx, logits, target, readout, moments, backend, overwrites)
+        save_rows(ctx, logits, target, readout, moments, backend, overwrites)
         return tuple(stats)
 
     @staticmethod
@@ -110,7 +110,7 @@ class Observations(torch.autograd.Function):
         ctx: Any, logits: Tensor, target: Tensor, readout: ReadoutArgs, backend: str, overwrites: bool
     ) -> tuple[Tensor, ...]:
         stats, moments, observations = rows.token_observations(as_rows(logits), target, readout, backend)
-        _save(ctx, logits, target, readout, moments, backend, overwrites)
+        save_rows(ctx, logits, target, readout, moments, backend, overwrites)
         ctx.mark_non_differentiable(*observations)
         return *stats, *observations
 
@@ -121,7 +121,7 @@ class Observations(torch.autograd.Function):
         return _stats_gradient(ctx, of_stats(d_logp, d_entropy, d_lse)), None, None, None, None
 
 
-def _save(
+def save_rows(
     ctx: Any,
     logits: Tensor,
     target: Tensor,
@@ -136,7 +136,7 @@ def _save(
     ctx.readout, ctx.backend, ctx.overwrites = readout._replace(row_temperature=None), backend, overwrites
 
 
-def _saved(ctx: Any) -> tuple[Any, ...]:
+def saved_rows(ctx: Any) -> tuple[Any, ...]:
     try:
         return tuple(ctx.saved_tensors)
     except RuntimeError as error:
@@ -150,7 +150,7 @@ def _saved(ctx: Any) -> tuple[Any, ...]:
 
 def _stats_gradient(ctx: Any, gradients: RowGradients) -> Tensor:
     refuse_double_backward()
-    logits, target, row_temperature, *moments = _saved(ctx)
+    logits, target, row_temperature, *moments = saved_rows(ctx)
     readout = ctx.readout._replace(row_temperature=row_temperature)
     arguments = (target, readout, RowMoments(*moments), gradients, ctx.backend)
     if not ctx.overwrites:

@@ -101,8 +101,16 @@ def _fake_loss(
     return FusedHead(loss, stats_like(target, sweep.dtype), _gradients_like(head, wanted))
 
 
+def _fake_moments(head: HeadArgs, target: Tensor, readout: ReadoutArgs, sweep: SweepArgs) -> RowMoments:
+    return moments_like(target, sweep.dtype)
+
+
 # The fakes have the operators' signatures, which is all that a declaration needs.
 linear_token_stats = Operator("linear_token_stats", _fake_stats)
 linear_token_observations = Operator("linear_token_observations", _fake_observations)
 linear_token_stats_backward = Operator("linear_token_stats_backward", _fake_backward)
 fused_linear_loss = Operator("fused_linear_loss", _fake_loss)
+# Of a shard of the weight: rows are measured in the chunks of the backward, which so goes by moments of the same bits.
+linear_shard_moments = Operator("linear_shard_moments", _fake_moments)
+linear_shard_observations = Operator("linear_shard_observations", _fake_observations)
+linear_shard_stats_backward = Operator("linear_shard_stats_backward", _fake_backward)

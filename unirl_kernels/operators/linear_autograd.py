@@ -29,7 +29,7 @@ class LinearStatistics(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         head = HeadArgs(hidden, weight, bias)
         stats, moments = linear.linear_token_stats(head, target, readout, sweep)
-        _save(ctx, head, target, readout, moments, sweep)
+        save_head(ctx, head, target, readout, moments, sweep)
         return tuple(stats)
 
     @staticmethod
@@ -52,7 +52,7 @@ class LinearObservations(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         head = HeadArgs(hidden, weight, bias)
         stats, moments, observations = linear.linear_token_observations(head, target, readout, sweep)
-        _save(ctx, head, target, readout, moments, sweep)
+        save_head(ctx, head, target, readout, moments, sweep)
         ctx.mark_non_differentiable(*observations)
         return *stats, *observations
 
@@ -63,7 +63,7 @@ class LinearObservations(torch.autograd.Function):
         return *_stats_gradient(ctx, d_logp, d_entropy, d_lse), None, None, None
 
 
-def _save(
+def save_head(
     ctx: Any, head: HeadArgs, target: Tensor, readout: ReadoutArgs, moments: RowMoments, sweep: SweepArgs
 ) -> None:
     refuse_forward_mode(*head)

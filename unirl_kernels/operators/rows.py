@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from unirl_kernels.backends import (
+    ELSEWHERE,
     FusedRows,
     Measured,
     Observed,
@@ -50,6 +51,14 @@ def check_targets(target: Tensor, vocab: int) -> None:
         raise IndexError(f"target must lie in [0, {vocab}) or be {IGNORE}, got {int(target[at])} at {at}")
 
 
+def check_row_targets(target: Tensor, vocab: int) -> None:
+    """``check_targets`` of rows that may be shards: their target may be ELSEWHERE."""
+    try:
+        check_targets(target, vocab)
+    except IndexError:
+        check_targets(target.masked_fill(target == ELSEWHERE, IGNORE), vocab)
+
+
 def row_like(target: Tensor, dtype: torch.dtype) -> Tensor:
     """Uninitialised values of rows whose logits have a dtype."""
     return target.new_empty(target.shape, dtype=torch.promote_types(dtype, torch.float32))
@@ -78,7 +87,7 @@ def _fake_stats(logits: Tensor, target: Tensor, readout: ReadoutArgs, backend: s
 
 @operator(fake=_fake_stats)
 def token_stats(logits: Tensor, target: Tensor, readout: ReadoutArgs, backend: str) -> Measured:
-    check_targets(target, logits.shape[-1])
+    check_row_targets(target, logits.shape[-1])
     return load(backend).token_stats(logits, target, readout)
 
 
@@ -88,7 +97,7 @@ def _fake_observations(logits: Tensor, target: Tensor, readout: ReadoutArgs, bac
 
 @operator(fake=_fake_observations)
 def token_observations(logits: Tensor, target: Tensor, readout: ReadoutArgs, backend: str) -> Observed:
-    check_targets(target, logits.shape[-1])
+    check_row_targets(target, logits.shape[-1])
     return load(backend).token_observations(logits, target, readout)
 
 
