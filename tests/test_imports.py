@@ -23,7 +23,6 @@ ARROWS = {
     "testing": {"testing"},
     "program": {"program"},
     "objectives": {"objectives", "program", "batch", "collectives"},
-    "recipes": {"objectives"},
     "backends": {"backends", "program", "batch"},
     "operators": {"operators", "backends", "batch", "collectives"},
     "head": {"head", "operators", "objectives", "backends", "batch", "collectives"},

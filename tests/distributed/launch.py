@@ -32,7 +32,7 @@ def run_ranks(module: str, world: int, store: Path, *arguments: str) -> None:
         for rank in range(world)
     ]
     try:
-        outputs = [rank.communicate(timeout=100)[0] for rank in ranks]
+        outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

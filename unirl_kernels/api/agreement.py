@@ -10,8 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from unirl_kernels.api.rows import as_rows
 from unirl_kernels.batch import has_values
 from unirl_kernels.collectives import all_gather
+from unirl_kernels.operators.rows import check_targets
 from unirl_kernels.operators.shards import ShardArgs, target_hash
 from unirl_kernels.shard import VocabShard
 
@@ -73,6 +75,7 @@ def agreed(
     Raises:
         RuntimeError: when another rank refuses its arguments.
         ValueError: when the ranks do not agree, on every rank, naming a rank and its value.
+        IndexError: when a target is outside the vocabulary.
     """
     if torch.compiler.is_compiling() or not isinstance(target, Tensor) or not has_values(target):
         own = check()
@@ -115,6 +118,7 @@ def _compared(shard: VocabShard, own: Terms, target: Tensor) -> int:
     _check_layout(everyone)
     if len({terms.hash for terms in everyone}) > 1:
         raise ValueError(_differing_targets(shard, target))
+    check_targets(as_rows(target), shard.vocab)
     return max(terms.row_bytes for terms in everyone)
 
 

@@ -8,7 +8,6 @@ from torch import Tensor
 from unirl_kernels.backends import COMPOSED, Choice, choose
 from unirl_kernels.batch import Batch, check_dtype, has_values
 from unirl_kernels.objectives import Loss
-from unirl_kernels.operators import rows
 from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout
 
@@ -102,22 +101,15 @@ def _check_part(name: str, value: Tensor, target: Tensor, parts: int) -> None:
         raise ValueError(f"{name} must have shape ({expected}, D) on each of {parts} ranks, got {tuple(value.shape)}")
 
 
-def check_targets(target: Tensor, vocab: int) -> None:
-    """As the operators do, but by its index in the layout that the user gave; a compiler leaves it to them."""
-    if not torch.compiler.is_compiling():
-        rows.check_targets(target, vocab)
-
-
 def check_logits(logits: Tensor, target: Tensor) -> None:
-    """Raise a ``TypeError``, ``ValueError`` or ``IndexError`` unless logits and target fit each other."""
+    """Raise a ``TypeError`` or ``ValueError`` unless logits and target fit each other."""
     check_shard_of_logits(logits, target)
     if logits.shape[-1] == 0:
         raise ValueError(f"logits must have at least one column, got shape {tuple(logits.shape)}")
-    check_targets(target, logits.shape[-1])
 
 
 def check_shard_of_logits(logits: Tensor, target: Tensor) -> None:
-    """As ``check_logits``, but a shard may have no columns, and targets are of the whole vocabulary."""
+    """As ``check_logits``, but a shard may have no columns."""
     check_input("logits", logits)
     check_dtype("target", target, torch.int64)
     check_positions("logits", logits, target, "V")
@@ -143,16 +135,14 @@ def check_overwritable(logits: Tensor) -> None:
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> None:
-    """Raise a ``TypeError``, ``ValueError`` or ``IndexError`` unless the parts of a linear head fit one another."""
+    """Raise a ``TypeError`` or ``ValueError`` unless the parts of a linear head fit one another."""
     check_shard_of_head(hidden, weight, bias, target)
     if weight.shape[0] == 0:
         raise ValueError(f"weight must have at least one row and column, got shape {tuple(weight.shape)}")
-    check_targets(target, weight.shape[0])
 
 
 def check_shard_of_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, parts: int = 1) -> None:
-    """As ``check_head``, but a shard may have no rows, targets are of the whole vocabulary, and hidden may be one of
-    several equal parts of the tokens."""
+    """As ``check_head``, but a shard may have no rows, and hidden may be one of several equal parts of the tokens."""
     check_dtype("target", target, torch.int64)
     for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if name != "bias" or value is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +15,10 @@ from unirl_kernels.backends import COMPOSED
 from unirl_kernels.batch import Batch, has_values
 from unirl_kernels.head import ComposedLinear, Composition, Group, Head, WholeRows, by_units
 from unirl_kernels.objectives import Loss, Tokens
+from unirl_kernels.operators import linear, linear_shards
+from unirl_kernels.operators.declare import Operator
 from unirl_kernels.operators.linear import HeadArgs, SweepArgs, Wanted
-from unirl_kernels.operators.linear_autograd import LinearObservations, LinearStatistics, OnePassLinear
-from unirl_kernels.operators.linear_shards import SplitLinearObservations, SplitLinearStatistics
+from unirl_kernels.operators.linear_autograd import LinearStatistics, OnePassLinear
 from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout
 from unirl_kernels.shard import VocabShard
@@ -66,8 +66,9 @@ def linear_token_stats(
         tensor([[-1.3863,  0.0000]])
     """
     if shard is not None:
-        return TokenStats(*measured_shard(SplitLinearStatistics, hidden, weight, bias, target, readout, plan, shard))
-    found = _measured(LinearStatistics, hidden, weight, bias, target, readout, plan)
+        operator = linear_shards.linear_shard_moments
+        return TokenStats(*measured_shard(operator, HeadArgs(hidden, weight, bias), target, readout, plan, shard))
+    found = _measured(linear.linear_token_stats, hidden, weight, bias, target, readout, plan)
     return TokenStats(*found)
 
 
@@ -110,14 +111,15 @@ def linear_token_observations(
         tensor([[3, 3]])
     """
     if shard is not None:
-        found = measured_shard(SplitLinearObservations, hidden, weight, bias, target, readout, plan, shard)
+        operator = linear_shards.linear_shard_observations
+        found = measured_shard(operator, HeadArgs(hidden, weight, bias), target, readout, plan, shard)
         return TokenObservations.of_rows(found)
-    found = _measured(LinearObservations, hidden, weight, bias, target, readout, plan)
+    found = _measured(linear.linear_token_observations, hidden, weight, bias, target, readout, plan)
     return TokenObservations.of_rows(found)
 
 
 def _measured(
-    function: Any,
+    operator: Operator,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -126,12 +128,12 @@ def _measured(
     plan: Plan,
     batch: Batch | None = None,
 ) -> list[Tensor]:
-    """What an autograd function finds in each row, in target's shape."""
+    """What an operator finds in each row, in target's shape."""
     check_kinds(readout=readout, plan=plan)
     check_head(hidden, weight, bias, target)
     sweep = sweep_args(hidden, weight, bias, plan)
     of_readout = readout_args(readout, target, row_dtype(sweep.dtype), batch)
-    found = function.apply(_flat(hidden), weight, bias, as_rows(target), of_readout, sweep)
+    found = LinearStatistics.apply(_flat(hidden), weight, bias, as_rows(target), of_readout, sweep, operator)
     return [x.view(target.shape) for x in found]
 
 
@@ -183,7 +185,7 @@ def fused_linear_loss(
         tensor([ 0.2500,  0.2500,  0.2500, -0.7500])
     """
     if shard is not None:
-        return fused_shard(hidden, weight, bias, batch, loss, readout, plan, shard)
+        return fused_shard(HeadArgs(hidden, weight, bias), batch, loss, readout, plan, shard)
     check_kinds(batch=batch, loss=loss, readout=readout, plan=plan)
     check_head(hidden, weight, bias, batch.target)
     kernel = kernel_of(loss, plan, hidden.device).kernel
@@ -200,13 +202,12 @@ def fused_linear_loss(
             target = as_rows(batch.target)
             found = OnePassLinear.apply(*head, target, of_readout, program, kernel, sweep, wanted)
         elif (groups := _groups(head, sweep, batch, loss)) is not None:
-            found = ComposedLinear.apply(
-                *head, Composition(batch, loss, groups, of_readout, WholeRows(sweep.backend)), sweep
-            )
+            composition = Composition(batch, loss, groups, of_readout, WholeRows(sweep.backend))
+            found = ComposedLinear.apply(*head, composition, sweep)
     if found is not None:
         value, *stats = found
         return LossOutput.of(value, stats, batch, loss)
-    stats = _measured(LinearStatistics, hidden, weight, bias, batch.target, readout, plan, batch)
+    stats = _measured(linear.linear_token_stats, hidden, weight, bias, batch.target, readout, plan, batch)
     value = loss.composed(Tokens(batch, *stats), loss.weights(batch))
     return LossOutput.of(value, stats, batch, loss)
 

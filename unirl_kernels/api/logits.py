@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -14,8 +12,9 @@ from unirl_kernels.api.split import measured_shard
 from unirl_kernels.backends import COMPOSED, Choice, choose
 from unirl_kernels.batch import Batch
 from unirl_kernels.objectives import Loss, Tokens
-from unirl_kernels.operators.autograd import Observations, OnePass, Statistics
-from unirl_kernels.operators.shards import SplitObservations, SplitStatistics
+from unirl_kernels.operators import rows, shards
+from unirl_kernels.operators.autograd import OnePass, Statistics
+from unirl_kernels.operators.declare import Operator
 from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout
 from unirl_kernels.shard import VocabShard
@@ -63,8 +62,8 @@ def token_stats(
         tensor([-0.2500, -0.2500, -0.2500,  0.7500])
     """
     if shard is not None:
-        return TokenStats(*measured_shard(SplitStatistics, logits, target, readout, plan, shard))
-    return TokenStats(*_measured(Statistics, logits, target, readout, plan))
+        return TokenStats(*measured_shard(shards.shard_moments, logits, target, readout, plan, shard))
+    return TokenStats(*_measured(rows.token_stats, logits, target, readout, plan))
 
 
 def token_observations(
@@ -101,22 +100,22 @@ def token_observations(
         (tensor([[1]]), tensor([[1.3333]]))
     """
     if shard is not None:
-        found = measured_shard(SplitObservations, logits, target, readout, plan, shard)
+        found = measured_shard(shards.shard_observations, logits, target, readout, plan, shard)
         return TokenObservations.of_rows(found)
-    return TokenObservations.of_rows(_measured(Observations, logits, target, readout, plan))
+    return TokenObservations.of_rows(_measured(rows.token_observations, logits, target, readout, plan))
 
 
-def _measured(function: Any, logits: Tensor, target: Tensor, readout: Readout, plan: Plan) -> list[Tensor]:
-    """What an autograd function finds in each row, in target's shape."""
+def _measured(operator: Operator, logits: Tensor, target: Tensor, readout: Readout, plan: Plan) -> list[Tensor]:
+    """What an operator finds in each row, in target's shape."""
     check_kinds(readout=readout, plan=plan)
     check_logits(logits, target)
     backend, _ = choose(logits.device, plan.backend, plan.kernel)
-    rows = (as_rows(target), readout_args(readout, target, row_dtype(logits.dtype)), backend)
+    of_rows = (as_rows(target), readout_args(readout, target, row_dtype(logits.dtype)), backend, operator)
     if not _wants_gradient(logits):
-        return [x.view(target.shape) for x in function.without_gradient(logits, *rows)]
+        return [x.view(target.shape) for x in Statistics.without_gradient(logits, *of_rows)]
     if plan.overwrite_logits:
         check_overwritable(logits)
-    return [x.view(target.shape) for x in function.apply(logits, *rows, plan.overwrite_logits)]
+    return [x.view(target.shape) for x in Statistics.apply(logits, *of_rows, plan.overwrite_logits)]
 
 
 def fused_loss(
@@ -171,8 +170,8 @@ def fused_loss(
     """
     check_kinds(batch=batch, loss=loss, readout=readout, plan=plan)
     if shard is not None:
-        stats = TokenStats(*measured_shard(SplitStatistics, logits, batch.target, readout, plan, shard, batch, loss))
-        return _composed(stats, batch, loss)
+        found = measured_shard(shards.shard_moments, logits, batch.target, readout, plan, shard, batch, loss)
+        return _composed(TokenStats(*found), batch, loss)
     check_logits(logits, batch.target)
     choice = kernel_of(loss, plan, logits.device)
     # A gradient in fp16 has to wait for the upstream one, which holds the loss scale: 1e-8 would be 0.

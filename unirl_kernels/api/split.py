@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -13,13 +11,14 @@ from unirl_kernels.api.arguments import (
     check_kinds,
     check_overwritable,
     check_shard_of_logits,
-    check_targets,
     kernel_of,
 )
 from unirl_kernels.api.rows import as_rows, readout_args, row_dtype
 from unirl_kernels.backends import COMPOSED, ReadoutArgs, choose
 from unirl_kernels.batch import Batch
 from unirl_kernels.objectives import Loss
+from unirl_kernels.operators.declare import Operator
+from unirl_kernels.operators.shards import SplitStatistics
 from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout
 from unirl_kernels.shard import VocabShard
@@ -31,7 +30,7 @@ def check_shard(shard: object) -> None:
 
 
 def measured_shard(
-    function: Any,
+    operator: Operator,
     logits: Tensor,
     target: Tensor,
     readout: Readout,
@@ -40,7 +39,7 @@ def measured_shard(
     batch: Batch | None = None,
     loss: Loss | None = None,
 ) -> list[Tensor]:
-    """What an autograd function of ``operators/shards.py`` finds in each row, in target's shape."""
+    """What an operator of ``operators/shards.py`` finds in each row, in target's shape."""
     check_shard(shard)
 
     def check() -> Brought:
@@ -56,10 +55,9 @@ def measured_shard(
         return Brought(logits.shape[-1])
 
     of_shard, _ = agreed(shard, target, check)
-    check_targets(target, shard.vocab)
     backend, _ = choose(logits.device, plan.backend, plan.kernel)
-    rows = (as_rows(target), _readout(readout, logits, target, batch), of_shard, backend)
-    found = function.apply(logits, *rows, plan.overwrite_logits and _wants_gradient(logits))
+    rows = (as_rows(target), _readout(readout, logits, target, batch), of_shard, backend, operator)
+    found = SplitStatistics.apply(logits, *rows, plan.overwrite_logits and _wants_gradient(logits))
     return [x.view(target.shape) for x in found]
 
 

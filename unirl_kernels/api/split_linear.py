@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from unirl_kernels.api.agreement import Brought, agreed
-from unirl_kernels.api.arguments import check_kinds, check_shard_of_head, check_targets
+from unirl_kernels.api.arguments import check_kinds, check_shard_of_head
 from unirl_kernels.api.outputs import LossOutput
 from unirl_kernels.api.rows import as_rows, readout_args, row_dtype, sweep_args
 from unirl_kernels.api.split import check_composed, check_shard
@@ -17,8 +17,9 @@ from unirl_kernels.batch import Batch, has_values
 from unirl_kernels.collectives import Gathered, SumGradient
 from unirl_kernels.head import ComposedLinear, Composition, Head, SplitRows, by_units, rows_per_chunk
 from unirl_kernels.objectives import Loss, Tokens
+from unirl_kernels.operators.declare import Operator
 from unirl_kernels.operators.linear import HeadArgs, SweepArgs, Wanted
-from unirl_kernels.operators.linear_shards import SplitLinearStatistics
+from unirl_kernels.operators.linear_shards import SplitLinearStatistics, linear_shard_moments
 from unirl_kernels.operators.shards import ShardArgs
 from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout
@@ -36,24 +37,20 @@ class SplitHead(NamedTuple):
 
 
 def measured_shard(
-    function: Any,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    operator: Operator,
+    head: HeadArgs,
     target: Tensor,
     readout: Readout,
     plan: Plan,
     shard: VocabShard,
 ) -> list[Tensor]:
-    """What an autograd function of ``operators/linear_shards.py`` finds in each row, in target's shape."""
-    split = _agreed(HeadArgs(hidden, weight, bias), target, readout, plan, shard)
-    return _measured(function, split, target, shard)
+    """What an operator of ``operators/linear_shards.py`` finds in each row, in target's shape."""
+    split = _agreed(head, target, readout, plan, shard)
+    return _measured(operator, split, target, shard)
 
 
 def fused_shard(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    head: HeadArgs,
     batch: Batch,
     loss: Loss,
     readout: Readout,
@@ -61,10 +58,10 @@ def fused_shard(
     shard: VocabShard,
 ) -> LossOutput:
     """``fused_linear_loss`` of a shard: three matmuls if each unit of the loss fits a chunk of the widest shard."""
-    split = _agreed(HeadArgs(hidden, weight, bias), batch.target, readout, plan, shard, batch, loss)
+    split = _agreed(head, batch.target, readout, plan, shard, batch, loss)
     found = _in_chunks(split, batch, loss, shard)
     if found is None:
-        stats = _measured(SplitLinearStatistics, split, batch.target, shard)
+        stats = _measured(linear_shard_moments, split, batch.target, shard)
         value = loss.composed(Tokens(batch, *stats), loss.weights(batch))
     else:
         value, *stats = found
@@ -91,13 +88,15 @@ def _in_chunks(split: SplitHead, batch: Batch, loss: Loss, shard: VocabShard) ->
     return found
 
 
-def _measured(function: Any, split: SplitHead, target: Tensor, shard: VocabShard) -> list[Tensor]:
+def _measured(operator: Operator, split: SplitHead, target: Tensor, shard: VocabShard) -> list[Tensor]:
     head = split.head
     if shard.hidden == "split":
         head = head._replace(hidden=_gathered(head.hidden, shard))
     elif shard.hidden == "whole" and head.hidden.requires_grad:
         head = head._replace(hidden=SumGradient.apply(head.hidden, shard.ranks, row_dtype(head.hidden.dtype)))
-    found = function.apply(*_flat(head), as_rows(target), split.readout, split.sweep, split.shard)
+    found = SplitLinearStatistics.apply(
+        *_flat(head), as_rows(target), split.readout, split.sweep, split.shard, operator
+    )
     return [x.view(target.shape) for x in found]
 
 
@@ -145,7 +144,6 @@ def _agreed(
         return Brought(columns, row_bytes, wants, sweep.max_chunk_bytes)
 
     of_shard, row_bytes = agreed(shard, target, check, waits=True)
-    check_targets(target, shard.vocab)
     used = head
     if of_shard.columns < head.weight.shape[0]:
         bias = None if head.bias is None else head.bias[: of_shard.columns]

@@ -23,7 +23,7 @@ from unirl_kernels.batch import IGNORE
 def target_in(target: Tensor, columns: range, vocab: int) -> Tensor:
     """Targets as a shard of the vocabulary has them, ELSEWHERE in the others; those outside the vocabulary stay so."""
     inside = (target >= columns.start) & (target < columns.stop)
-    elsewhere = ((target >= 0) & (target < vocab)) | (target == ELSEWHERE)
+    elsewhere = (target >= 0) & (target < vocab)
     outside = torch.where(elsewhere, ELSEWHERE, torch.where(target == IGNORE, IGNORE, -1))
     return torch.where(inside, target - columns.start, outside)
 

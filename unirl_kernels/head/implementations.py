@@ -21,9 +21,9 @@ from unirl_kernels.backends import (
 from unirl_kernels.head.chunks import Chunk, by_tokens, without_ignored
 from unirl_kernels.head.statistics import measure, measure_chunks, observe, observe_chunks
 from unirl_kernels.head.sweep import Head, sweep
-from unirl_kernels.operators import linear
+from unirl_kernels.operators import linear, linear_shards
 from unirl_kernels.operators.linear import FusedHead, HeadArgs, HeadGradients, SweepArgs, Wanted
-from unirl_kernels.operators.rows import check_row_targets, check_targets
+from unirl_kernels.operators.rows import check_targets
 
 
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -52,7 +52,7 @@ def _token_observations(args: HeadArgs, target: Tensor, readout: ReadoutArgs, ho
 
 
 def _checked(args: HeadArgs, target: Tensor, how: SweepArgs) -> Head:
-    check_row_targets(target, args.weight.shape[0])
+    check_targets(target, args.weight.shape[0])
     head = Head.of(args, how)
     if how.max_chunk_bytes is not None:
         head.rows_per_chunk(how.max_chunk_bytes)  # what the backward would refuse is refused here
@@ -131,19 +131,19 @@ def _fused_loss(
     return FusedHead(loss, stats, gradients)
 
 
-@linear.linear_shard_moments.implementation
+@linear_shards.linear_shard_moments.implementation
 @_without_autocast
 def _shard_moments(args: HeadArgs, target: Tensor, readout: ReadoutArgs, how: SweepArgs) -> RowMoments:
     return measure_chunks(Head.of(args, how), target, readout, how.max_chunk_bytes)
 
 
-@linear.linear_shard_observations.implementation
+@linear_shards.linear_shard_observations.implementation
 @_without_autocast
 def _shard_observations(args: HeadArgs, target: Tensor, readout: ReadoutArgs, how: SweepArgs) -> Observed:
     return observe_chunks(Head.of(args, how), target, readout, how.max_chunk_bytes)
 
 
-@linear.linear_shard_stats_backward.implementation
+@linear_shards.linear_shard_stats_backward.implementation
 @_without_autocast
 def _shard_stats_backward(
     args: HeadArgs,

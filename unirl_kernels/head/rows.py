@@ -65,7 +65,8 @@ class SplitRows(WholeRows):
             part = super().measure(logits, self.shard.target(target), readout).moments
         else:
             part = no_columns(target, logits.dtype).moments
-        return merged(part, target, readout, self.shard)
+        stats, moments, _ = merged(part, target, readout, self.shard)
+        return Measured(stats, moments)
 
     def write_gradient(
         self,

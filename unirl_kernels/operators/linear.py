@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unirl_kernels.backends import Measured, Observed, ProgramArgs, ReadoutArgs, RowGradients, RowMoments, RowStats
 from unirl_kernels.operators.declare import Operator
-from unirl_kernels.operators.rows import moments_like, observations_like, row_like, stats_like
+from unirl_kernels.operators.rows import measured_like, observed_like, row_like, stats_like
 
 
 class HeadArgs(NamedTuple):
@@ -68,15 +68,15 @@ def _gradients_like(head: HeadArgs, wanted: Wanted) -> HeadGradients:
     )
 
 
-def _fake_stats(head: HeadArgs, target: Tensor, readout: ReadoutArgs, sweep: SweepArgs) -> Measured:
-    return Measured(stats_like(target, sweep.dtype), moments_like(target, sweep.dtype))
+def _stats(head: HeadArgs, target: Tensor, readout: ReadoutArgs, sweep: SweepArgs) -> Measured:
+    return measured_like(target, sweep.dtype)
 
 
-def _fake_observations(head: HeadArgs, target: Tensor, readout: ReadoutArgs, sweep: SweepArgs) -> Observed:
-    return Observed(*_fake_stats(head, target, readout, sweep), observations_like(target, sweep.dtype))
+def observations(head: HeadArgs, target: Tensor, readout: ReadoutArgs, sweep: SweepArgs) -> Observed:
+    return observed_like(target, sweep.dtype)
 
 
-def _fake_backward(
+def backward(
     head: HeadArgs,
     target: Tensor,
     readout: ReadoutArgs,
@@ -88,7 +88,7 @@ def _fake_backward(
     return _gradients_like(head, wanted)
 
 
-def _fake_loss(
+def _loss(
     head: HeadArgs,
     target: Tensor,
     readout: ReadoutArgs,
@@ -101,16 +101,8 @@ def _fake_loss(
     return FusedHead(loss, stats_like(target, sweep.dtype), _gradients_like(head, wanted))
 
 
-def _fake_moments(head: HeadArgs, target: Tensor, readout: ReadoutArgs, sweep: SweepArgs) -> RowMoments:
-    return moments_like(target, sweep.dtype)
-
-
-# The fakes have the operators' signatures, which is all that a declaration needs.
-linear_token_stats = Operator("linear_token_stats", _fake_stats)
-linear_token_observations = Operator("linear_token_observations", _fake_observations)
-linear_token_stats_backward = Operator("linear_token_stats_backward", _fake_backward)
-fused_linear_loss = Operator("fused_linear_loss", _fake_loss)
-# Of a shard of the weight: rows are measured in the chunks of the backward, which so goes by moments of the same bits.
-linear_shard_moments = Operator("linear_shard_moments", _fake_moments)
-linear_shard_observations = Operator("linear_shard_observations", _fake_observations)
-linear_shard_stats_backward = Operator("linear_shard_stats_backward", _fake_backward)
+# Each function is signature and fake in one.
+linear_token_stats = Operator("linear_token_stats", _stats, _stats)
+linear_token_observations = Operator("linear_token_observations", observations, observations)
+linear_token_stats_backward = Operator("linear_token_stats_backward", backward, backward)
+fused_linear_loss = Operator("fused_linear_loss", _loss, _loss)

@@ -9,10 +9,22 @@ from torch import Tensor
 
 from unirl_kernels.backends import ReadoutArgs, RowMoments
 from unirl_kernels.operators import linear
-from unirl_kernels.operators.autograd import of_stats, refuse_double_backward
+from unirl_kernels.operators.autograd import of_stats, refuse_double_backward, refuse_forward_mode
+from unirl_kernels.operators.declare import Operator
 from unirl_kernels.operators.linear import HeadArgs, HeadGradients, SweepArgs, Wanted
-from unirl_kernels.operators.linear_autograd import handed_on, save_head
-from unirl_kernels.operators.shards import ShardArgs, merged, merged_observations, no_columns
+from unirl_kernels.operators.linear_autograd import handed_on
+from unirl_kernels.operators.rows import moments_like
+from unirl_kernels.operators.shards import ShardArgs, merged, no_columns
+
+
+def _moments(head: HeadArgs, target: Tensor, readout: ReadoutArgs, sweep: SweepArgs) -> RowMoments:
+    return moments_like(target, sweep.dtype)
+
+
+# A target may be ELSEWHERE. Rows are measured in the chunks of the backward, which so goes by moments of the same bits.
+linear_shard_moments = Operator("linear_shard_moments", _moments, _moments)
+linear_shard_observations = Operator("linear_shard_observations", linear.observations, linear.observations)
+linear_shard_stats_backward = Operator("linear_shard_stats_backward", linear.backward, linear.backward)
 
 
 class SplitLinearStatistics(torch.autograd.Function):
@@ -28,68 +40,32 @@ class SplitLinearStatistics(torch.autograd.Function):
         readout: ReadoutArgs,
         sweep: SweepArgs,
         shard: ShardArgs,
+        operator: Operator,
     ) -> tuple[Tensor, ...]:
         head = HeadArgs(hidden, weight, bias)
+        refuse_forward_mode(*head)
         if shard.columns:
-            part = linear.linear_shard_moments(head, shard.target(target), readout, sweep)
+            part = operator(head, shard.target(target), readout, sweep)
         else:
-            part = no_columns(target, sweep.dtype).moments
-        stats, moments = merged(part, target, readout, shard)
-        save_head(ctx, head, target, readout, moments, sweep)
-        ctx.shard = shard
-        return tuple(stats)
+            nothing = no_columns(target, sweep.dtype)
+            part = nothing if operator is linear_shard_observations else nothing.moments
+        stats, moments, others = merged(part, target, readout, shard)
+        ctx.mark_non_differentiable(*others)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*head, target, readout.row_temperature, *moments)
+        ctx.readout, ctx.sweep, ctx.shard = readout._replace(row_temperature=None), sweep, shard
+        return *stats, *others
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_gradient(ctx, *gradients), None, None, None, None
-
-
-class SplitLinearObservations(torch.autograd.Function):
-    """``SplitLinearStatistics``, and the observations, which have no gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        target: Tensor,
-        readout: ReadoutArgs,
-        sweep: SweepArgs,
-        shard: ShardArgs,
-    ) -> tuple[Tensor, ...]:
-        head = HeadArgs(hidden, weight, bias)
-        if shard.columns:
-            part = linear.linear_shard_observations(head, shard.target(target), readout, sweep)
+        refuse_double_backward()
+        hidden, weight, bias, target, row_temperature, *moments = ctx.saved_tensors
+        head, readout = HeadArgs(hidden, weight, bias), ctx.readout._replace(row_temperature=row_temperature)
+        if ctx.shard.columns:
+            of_rows, d_stats = RowMoments(*moments), of_stats(*gradients[:3])
+            wanted, at = Wanted(*ctx.needs_input_grad[:3]), ctx.shard.target(target)
+            found = linear_shard_stats_backward(head, at, readout, of_rows, d_stats, ctx.sweep, wanted)
         else:
-            part = no_columns(target, sweep.dtype)
-        stats, moments, observations = merged_observations(part, target, readout, shard)
-        save_head(ctx, head, target, readout, moments, sweep)
-        ctx.shard = shard
-        ctx.mark_non_differentiable(*observations)
-        return *stats, *observations
-
-    @staticmethod
-    def backward(
-        ctx: Any, d_logp: Tensor | None, d_entropy: Tensor | None, d_lse: Tensor | None, *_: None
-    ) -> tuple[Tensor | None, ...]:
-        return *_gradient(ctx, d_logp, d_entropy, d_lse), None, None, None, None
-
-
-def _gradient(ctx: Any, d_logp: Tensor | None, d_entropy: Tensor | None, d_lse: Tensor | None) -> list[Tensor | None]:
-    refuse_double_backward()
-    hidden, weight, bias, target, row_temperature, *moments = ctx.saved_tensors
-    head, shard = HeadArgs(hidden, weight, bias), ctx.shard
-    if shard.columns:
-        gradients: HeadGradients = linear.linear_shard_stats_backward(
-            head,
-            shard.target(target),
-            ctx.readout._replace(row_temperature=row_temperature),
-            RowMoments(*moments),
-            of_stats(d_logp, d_entropy, d_lse),
-            ctx.sweep,
-            Wanted(*ctx.needs_input_grad[:3]),
-        )
-    else:
-        gradients = HeadGradients(*(weight.new_zeros(0) if x is None else torch.zeros_like(x) for x in head))
-    return handed_on(ctx, gradients, [None if x is None else x.dtype for x in head])
+            found = HeadGradients(*(weight.new_zeros(0) if x is None else torch.zeros_like(x) for x in head))
+        dtypes = [None if x is None else x.dtype for x in head]
+        return *handed_on(ctx, found, dtypes), None, None, None, None, None

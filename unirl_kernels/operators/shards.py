@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from unirl_kernels.backends import (
-    Measured,
     Observed,
     ReadoutArgs,
     RowGradients,
@@ -29,10 +28,10 @@ from unirl_kernels.operators.autograd import (
     of_stats,
     overwrite,
     refuse_double_backward,
-    save_rows,
+    refuse_forward_mode,
     saved_rows,
 )
-from unirl_kernels.operators.declare import operator
+from unirl_kernels.operators.declare import Operator, operator
 
 
 class ShardArgs(NamedTuple):
@@ -49,19 +48,19 @@ class ShardArgs(NamedTuple):
         return target_in(target, range(self.start, self.start + self.columns), self.vocab)
 
 
-def _fake_backward(
-    logits: Tensor,
-    target: Tensor,
-    readout: ReadoutArgs,
-    moments: RowMoments,
-    gradients: RowGradients,
-    columns: int,
-    backend: str,
-) -> Tensor:
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+@operator(fake=lambda logits, target, *_: rows.moments_like(target, logits.dtype))
+def shard_moments(logits: Tensor, target: Tensor, readout: ReadoutArgs, backend: str) -> RowMoments:
+    """Moments of the columns that a rank has; a target may be ELSEWHERE."""
+    return load(backend).token_stats(logits, target, readout).moments
 
 
-@operator(fake=_fake_backward)
+@operator(fake=lambda logits, target, *_: rows.observed_like(target, logits.dtype))
+def shard_observations(logits: Tensor, target: Tensor, readout: ReadoutArgs, backend: str) -> Observed:
+    """The same, and what else is observed of the columns."""
+    return load(backend).token_observations(logits, target, readout)
+
+
+@operator(fake=lambda logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format))
 def shard_stats_backward(
     logits: Tensor,
     target: Tensor,
@@ -106,33 +105,43 @@ def target_hash(target: Tensor) -> Tensor:
     return ((mixed ^ (mixed >> 29)) * -7723592293110705685).sum()
 
 
-def merged(part: RowMoments, target: Tensor, readout: ReadoutArgs, shard: ShardArgs) -> Measured:
-    """Statistics and moments of whole rows, from the moments of this rank's columns."""
-    kappa = kappa_of(readout, part.top)
-    moments = merge(RowMoments(*exchanged(part, target, shard)), kappa)
-    return Measured(_used(RowStats, statistics(moments, kappa), target), moments)
+def merged(
+    part: RowMoments | Observed, target: Tensor, readout: ReadoutArgs, shard: ShardArgs
+) -> tuple[RowStats, RowMoments, tuple[Tensor, ...]]:
+    """Statistics, moments and, where they are in the part, observations of whole rows.
 
-
-def merged_observations(part: Observed, target: Tensor, readout: ReadoutArgs, shard: ShardArgs) -> Observed:
-    """``merged``, and the observations of whole rows."""
-    own, dtype = part.observations, part.moments.top.dtype
-    sent = own._replace(
-        mean_logit=own.mean_logit * (shard.columns / shard.vocab),
-        argmax=(own.argmax + shard.start).to(dtype),  # exact: no vocabulary has 2^24 columns
-    )
-    found = exchanged((*part.moments, *sent), target, shard)
-    of_shards, seen = RowMoments(*found[:4]), RowObservations(*found[4:])
-    kappa = kappa_of(readout, part.moments.top)
+    Args:
+        part: of this rank's columns.
+        target: [B, L], of the whole vocabulary.
+        readout: how logits become log-probabilities.
+        shard: which columns.
+    """
+    own, others = (part.moments, _sent(part, shard)) if isinstance(part, Observed) else (part, ())
+    kappa = kappa_of(readout, own.top)
+    found = exchanged((*own, *others), target, shard)
+    of_shards = RowMoments(*found[: len(own)])
     moments = merge(of_shards, kappa)
+    stats = RowStats(*_used(statistics(moments, kappa), target))
+    if not others:
+        return stats, moments, ()
+    seen = RowObservations(*found[len(own) :])
     seen = seen._replace(argmax=seen.argmax.nan_to_num(-1).to(torch.int64))
-    of_rows = merge_observations(seen, of_shards, moments, kappa)
+    *values, argmax = merge_observations(seen, of_shards, moments, kappa)
     known = (target >= 0) & (target < shard.vocab)
-    observations = _used(RowObservations, of_rows, target)._replace(argmax=torch.where(known, of_rows.argmax, -1))
-    return Observed(_used(RowStats, statistics(moments, kappa), target), moments, observations)
+    return stats, moments, (*_used(values, target), torch.where(known, argmax, -1))
 
 
-def _used(group: Any, values: Sequence[Tensor], target: Tensor) -> Any:
-    return group(*(x.masked_fill(target == IGNORE, 0) for x in values))
+def _sent(part: Observed, shard: ShardArgs) -> RowObservations:
+    """Observations of a shard as ``merge_observations`` takes them, in one dtype."""
+    own = part.observations
+    return own._replace(
+        mean_logit=own.mean_logit * (shard.columns / shard.vocab),
+        argmax=(own.argmax + shard.start).to(own.largest.dtype),  # exact: no vocabulary has 2^24 columns
+    )
+
+
+def _used(values: Sequence[Tensor], target: Tensor) -> list[Tensor]:
+    return [x.masked_fill(target == IGNORE, 0) for x in values]
 
 
 def no_columns(target: Tensor, dtype: torch.dtype) -> Observed:
@@ -141,14 +150,13 @@ def no_columns(target: Tensor, dtype: torch.dtype) -> Observed:
     def full(value: float) -> Tensor:
         return rows.row_like(target, dtype).fill_(value)
 
-    stats = RowStats(full(-torch.inf), full(0), full(-torch.inf))
     moments = RowMoments(full(-torch.inf), full(-1), full(0), full(-torch.inf))
     observations = RowObservations(full(-torch.inf), full(0), full(-torch.inf), torch.zeros_like(target))
-    return Observed(stats, moments, observations)
+    return Observed(rows.stats_like(target, dtype), moments, observations)
 
 
 class SplitStatistics(torch.autograd.Function):
-    """``Statistics`` of rows of which this rank has a shard: one all-gather in the forward, none in the backward."""
+    """``Statistics`` of rows of which this rank has a shard: one exchange in the forward, none in the backward."""
 
     @staticmethod
     def forward(
@@ -158,68 +166,39 @@ class SplitStatistics(torch.autograd.Function):
         readout: ReadoutArgs,
         shard: ShardArgs,
         backend: str,
+        operator: Operator,
         overwrites: bool,
     ) -> tuple[Tensor, ...]:
+        refuse_forward_mode(logits)
         if shard.columns:
-            used = as_rows(logits)[..., : shard.columns]
-            part = rows.token_stats(used, shard.target(target), readout, backend).moments
+            part = operator(as_rows(logits)[..., : shard.columns], shard.target(target), readout, backend)
         else:
-            part = no_columns(target, logits.dtype).moments
-        stats, moments = merged(part, target, readout, shard)
-        save_rows(ctx, logits, target, readout, moments, backend, overwrites)
-        ctx.shard = shard
-        return tuple(stats)
+            nothing = no_columns(target, logits.dtype)
+            part = nothing if operator is shard_observations else nothing.moments
+        stats, moments, others = merged(part, target, readout, shard)
+        ctx.mark_non_differentiable(*others)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, target, readout.row_temperature, *moments)
+        ctx.readout, ctx.shard = readout._replace(row_temperature=None), shard
+        ctx.backend, ctx.overwrites = backend, overwrites
+        return *stats, *others
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _gradient(ctx, of_stats(*gradients)), None, None, None, None, None
+        refuse_double_backward()
+        logits, target, row_temperature, *moments = saved_rows(ctx)
+        readout, columns = ctx.readout._replace(row_temperature=row_temperature), ctx.shard.columns
+        arguments = (ctx.shard.target(target), readout, RowMoments(*moments), of_stats(*gradients[:3]))
 
+        def write(memory: Tensor) -> Tensor:
+            used = as_rows(memory)
+            if columns:
+                rows.token_stats_backward_(used[..., :columns], *arguments, ctx.backend)
+            used[..., columns:] = 0
+            return memory
 
-class SplitObservations(torch.autograd.Function):
-    """``Observations`` of rows of which this rank has a shard."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        target: Tensor,
-        readout: ReadoutArgs,
-        shard: ShardArgs,
-        backend: str,
-        overwrites: bool,
-    ) -> tuple[Tensor, ...]:
-        if shard.columns:
-            used = as_rows(logits)[..., : shard.columns]
-            part = rows.token_observations(used, shard.target(target), readout, backend)
+        if ctx.overwrites:
+            d_logits = overwrite(logits, write)
         else:
-            part = no_columns(target, logits.dtype)
-        stats, moments, observations = merged_observations(part, target, readout, shard)
-        save_rows(ctx, logits, target, readout, moments, backend, overwrites)
-        ctx.shard = shard
-        ctx.mark_non_differentiable(*observations)
-        return *stats, *observations
-
-    @staticmethod
-    def backward(
-        ctx: Any, d_logp: Tensor | None, d_entropy: Tensor | None, d_lse: Tensor | None, *_: None
-    ) -> tuple[Tensor | None, ...]:
-        return _gradient(ctx, of_stats(d_logp, d_entropy, d_lse)), None, None, None, None, None
-
-
-def _gradient(ctx: Any, gradients: RowGradients) -> Tensor:
-    refuse_double_backward()
-    logits, target, row_temperature, *moments = saved_rows(ctx)
-    readout = ctx.readout._replace(row_temperature=row_temperature)
-    arguments = (ctx.shard.target(target), readout, RowMoments(*moments), gradients)
-    if not ctx.overwrites:
-        d_logits: Tensor = shard_stats_backward(as_rows(logits), *arguments, ctx.shard.columns, ctx.backend)
-        return d_logits.view(logits.shape)
-
-    def write(memory: Tensor) -> Tensor:
-        used = as_rows(memory)
-        if ctx.shard.columns:
-            rows.token_stats_backward_(used[..., : ctx.shard.columns], *arguments, ctx.backend)
-        used[..., ctx.shard.columns :] = 0
-        return memory
-
-    return overwrite(logits, write)
+            d_logits = shard_stats_backward(as_rows(logits), *arguments, columns, ctx.backend).view(logits.shape)
+        return d_logits, None, None, None, None, None, None
