@@ -18,6 +18,7 @@ ARROWS = {
     "collectives": set(),
     "shard": {"collectives"},
     "batch": {"collectives"},
+    "counts": {"batch", "collectives"},
     "plan": set(),
     "readout": set(),
     "testing": {"testing"},

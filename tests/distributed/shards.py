@@ -16,7 +16,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import unirl_kernels as uk
 from tests.cases import BY_NAME
-from tests.distributed import split_heads
+from tests.distributed import dtensors, sequences, split_heads
 from tests.distributed.split import (
     CASES,
     LOSSES,
@@ -214,6 +214,8 @@ def main(rank: int, file: str, world: int) -> None:
     split_heads.check_traffic()
     split_heads.check_bad_input()
     split_heads.check_faults_are_seen()
+    sequences.check_all()
+    dtensors.check_all()
     dist.destroy_process_group()
 
 

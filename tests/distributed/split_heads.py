@@ -54,7 +54,7 @@ def split(head: LinearHead, loss: uk.Loss | None, plan: uk.Plan, shard: uk.Vocab
     """The same of a shard by the package, with the whole d_hidden."""
     rank, world = dist.get_rank(), dist.get_world_size()
     hidden, weight, bias = head.operands
-    part = hidden.chunk(world, 1)[rank] if shard.hidden == "split" else hidden
+    part = hidden.tensor_split(world, 1)[rank] if shard.hidden == "split" else hidden
     leaves = [part.clone(), columns_of(weight, widths, rank, dim=0), columns_of(bias, widths, rank)]
     h, w, b = (x.requires_grad_() for x in leaves)
     if loss is None:
