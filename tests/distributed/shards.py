@@ -16,7 +16,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import unirl_kernels as uk
 from tests.cases import BY_NAME
-from tests.distributed import dtensors, sequences, split_heads
+from tests.distributed import dtensors, megatron, sequences, split_heads
 from tests.distributed.split import (
     CASES,
     LOSSES,
@@ -216,6 +216,7 @@ def main(rank: int, file: str, world: int) -> None:
     split_heads.check_faults_are_seen()
     sequences.check_all()
     dtensors.check_all()
+    megatron.check_all()
     dist.destroy_process_group()
 
 
