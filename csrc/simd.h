@@ -183,11 +183,12 @@ struct Float16 {
 #endif
 };
 
-// 2^f on [-1/2, 1/2]: the polynomials of least relative error with the value 1 at 0, lowest power first.
+// 2^f on [-1/2, 1/2]: the polynomials of least relative error with the value 1 at 0, lowest power first. That of degree
+// 3 errs by 0 on average: its best one, off by 1.0e-4, makes gradients too large by 4.4e-5.
 template <int DEGREE>
 constexpr float EXP2[DEGREE + 1] = {};
 template <>
-constexpr float EXP2<3>[] = {1, 0.6932829022407532f, 0.2422109693288803f, 0.05500893294811249f};  // 1.0e-4
+constexpr float EXP2<3>[] = {1, 0.6939748525619507f, 0.24186336994171143f, 0.05200957879424095f};  // 1.8e-4
 template <>
 constexpr float EXP2<4>[] = {  // 2.8e-6
     1, 0.6931241750717163f, 0.24024099111557007f, 0.055906426161527634f, 0.009582852944731712f};
