@@ -194,28 +194,30 @@ def _one_minus(g: Graph, x: int) -> int:
 
 
 def _extremum(order: tuple[int, int]) -> Rule:
-    """PyTorch's rule for minimum and maximum: the chosen argument's derivative, the mean of both at a tie."""
+    """PyTorch's rule for minimum and maximum: the chosen argument's derivative, at a tie the mean of both, their sum
+    where an argument is NaN."""
 
     def rule(g: Graph, y: int, x: tuple[int, ...], dx: tuple[int, ...]) -> int:
-        tie = g.op(Op.MUL, g.const(0.5), g.op(Op.ADD, dx[0], dx[1]))
         if dx[0] == dx[1]:
             return dx[0]
-        first, second = order
-        tie_or_second = g.op(Op.WHERE, g.op(Op.EQ, x[0], x[1]), tie, dx[1])
-        return g.op(Op.WHERE, g.op(Op.LT, x[first], x[second]), dx[0], tie_or_second)
+        first, second = (g.op(Op.LE, x[k], x[1 - k]) for k in order)
+        both = g.op(Op.ADD, *dx)
+        if_first = g.op(Op.WHERE, second, g.op(Op.MUL, g.const(0.5), both), dx[0])
+        return g.op(Op.WHERE, first, if_first, g.op(Op.WHERE, second, dx[1], both))
 
     return rule
 
 
 def _clamp(g: Graph, y: int, x: tuple[int, ...], dx: tuple[int, ...]) -> int:
     """PyTorch's rule: the bounds belong to the inside; outside, a bound that depends on the token has the derivative,
-    the upper one where it is below the lower one."""
+    the upper one where it is below the lower one, neither below two that are equal."""
     inside = g.op(Op.MUL, g.op(Op.LE, x[1], x[0]), g.op(Op.LE, x[0], x[2]))
     if g.constant_value(dx[1]) == 0 and g.constant_value(dx[2]) == 0:
         return g.op(Op.WHERE, inside, dx[0], g.const(0))
     crossed = g.op(Op.LT, x[2], x[1])
-    below = g.op(Op.WHERE, g.op(Op.LT, x[0], x[1]), dx[1], g.op(Op.WHERE, g.op(Op.LT, x[2], x[0]), dx[2], g.const(0)))
-    return g.op(Op.WHERE, crossed, dx[2], g.op(Op.WHERE, inside, dx[0], below))
+    below = g.op(Op.MUL, g.op(Op.LT, x[0], x[1]), g.op(Op.LT, x[1], x[2]))
+    outside = g.op(Op.WHERE, below, dx[1], g.op(Op.WHERE, g.op(Op.LT, x[2], x[0]), dx[2], g.const(0)))
+    return g.op(Op.WHERE, crossed, dx[2], g.op(Op.WHERE, inside, dx[0], outside))
 
 
 def _power(g: Graph, y: int, x: tuple[int, ...], dx: tuple[int, ...]) -> int:
