@@ -353,7 +353,5 @@ def test_double_sums_lose_no_more_than_eager_ones() -> None:
         entropy = numpy.log(e.sum(-1)) - (e * d).sum(-1) / e.sum(-1)
         stats, _ = cpu.token_stats(logits.unsqueeze(1), torch.zeros(4, 1, dtype=torch.long), IDENTITY)
         log_p = torch.log_softmax(logits, -1)
-        ours, plain = (
-            abs(x.numpy() - entropy).max() for x in (stats.entropy[:, 0], -(log_p.exp() * log_p).sum(-1))
-        )
+        ours, plain = (abs(x.numpy() - entropy).max() for x in (stats.entropy[:, 0], -(log_p.exp() * log_p).sum(-1)))
         assert ours <= plain + numpy.finfo(numpy.float64).eps * entropy.max()
