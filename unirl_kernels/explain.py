@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends import COMPOSED, MODULES, choose, load, unavailable
+from unirl_kernels.backends import COMPOSED, MODULES, choices_by_vocab, choose, load, told, unavailable
 from unirl_kernels.backends.triton.lowering import source
 from unirl_kernels.batch import Batch
 from unirl_kernels.head import Head, by_units
@@ -17,6 +17,8 @@ from unirl_kernels.program import STATISTICS, Traced, UnsupportedOperation
 from unirl_kernels.program.formula import formula
 from unirl_kernels.program.graph import derivative
 from unirl_kernels.program.trace import name_of
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,17 @@ def _backends(loss: Loss) -> str:
             reason = unavailable(name, device)
             kernels = (*load(name).KERNELS, COMPOSED) if loss.scope == "token" else (COMPOSED,)
             lines.append(f"{device.type:<5} {name:<7} {', '.join(kernels) if reason is None else f'no: {reason}'}")
+        if loss.scope == "token":
+            lines.append(defaults(device))
     return "\n".join(lines)
+
+
+def defaults(device: torch.device) -> str:
+    """What runs on a device where a plan names nothing, by dtype of the logits where it depends on that."""
+    texts = {name: told(choices_by_vocab(device, None, None, dtype)) for name, dtype in DTYPES.items()}
+    same = len(set(texts.values())) == 1
+    lines = [f"{device.type:<5} {'' if same else name:<7} default: {text}" for name, text in texts.items()]
+    return "\n".join(lines[:1] if same else lines)
 
 
 def _indent(text: str) -> str:

@@ -8,6 +8,7 @@ Environment, read when the backend is first used:
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -35,6 +36,10 @@ def unavailable(device: torch.device) -> str | None:
     except (ImportError, RuntimeError, ValueError) as error:
         return str(error)
     return None
+
+
+def kernels_by_vocab(device: torch.device, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
+    return ((KERNELS[0], sys.maxsize),)
 
 
 @cache

@@ -20,6 +20,9 @@ from unirl_kernels.backends.torch_defaults import release_memory as release_memo
 
 KERNELS = ("cluster",)
 
+MOST_BYTES = 16 * (224 << 10)
+"""Of a row that one cluster holds."""
+
 MIN_CAPABILITY = (9, 0)
 
 
@@ -35,6 +38,11 @@ def unavailable(device: torch.device) -> str | None:
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
         return f"it needs compute capability 9.0, the device has {capability}"
     return None
+
+
+def kernels_by_vocab(device: torch.device, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
+    """Up to the longest row that 16 blocks hold (``csrc/cuda/geometry.h``); fp64 is for the eager backend."""
+    return (("cluster", MOST_BYTES // dtype.itemsize if dtype.itemsize <= 4 else 0),)
 
 
 @cache

@@ -94,7 +94,7 @@ def test_split_rows(vocab: int, readout: str, objective: str, monkeypatch: pytes
         return scratch[0]
 
     monkeypatch.setattr(launch, "_scratch", marked)
-    monkeypatch.setattr(launch, "_device", lambda device: launch.Device(5, (0, 0), False))
+    monkeypatch.setattr(geometry, "device_of", lambda device: geometry.Device(5, (0, 0), False))
     monkeypatch.setattr(geometry, "whole_row", lambda shape, vocab: shape)
     monkeypatch.setattr(geometry, "SPLIT_MAX_WARPS", 1)
     rows = make_rows(vocab, shape=(1, 3))
