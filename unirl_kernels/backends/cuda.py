@@ -20,8 +20,9 @@ from unirl_kernels.backends.torch_defaults import release_memory as release_memo
 
 KERNELS = ("cluster",)
 
-MOST_BYTES = 16 * (224 << 10)
-"""Of a row that one cluster holds."""
+BYTES_BY_DEFAULT = 8 * 76000
+"""Of a row in a cluster of 8, three blocks to a multiprocessor (``FAIR_SLICE`` of ``csrc/cuda/geometry.h``). A cluster
+of 16, which longer rows take, is not for every device."""
 
 MIN_CAPABILITY = (9, 0)
 
@@ -41,8 +42,8 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def kernels_by_vocab(device: torch.device, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
-    """Up to the longest row that 16 blocks hold (``csrc/cuda/geometry.h``); fp64 is for the eager backend."""
-    return (("cluster", MOST_BYTES // dtype.itemsize if dtype.itemsize <= 4 else 0),)
+    """Rows that clusters of portable size hold well; fp64 is for the eager backend."""
+    return (("cluster", BYTES_BY_DEFAULT // dtype.itemsize if dtype.itemsize <= 4 else 0),)
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -101,7 +102,10 @@ def test_a_sweep_changes_sizes() -> None:
 
 def test_explain_and_doctor_tell(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "unavailable", lambda device: None)
-    told = "triton two_sweep up to V = 24824, cuda cluster up to V = 1835008, triton two_sweep beyond"
+    told = (
+        "triton two_sweep up to V = 24824, cuda cluster up to V = 304000, triton split_row up to V = 1622016, "
+        "triton two_sweep beyond"
+    )
     assert backends.told(choices_by_vocab(gpu, None, None, BF16)) == told
     assert backends.told(choices_by_vocab(torch.device("cpu"), "eager", None, F32)) == "eager rows"
     assert f"cuda  bf16    default: {told}" in defaults(gpu)
@@ -143,12 +147,15 @@ def test_choice(built: bool, gpu: torch.device, monkeypatch: pytest.MonkeyPatch)
         assert chosen(10**7, plan=uk.Plan(backend="cuda")) == Choice("cuda", "cluster")  # which says that it cannot
 
 
-def test_longest_row_of_a_cluster() -> None:
-    """As ``csrc/cuda/geometry.h`` has it, which ``cuda.test_emulated.test_longest_row`` asks."""
+def test_longest_row_of_a_cluster_by_default() -> None:
+    """As ``csrc/cuda/geometry.h`` has it."""
     text = (ROOT / "csrc/cuda/geometry.h").read_text()
-    assert "MAX_CLUSTER = 16;" in text
-    assert "MAX_SLICE = 224 << 10;" in text
-    assert cuda.MOST_BYTES == 16 * (224 << 10)
+    assert "FAIR_SLICE = SM_MEMORY / 3 - SYSTEM_MEMORY - OTHER_MEMORY;" in text
+    size = {
+        name: int(re.search(rf"{name} = (\d+)", text)[1]) for name in ("SM_MEMORY", "SYSTEM_MEMORY", "OTHER_MEMORY")
+    }
+    fair = (size["SM_MEMORY"] << 10) // 3 - (size["SYSTEM_MEMORY"] << 10) - size["OTHER_MEMORY"]
+    assert 8 * fair == cuda.BYTES_BY_DEFAULT
 
 
 def test_compiled_for_any_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
