@@ -21,7 +21,6 @@ ARROWS = {
     "testing": {"testing"},
     "program": {"program"},
     "objectives": {"objectives", "program", "batch"},
-    "recipes": {"objectives"},
     "backends": {"backends", "program", "batch"},
     "operators": {"operators", "backends", "batch"},
     "head": {"head", "operators", "objectives", "backends", "batch"},

@@ -13,14 +13,15 @@ from unirl_kernels.api import (
     token_observations,
     token_stats,
 )
-from unirl_kernels.batch import IGNORE, Batch, group_advantages, shift_targets
+from unirl_kernels.batch import IGNORE, Batch, shift_targets
 from unirl_kernels.explain import explain
 from unirl_kernels.integrations.heads import HeadParameters, head_parameters
 from unirl_kernels.objectives import FixedLength, GroupMean, Loss, PairMean, SequenceMean, TokenMean, Weighted
+from unirl_kernels.objectives.advantages import group_advantages
+from unirl_kernels.objectives.recipes import dpo, grpo, online_rft, ppo, rft, sft
 from unirl_kernels.plan import Plan
 from unirl_kernels.program import UnsupportedOperation
 from unirl_kernels.readout import Readout
-from unirl_kernels.recipes import dpo, grpo, online_rft, ppo, rft, sft
 
 __all__ = [
     "IGNORE",

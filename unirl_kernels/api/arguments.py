@@ -8,7 +8,6 @@ from torch import Tensor
 from unirl_kernels.backends import COMPOSED, Choice, choices_by_vocab, choose
 from unirl_kernels.batch import Batch, check_dtype, has_values
 from unirl_kernels.objectives import Loss
-from unirl_kernels.operators import rows
 from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout
 
@@ -90,14 +89,8 @@ def check_positions(name: str, value: Tensor, target: Tensor, last: str) -> None
         raise ValueError(f"{name} must have shape ({expected}, {last}), got {tuple(value.shape)}{hint}")
 
 
-def check_targets(target: Tensor, vocab: int) -> None:
-    """As the operators do, but by its index in the layout that the user gave; a compiler leaves it to them."""
-    if not torch.compiler.is_compiling():
-        rows.check_targets(target, vocab)
-
-
 def check_logits(logits: Tensor, target: Tensor) -> None:
-    """Raise a ``TypeError``, ``ValueError`` or ``IndexError`` unless logits and target fit each other."""
+    """Raise a ``TypeError`` or ``ValueError`` unless logits and target fit each other."""
     check_input("logits", logits)
     check_dtype("target", target, torch.int64)
     check_positions("logits", logits, target, "V")
@@ -106,7 +99,6 @@ def check_logits(logits: Tensor, target: Tensor) -> None:
     if logits.stride(-1) != 1 and logits.shape[-1] != 1:
         raise ValueError(f"logits must be contiguous in the last dimension, got strides {logits.stride()}")
     check_device("target", target, logits.device, "logits")
-    check_targets(target, logits.shape[-1])
 
 
 def check_overwritable(logits: Tensor) -> None:
@@ -126,7 +118,7 @@ def check_overwritable(logits: Tensor) -> None:
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> None:
-    """Raise a ``TypeError``, ``ValueError`` or ``IndexError`` unless the parts of a linear head fit one another."""
+    """Raise a ``TypeError`` or ``ValueError`` unless the parts of a linear head fit one another."""
     check_dtype("target", target, torch.int64)
     for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if name != "bias" or value is not None:
@@ -140,7 +132,6 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tens
         raise ValueError(f"weight must have at least one row and column, got shape {tuple(weight.shape)}")
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-    check_targets(target, weight.shape[0])
 
 
 def kernel_of(loss: Loss, plan: Plan, device: torch.device, dtype: torch.dtype, vocab: int) -> Choice:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +14,10 @@ from unirl_kernels.backends import COMPOSED, choose
 from unirl_kernels.batch import Batch, has_values
 from unirl_kernels.head import ComposedLinear, Composition, Group, Head, by_units
 from unirl_kernels.objectives import Loss, Tokens
+from unirl_kernels.operators import linear
+from unirl_kernels.operators.declare import Operator
 from unirl_kernels.operators.linear import HeadArgs, SweepArgs, Wanted
-from unirl_kernels.operators.linear_autograd import LinearObservations, LinearStatistics, OnePassLinear
+from unirl_kernels.operators.linear_autograd import LinearStatistics, OnePassLinear
 from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout
 
@@ -58,7 +59,7 @@ def linear_token_stats(
         >>> uk.linear_token_stats(hidden, weight, torch.tensor([[3, uk.IGNORE]])).logp
         tensor([[-1.3863,  0.0000]])
     """
-    found = _measured(LinearStatistics, hidden, weight, bias, target, readout, plan)
+    found = _measured(linear.linear_token_stats, hidden, weight, bias, target, readout, plan)
     return TokenStats(*found)
 
 
@@ -98,12 +99,12 @@ def linear_token_observations(
         >>> uk.linear_token_observations(hidden, weight, torch.tensor([[3, 1]]), bias=bias).argmax
         tensor([[3, 3]])
     """
-    found = _measured(LinearObservations, hidden, weight, bias, target, readout, plan)
+    found = _measured(linear.linear_token_observations, hidden, weight, bias, target, readout, plan)
     return TokenObservations.of_rows(found)
 
 
 def _measured(
-    function: Any,
+    operator: Operator,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -112,12 +113,12 @@ def _measured(
     plan: Plan,
     batch: Batch | None = None,
 ) -> list[Tensor]:
-    """What an autograd function finds in each row, in target's shape."""
+    """What an operator finds in each row, in target's shape."""
     check_kinds(readout=readout, plan=plan)
     check_head(hidden, weight, bias, target)
     sweep = _sweep(hidden, weight, bias, plan)
     of_readout = readout_args(readout, target, row_dtype(sweep.dtype), batch)
-    found = function.apply(_flat(hidden), weight, bias, as_rows(target), of_readout, sweep)
+    found = LinearStatistics.apply(_flat(hidden), weight, bias, as_rows(target), of_readout, sweep, operator)
     return [x.view(target.shape) for x in found]
 
 
@@ -188,7 +189,7 @@ def fused_linear_loss(
     if found is not None:
         value, *stats = found
         return LossOutput.of(value, stats, batch, loss)
-    stats = _measured(LinearStatistics, hidden, weight, bias, batch.target, readout, plan, batch)
+    stats = _measured(linear.linear_token_stats, hidden, weight, bias, batch.target, readout, plan, batch)
     value = loss.composed(Tokens(batch, *stats), loss.weights(batch))
     return LossOutput.of(value, stats, batch, loss)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -13,7 +11,9 @@ from unirl_kernels.api.rows import as_rows, program_args, readout_args, row_dtyp
 from unirl_kernels.backends import COMPOSED, Choice, choose
 from unirl_kernels.batch import Batch
 from unirl_kernels.objectives import Loss, Tokens
-from unirl_kernels.operators.autograd import Observations, OnePass, Statistics
+from unirl_kernels.operators import rows
+from unirl_kernels.operators.autograd import OnePass, Statistics
+from unirl_kernels.operators.declare import Operator
 from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout
 
@@ -56,7 +56,7 @@ def token_stats(
         >>> logits.grad[0, 0]
         tensor([-0.2500, -0.2500, -0.2500,  0.7500])
     """
-    return TokenStats(*_measured(Statistics, logits, target, readout, plan))
+    return TokenStats(*_measured(rows.token_stats, logits, target, readout, plan))
 
 
 def token_observations(
@@ -90,20 +90,20 @@ def token_observations(
         >>> seen.argmax, seen.mean_logit
         (tensor([[1]]), tensor([[1.3333]]))
     """
-    return TokenObservations.of_rows(_measured(Observations, logits, target, readout, plan))
+    return TokenObservations.of_rows(_measured(rows.token_observations, logits, target, readout, plan))
 
 
-def _measured(function: Any, logits: Tensor, target: Tensor, readout: Readout, plan: Plan) -> list[Tensor]:
-    """What an autograd function finds in each row, in target's shape."""
+def _measured(operator: Operator, logits: Tensor, target: Tensor, readout: Readout, plan: Plan) -> list[Tensor]:
+    """What an operator finds in each row, in target's shape."""
     check_kinds(readout=readout, plan=plan)
     check_logits(logits, target)
     backend, _ = choose(logits.device, plan.backend, plan.kernel)
-    rows = (as_rows(target), readout_args(readout, target, row_dtype(logits.dtype)), backend)
+    of_rows = (as_rows(target), readout_args(readout, target, row_dtype(logits.dtype)), backend, operator)
     if not _wants_gradient(logits):
-        return [x.view(target.shape) for x in function.without_gradient(logits, *rows)]
+        return [x.view(target.shape) for x in Statistics.without_gradient(logits, *of_rows)]
     if plan.overwrite_logits:
         check_overwritable(logits)
-    return [x.view(target.shape) for x in function.apply(logits, *rows, plan.overwrite_logits)]
+    return [x.view(target.shape) for x in Statistics.apply(logits, *of_rows, plan.overwrite_logits)]
 
 
 def fused_loss(

@@ -172,6 +172,7 @@ COMPOSED = "composed"
 """The kernel that every backend has: statistics, then the objective under autograd, then the gradient."""
 
 
+@cache
 def load(name: str) -> Backend:
     """The module of a backend.
 
