@@ -42,7 +42,7 @@ def calls(device: torch.device, size: int, shape: tuple[int, int, int]) -> dict[
     if device.type == "cuda":  # a CPU has no matmul of bf16 operands into fp32
         into_fp32 = torch.zeros(t, v, dtype=torch.float32, device=device)
         d_weight = torch.zeros(v, d, dtype=torch.float32, device=device)
-        wide = {"out_dtype": torch.float32}
+        wide: dict[str, Any] = {"out_dtype": torch.float32}
         found["mm into fp32"] = (lambda: torch.mm(hidden, weight.t(), **wide, out=into_fp32), 2 * t * d * v)
         found["addmm with beta 1"] = (
             lambda: torch.addmm(d_weight, into_bf16.t(), hidden, beta=1, **wide, out=d_weight),

@@ -132,6 +132,8 @@ def test_split_rows_fit_on_the_device(
     """Slices wait for one another: if one of them cannot start, none ends."""
     shape = geometry.slice_tile(dtype, vocab, readout)
     assert geometry.programs(shape, vocab, needed, registers) == 4 * needed
+    certain = geometry.certain_programs(shape, registers)
+    assert geometry.programs(shape, vocab, needed, registers, cooperative=True) == certain * needed
     reason = rf"split_row.*rows of {vocab} logits.*on each of {needed - 1} multiprocessors.*Plan\(kernel='two_sweep'\)"
     with pytest.raises(RuntimeError, match=reason):
         geometry.programs(shape, vocab, needed - 1, registers)

@@ -226,16 +226,21 @@ def certain_programs(shape: Tile, registers: int | None) -> int:
     return min(RESIDENT_WARPS // shape.num_warps, REGISTER_FILE // (registers * shape.lanes))
 
 
-def programs(shape: Tile, vocab: int, multiprocessors: int, registers: int | None) -> int:
+def programs(
+    shape: Tile, vocab: int, multiprocessors: int, registers: int | None, *, cooperative: bool = False
+) -> int:
     """How many programs of ``split_row`` to launch at most.
 
-    The slices of a row wait for one another, so all of them have to run at once.
+    The slices of a row wait for one another, so all of them have to run at once. A cooperative launch starts all of its
+    programs or none, so that launches beside one another cannot each hold a part of the device and wait for the rest;
+    it takes no more programs than certainly fit.
 
     Args:
         shape: tile that holds a slice.
         vocab: columns of a row.
         multiprocessors: of the device.
         registers: as ``certain_programs`` takes them.
+        cooperative: whether the launch is.
 
     Raises:
         RuntimeError: if the device cannot run all slices of a row at once.
@@ -247,7 +252,7 @@ def programs(shape: Tile, vocab: int, multiprocessors: int, registers: int | Non
             f"{multiprocessors * certain} ({certain} on each of {multiprocessors} multiprocessors); "
             f"Plan(kernel='two_sweep') has no such limit"
         )
-    return multiprocessors * (RESIDENT_WARPS // shape.num_warps)
+    return multiprocessors * (certain if cooperative else RESIDENT_WARPS // shape.num_warps)
 
 
 def whole_row(shape: Tile, vocab: int) -> Tile:

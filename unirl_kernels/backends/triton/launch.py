@@ -131,7 +131,9 @@ def _split_row(arguments: tuple[Any, ...], constants: dict[str, Any], logits: Te
     if device.is_nvidia:
         plain = shape.aligned and not constants["ENTROPY"]
         options["maxnreg"] = geometry.held_registers(logits.dtype, device.capability, plain=plain)
-    programs = geometry.programs(shape, vocab, device.multiprocessors, options.get("maxnreg"))
+        options["launch_cooperative_grid"] = geometry.COOPERATIVE
+    registers, cooperative = options.get("maxnreg"), options.get("launch_cooperative_grid", False)
+    programs = geometry.programs(shape, vocab, device.multiprocessors, registers, cooperative=cooperative)
     scratch = _scratch(rows * split.slices, logits.device)
     split_row[min(rows * split.slices, programs),](
         *arguments, scratch, rows, **constants, SPLIT=split, num_warps=shape.num_warps, **options
