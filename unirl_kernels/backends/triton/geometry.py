@@ -226,9 +226,7 @@ def certain_programs(shape: Tile, registers: int | None) -> int:
     return min(RESIDENT_WARPS // shape.num_warps, REGISTER_FILE // (registers * shape.lanes))
 
 
-def programs(
-    shape: Tile, vocab: int, multiprocessors: int, registers: int | None, *, cooperative: bool = False
-) -> int:
+def programs(shape: Tile, vocab: int, multiprocessors: int, registers: int | None, *, cooperative: bool = False) -> int:
     """How many programs of ``split_row`` to launch at most.
 
     The slices of a row wait for one another, so all of them have to run at once. A cooperative launch starts all of its
