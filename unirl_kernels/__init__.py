@@ -24,6 +24,7 @@ from unirl_kernels.objectives.recipes import dpo, grpo, online_rft, ppo, rft, sf
 from unirl_kernels.plan import Plan
 from unirl_kernels.program import UnsupportedOperation
 from unirl_kernels.readout import Readout
+from unirl_kernels.shard import VocabShard
 
 __all__ = [
     "IGNORE",
@@ -42,6 +43,7 @@ __all__ = [
     "TokenObservations",
     "TokenStats",
     "UnsupportedOperation",
+    "VocabShard",
     "Weighted",
     "__version__",
     "dpo",
