@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends import COMPOSED, Choice, choose
+from unirl_kernels.backends import COMPOSED, Choice, choices_by_vocab, choose
 from unirl_kernels.batch import Batch, check_dtype, has_values
 from unirl_kernels.objectives import Loss
 from unirl_kernels.plan import Plan
@@ -161,18 +161,27 @@ def check_shard_of_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, tar
         raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
 
 
-def kernel_of(loss: Loss, plan: Plan, device: torch.device) -> Choice:
+def kernel_of(loss: Loss, plan: Plan, device: torch.device, dtype: torch.dtype, vocab: int) -> Choice:
     """Backend and kernel that compute a loss; the kernel is ``composed`` for what looks beyond single tokens.
+
+    Args:
+        loss: of any scope.
+        plan: may name them.
+        device: of the logits.
+        dtype: of the logits.
+        vocab: columns of the logits.
 
     Raises:
         UnsupportedOperation: when an objective uses what a one-pass kernel cannot run.
         ValueError: when a one-pass kernel is named for an objective that needs another.
     """
-    choice = choose(device, plan.backend, plan.kernel)
     if loss.scope != "token":
         if plan.kernel not in (None, COMPOSED):
             raise ValueError(f"kernel must be {COMPOSED!r} for a {loss.scope}-scope objective, got {plan.kernel!r}")
-        return Choice(choice.backend, COMPOSED)
+        return Choice(choose(device, plan.backend, plan.kernel).backend, COMPOSED)
+    for choice, most in choices_by_vocab(device, plan.backend, plan.kernel, dtype):  # noqa: B007
+        if vocab <= most:
+            break
     if choice.kernel != COMPOSED:
         loss.traced()  # must not pass where no gradient is wanted
     return choice

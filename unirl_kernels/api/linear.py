@@ -191,10 +191,10 @@ def fused_linear_loss(
         return fused_shard(operands, batch, loss, readout, plan, shard)
     check_kinds(batch=batch, loss=loss, readout=readout, plan=plan)
     check_head(hidden, weight, bias, batch.target)
-    kernel = kernel_of(loss, plan, hidden.device).kernel
+    head, sweep = HeadArgs(_flat(hidden), weight, bias), sweep_args(hidden, weight, bias, plan)
+    backend, kernel = kernel_of(loss, plan, hidden.device, row_dtype(sweep.dtype), weight.shape[0])
     if kernel == COMPOSED:
         loss.check_scopes()
-    head, sweep = HeadArgs(_flat(hidden), weight, bias), sweep_args(hidden, weight, bias, plan)
     wanted = Wanted(*(torch.is_grad_enabled() and x is not None and x.requires_grad for x in head))
     dtype = row_dtype(sweep.dtype)
     found: Sequence[Tensor] | None = None
@@ -203,7 +203,9 @@ def fused_linear_loss(
         if kernel != COMPOSED:
             program = program_args(loss, batch, dtype)
             target = as_rows(batch.target)
-            found = OnePassLinear.apply(*head, target, of_readout, program, kernel, sweep, wanted)
+            found = OnePassLinear.apply(
+                *head, target, of_readout, program, kernel, sweep._replace(backend=backend), wanted
+            )
         elif (groups := _groups(head, sweep, batch, loss)) is not None:
             composition = Composition(batch, loss, groups, of_readout, WholeRows(sweep.backend))
             found = ComposedLinear.apply(*head, composition, sweep)

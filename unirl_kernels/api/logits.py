@@ -177,7 +177,7 @@ def fused_loss(
         found = measured_shard(shards.shard_moments, logits, batch.target, readout, plan, shard, batch, loss)
         return _composed(TokenStats(*found), batch, loss)
     check_logits(logits, batch.target)
-    choice = kernel_of(loss, plan, logits.device)
+    choice = kernel_of(loss, plan, logits.device, logits.dtype, logits.shape[-1])
     # A gradient in fp16 has to wait for the upstream one, which holds the loss scale: 1e-8 would be 0.
     waits = logits.dtype == torch.float16 and plan.kernel is None
     if choice.kernel != COMPOSED and _wants_gradient(logits) and not waits:

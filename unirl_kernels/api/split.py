@@ -6,13 +6,7 @@ import torch
 from torch import Tensor
 
 from unirl_kernels.api.agreement import Brought, agreed
-from unirl_kernels.api.arguments import (
-    check_input,
-    check_kinds,
-    check_overwritable,
-    check_shard_of_logits,
-    kernel_of,
-)
+from unirl_kernels.api.arguments import check_input, check_kinds, check_overwritable, check_shard_of_logits
 from unirl_kernels.api.rows import as_rows, readout_args, row_dtype
 from unirl_kernels.backends import COMPOSED, ReadoutArgs, choose
 from unirl_kernels.batch import Batch
@@ -51,7 +45,7 @@ def measured_shard(
         if plan.overwrite_logits and _wants_gradient(logits):
             check_overwritable(logits)
         if loss is not None:
-            check_composed(loss, plan, logits.device)
+            check_composed(plan, logits.device)
         return Brought(logits.shape[-1])
 
     of_shard, _ = agreed(shard, target, check)
@@ -61,12 +55,11 @@ def measured_shard(
     return [x.view(target.shape) for x in found]
 
 
-def check_composed(loss: Loss, plan: Plan, device: torch.device) -> None:
+def check_composed(plan: Plan, device: torch.device) -> None:
     """Raise a ``ValueError`` where a one-pass kernel is named: no kernel sees a whole row."""
+    choose(device, plan.backend, plan.kernel)
     if plan.kernel not in (None, COMPOSED):
-        choose(device, plan.backend, plan.kernel)
         raise ValueError(f"kernel must be None or {COMPOSED!r} for a split vocabulary, got {plan.kernel!r}")
-    kernel_of(loss, Plan(plan.backend, COMPOSED), device)
 
 
 def _readout(readout: Readout, logits: Tensor, target: Tensor, batch: Batch | None) -> ReadoutArgs:

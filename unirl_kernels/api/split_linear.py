@@ -133,7 +133,7 @@ def _agreed(
         parts = shard.ranks.size if shard.hidden == "split" else 1
         check_shard_of_head(*head, target, parts)
         if loss is not None:
-            check_composed(loss, plan, head.hidden.device)
+            check_composed(plan, head.hidden.device)
             loss.check_scopes()
         sweep = sweep_args(*head, plan)
         found.append((sweep, readout_args(readout, target, row_dtype(sweep.dtype), batch)))

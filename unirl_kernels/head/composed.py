@@ -73,7 +73,7 @@ def _composed(
         for of_all, of_chunk in zip(whole, stats, strict=True):
             chunk.put(of_all, of_chunk.squeeze(0))
 
-    gradients = sweep(head, [group.chunk for group in groups], work, wanted, rows.of_hidden())
+    gradients = sweep(head, [group.chunk for group in groups], work, wanted, of_hidden=rows.of_hidden())
     total = torch.stack(losses).sum() if losses else whole.logp.new_zeros(())
     return total.to(head.row_dtype), whole, gradients
 

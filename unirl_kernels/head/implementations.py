@@ -18,7 +18,7 @@ from unirl_kernels.backends import (
     RowMoments,
     RowStats,
 )
-from unirl_kernels.head.chunks import Chunk, by_tokens, without_ignored
+from unirl_kernels.head.chunks import Chunk, without_ignored
 from unirl_kernels.head.statistics import measure, measure_chunks, observe, observe_chunks
 from unirl_kernels.head.sweep import Head, sweep
 from unirl_kernels.operators import linear, linear_shards
@@ -90,7 +90,7 @@ def _gradients(
 ) -> HeadGradients:
     """The gradients of a head from those of the statistics, with the moments that a chunk's logits have."""
     head = Head.of(args._replace(hidden=without_ignored(args.hidden, target.reshape(-1))), how)
-    chunks = by_tokens(target.reshape(-1), head.rows_per_chunk(how.max_chunk_bytes))
+    chunks, group = head.chunks(target.reshape(-1), how.max_chunk_bytes)
 
     def work(logits: Tensor, d_logits: Tensor, k: int) -> None:
         chunk = chunks[k]
@@ -98,7 +98,7 @@ def _gradients(
         of_rows = (chunk.row(target), chunk.rows(readout), moments, chunk.rows(gradients))
         head.kernels.token_stats_backward(logits, *of_rows, d_logits)
 
-    return sweep(head, chunks, work, wanted)
+    return sweep(head, chunks, work, wanted, group)
 
 
 @linear.fused_linear_loss.implementation
@@ -114,7 +114,7 @@ def _fused_loss(
 ) -> FusedHead:
     check_targets(target, args.weight.shape[0])
     head = Head.of(args._replace(hidden=without_ignored(args.hidden, target.reshape(-1))), how)
-    chunks = by_tokens(target.reshape(-1), head.rows_per_chunk(how.max_chunk_bytes))
+    chunks, group = head.chunks(target.reshape(-1), how.max_chunk_bytes)
     losses: list[Tensor] = []
     stats = RowStats(*(head.hidden.new_zeros(target.shape, dtype=head.row_dtype) for _ in RowStats._fields))
 
@@ -126,7 +126,7 @@ def _fused_loss(
         for whole, of_chunk in zip(stats, (rows.logp, rows.entropy, rows.lse), strict=True):
             chunk.put(whole.view(-1), of_chunk.squeeze(0))
 
-    gradients = sweep(head, chunks, work, wanted)
+    gradients = sweep(head, chunks, work, wanted, group)
     loss = torch.stack(losses).sum() if losses else stats.logp.new_zeros(())
     return FusedHead(loss, stats, gradients)
 
