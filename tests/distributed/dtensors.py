@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Partial, Placement, Replicate, Shard, distribute_tensor
 
 import unirl_kernels as uk
 from tests.cases import BY_NAME
-from tests.distributed.split import CASES, make
+from tests.distributed.split import CASES, VOCAB, make
 from tests.distributed.split_heads import SHAPE
 from tests.linear import fused, make_head
 
@@ -58,7 +61,27 @@ def check_heads(mesh: dist.DeviceMesh) -> None:
             uk.linear_token_stats(wrong, weight, head.batch.target, bias=bias)
 
 
+def check_shards_of_fsdp2(mesh: dist.DeviceMesh) -> None:
+    """The loss of all ranks' tokens from FSDP2's own shards of the weight, which is never gathered."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    head = make_head(SHAPE, BY_NAME["grpo"]).to(torch.float64)
+    expected = fused(replace(head, bias=None), uk.grpo())
+    module = nn.Linear(head.weight.shape[1], VOCAB, bias=False, dtype=torch.float64)
+    module.weight.data.copy_(head.weight)
+    fully_shard(module, mesh=mesh)
+    local = module.weight.to_local()
+    start = min(rank * -(-VOCAB // world), VOCAB)
+    shard = uk.VocabShard(mesh.get_group(), start, VOCAB, hidden="split")
+    hidden = head.hidden.chunk(world, 1)[rank].clone().requires_grad_()
+    out = uk.fused_linear_loss(hidden, local, head.batch, uk.grpo(), shard=shard)
+    out.loss.backward()
+    torch.testing.assert_close(out.loss.detach(), expected.loss)
+    torch.testing.assert_close(hidden.grad, expected.d_hidden.chunk(world, 1)[rank])
+    torch.testing.assert_close(module.weight.grad.full_tensor(), expected.d_weight)
+
+
 def check_all() -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     check_logits(mesh)
     check_heads(mesh)
+    check_shards_of_fsdp2(mesh)
