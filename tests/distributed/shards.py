@@ -31,6 +31,7 @@ from tests.distributed.split import (
     shard_of,
     split,
 )
+from unirl_kernels.api import agreement
 from unirl_kernels.operators import shards
 from unirl_kernels.operators.shards import ShardArgs, Tiles
 
@@ -113,6 +114,23 @@ def check_compiled() -> None:
     found = function(x, torch.where(batch.target == uk.IGNORE, uk.IGNORE, RANK))
     used = batch.target != uk.IGNORE
     assert all(bool(s[used].isnan().all()) for s in found), "other targets on each rank"
+
+
+def check_accelerators() -> None:
+    """Where reading waits: what was compared is remembered, and a hash of the targets goes with the moments."""
+    logits, batch = make(CASES[0], BY_NAME["grpo"])
+    widths, y = WIDTHS[WORLD][0], batch.target
+    x, shard = columns_of(logits, widths, RANK), shard_of(widths, RANK)
+    expected = uk.token_stats(x, y, shard=shard)
+    exchange = ("all_gather_into_tensor", 16 * y.numel() + 8)
+    with changed(agreement, "reading_waits", lambda target: True):
+        for compared in ([("all_gather_into_tensor", 96)], []):
+            with Traffic() as traffic:
+                found = uk.token_stats(x, y, shard=shard)
+            assert traffic.sent == [*compared, exchange]
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        others = uk.token_stats(x, torch.where(y == uk.IGNORE, uk.IGNORE, RANK), shard=shard)
+        assert all(bool(s[y != uk.IGNORE].isnan().all()) for s in others)
 
 
 def raises(kind: type[Exception], text: str, call: Callable[[], Any]) -> None:
@@ -206,6 +224,7 @@ def main(rank: int, file: str, world: int) -> None:
     check_losses()
     check_statistics()
     check_traffic()
+    check_accelerators()
     check_bad_input()
     check_faults_are_seen()
     check_compiled()
