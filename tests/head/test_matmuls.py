@@ -32,7 +32,7 @@ from tests.linear import (
 from tests.places import PLACES, Place
 from unirl_kernels.backends import COMPOSED, load
 from unirl_kernels.backends.matmuls import Mixed, Widened
-from unirl_kernels.head.chunks import group_rows, sizes_of
+from unirl_kernels.head.sizes import Shape, sizes_of
 from unirl_kernels.head.sweep import Head, sweep
 from unirl_kernels.operators.linear import Wanted
 
@@ -300,19 +300,21 @@ def test_two_sizes_of_chunks(tokens: int, groups: int, ignored: bool, monkeypatc
 @pytest.mark.parametrize("d", [2048, 4096])
 @pytest.mark.parametrize("vocab", [32000, 50257, 131072, 152064, 262208])
 def test_sizes_fit_the_memory(vocab: int, d: int) -> None:
-    logits, gradient = 4 * vocab, 2 * vocab
+    """Multiples of 128, the chunk within a group, and no more groups than the memory asks for."""
     for memory in (128 * 4 * vocab - 1, 3 * 128 * 4 * vocab, 2**31, 11 * 2**28):
-        sizes = sizes_of(vocab, logits, gradient, memory, 132)
-        if sizes is None:
-            assert memory < 3 * 128 * logits
-            continue
-        assert sizes.chunk * logits + sizes.group * gradient <= memory
-        assert sizes.chunk % 128 == sizes.group % 128 == 0
-        assert sizes.group >= sizes.chunk
-        for tokens in (1, 128, 5000, 8192, 16384):
-            rows = group_rows(tokens, d, sizes, 132)
-            assert rows % 128 == 0
-            assert -(-tokens // rows) == max(1, -(-tokens // sizes.group))
+        for tokens in (0, 1, 128, 5000, 8192, 16384):
+            sizes = sizes_of(Shape(tokens, vocab, d, 4 * vocab, 2 * vocab, memory, 132))
+            if sizes is None:
+                assert memory < 3 * 128 * 4 * vocab
+                continue
+            assert sizes.chunk * 4 * vocab + sizes.group * 2 * vocab <= memory
+            assert sizes.chunk % 128 == sizes.group % 128 == 0
+            assert sizes.group >= sizes.chunk
+            most = (memory - 128 * 4 * vocab) // (2 * vocab)
+            least = min(512, memory // 3 // (4 * vocab) // 128 * 128) * 4 * vocab
+            assert (
+                -(-tokens // most) <= -(-tokens // sizes.group) <= -(-tokens // ((memory - least) // (2 * vocab) - 127))
+            )
 
 
 # Memory
