@@ -31,7 +31,8 @@ from tests.linear import (
 )
 from tests.places import PLACES, Place
 from unirl_kernels.backends import COMPOSED, load
-from unirl_kernels.backends.matmuls import Mixed, Widened
+from unirl_kernels.backends import matmuls as matmuls_module
+from unirl_kernels.backends.matmuls import Halved, Mixed, Widened
 from unirl_kernels.head.sizes import Shape, sizes_of
 from unirl_kernels.head.sweep import Head, sweep
 from unirl_kernels.operators.linear import Wanted
@@ -295,6 +296,47 @@ def test_two_sizes_of_chunks(tokens: int, groups: int, ignored: bool, monkeypatc
     for leaf, exact_gradient in zip(leaves, (d_logits @ weight.float(), d_logits.t() @ hidden.float()), strict=True):
         assert leaf.grad is not None
         torch.testing.assert_close(leaf.grad, exact_gradient.bfloat16())
+
+
+@pytest.mark.usefixtures("_mixed_matmuls_on_the_cpu")
+@pytest.mark.parametrize("bias", [None, torch.float32, torch.float16], ids=str)
+def test_matmuls_of_fp16(bias: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of any size that fp32 has, within 2^-15 of the sum of the magnitudes; more than one slice."""
+    monkeypatch.setattr(matmuls_module, "SLICES_OF_HALVES_BYTES", 1)
+    torch.manual_seed(0)
+    weight, hidden = torch.randn(300, 6).half(), torch.randn(5, 6).half()
+    matmuls = Halved(weight)
+    assert len(list(matmuls._slices())) == 3
+    added = None if bias is None else torch.randn(300).to(bias)
+    logits = torch.full((5, 300), torch.nan)
+    matmuls.logits(hidden, added, logits)
+    expected = hidden.double() @ weight.double().t() + (0 if added is None else added.double())
+    torch.testing.assert_close(logits.double(), expected, rtol=0, atol=20 * 2**-24 * expected.abs().max().item())
+
+    d_logits = matmuls.gradient_buffer(logits, 5).copy_(
+        torch.randn(5, 300) * 10.0 ** torch.arange(-30, 20, 10)[:, None]
+    )
+
+    def close(found: Tensor, left: Tensor, right: Tensor) -> None:
+        magnitude = left.double().abs() @ right.double().abs()
+        assert found.dtype == torch.float32
+        assert ((found.double() - left.double() @ right.double()).abs() <= 2**-15 * magnitude).all()
+
+    close(matmuls.d_hidden(d_logits), d_logits, weight)
+    total = torch.full((300, 6), torch.nan)
+    matmuls.add_d_weight(d_logits, hidden, total, first=True)
+    close(total, d_logits.t(), hidden)
+    matmuls.add_d_weight(d_logits, hidden, total, first=False)
+    close(total, 2 * d_logits.t(), hidden)
+
+
+@pytest.mark.usefixtures("_mixed_matmuls_on_the_cpu")
+@pytest.mark.parametrize("name", ["grpo", "dpo"])
+def test_heads_of_fp16_on_halves(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loss = BY_NAME[name]
+    head = make_head(RAGGED, loss, torch.float16)
+    with changed_matmuls(monkeypatch, "eager", lambda _: Halved(head.weight)):
+        check(fused(head, loss.make(), uk.Plan("eager")), head, loss)
 
 
 @pytest.mark.parametrize("d", [2048, 4096])
