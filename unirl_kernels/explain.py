@@ -14,8 +14,8 @@ from unirl_kernels.head import Head, by_units
 from unirl_kernels.objectives import Loss
 from unirl_kernels.plan import Plan
 from unirl_kernels.program import STATISTICS, Traced, UnsupportedOperation
+from unirl_kernels.program.derive import derivative
 from unirl_kernels.program.formula import formula
-from unirl_kernels.program.graph import derivative
 from unirl_kernels.program.trace import name_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -89,14 +89,31 @@ def check_positions(name: str, value: Tensor, target: Tensor, last: str) -> None
         raise ValueError(f"{name} must have shape ({expected}, {last}), got {tuple(value.shape)}{hint}")
 
 
+def _check_part(name: str, value: Tensor, target: Tensor, parts: int) -> None:
+    """Raise a ``ValueError`` unless a value has an equal part of target's last dimension, and one dimension more."""
+    if target.dim() not in (1, 2):
+        raise ValueError(f"target must have shape [B, L] or [T], got {tuple(target.shape)}")
+    *outer, tokens = target.shape
+    if tokens % parts:
+        raise ValueError(f"target must have a multiple of {parts} tokens for hidden that is split, got {tokens}")
+    if value.dim() != target.dim() + 1 or tuple(value.shape[:-1]) != (*outer, tokens // parts):
+        expected = ", ".join(map(str, (*outer, tokens // parts)))
+        raise ValueError(f"{name} must have shape ({expected}, D) on each of {parts} ranks, got {tuple(value.shape)}")
+
+
 def check_logits(logits: Tensor, target: Tensor) -> None:
     """Raise a ``TypeError`` or ``ValueError`` unless logits and target fit each other."""
+    check_shard_of_logits(logits, target)
+    if logits.shape[-1] == 0:
+        raise ValueError(f"logits must have at least one column, got shape {tuple(logits.shape)}")
+
+
+def check_shard_of_logits(logits: Tensor, target: Tensor) -> None:
+    """As ``check_logits``, but a shard may have no columns."""
     check_input("logits", logits)
     check_dtype("target", target, torch.int64)
     check_positions("logits", logits, target, "V")
-    if logits.shape[-1] == 0:
-        raise ValueError(f"logits must have at least one column, got shape {tuple(logits.shape)}")
-    if logits.stride(-1) != 1 and logits.shape[-1] != 1:
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise ValueError(f"logits must be contiguous in the last dimension, got strides {logits.stride()}")
     check_device("target", target, logits.device, "logits")
 
@@ -119,16 +136,26 @@ def check_overwritable(logits: Tensor) -> None:
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> None:
     """Raise a ``TypeError`` or ``ValueError`` unless the parts of a linear head fit one another."""
+    check_shard_of_head(hidden, weight, bias, target)
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight must have at least one row and column, got shape {tuple(weight.shape)}")
+
+
+def check_shard_of_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, parts: int = 1) -> None:
+    """As ``check_head``, but a shard may have no rows, and hidden may be one of several equal parts of the tokens."""
     check_dtype("target", target, torch.int64)
     for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if name != "bias" or value is not None:
             check_device(name, check_input(name, value), target.device, "target")
-    check_positions("hidden", hidden, target, "D")
+    if parts == 1:
+        check_positions("hidden", hidden, target, "D")
+    else:
+        _check_part("hidden", hidden, target, parts)
     d = hidden.shape[-1]
     if weight.dim() != 2 or weight.shape[1] != d:
         hint = "; it looks transposed" if weight.dim() == 2 and weight.shape[0] == d else ""
         raise ValueError(f"weight must have shape (V, {d}) for hidden of D = {d}, got {tuple(weight.shape)}{hint}")
-    if 0 in weight.shape:
+    if d == 0:
         raise ValueError(f"weight must have at least one row and column, got shape {tuple(weight.shape)}")
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")

@@ -212,3 +212,29 @@ class Widened:
 
     def add_d_weight(self, d_logits: Tensor, hidden: Tensor, total: Tensor, first: bool) -> None:
         total.addmm_(d_logits.t(), self._wide(hidden), beta=0 if first else 1)
+
+
+@dataclass(frozen=True, eq=False)
+class NoColumns:
+    """Matmuls of a shard without columns, which libraries of matmuls need not take."""
+
+    weight: Tensor  # [0, D]
+    repeatable: ClassVar[bool] = True
+    rounds: ClassVar[bool] = False
+    gradient_bytes: ClassVar[int] = 0
+
+    @property
+    def row_bytes(self) -> int:
+        return 0
+
+    def gradient_buffer(self, logits: Tensor, rows: int) -> Tensor:
+        return logits
+
+    def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """Nothing to write."""
+
+    def d_hidden(self, d_logits: Tensor) -> Tensor:
+        return d_logits.new_zeros(d_logits.shape[0], self.weight.shape[1])
+
+    def add_d_weight(self, d_logits: Tensor, hidden: Tensor, total: Tensor, first: bool) -> None:
+        """Nothing to add."""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from unirl_kernels.backends import Backend, load
-from unirl_kernels.backends.matmuls import Matmuls
+from unirl_kernels.backends.matmuls import Matmuls, NoColumns
+from unirl_kernels.collectives import Group, start_all_reduce, wait
 from unirl_kernels.head.chunks import (
     Chunk,
     by_sizes,
@@ -57,6 +58,8 @@ class Head:
 
     @cached_property
     def matmuls(self) -> Matmuls:
+        if not self.weight.shape[0]:
+            return NoColumns(self.weight)
         return self.kernels.matmuls(self.weight, self.dtype)
 
     def columns(self, start: int, stop: int) -> Head:
@@ -91,8 +94,45 @@ class Head:
         return self.kernels.empty(shape, self.row_dtype, self.weight.device)
 
 
+class AtOnce:
+    """Writes the gradient of the hidden states of a chunk where it belongs."""
+
+    def put(self, chunk: Chunk, d_hidden: Tensor, part: Tensor) -> None:
+        chunk.put(d_hidden, part)
+
+    def finish(self) -> None:
+        """Write what has not been written."""
+
+
+class Summed(AtOnce):
+    """The same of its sum over ranks, which is formed in fp32 while the next chunk is worked on.
+
+    Args:
+        ranks: each of which has a part of the weight.
+    """
+
+    def __init__(self, ranks: Group) -> None:
+        self._ranks = ranks
+        self._started: list[tuple[Chunk, Tensor, Tensor]] = []
+
+    def put(self, chunk: Chunk, d_hidden: Tensor, part: Tensor) -> None:
+        started = start_all_reduce(part, self._ranks)
+        self.finish()
+        self._started.append((chunk, d_hidden, started))
+
+    def finish(self) -> None:
+        while self._started:
+            chunk, d_hidden, total = self._started.pop()
+            chunk.put(d_hidden, wait(total))
+
+
 def sweep(
-    head: Head, chunks: Sequence[Chunk], work: Callable[[Tensor, Tensor, int], None], wanted: Wanted, group: int = 1
+    head: Head,
+    chunks: Sequence[Chunk],
+    work: Callable[[Tensor, Tensor, int], None],
+    wanted: Wanted,
+    group: int = 1,
+    of_hidden: AtOnce = AtOnce(),
 ) -> HeadGradients:
     """Make the logits of each chunk, let ``work`` find their gradient, and form the other gradients from it.
 
@@ -105,6 +145,7 @@ def sweep(
             or has the dtype that is multiplied, and the chunk's number.
         wanted: which gradients.
         group: tokens whose gradients are kept until they are multiplied; at least one chunk is.
+        of_hidden: what becomes of the gradient of a chunk's hidden states.
 
     Returns:
         ``HeadGradients`` in the dtypes of hidden states, weight and bias, but fp32 for fp16, which holds the gradients
@@ -130,11 +171,12 @@ def sweep(
             k, done = k + 1, done + chunk.n
         d_logits = gradient[:done]
         if wanted.hidden:
-            together.put(d_hidden, head.matmuls.d_hidden(d_logits))
+            of_hidden.put(together, d_hidden, head.matmuls.d_hidden(d_logits))
         if wanted.weight:
             head.matmuls.add_d_weight(d_logits, hidden, d_weight, first=number == 0)
         if wanted.bias:
             d_bias += d_logits.sum(0, dtype=d_bias.dtype)
+    of_hidden.finish()
     if not chunks:
         d_weight.zero_()
     d_bias = d_bias if head.bias is None else d_bias.to(kept_dtype(head.bias))

@@ -111,7 +111,7 @@ class Statistics(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
-        logits, target, row_temperature, *moments = _saved(ctx)
+        logits, target, row_temperature, *moments = saved_rows(ctx)
         readout = ctx.readout._replace(row_temperature=row_temperature)
         arguments = (target, readout, RowMoments(*moments), of_stats(*gradients[:3]), ctx.backend)
 
@@ -126,7 +126,7 @@ class Statistics(torch.autograd.Function):
         return d_logits, None, None, None, None, None
 
 
-def _saved(ctx: Any) -> tuple[Any, ...]:
+def saved_rows(ctx: Any) -> tuple[Any, ...]:
     try:
         return tuple(ctx.saved_tensors)
     except RuntimeError as error:
