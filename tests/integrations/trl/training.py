@@ -19,7 +19,7 @@ import datasets
 import trl
 
 from tests.integrations.trl.heads import FUSED
-from tests.integrations.trl.models import FAMILIES, SENTENCES, byte_pairs, load, save
+from tests.integrations.trl.models import SENTENCES, byte_pairs, load, save
 
 RELATIVE = 1e-5
 """What a logged value may be off by, relative to itself, and a parameter, relative to the change that training made.
