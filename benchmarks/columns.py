@@ -22,6 +22,7 @@ class Columns:
         baselines: the lines of what the machine does at best.
         extra_bytes: of a provider's memory, what is the provider's own; None where not measured.
         beyond: on top of what that comes.
+        dispensable: names of columns that a narrow terminal goes without, the first of them first.
     """
 
     left: Sequence[str]
@@ -31,6 +32,7 @@ class Columns:
     baselines: Callable[[Run], list[list[str]]]
     extra_bytes: Callable[[Run, Row], int | None]
     beyond: str
+    dispensable: Sequence[str]
 
 
 def timed(row: Row) -> list[str]:

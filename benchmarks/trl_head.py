@@ -1,8 +1,8 @@
 """The loss head of TRL's GRPOTrainer three ways: ``python -m benchmarks.trl_head --out FILE.json``.
 
-TRL's own, ``integrations.trl.patch()`` and ``integrations.trl.fuse(trainer)``, on the same micro-batch. The model has
-no layers: what is measured is a trainer's ``compute_loss`` and ``backward`` from hidden states on. Rounds are interleaved;
-memory is of a process for each way.
+TRL's own, ``integrations.trl.patch()`` and ``integrations.trl.fuse(trainer)``, on the same micro-batch. The model
+has no layers: what is measured is a trainer's ``compute_loss`` and ``backward`` from hidden states on. Rounds are
+interleaved; memory is of a process for each way.
 """
 
 from __future__ import annotations
