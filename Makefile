@@ -23,7 +23,7 @@ SOURCES = setup.py $(shell find csrc -type f)
 
 TRAINERS ?=
 
-.PHONY: setup lock latest installs demo docs test tests test-all test-trainers fuzz lint types bench bench-providers gpu-check clean
+.PHONY: setup lock latest installs demo docs test tests test-all test-trainers fuzz sanitize lint types bench bench-providers gpu-check clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.built
@@ -88,6 +88,10 @@ test-trainers: setup
 # runs one again and says what it is.
 fuzz: setup
 	$(PY) -m tests.fuzz --seconds $(SECONDS) $(ARGS)
+
+# The native CPU kernels compiled with gcc's sanitizers, in build/sanitize: memory and undefined behaviour, then races.
+sanitize: setup
+	$(PY) .ci/sanitize.py $(ARGS)
 
 lint: setup
 	$(PY) -m ruff check .

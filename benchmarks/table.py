@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from rich.console import JustifyMethod
-from rich.table import Table
-
+from benchmarks.columns import LOG_WIDTH, fitting
 from benchmarks.levels import level_of
 from benchmarks.providers import OURS
 from benchmarks.record import OK, Row, Run, title
-from benchmarks.terminal import LOG_WIDTH, fitting
+
+if TYPE_CHECKING:
+    from rich.console import JustifyMethod
+    from rich.table import Table
 
 QUIET = 0.05
 """Share of the processors' time that others may take without a word."""
@@ -18,6 +20,8 @@ QUIET = 0.05
 
 def terminal(run: Run, width: int = LOG_WIDTH) -> Table:
     """For the terminal: ours in bold, the wrong in red. A narrow one goes without some columns, and is told which."""
+    from rich.table import Table  # a machine that measures alone need not have it
+
     columns = level_of(run.work).columns
     names = (*columns.left, *columns.right)
     lines = [(line, "dim") for line in columns.baselines(run)]

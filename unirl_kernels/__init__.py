@@ -15,14 +15,16 @@ from unirl_kernels.api import (
     token_observations,
     token_stats,
 )
-from unirl_kernels.batch import IGNORE, Batch, group_advantages, shift_targets
+from unirl_kernels.batch import IGNORE, Batch, shift_targets
 from unirl_kernels.explain import explain
 from unirl_kernels.integrations.heads import HeadParameters, head_parameters
 from unirl_kernels.objectives import FixedLength, GroupMean, Loss, PairMean, SequenceMean, TokenMean, Weighted
+from unirl_kernels.objectives.advantages import group_advantages
+from unirl_kernels.objectives.recipes import dpo, grpo, online_rft, ppo, rft, sft
 from unirl_kernels.plan import Plan
 from unirl_kernels.program import UnsupportedOperation
 from unirl_kernels.readout import Readout
-from unirl_kernels.recipes import dpo, grpo, online_rft, ppo, rft, sft
+from unirl_kernels.shard import VocabShard
 
 __all__ = [
     "IGNORE",
@@ -41,6 +43,7 @@ __all__ = [
     "TokenObservations",
     "TokenStats",
     "UnsupportedOperation",
+    "VocabShard",
     "Weighted",
     "__version__",
     "dpo",

@@ -119,8 +119,7 @@ def test_what_was_timed_is_kept(stage: str, tmp_path: Path, monkeypatch: pytest.
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Measurement, stage, interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        main([*SMALL, "--peers", "none", "--out", str(out)])
+    assert main([*SMALL, "--peers", "none", "--out", str(out)]) != 0
     if stage == "time":
         assert not out.exists()  # and no empty file
     else:
