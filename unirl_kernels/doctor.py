@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
+import json
 import os
 import platform
 import sys
@@ -16,6 +17,7 @@ import torch
 
 from unirl_kernels import backends
 from unirl_kernels._version import __version__
+from unirl_kernels.integrations import llamafactory, openrlhf, swift, trl, verl
 from unirl_kernels.machine import processor
 
 HELP = "what is available here, and why the rest is not"
@@ -32,7 +34,7 @@ class Section(NamedTuple):
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """None."""
+    parser.add_argument("--json", action="store_true", help="as JSON, for programs")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -42,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
         The exit code: 0 when at least one backend runs on at least one device.
     """
     found = examine()
-    _printer()(found)
+    (_print_json if options.json else _printer())(found)
     works = any(row[2] == "yes" for section in found if section.title == "Backends" for row in section.rows)
     return 0 if works else NO_BACKEND
 
@@ -64,6 +66,7 @@ def examine() -> list[Section]:
             [row for device, _ in devices for row in _defaults(torch.device(device))],
         ),
         Section("Native extension", ("what", "found"), _native()),
+        Section("Trainers", ("package", "version", "works", "with"), [_trainer(*trainer) for trainer in TRAINERS]),
     ]
 
 
@@ -75,6 +78,35 @@ def _versions() -> list[tuple[str, str]]:
         except importlib.metadata.PackageNotFoundError:
             found.append((package, "not installed"))
     return [*found, ("CUDA of torch", torch.version.cuda or "none")]
+
+
+Known = str | tuple[int, ...]
+
+TRAINERS = (
+    ("trl", trl.FIRST, trl.LAST, "trl.patch(); of the last known release fuse(trainer), loss(config), too"),
+    ("verl", verl.KNOWN, verl.KNOWN, "verl.patch(), loss(actor_config)"),
+    ("openrlhf", openrlhf.KNOWN, openrlhf.KNOWN, "openrlhf.patch()"),
+    ("llamafactory", llamafactory.KNOWN, llamafactory.KNOWN, "llamafactory.patch()"),
+    ("ms-swift", swift.KNOWN, swift.KNOWN, "swift.patch()"),
+)
+"""Each with the first and the last release that is known, and what of ``unirl_kernels.integrations`` works with it."""
+
+
+def _trainer(package: str, first: Known, last: Known, what: str) -> tuple[str, str, str, str]:
+    try:
+        found = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return package, "not installed", "-", what
+    numbers = tuple(int(text) for text in found.split(".")[:2] if text.isdigit())
+    low, high = (_numbers(bound) for bound in (first, last))
+    if low <= numbers and numbers[: len(high)] <= high:
+        return package, found, "yes", what
+    texts = [".".join(map(str, bound)) for bound in (low, high)]
+    return package, found, "no", f"known is {' to '.join(dict.fromkeys(texts))}"
+
+
+def _numbers(version: Known) -> tuple[int, ...]:
+    return tuple(map(int, version.split("."))) if isinstance(version, str) else version
 
 
 def _devices() -> list[tuple[str, str]]:
@@ -135,6 +167,14 @@ def _print_rich(sections: Sequence[Section]) -> None:
         for row in section.rows:
             table.add_row(*(f"[{colours[cell]}]{cell}[/]" if cell in colours else escape(cell) for cell in row))
         console.print(table)
+
+
+def _print_json(sections: Sequence[Section]) -> None:
+    """A list of objects for each section, by the names of its columns."""
+    found = {
+        section.title: [dict(zip(section.columns, row, strict=True)) for row in section.rows] for section in sections
+    }
+    sys.stdout.write(json.dumps(found, indent=1) + "\n")
 
 
 def _print_plain(sections: Sequence[Section]) -> None:
