@@ -1,6 +1,6 @@
 """verl's functions on this package's kernels, with verl's names, signatures and results.
 
-Known is verl 0.9. ``patch()`` puts them where verl's own are:
+Tried is verl 0.9. ``patch()`` puts them where verl's own are:
 
 - in ``verl.utils.torch_functional``, for log-probabilities and entropies of logits, padding removed or not: the engines
   for FSDP, VeOmni, AutoModel and torchtitan, and PrefixGrouper;
@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -30,10 +29,11 @@ from torch import Tensor
 from unirl_kernels.api import TokenStats, linear_token_stats, token_stats
 from unirl_kernels.integrations.losses.verl import loss as loss
 from unirl_kernels.integrations.patching import Patch, Replacement, known, parameters_of
+from unirl_kernels.integrations.versions import check_release
 from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout
 
-KNOWN = "0.9"
+TRIED = "0.9"
 
 _active: Patch | None = None
 
@@ -50,15 +50,11 @@ def patch() -> Patch:
 
     Raises:
         ImportError: when verl is not installed, or what it needs is not.
-        RuntimeError: when its version is not known, or does not have what was looked for.
+        RuntimeError: when it does not have what was looked for. A release that was not tried warns, see
+            ``integrations.versions``.
     """
     global _active
-    try:
-        installed = version("verl")
-    except PackageNotFoundError as error:
-        raise ImportError("verl is not installed: pip install verl") from error
-    if installed.split(".")[:2] != KNOWN.split("."):
-        raise RuntimeError(f"verl must be of version {KNOWN}, got {installed}")
+    check_release("verl", TRIED, TRIED)
     unpatch()
     of_logits = importlib.import_module("verl.utils.torch_functional")
     of_hidden = importlib.import_module("verl.utils.experimental.torch_functional")
