@@ -51,9 +51,7 @@ def sanitize() -> ModuleType:
         ("thread", "sound", ""),
     ],
 )
-def test_a_planted_fault_is_reported(
-    name: str, fault: str, report: str, sanitize: ModuleType, tmp_path: Path
-) -> None:
+def test_a_planted_fault_is_reported(name: str, fault: str, report: str, sanitize: ModuleType, tmp_path: Path) -> None:
     sanitizer, library = sanitize.SANITIZERS[name], tmp_path / "planted.so"
     # As Python's own flags, and those of setup.py, which come last.
     flags = ["-shared", "-fPIC", "-fwrapv", *sanitizer.flags.split(), "-O0", "-g0"]

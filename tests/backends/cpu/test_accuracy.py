@@ -335,7 +335,9 @@ def test_the_gradient_has_the_bias_of_its_rounding_alone(dtype: torch.dtype) -> 
     logits, target = torch.randn(48, 1, 50257).to(dtype), torch.zeros(48, 1, dtype=torch.long)
     stats, found = cpu.token_stats(logits, target, IDENTITY)
     d_logits = cpu.empty(logits.shape, dtype, logits.device)
-    cpu.token_stats_backward(logits, target, IDENTITY, found, RowGradients(torch.ones_like(stats.logp), None, None), d_logits)
+    cpu.token_stats_backward(
+        logits, target, IDENTITY, found, RowGradients(torch.ones_like(stats.logp), None, None), d_logits
+    )
     _, truth = naive(logits.double(), target, IDENTITY, torch.tensor([1.0, 0, 0]).double().view(3, 1, 1))
     _, plain = naive(logits.float(), target, IDENTITY, torch.tensor([1.0, 0, 0]).double().view(3, 1, 1))
     ours, eager_ones = (x[..., 1:].double() - truth[..., 1:] for x in (d_logits, plain.to(dtype)))
@@ -352,7 +354,5 @@ def test_double_sums_lose_no_more_than_eager_ones() -> None:
         entropy = numpy.log(e.sum(-1)) - (e * d).sum(-1) / e.sum(-1)
         stats, _ = cpu.token_stats(logits.unsqueeze(1), torch.zeros(4, 1, dtype=torch.long), IDENTITY)
         log_p = torch.log_softmax(logits, -1)
-        ours, plain = (
-            abs(x.numpy() - entropy).max() for x in (stats.entropy[:, 0], -(log_p.exp() * log_p).sum(-1))
-        )
+        ours, plain = (abs(x.numpy() - entropy).max() for x in (stats.entropy[:, 0], -(log_p.exp() * log_p).sum(-1)))
         assert ours <= plain + numpy.finfo(numpy.float64).eps * entropy.max()
