@@ -297,7 +297,7 @@ def check_dtype(name: str, value: object, *dtypes: torch.dtype) -> None:
 
 
 def check_memory(name: str, value: Tensor) -> None:
-    """Raise a ``ValueError`` for a plain tensor whose memory is gone: PyTorch's operations would read it all the same."""
+    """Raise a ``ValueError`` for a plain tensor whose memory is freed: PyTorch's operations would read there."""
     if type(value) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling() or not has_values(value):
         return
     if torch._C._functorch.is_functorch_wrapped_tensor(value):

@@ -329,7 +329,7 @@ def kappa_of(readout: ReadoutArgs) -> torch.Tensor:
     return (abs(readout.scale) if readout.softcap is None else readout.softcap) / temperature
 
 
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_the_gradient_has_the_bias_of_its_rounding_alone(dtype: torch.dtype) -> None:
     """A short polynomial may err in each element, not on average."""
     logits, target = torch.randn(48, 1, 50257).to(dtype), torch.zeros(48, 1, dtype=torch.long)
