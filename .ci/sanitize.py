@@ -59,7 +59,7 @@ SANITIZERS = {
     "thread": Sanitizer(
         "-fsanitize=thread",
         "libtsan.so",
-        {"TSAN_OPTIONS": "exitcode=66:report_signal_unsafe=0", "OMP_NUM_THREADS": "1"},
+        {"TSAN_OPTIONS": f"exitcode=66:suppressions={ROOT / '.ci' / 'threads.suppressions'}", "OMP_NUM_THREADS": "1"},
         ((*PYTEST, *KERNELS), (*PYTEST, "tests/api/test_promises.py", "-k", "threads")),
         {"cpu/parallel.cpp": ROOT / ".ci" / "threads.cpp"},
     ),
