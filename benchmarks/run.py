@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from benchmarks import hardware
 from benchmarks.arguments import usable_device
 from benchmarks.defaults import ROUNDS, SIZE, SWEPT_SIZE, SWEPT_TOKENS, SWEPT_VOCABS
 from benchmarks.measurement import Measurement
+from benchmarks.outcome import record_of, wrong_kernels
 from benchmarks.own import own
 from benchmarks.providers import OURS, Provider
-from benchmarks.record import FAILED, OK, WRONG, Record, Run, size
+from benchmarks.record import Run, size
 from benchmarks.selection import chosen
 from benchmarks.table import remarks, terminal
 from benchmarks.terminal import Stages, open_console
@@ -49,13 +49,6 @@ def run_bench(options: argparse.Namespace) -> int:
     if wrong := wrong_kernels(runs, answerable):
         raise CommandFailed(wrong)
     return 0
-
-
-def wrong_kernels(runs: Sequence[Run], names: Collection[str] = (OURS,)) -> str:
-    """Which kernels of providers with these names are wrong or failed, and why; empty where none is."""
-    rows = [row for run in runs for row in run.rows if row.name in names and row.status != OK]
-    said = {WRONG: "is wrong", FAILED: "failed"}
-    return "; ".join(f"{row.kernel} {said[row.status]}: {row.reasons[0]}" for row in rows)
 
 
 def _check_level(options: argparse.Namespace) -> None:
@@ -118,8 +111,3 @@ def measured(work: Work, providers: Sequence[Provider], rounds: int, memory: boo
     for remark in remarks(run):
         console.print(remark, style="dim", markup=False, highlight=False, soft_wrap=True)
     return run
-
-
-def record_of(runs: Sequence[Run], device: torch.device) -> Record:
-    """What was measured just now."""
-    return Record(hardware.now(), *hardware.commit(), hardware.versions(), hardware.hardware(device), runs)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from benchmarks.levels import level_of
 from benchmarks.providers import OURS
 from benchmarks.record import OK, Row, Run, title
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 QUIET = 0.05
 """Share of the processors' time that others may take without a word."""
@@ -16,6 +18,8 @@ QUIET = 0.05
 
 def terminal(run: Run) -> Table:
     """For the terminal: ours in bold, the wrong in red."""
+    from rich.table import Table  # a machine that measures alone need not have it
+
     columns = level_of(run.work).columns
     shown = Table(title=title(run.work), title_justify="left", caption=columns.caption, caption_justify="left")
     for name in columns.left:

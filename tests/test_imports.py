@@ -15,17 +15,18 @@ from tests import ROOT
 PACKAGE = ROOT / "unirl_kernels"
 
 ARROWS = {
-    "batch": set(),
+    "collectives": set(),
+    "shard": {"collectives"},
+    "batch": {"collectives"},
     "plan": set(),
     "readout": set(),
     "testing": {"testing"},
     "program": {"program"},
-    "objectives": {"objectives", "program", "batch"},
-    "recipes": {"objectives"},
+    "objectives": {"objectives", "program", "batch", "collectives"},
     "backends": {"backends", "program", "batch"},
-    "operators": {"operators", "backends", "batch"},
-    "head": {"head", "operators", "objectives", "backends", "batch"},
-    "api": {"api", "head", "operators", "backends", "objectives", "batch", "plan", "readout"},
+    "operators": {"operators", "backends", "batch", "collectives"},
+    "head": {"head", "operators", "objectives", "backends", "batch", "collectives"},
+    "api": {"api", "head", "operators", "backends", "objectives", "batch", "plan", "readout", "shard", "collectives"},
     "integrations": {"integrations", "api", "objectives", "batch", "plan", "readout"},
     "explain": {"head", "objectives", "program", "backends", "batch", "plan"},
 }

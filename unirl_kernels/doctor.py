@@ -55,10 +55,14 @@ def examine() -> list[Section]:
         Section("Devices", ("device", "what it is"), devices),
         Section(
             "Backends",
-            ("device", "backend", "runs", "kernels (the first is the default), or why not"),
+            ("device", "backend", "runs", "kernels, or why not"),
             [_backend(torch.device(device), name) for device, _ in devices for name in backends.MODULES],
         ),
-        Section("Default", ("device", "backend and kernel"), [_default(torch.device(device)) for device, _ in devices]),
+        Section(
+            "Default",
+            ("device", "backend and kernel"),
+            [row for device, _ in devices for row in _defaults(torch.device(device))],
+        ),
         Section("Native extension", ("what", "found"), _native()),
     ]
 
@@ -95,11 +99,14 @@ def _backend(device: torch.device, name: str) -> tuple[str, str, str, str]:
     return str(device), name, "yes", ", ".join((*backends.load(name).KERNELS, backends.COMPOSED))
 
 
-def _default(device: torch.device) -> tuple[str, str]:
+def _defaults(device: torch.device) -> list[tuple[str, str]]:
+    """What a loss runs on, by dtype of the logits."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a slow default is what the table above shows
-        choice = backends.choose(device, None, None)
-    return str(device), f"{choice.backend}, {choice.kernel}"
+        return [
+            (f"{device}, {name}", backends.told(backends.choices_by_vocab(device, None, None, dtype)))
+            for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+        ]
 
 
 def _native() -> list[tuple[str, str]]:

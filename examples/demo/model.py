@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -115,13 +116,14 @@ class LanguageModel:
 
     def read(self, prompts: Prompts) -> Any:
         """The cache of all but the last token of each prompt, with its gradient."""
-        return self._forward(
+        out = self._forward(
             self.network,
             input_ids=prompts.ids[:, :-1],
             attention_mask=prompts.mask[:, :-1].long(),
             position_ids=prompts.positions[:, :-1],
             logits_to_keep=1,
-        ).past_key_values
+        )
+        return out[_name_of_cache(self.network)]
 
     def extend(self, cache: Any, inputs: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
         """Read on after what is in the cache, and add to it.
@@ -135,7 +137,7 @@ class LanguageModel:
         Returns:
             [S, N, V] logits.
         """
-        return self._forward(self.network, **_continued(cache, inputs, attention, positions)).logits
+        return self._forward(self.network, **_continued(self.network, cache, inputs, attention, positions)).logits
 
     def logits(self, sequences: Sequences) -> Tensor:
         """[S, L, V] logits at the places of ``sequences.target``; differentiable.
@@ -157,7 +159,7 @@ class LanguageModel:
         attention = torch.cat([prompts.mask[prompt_of], sequences.mask], 1)
         last = prompts.positions[prompt_of, -1:]
         positions = last + torch.arange(inputs.shape[1], device=self.device)
-        return self._forward(module, **_continued(cache, inputs, attention, positions))
+        return self._forward(module, **_continued(module, cache, inputs, attention, positions))
 
     def _forward(self, module: Any, **inputs: Any) -> Any:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -178,12 +180,18 @@ class LanguageModel:
         return self.head.token_stats(self.hidden(sequences), sequences.target, plan).logp
 
 
-def _continued(cache: Any, inputs: Tensor, attention: Tensor, positions: Tensor) -> dict[str, Any]:
+def _name_of_cache(module: Any) -> str:
+    """What the installed transformers calls the argument, and the part of an output, that holds the cache."""
+    taken = inspect.signature(module.forward).parameters
+    return "cache" if "cache" in taken else "past_key_values"
+
+
+def _continued(module: Any, cache: Any, inputs: Tensor, attention: Tensor, positions: Tensor) -> dict[str, Any]:
     return {
         "input_ids": inputs,
         "attention_mask": attention.long(),
         "position_ids": positions,
-        "past_key_values": cache,
+        _name_of_cache(module): cache,
     }
 
 

@@ -13,7 +13,7 @@ from tests.fuzz.case import make
 from tests.fuzz.run import run
 from unirl_kernels.backends import Measured, RowGradients, cpu
 from unirl_kernels.program import Op
-from unirl_kernels.program.graph import RULES
+from unirl_kernels.program.derive import RULES
 
 CASES = 300
 """In which a fault has to show."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unirl_kernels.api.arguments import check_device
-from unirl_kernels.backends import ProgramArgs, ReadoutArgs
+from unirl_kernels.api.arguments import check_device, name_of
+from unirl_kernels.backends import ProgramArgs, ReadoutArgs, choose
 from unirl_kernels.batch import Batch, check_memory
 from unirl_kernels.objectives import Loss
+from unirl_kernels.operators.linear import SweepArgs
+from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout
 
 EXACT_INTEGERS = {torch.float32: 2**24, torch.float64: 2**53}
@@ -90,3 +92,22 @@ def _exact(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
             f"{str(dtype).removeprefix('torch.')}, got {int(wide[rounded].flatten()[0])}"
         )
     return value.to(dtype)
+
+
+def sweep_args(hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> SweepArgs:
+    """How the chunks of a head's logits are made."""
+    backend = choose(hidden.device, plan.backend, plan.kernel).backend
+    return SweepArgs(_operand_dtype(hidden, weight, bias), plan.max_chunk_bytes, backend)
+
+
+def _operand_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
+    """Of the matmuls' operands: autocast's where it is on, else that of hidden, which all must have."""
+    autocast = not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type)
+    if autocast and torch.float64 not in (hidden.dtype, weight.dtype):
+        return torch.get_autocast_dtype(hidden.device.type)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and value.dtype != hidden.dtype:
+            raise ValueError(
+                f"{name} must be {name_of(hidden.dtype)} like hidden unless autocast is on, got {name_of(value.dtype)}"
+            )
+    return hidden.dtype

@@ -24,13 +24,21 @@ class Matmuls(Protocol):
     repeatable: ClassVar[bool]
     """Whether a logit has the same bits whatever other tokens and columns are multiplied at once."""
 
+    rounds: ClassVar[bool]
+    """Whether ``add_d_weight`` also writes, the first time, to memory of the operands' dtype, rounded once."""
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Memory of a row of the logits' gradient; 0 where it takes that of the logits."""
+        ...
+
     @property
     def row_bytes(self) -> int:
         """Memory that the logits of one token and their gradient take."""
         ...
 
-    def gradient_buffer(self, logits: Tensor) -> Tensor:
-        """[n, V] for the gradient of the logits, in the dtype that is multiplied: their own where it is theirs."""
+    def gradient_buffer(self, logits: Tensor, rows: int) -> Tensor:
+        """[rows, V] for gradients of logits, in the dtype that is multiplied: their own memory where it is theirs."""
         ...
 
     def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -52,10 +60,15 @@ class Mixed:
 
     weight: Tensor  # [V, D] of the operands' dtype
     repeatable: ClassVar[bool] = False
+    rounds: ClassVar[bool] = True
+
+    @property
+    def gradient_bytes(self) -> int:
+        return self.weight.itemsize * self._row
 
     @property
     def row_bytes(self) -> int:
-        return 4 * self.weight.shape[0] + self.weight.itemsize * self._row
+        return 4 * self.weight.shape[0] + self.gradient_bytes
 
     @property
     def _row(self) -> int:
@@ -63,8 +76,8 @@ class Mixed:
         step = 16 // self.weight.itemsize
         return -(-self.weight.shape[0] // step) * step
 
-    def gradient_buffer(self, logits: Tensor) -> Tensor:
-        return self.weight.new_empty(logits.shape[0], self._row)[:, : logits.shape[1]]
+    def gradient_buffer(self, logits: Tensor, rows: int) -> Tensor:
+        return self.weight.new_empty(rows, self._row)[:, : logits.shape[1]]
 
     def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
         if bias is None:
@@ -78,7 +91,10 @@ class Mixed:
         return torch.mm(d_logits, self.weight, out_dtype=torch.float32)
 
     def add_d_weight(self, d_logits: Tensor, hidden: Tensor, total: Tensor, first: bool) -> None:
-        torch.addmm(total, d_logits.t(), hidden, beta=0 if first else 1, out_dtype=torch.float32, out=total)
+        if total.dtype == d_logits.dtype:
+            torch.mm(d_logits.t(), hidden, out=total)
+        else:
+            torch.addmm(total, d_logits.t(), hidden, beta=0 if first else 1, out_dtype=torch.float32, out=total)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,12 +104,14 @@ class Widened:
     weight: Tensor  # [V, D]
     dtype: torch.dtype
     repeatable: ClassVar[bool] = False
+    rounds: ClassVar[bool] = False
+    gradient_bytes: ClassVar[int] = 0
 
     @property
     def row_bytes(self) -> int:
         return self.weight.shape[0] * self._wide_dtype.itemsize
 
-    def gradient_buffer(self, logits: Tensor) -> Tensor:
+    def gradient_buffer(self, logits: Tensor, rows: int) -> Tensor:
         return logits
 
     @property
@@ -127,3 +145,29 @@ class Widened:
 
     def add_d_weight(self, d_logits: Tensor, hidden: Tensor, total: Tensor, first: bool) -> None:
         total.addmm_(d_logits.t(), self._wide(hidden), beta=0 if first else 1)
+
+
+@dataclass(frozen=True, eq=False)
+class NoColumns:
+    """Matmuls of a shard without columns, which libraries of matmuls need not take."""
+
+    weight: Tensor  # [0, D]
+    repeatable: ClassVar[bool] = True
+    rounds: ClassVar[bool] = False
+    gradient_bytes: ClassVar[int] = 0
+
+    @property
+    def row_bytes(self) -> int:
+        return 0
+
+    def gradient_buffer(self, logits: Tensor, rows: int) -> Tensor:
+        return logits
+
+    def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """Nothing to write."""
+
+    def d_hidden(self, d_logits: Tensor) -> Tensor:
+        return d_logits.new_zeros(d_logits.shape[0], self.weight.shape[1])
+
+    def add_d_weight(self, d_logits: Tensor, hidden: Tensor, total: Tensor, first: bool) -> None:
+        """Nothing to add."""

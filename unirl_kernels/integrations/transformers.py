@@ -6,6 +6,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
+from dataclasses import fields
 from types import MethodType, TracebackType
 from typing import Any
 
@@ -127,6 +128,7 @@ class FusedHead:
         if model.config.is_encoder_decoder or model.base_model is model:
             raise TypeError(f"model must be a backbone and an output layer, got {type(model).__name__}")
         self._model, self._plan, self._readout = model, plan, readout_of(model.config)
+        self._kept = _beside_the_loss()
         self._check()
         self._active, self._before = True, vars(model).get("forward")
         self._ours = model.forward = MethodType(self._forward_of(model.forward), model)
@@ -250,12 +252,14 @@ class FusedHead:
         weight, bias = head_parameters(model.get_output_embeddings())
         how: dict[str, Any] = {"bias": bias, "readout": self._readout, "plan": self._plan}
         loss = fused_linear_loss(hidden, weight, batch, _mean(num_items_in_batch, hidden.device), **how).loss
-        return CausalLMOutputWithPast(
-            loss=loss,
-            past_key_values=outputs.get("past_key_values"),
-            hidden_states=outputs.get("hidden_states"),
-            attentions=outputs.get("attentions"),
-        )
+        return CausalLMOutputWithPast(loss=loss, **{name: outputs.get(name) for name in self._kept})
+
+
+def _beside_the_loss() -> tuple[str, ...]:
+    """What a model returns beside loss and logits: its cache, ``past_key_values`` or ``cache`` by release, and more."""
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    return tuple(x.name for x in fields(CausalLMOutputWithPast) if x.name not in ("loss", "logits"))
 
 
 _LARGE = 64.0  # logits that a soft cap in use (15 to 50) changes much more than rounding does

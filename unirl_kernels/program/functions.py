@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from unirl_kernels.program import kinks
 from unirl_kernels.program.graph import Graph
 from unirl_kernels.program.ir import ARITY, Op
 from unirl_kernels.program.symbols import Symbol, UnsupportedOperation
@@ -112,14 +113,23 @@ def _clamp(g: Graph, x: Any, min: Any = None, max: Any = None) -> int:
         raise UnsupportedOperation("clamps without a bound")
     low = g.const(float("-inf")) if min is None else node_of(g, min)
     high = g.const(float("inf")) if max is None else node_of(g, max)
-    return g.op(Op.CLAMP, node_of(g, x), low, high)
+    return g.op(Op.CLAMP, node_of(g, x), low, high, value=_bounds(min, max))
+
+
+def _bounds(*bounds: Any) -> str:
+    """What the bounds of a clamp are. A constant tensor beside a number is a number to torch."""
+    given = [x for x in bounds if x is not None]
+    if not any(isinstance(x, numbers.Real) for x in given):
+        return kinks.TENSORS
+    if any(isinstance(x, Symbol) for x in given):
+        raise UnsupportedOperation("clamps between a number and a tensor, which PyTorch refuses: clamp twice")
+    return kinks.NUMBERS
 
 
 def _relu(g: Graph, x: Any, inplace: bool = False) -> int:
     if inplace:
         raise UnsupportedOperation("calls relu in place, which would change a tensor of the batch")
-    zero = g.const(0)
-    return g.op(Op.WHERE, g.op(Op.LE, node_of(g, x), zero), zero, node_of(g, x))  # NaN stays NaN
+    return kinks.relu(g, node_of(g, x))
 
 
 def _power(g: Graph, x: Any, exponent: Any) -> int:

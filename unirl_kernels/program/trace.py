@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from unirl_kernels.program.derive import assemble
 from unirl_kernels.program.functions import node_of
-from unirl_kernels.program.graph import Graph, assemble
+from unirl_kernels.program.graph import Graph
 from unirl_kernels.program.ir import STATISTICS, Program
 from unirl_kernels.program.symbols import Symbol, UnsupportedOperation
 

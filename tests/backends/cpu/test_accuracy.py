@@ -335,9 +335,8 @@ def test_the_gradient_has_the_bias_of_its_rounding_alone(dtype: torch.dtype) -> 
     logits, target = torch.randn(48, 1, 50257).to(dtype), torch.zeros(48, 1, dtype=torch.long)
     stats, found = cpu.token_stats(logits, target, IDENTITY)
     d_logits = cpu.empty(logits.shape, dtype, logits.device)
-    cpu.token_stats_backward(
-        logits, target, IDENTITY, found, RowGradients(torch.ones_like(stats.logp), None, None), d_logits
-    )
+    gradients = RowGradients(torch.ones_like(stats.logp), None, None)
+    cpu.token_stats_backward(logits, target, IDENTITY, found, gradients, d_logits)
     _, truth = naive(logits.double(), target, IDENTITY, torch.tensor([1.0, 0, 0]).double().view(3, 1, 1))
     _, plain = naive(logits.float(), target, IDENTITY, torch.tensor([1.0, 0, 0]).double().view(3, 1, 1))
     ours, eager_ones = (x[..., 1:].double() - truth[..., 1:] for x in (d_logits, plain.to(dtype)))

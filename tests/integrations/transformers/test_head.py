@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+import logging
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,21 @@ def test_what_a_call_returns_beside_the_loss() -> None:
     with FusedHead(model, uk.Plan(max_chunk_bytes=4 * V * 5)):
         out = model(inputs["input_ids"], inputs["attention_mask"], labels=inputs["labels"], output_hidden_states=True)
     within_budget({"loss": out.loss}, {"loss": own["loss"]}, {"loss": exact["loss"]})
-    assert out.past_key_values is not None
+    (cache,) = {"cache", "past_key_values"} & set(out)
+    assert out[cache].get_seq_length() == L
+    assert set(out) == set(plain) - {"logits"}
     assert len(out.hidden_states) == len(plain.hidden_states)
     assert all(torch.equal(x, y) for x, y in zip(out.hidden_states, plain.hidden_states, strict=True))
+
+
+def test_no_name_that_transformers_gives_up_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(logging.Logger, "warning_once", lambda logger, text, *args: said.append(text))
+    model, inputs = tiny(), tokens()
+    with warnings.catch_warnings(), FusedHead(model):
+        warnings.simplefilter("error", FutureWarning)
+        model(**inputs, use_cache=True)
+    assert not [text for text in said if "deprecated" in text]
 
 
 def test_calls_without_labels_are_the_models_own() -> None:

@@ -124,7 +124,8 @@ def _load_shifted(
     else:
         low = tl.load(at)
         # Without a shift the next granule is not needed, and may lie beyond the tensor or be written by another lane.
-        high = tl.load(following, mask=tl.broadcast_to(beyond > 0, TILE.unroll, TILE.lanes * 2), other=0)
+        # Compared after the broadcast: Triton's interpreter keeps a scalar comparison in the operands' dtype.
+        high = tl.load(following, mask=tl.broadcast_to(beyond.to(tl.int32), TILE.unroll, TILE.lanes * 2) > 0, other=0)
     w0, w1 = tl.split(tl.reshape(low, TILE.unroll, TILE.lanes, 2))
     w2, w3 = tl.split(tl.reshape(high, TILE.unroll, TILE.lanes, 2))
     far = beyond >= 8
