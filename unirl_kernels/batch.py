@@ -121,9 +121,11 @@ class Batch:
         check_dtype("target", self.target, torch.int64)
         if self.target.is_nested:
             raise TypeError("target must be a dense tensor, got a nested tensor: pack it, with cu_seqlens")
+        check_memory("target", self.target)
         shape = tuple(self.target.shape)
         if len(shape) not in (1, 2):
-            raise ValueError(f"target must have shape [B, L] or [T], got {shape}")
+            hint = "; fold its first dimensions into the batch: target.flatten(0, -2)" if len(shape) > 2 else ""
+            raise ValueError(f"target must have shape [B, L] or [T], got {shape}{hint}")
         if len(shape) == 1:
             self._check_packed()
         elif self.cu_seqlens is not None:
@@ -157,6 +159,7 @@ class Batch:
     def _check_field(self, name: str, value: object, shapes: Sequence[tuple[int, ...]]) -> None:
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        check_memory(name, value)
         if value.dtype.is_complex:
             raise TypeError(f"{name} must be real, integer or bool, got {str(value.dtype).removeprefix('torch.')}")
         if tuple(value.shape) not in shapes:
@@ -352,6 +355,16 @@ def check_dtype(name: str, value: object, *dtypes: torch.dtype) -> None:
         raise TypeError(f"{name} must be a {expected} tensor, got {type(value).__name__}")
     if value.dtype not in dtypes:
         raise TypeError(f"{name} must be {expected}, got {str(value.dtype).removeprefix('torch.')}")
+
+
+def check_memory(name: str, value: Tensor) -> None:
+    """Raise a ``ValueError`` for a plain tensor whose memory is freed: PyTorch's operations would read there."""
+    if type(value) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling() or not has_values(value):
+        return
+    if torch._C._functorch.is_functorch_wrapped_tensor(value):
+        return
+    if value.numel() and value.untyped_storage().nbytes() < value.itemsize:
+        raise ValueError(f"{name} must have memory, got a tensor of shape {tuple(value.shape)} whose storage is freed")
 
 
 def shift_targets(input_ids: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:

@@ -1,6 +1,6 @@
 """verl's functions on this package's kernels, with verl's names, signatures and results.
 
-Known is verl 0.9. ``patch()`` puts them where verl's own are:
+Tried is verl 0.9. ``patch()`` puts them where verl's own are:
 
 - in ``verl.utils.torch_functional``, for log-probabilities and entropies of logits, padding removed or not: the engines
   for FSDP, VeOmni, AutoModel and torchtitan, and PrefixGrouper;
@@ -23,7 +23,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -33,11 +32,12 @@ from unirl_kernels.api import TokenStats, linear_token_stats, token_stats
 from unirl_kernels.integrations import megatron
 from unirl_kernels.integrations.losses.verl import loss as loss
 from unirl_kernels.integrations.patching import Patch, Replacement, known, parameters_of
+from unirl_kernels.integrations.versions import check_release
 from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout
 from unirl_kernels.shard import VocabShard
 
-KNOWN = "0.9"
+TRIED = "0.9"
 
 OF_SHARDS = ("vocab_parallel_log_probs_from_logits", "vocab_parallel_entropy", "vocab_parallel_entropy_with_chunking")
 """Functions of ``integrations/megatron.py`` that take the places of verl's."""
@@ -57,15 +57,11 @@ def patch() -> Patch:
 
     Raises:
         ImportError: when verl is not installed, or what it needs is not.
-        RuntimeError: when its version is not known, or does not have what was looked for.
+        RuntimeError: when it does not have what was looked for. A release that was not tried warns, see
+            ``integrations.versions``.
     """
     global _active
-    try:
-        installed = version("verl")
-    except PackageNotFoundError as error:
-        raise ImportError("verl is not installed: pip install verl") from error
-    if installed.split(".")[:2] != KNOWN.split("."):
-        raise RuntimeError(f"verl must be of version {KNOWN}, got {installed}")
+    check_release("verl", TRIED, TRIED)
     unpatch()
     of_logits = importlib.import_module("verl.utils.torch_functional")
     of_hidden = importlib.import_module("verl.utils.experimental.torch_functional")
