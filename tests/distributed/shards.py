@@ -32,6 +32,7 @@ from tests.distributed.split import (
     split,
 )
 from unirl_kernels.api import agreement
+from unirl_kernels.backends import unavailable
 from unirl_kernels.operators import shards
 from unirl_kernels.operators.shards import ShardArgs, Tiles
 
@@ -52,6 +53,17 @@ def check_losses() -> None:
                 said = problems(found, case, logits, batch, loss.make(), own)
                 assert not said, f"{case.shape} {widths} {loss} {plan}: {said}"
                 assert all(same_bits(x) for x in (found.loss, found.logp, found.entropy, found.lse))
+
+
+def check_triton() -> None:
+    """The kernels of the Triton backend take shards as they are, in its interpreter."""
+    if unavailable("triton", torch.device("cpu")):
+        return
+    case, widths, loss = CASES[0], WIDTHS[WORLD][1], BY_NAME["dpo"]
+    logits, batch = make(case, loss)
+    found = split(logits, batch, loss.make(), case.readout, widths, RANK, uk.Plan(backend="triton"))
+    own = partial(columns_of, widths=widths, rank=RANK)
+    assert not problems(found, case, logits, batch, loss.make(), own)
 
 
 def check_statistics() -> None:
@@ -222,6 +234,7 @@ def main(rank: int, file: str, world: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
 
     check_losses()
+    check_triton()
     check_statistics()
     check_traffic()
     check_accelerators()

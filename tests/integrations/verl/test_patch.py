@@ -14,9 +14,8 @@ import torch
 
 from tests import ROOT
 from tests.integrations.verl.modules import V, Verl, verl
-from unirl_kernels.integrations import megatron
+from unirl_kernels.integrations import megatron, versions
 from unirl_kernels.integrations import verl as ours
-from unirl_kernels.integrations import versions
 
 __all__ = ["verl"]
 
