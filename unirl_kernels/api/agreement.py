@@ -79,13 +79,14 @@ def agreed(
         ValueError: when the ranks do not agree, on every rank, naming a rank and its value.
         IndexError: when a target is outside the vocabulary.
     """
-    if torch.compiler.is_compiling() or not isinstance(target, Tensor) or not has_values(target):
+    if torch.compiler.is_compiling() or (isinstance(target, Tensor) and not has_values(target)):
         own = check()
         return _args(shard, own.columns, same_targets=False), own.row_bytes
     try:
         own = check()
     except Exception:
-        _exchanged(shard, Terms(1, *[0] * 11), target.device)
+        device = target.device if isinstance(target, Tensor) else torch.device("cpu")
+        _exchanged(shard, Terms(1, *[0] * 11), device)
         raise
     most = -1 if own.max_chunk_bytes is None else own.max_chunk_bytes
     sizes = (target.dim(), target.shape[0], target.shape[-1])
