@@ -244,6 +244,7 @@ def main(rank: int, file: str, world: int) -> None:
     split_heads.check_heads()
     split_heads.check_rounded_heads()
     split_heads.check_traffic()
+    split_heads.check_compiled()
     split_heads.check_bad_input()
     split_heads.check_faults_are_seen()
     sequences.check_all()
