@@ -84,7 +84,7 @@ def _chunks(
     function: Callable[[Tensor, Tensor, ReadoutArgs], Any],
 ) -> Iterator[tuple[Chunk, Any]]:
     """What a function of the backend finds in the rows of each chunk."""
-    chunks = by_tokens(target.reshape(-1), head.rows_per_chunk(max_chunk_bytes))
+    chunks, _ = head.chunks(target.reshape(-1), max_chunk_bytes)
     memory = head.empty(max((chunk.n for chunk in chunks), default=0), head.weight.shape[0])
     for chunk in chunks:
         logits = memory[: chunk.n]
