@@ -194,6 +194,8 @@ def by_units(batch: Batch, scope: str, most: int) -> list[Group] | None:
     """
     if scope == "token":
         return _by_positions(batch, most)
+    if batch.ranks is not None:  # parts of sequences: sums over the group need all of them at once
+        return None
     lengths = batch.lengths.tolist()
     if scope == "pair":
         chosen, rejected = batch.split_pairs(torch.arange(batch.n_sequences))
