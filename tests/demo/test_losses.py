@@ -24,7 +24,7 @@ from examples.demo.head import NotLinear
 from examples.demo.model import LanguageModel, load_model, locate
 from examples.demo.sampling import Sampler, Samples
 from examples.demo.sequences import Sequences, lay_out, lay_out_prompts
-from examples.demo.sources import Source
+from examples.demo.sources import Degenerate, Source, best_worst_pairs
 from examples.demo.ways import Ways, on_hidden, on_logits
 from tests.demo.cases import CPU, PLAN, VOCAB, six_sources
 from unirl_kernels.testing import oracle
@@ -122,6 +122,9 @@ def test_two_equal_samples_are_refused(model: LanguageModel, sampler: Sampler, s
     equal = replace(source, sequences=sequences, batch=batch)
     with pytest.raises(Degenerate, match="DPO: the data is degenerate: naive fp32 has no digit of its weight_grad"):
         compare(equal, _ways("hidden", model, equal), PLAN, 2)
+    same = replace(samples, sequences=samples.sequences.select(torch.zeros(len(samples.verdicts), dtype=torch.int64)))
+    with pytest.raises(Degenerate, match="DPO: best and worst sample of each question are equal"):
+        best_worst_pairs(same, ref[:1].expand(len(samples.verdicts), -1))
 
 
 @pytest.mark.parametrize(
