@@ -19,7 +19,7 @@ pytest.importorskip("rich", reason="the demo's extras are not installed")
 import unirl_kernels as uk
 from examples.demo import train
 from examples.demo.__main__ import main
-from examples.demo.compare import FUSED, NAIVE, Degenerate, compare, steps_per_comparison
+from examples.demo.compare import FUSED, NAIVE, compare, steps_per_comparison
 from examples.demo.head import NotLinear
 from examples.demo.model import LanguageModel, load_model, locate
 from examples.demo.sampling import Sampler, Samples
