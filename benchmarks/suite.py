@@ -1,5 +1,5 @@
 """The works that a GPU is measured on, in one process, the most telling first: ``python -m benchmarks.suite FOLDER``
-and the parts ``logits``, ``heads`` and ``peers``.
+and the parts ``logits``, ``heads`` and ``peers``. It needs nothing beside torch and what it measures.
 
 A record for each is written as soon as it is made, and a work that has one is left out, so that what is missing can be
 asked for again. Exit code 1: a kernel of this package is wrong, or a work failed; 3: the device is lost.
@@ -11,15 +11,18 @@ import argparse
 import gc
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from benchmarks.run import measured, record_of, wrong_kernels
+from benchmarks.measurement import Measurement
+from benchmarks.outcome import record_of, wrong_kernels
+from benchmarks.providers import Provider
+from benchmarks.record import Run
 from benchmarks.selection import chosen
-from benchmarks.terminal import open_console
+from benchmarks.table import markdown, remarks
 from benchmarks.work import FORWARD_BACKWARD, FUSED, STATS, Work
 
 MODES = (FUSED, STATS, FORWARD_BACKWARD)
@@ -35,6 +38,7 @@ LOGITS: tuple[tuple[int, int, str], ...] = (
 )
 HEADS: tuple[tuple[int, int, int], ...] = (
     (4096, 4096, 128256),
+    (8192, 4096, 131072),
     (8192, 3584, 152064),
     (8192, 2048, 128256),
     (16384, 2560, 262208),
@@ -44,20 +48,25 @@ ROUNDS = {"logits": 20, "heads": 7, "peers": 10}
 PARTS = tuple(ROUNDS)
 
 
-def works(part: str, device: str, few: bool) -> Iterator[Work]:
+def works(part: str, device: str, few: bool, modes: Sequence[str] = MODES) -> Iterator[Work]:
     """The most telling first.
 
     Args:
+        part: of the suite.
+        device: as torch names it.
         few: an even and an odd size of logits, and one of heads.
+        modes: what is computed.
     """
     logits, heads = (LOGITS[1:2], HEADS[:1]) if part == "peers" else (LOGITS, HEADS)
     if few:
         logits, heads = logits[::5], heads[:1]
-    for mode in MODES:
+    for mode in modes:
         if part != "heads":
             yield from (Work(mode=mode, tokens=t, vocab=v, dtype=dtype, device=device) for t, v, dtype in logits)
         if part != "logits":
             yield from (Work(mode=mode, tokens=t, hidden=d, vocab=v, device=device) for t, d, v in heads)
+        if part == "peers" and mode == FUSED:  # what most peers compute
+            yield from (Work("sft", tokens=t, hidden=d, vocab=v, device=device) for t, d, v in heads)
 
 
 def small(work: Work) -> Work:
@@ -68,7 +77,17 @@ def small(work: Work) -> Work:
 
 def name_of(part: str, work: Work) -> str:
     size = "x".join(str(n) for n in (work.tokens, work.hidden, work.vocab) if n is not None)
-    return f"{part}-{work.mode}-{size}-{work.dtype}"
+    loss = "" if work.loss == Work().loss else f"-{work.loss}"
+    return f"{part}-{work.mode}{loss}-{size}-{work.dtype}"
+
+
+def timed(work: Work, providers: Sequence[Provider], rounds: int) -> Run:
+    """Check, measure and show one work."""
+    measurement = Measurement(work, providers)
+    measurement.check(lambda: None)
+    run = measurement.time(rounds, lambda: None)
+    print(markdown(run), *remarks(run), sep="\n", flush=True)
+    return run
 
 
 def measure(part: str, work: Work, options: argparse.Namespace) -> str:
@@ -79,7 +98,7 @@ def measure(part: str, work: Work, options: argparse.Namespace) -> str:
     providers = chosen(work, options.kernels, ["all"] if part == "peers" else ["eager"])
     rounds = 2 if options.small else ROUNDS[part]
     try:
-        run = measured(work, providers, rounds, False, open_console())
+        run = timed(work, providers, rounds)
         record_of([run], torch.device(work.device)).save(file)
         return wrong_kernels([run])
     except Exception as error:  # the works after this one still count
@@ -104,12 +123,13 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("parts", nargs="+", choices=PARTS)
     parser.add_argument("--kernels", type=lambda text: text.split(","), default=["triton", "cuda"])
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--small", action="store_true", help="on the CPU, to try the suite itself")
     options = parser.parse_args()
     device = "cpu" if options.small else "cuda"
     code = 0
     for part in options.parts:
-        for work in works(part, device, options.small):
+        for work in works(part, device, options.small, options.modes):
             work = small(work) if options.small else work
             print(f"== {name_of(part, work)}", flush=True)
             if wrong := measure(part, work, options):

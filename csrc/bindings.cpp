@@ -10,8 +10,8 @@
 #include "cpu/memory.h"
 
 // unirl_kernels/backends/native.py reads it from the file: with another torch the extension may not load at all.
-extern "C" __attribute__((used, visibility("default"))) const char unirl_built_with[];
-const char unirl_built_with[] = "unirl_kernels built with torch " TORCH_VERSION;
+extern "C" __attribute__((visibility("default"))) const char unirl_built_with[];
+__attribute__((used)) const char unirl_built_with[] = "unirl_kernels built with torch " TORCH_VERSION;
 
 namespace {
 

@@ -110,7 +110,7 @@ def test_doctor_says_what_runs_and_why_the_rest_does_not(
 def test_doctor_exits_with_an_error_when_nothing_runs(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "_default", lambda device: (str(device), "none"))
+    monkeypatch.setattr(doctor, "_defaults", lambda device: [(str(device), "none")])
     monkeypatch.setattr(backends, "unavailable", lambda name, device: "no")
     assert cli.main(["doctor"]) == doctor.NO_BACKEND
 

@@ -15,18 +15,20 @@ from tests import ROOT
 PACKAGE = ROOT / "unirl_kernels"
 
 ARROWS = {
-    "batch": set(),
+    "collectives": set(),
+    "shard": {"collectives"},
+    "batch": {"collectives"},
+    "counts": {"batch", "collectives"},
     "plan": set(),
     "readout": set(),
     "testing": {"testing"},
     "program": {"program"},
-    "objectives": {"objectives", "program", "batch"},
-    "recipes": {"objectives"},
+    "objectives": {"objectives", "program", "batch", "collectives"},
     "backends": {"backends", "program", "batch"},
-    "operators": {"operators", "backends", "batch"},
-    "head": {"head", "operators", "objectives", "backends", "batch"},
-    "api": {"api", "head", "operators", "backends", "objectives", "batch", "plan", "readout"},
-    "integrations": {"integrations", "api", "objectives", "batch", "plan", "readout"},
+    "operators": {"operators", "backends", "batch", "collectives"},
+    "head": {"head", "operators", "objectives", "backends", "batch", "collectives"},
+    "api": {"api", "head", "operators", "backends", "objectives", "batch", "plan", "readout", "shard", "collectives"},
+    "integrations": {"integrations", "api", "objectives", "batch", "plan", "readout", "shard"},
     "explain": {"head", "objectives", "program", "backends", "batch", "plan"},
 }
 """What each layer may import of the package. Commands on top (cli, doctor, ...) use everything."""

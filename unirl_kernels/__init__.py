@@ -8,19 +8,24 @@ from unirl_kernels.api import (
     TokenStats,
     fused_linear_loss,
     fused_loss,
+    linear_logprobs,
     linear_token_observations,
     linear_token_stats,
+    logprobs,
     token_observations,
     token_stats,
 )
-from unirl_kernels.batch import IGNORE, Batch, group_advantages, shift_targets
+from unirl_kernels.batch import IGNORE, Batch, shift_targets
+from unirl_kernels.counts import global_count
 from unirl_kernels.explain import explain
 from unirl_kernels.integrations.heads import HeadParameters, head_parameters
 from unirl_kernels.objectives import FixedLength, GroupMean, Loss, PairMean, SequenceMean, TokenMean, Weighted
+from unirl_kernels.objectives.advantages import group_advantages
+from unirl_kernels.objectives.recipes import dpo, grpo, online_rft, ppo, rft, sft
 from unirl_kernels.plan import Plan
 from unirl_kernels.program import UnsupportedOperation
 from unirl_kernels.readout import Readout
-from unirl_kernels.recipes import dpo, grpo, online_rft, ppo, rft, sft
+from unirl_kernels.shard import VocabShard
 
 __all__ = [
     "IGNORE",
@@ -39,17 +44,21 @@ __all__ = [
     "TokenObservations",
     "TokenStats",
     "UnsupportedOperation",
+    "VocabShard",
     "Weighted",
     "__version__",
     "dpo",
     "explain",
     "fused_linear_loss",
     "fused_loss",
+    "global_count",
     "group_advantages",
     "grpo",
     "head_parameters",
+    "linear_logprobs",
     "linear_token_observations",
     "linear_token_stats",
+    "logprobs",
     "online_rft",
     "ppo",
     "rft",

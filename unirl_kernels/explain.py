@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends import COMPOSED, MODULES, choose, load, unavailable
+from unirl_kernels.backends import COMPOSED, MODULES, choices_by_vocab, choose, load, told, unavailable
 from unirl_kernels.backends.triton.lowering import source
 from unirl_kernels.batch import Batch
 from unirl_kernels.head import Head, by_units
@@ -17,6 +17,8 @@ from unirl_kernels.program import STATISTICS, Traced, UnsupportedOperation
 from unirl_kernels.program.derive import derivative
 from unirl_kernels.program.formula import formula
 from unirl_kernels.program.trace import name_of
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,12 @@ def _linear(loss: Loss, batch: Batch | None, weight: Tensor | None, plan: Plan) 
             return "three matmuls, a chunk of tokens at a time."
         return f"three matmuls where each {loss.scope} fits a chunk, else\n{apart}. Give batch and weight to see."
     backend = choose(weight.device, plan.backend, plan.kernel).backend
-    rows = Head(weight, weight, None, weight.dtype, backend).rows_per_chunk(plan.max_chunk_bytes)
+    head = Head(weight, weight, None, weight.dtype, backend)
+    if loss.scope == "token" and head.matmuls.gradient_bytes:
+        chunks, group = head.chunks(batch.target.reshape(-1), plan.max_chunk_bytes)
+        most = max((chunk.n for chunk in chunks), default=0)
+        return f"three matmuls; chunks: {len(chunks)}, of at most {most} tokens; gradients are kept for {group} tokens."
+    rows = head.rows_per_chunk(plan.max_chunk_bytes)
     groups = by_units(batch, loss.scope, rows)
     if groups is None:
         return f"{apart}:\na {loss.scope} is longer than a chunk of {rows} tokens."
@@ -159,7 +166,17 @@ def _backends(loss: Loss) -> str:
             reason = unavailable(name, device)
             kernels = (*load(name).KERNELS, COMPOSED) if loss.scope == "token" else (COMPOSED,)
             lines.append(f"{device.type:<5} {name:<7} {', '.join(kernels) if reason is None else f'no: {reason}'}")
+        if loss.scope == "token":
+            lines.append(defaults(device))
     return "\n".join(lines)
+
+
+def defaults(device: torch.device) -> str:
+    """What runs on a device where a plan names nothing, by dtype of the logits where it depends on that."""
+    texts = {name: told(choices_by_vocab(device, None, None, dtype)) for name, dtype in DTYPES.items()}
+    same = len(set(texts.values())) == 1
+    lines = [f"{device.type:<5} {'' if same else name:<7} default: {text}" for name, text in texts.items()]
+    return "\n".join(lines[:1] if same else lines)
 
 
 def _indent(text: str) -> str:

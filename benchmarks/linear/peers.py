@@ -1,6 +1,7 @@
 """What people would use instead of this package's linear heads. A row that cannot take part says why.
 
-Versions looked at: PyTorch 2.13.0, TRL 1.16.0, Liger-Kernel 0.8.5, cut-cross-entropy 25.1.1.
+Versions looked at: PyTorch 2.13.0, TRL 1.16.0, Liger-Kernel 0.8.5, cut-cross-entropy 25.1.1, quack-kernels 0.6.5,
+flash-linear-attention 0.6.0.
 """
 
 from __future__ import annotations
@@ -59,12 +60,39 @@ def torch_linear_cross_entropy(chunked: bool) -> Bind:
     return bind
 
 
-def liger_cross_entropy(inputs: Inputs) -> Function:
+def liger_cross_entropy(chunk_mem_const: int) -> Bind:
+    """Chunks of ``chunk_mem_const`` times the memory of the hidden states; 1 is its default."""
+
+    def bind(inputs: Inputs) -> Function:
+        needs_loss(inputs.work, "sft")
+        needs_gpu(inputs.work)
+        functional = needs("liger_kernel.transformers.functional", "liger-kernel")
+        loss, target = functional.liger_fused_linear_cross_entropy, inputs.batch.target.flatten()
+
+        def value(hidden: Tensor, weight: Tensor) -> Values:
+            return Values(loss(hidden.flatten(0, 1), weight, target, chunk_mem_const=chunk_mem_const))
+
+        return value
+
+    return bind
+
+
+def quack(inputs: Inputs) -> Function:
+    """Its scaled exponentials where it takes the shape, else its plain chunks."""
     needs_loss(inputs.work, "sft")
     needs_gpu(inputs.work)
-    loss = needs("liger_kernel.transformers", "liger-kernel").LigerFusedLinearCrossEntropyLoss()
+    _needs_16_bits(inputs)
+    loss = needs("quack.linear_cross_entropy", "quack-kernels").chunked_linear_cross_entropy
     target = inputs.batch.target.flatten()
-    return lambda hidden, weight: Values(loss(weight, hidden.flatten(0, 1), target))
+    return lambda hidden, weight: Values(loss(hidden.flatten(0, 1), weight, target))
+
+
+def fla(inputs: Inputs) -> Function:
+    needs_loss(inputs.work, "sft")
+    needs_gpu(inputs.work)
+    modules = needs("fla.modules.fused_linear_cross_entropy", "flash-linear-attention")
+    loss, target = modules.fused_linear_cross_entropy_loss, inputs.batch.target.flatten()
+    return lambda hidden, weight: Values(loss(hidden.flatten(0, 1), target, weight))
 
 
 def liger_grpo(inputs: Inputs) -> Function:
@@ -128,7 +156,10 @@ PEERS = [
     Provider("torch", "F.linear_cross_entropy, chunked", torch_linear_cross_entropy(chunked=True)),
     Provider("trl", "_ChunkedLogProbFunction", trl),
     Provider("trl", "_ChunkedLogProbFunction in fp32", trl_in_fp32),
-    Provider("liger", "LigerFusedLinearCrossEntropyLoss", liger_cross_entropy),
+    Provider("liger", "fused_linear_cross_entropy", liger_cross_entropy(1)),
+    Provider("liger", "fused_linear_cross_entropy, larger chunks", liger_cross_entropy(16)),
     Provider("liger", "LigerFusedLinearGRPOLoss", liger_grpo),
+    Provider("quack", "chunked_linear_cross_entropy", quack),
+    Provider("fla", "fused_linear_cross_entropy_loss", fla),
     Provider("cce", "linear_cross_entropy", cut_cross_entropy),
 ]

@@ -7,6 +7,8 @@
 
 #include <cooperative_groups.h>
 
+#include <type_traits>
+
 #include "partial_sums.h"
 #include "rows.h"
 #include "slice.h"
@@ -44,6 +46,8 @@ struct Exchange {
   float outputs[N_OUTPUTS];
 };
 
+// Says that this block has started, and nothing of its memory: a release would wait for all earlier accesses.
+inline __device__ void cluster_started() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 inline __device__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 inline __device__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
@@ -55,6 +59,10 @@ struct Map {
   __device__ explicit Map(const Readout<double>& of)
       : readout{static_cast<float>(of.gain), static_cast<float>(of.kappa), CAPPED} {}
   __device__ float u(float x) const { return to_u(readout, x); }
+  // u - reference; exactly 0 for the logit that is the reference.
+  __device__ float difference(float x, float reference) const {
+    return CAPPED ? u(x) - reference : fmaf(readout.gain, x, -reference);
+  }
   __device__ float slope(float x) const {
     if (!CAPPED) return 1;
     // As in row_math.h, with the exponential and the division of the hardware.
@@ -76,27 +84,64 @@ __device__ Moments<double> combine(const Moments<double>& mine, const Exponent& 
   return sum;
 }
 
-template <bool CAPPED, class Format>
-__device__ Moments<float> sweep(const Slice<Format>& slice, const Map<CAPPED>& map, const Exponent& exponent) {
+// The largest u of a thread's logits: that of their largest x, or of their smallest one under a negative gain. Vectors
+// are looked at as they land.
+template <bool CAPPED, bool NEGATED, bool ALIGNED, class Format>
+__device__ float largest(const Slice<Format>& slice, const Map<CAPPED>& map) {
   constexpr int N = Format::N;
-  Moments<float> at = no_moments();
+  typedef Extreme<Format, NEGATED> Extreme;
+  typename Extreme::Type found = Extreme::none();
   int i = threadIdx.x;
 #pragma unroll 1
   for (int group = 0; group < COPY_GROUPS; ++group) {
     wait_for_copies(COPY_GROUPS - 1 - group);
     __syncthreads();
     for (const int end = slice.vectors_after(group); i < end; i += THREADS) {
-      float u[N];
-      slice.load(i * N, u);
-      for (float& x : u) x = map.u(x);
-      accumulate(at, u, exponent);
+      found = Extreme::of(found, slice.template vector<ALIGNED>(i * N));
     }
   }
+  float x = Extreme::reduced(found);
   // The logits of the row's last vector that is not whole go to the thread whose vector it is.
   if (i == slice.n / N) {
-    for (int k = i * N; k < slice.n; ++k) accumulate(at, {map.u(slice[k])}, exponent);
+    for (int k = i * N; k < slice.n; ++k) x = NEGATED ? -max_or_nan(-x, -slice[k]) : max_or_nan(x, slice[k]);
+  }
+  return map.u(x);
+}
+
+// A thread's sums relative to m, its own largest u. CLAMPED: see Exponent.
+template <bool CLAMPED, bool ALIGNED, bool CAPPED, class Format>
+__device__ Moments<float> sums(
+    const Slice<Format>& slice, const Map<CAPPED>& map, const Exponent& exponent, float m) {
+  constexpr int N = Format::N;
+  const float reference = finite_reference(m);
+  Moments<float> at = {m, 0, 0};
+  int i = threadIdx.x;
+  const auto take = [&](float x) {
+    float d = map.difference(x, reference);
+    if (CLAMPED) d = max_or_nan(d, exponent.floor);
+    const float e = fast_exp2(exponent.rate * d);
+    at.s += e;
+    at.sz += e * d;
+  };
+#pragma unroll 2
+  for (const int end = slice.n / N; i < end; i += THREADS) {
+    float x[N];
+    Format::unpack(slice.template vector<ALIGNED>(i * N), x);
+    for (float one : x) take(one);
+  }
+  if (i == slice.n / N) {
+    for (int k = i * N; k < slice.n; ++k) take(slice[k]);
   }
   return at;
+}
+
+template <bool ALIGNED, bool CAPPED, class Format>
+__device__ Moments<float> sweep(const Slice<Format>& slice, const Map<CAPPED>& map, const Exponent& exponent) {
+  const float m = map.readout.gain < 0 ? largest<CAPPED, true, ALIGNED>(slice, map)
+                                       : largest<CAPPED, false, ALIGNED>(slice, map);
+  const Moments<float> at = sums<false, ALIGNED>(slice, map, exponent, m);
+  // Differences of -inf are rare, and 0 times -inf is NaN. Where it is another NaN, it stays.
+  return at.sz == at.sz ? at : sums<true, ALIGNED>(slice, map, exponent, m);
 }
 
 // Tells all blocks of the cluster this block's part. Warps have to be in step; warp 0 returns after the barrier.
@@ -171,6 +216,37 @@ __device__ void fill(typename Gradient::Storage* d_x, int n, float value, int ta
   });
 }
 
+// A slice of the gradient. LINEAR: whether it has a part that is linear in log p. ALIGNED: whether logits are aligned
+// where their gradients are.
+template <bool LINEAR, bool ALIGNED, class Gradient, class Format, bool CAPPED>
+__device__ void write(
+    typename Gradient::Storage* d_x,
+    const Slice<Format>& slice,
+    const Map<CAPPED>& map,
+    const Exponent& exponent,
+    const GradientTerms<float>& terms,
+    int target) {
+  store<Gradient>(d_x, slice.n, [&](int k, auto& of) {
+    constexpr int N = sizeof of / sizeof *of;
+    if constexpr (N == 1) {
+      of[0] = slice[k];
+    } else {
+      for (int i = 0; i < N; i += Format::N) {
+        Format::unpack(slice.template vector<ALIGNED>(k + i), reinterpret_cast<float(&)[Format::N]>(of[i]));
+      }
+    }
+    for (float& x : of) {
+      float d = map.difference(x, terms.reference);
+      if (LINEAR) d = max_or_nan(d, exponent.floor);
+      const float e = fast_exp2(exponent.rate * d) * (LINEAR ? d * terms.linear + terms.constant : terms.constant);
+      x = CAPPED ? e * map.slope(x) : e;
+    }
+    if (static_cast<unsigned>(target - k) < N) {
+      for (int i = 0; i < N; ++i) of[i] = target == k + i ? terms.target : of[i];
+    }
+  });
+}
+
 // A Step is what stands between the two sweeps of a row:
 //   static constexpr bool READS    whether it wants the first sweep's moments
 //   static constexpr bool WRITES   whether its terms are for the second sweep
@@ -204,7 +280,7 @@ __global__ void __launch_bounds__(THREADS, CAPPED ? CAPPED_BLOCKS_PER_SM : BLOCK
   }
   const int column = y == ELSEWHERE ? -1 : static_cast<int>(y);
   const int target = column < 0 ? -1 : column - begin;  // in this block's slice, or not
-  cluster_arrive();
+  cluster_started();
   step.prepare(row, exchange);
   const Storage* const x = start_of<Format>(rows.logits, rows, row, begin);
   const Slice<Format> slice(memory, x, n);
@@ -218,7 +294,7 @@ __global__ void __launch_bounds__(THREADS, CAPPED ? CAPPED_BLOCKS_PER_SM : BLOCK
   const Exponent exponent = make_exponent(exchange.readout.kappa);
   Moments<float> mine = no_moments();
   if (Step::READS) {
-    mine = sweep(slice, map, exponent);
+    mine = slice.shift == 0 ? sweep<true>(slice, map, exponent) : sweep<false>(slice, map, exponent);
   } else {
     wait_for_copies(0);
   }
@@ -241,21 +317,32 @@ __global__ void __launch_bounds__(THREADS, CAPPED ? CAPPED_BLOCKS_PER_SM : BLOCK
     fill<Gradient>(d_x, n, 0, target, terms.target);
     return;
   }
-  store<Gradient>(d_x, n, [&](int k, auto& of) {
-    constexpr int N = sizeof of / sizeof *of;
-    if constexpr (N == 1) {
-      of[0] = slice[k];
-    } else {
-      for (int i = 0; i < N; i += Format::N) slice.load(k + i, reinterpret_cast<float(&)[Format::N]>(of[i]));
-    }
-    for (float& x : of) {
-      const float d = difference(map.u(x), terms.reference, exponent);
-      x = fast_exp2(exponent.rate * d) * (d * terms.linear + terms.constant) * map.slope(x);
-    }
-    if (target >= k && target < k + N) {
-      for (int i = 0; i < N; ++i) of[i] = target == k + i ? terms.target : of[i];
-    }
-  });
+  const bool aligned = slice.aligned(head_of<Gradient>(d_x, n));
+  const auto to = [&](auto linear, auto same) {
+    write<decltype(linear)::value, decltype(same)::value, Gradient>(d_x, slice, map, exponent, terms, target);
+  };
+  typedef std::true_type Yes;
+  typedef std::false_type No;
+  if (terms.linear == 0) {
+    aligned ? to(No(), Yes()) : to(No(), No());
+  } else {
+    aligned ? to(Yes(), Yes()) : to(Yes(), No());
+  }
+}
+
+// Lets a kernel have the memory that it may ask for, the same for every V: threads that launch it for different ones must
+// not lower each other's limit.
+template <class Kernel>
+cudaError_t allow(Kernel kernel, int bytes, int cluster) {
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  }
+  if (error == cudaSuccess && cluster > PORTABLE_CLUSTER) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  }
+  return error;
 }
 
 // The kernel's launch; what went wrong, empty if nothing did.
@@ -285,18 +372,18 @@ std::string launch(const Rows& rows, const Matrix& d_logits, const Step& step, c
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   config.attrs = &attribute;
   config.numAttrs = 1;
-  // The same for every V: threads that launch the same kernel for different ones must not lower each other's limit.
-  constexpr int MOST_MEMORY = MAX_SLICE + Slice<Format>::SLACK;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, MOST_MEMORY);
-  if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-  }
+  cudaError_t error = allow(kernel, MAX_SLICE + Slice<Format>::SLACK, cut.cluster);
   if (error == cudaSuccess && cut.cluster > PORTABLE_CLUSTER) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    int clusters = 0;
+    error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+    if (error == cudaSuccess && clusters == 0) {
+      return "kernel 'cluster' needs " + std::to_string(cut.cluster) + " blocks at once for rows of " +
+             std::to_string(rows.vocab) + " logits, and no part of this device runs so many; " +
+             "Plan(backend='triton') takes any V";
+    }
   }
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, rows, d_logits, cut.width, step);
-  return error == cudaSuccess ? "" : std::string("kernel 'cluster' does not start: ") + cudaGetErrorString(error);
+  return error == cudaSuccess ? "" : failure("cluster", error);
 }
 
 template <class Step>

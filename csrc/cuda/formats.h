@@ -3,6 +3,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <math.h>
 #include <stdint.h>
 
 #include "geometry.h"
@@ -68,6 +69,71 @@ struct Float16 : Half<Float16, __half> {
     uint32_t bits;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
     return bits;
+  }
+};
+
+// The largest logits so far, or with SMALLEST the smallest: of a format of 16 bits two at a time, as they lie in memory.
+// NaN where one of them is.
+template <class Format, bool SMALLEST>
+struct Extreme;
+
+template <bool SMALLEST>
+struct Extreme<Float32, SMALLEST> {
+  typedef float Type;
+  static __device__ __forceinline__ Type none() { return SMALLEST ? INFINITY : -INFINITY; }
+  static __device__ __forceinline__ Type two(Type a, Type b) {
+    Type result;
+    if (SMALLEST) {
+      asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+    } else {
+      asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+    }
+    return result;
+  }
+  static __device__ __forceinline__ Type of(Type found, const uint4& vector) {
+    const Type low = two(__uint_as_float(vector.x), __uint_as_float(vector.y));
+    return two(found, two(low, two(__uint_as_float(vector.z), __uint_as_float(vector.w))));
+  }
+  static __device__ __forceinline__ float reduced(Type found) { return found; }
+};
+
+// two(a, b) is what an instruction makes of pairs.
+template <class Format, class Self>
+struct ExtremeOfPairs {
+  typedef uint32_t Type;
+  static __device__ __forceinline__ Type of(Type found, const uint4& vector) {
+    return Self::two(found, Self::two(Self::two(vector.x, vector.y), Self::two(vector.z, vector.w)));
+  }
+  static __device__ __forceinline__ float reduced(Type found) {
+    return Format::unpack_pair(Self::two(found, found >> 16)).x;
+  }
+};
+
+template <bool SMALLEST>
+struct Extreme<BFloat16, SMALLEST> : ExtremeOfPairs<BFloat16, Extreme<BFloat16, SMALLEST>> {
+  static __device__ __forceinline__ uint32_t none() { return SMALLEST ? 0x7f807f80u : 0xff80ff80u; }
+  static __device__ __forceinline__ uint32_t two(uint32_t a, uint32_t b) {
+    uint32_t result;
+    if (SMALLEST) {
+      asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+    } else {
+      asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+    }
+    return result;
+  }
+};
+
+template <bool SMALLEST>
+struct Extreme<Float16, SMALLEST> : ExtremeOfPairs<Float16, Extreme<Float16, SMALLEST>> {
+  static __device__ __forceinline__ uint32_t none() { return SMALLEST ? 0x7c007c00u : 0xfc00fc00u; }
+  static __device__ __forceinline__ uint32_t two(uint32_t a, uint32_t b) {
+    uint32_t result;
+    if (SMALLEST) {
+      asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+    } else {
+      asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+    }
+    return result;
   }
 };
 

@@ -50,26 +50,6 @@ UNIRL_INLINE float finite_reference(float m) { return m == -INFINITY ? 0.0f : m;
 
 UNIRL_INLINE Moments<float> no_moments() { return {-INFINITY, 0, 0}; }
 
-// Take N logits into a thread's sums. The sums are rescaled once for all of them: one exponential more per vector, not
-// one per logit.
-template <int N>
-UNIRL_INLINE void accumulate(Moments<float>& at, const float (&u)[N], const Exponent& exponent) {
-  float m = at.m;
-  for (int k = 0; k < N; ++k) m = max_or_nan(m, u[k]);
-  if (m != at.m) {
-    const float shift = difference(at.m, m, exponent);
-    const float w = fast_exp2(exponent.rate * shift);
-    at = {m, w * at.s, w * (at.sz + at.s * shift)};
-  }
-  const float reference = finite_reference(m);
-  for (int k = 0; k < N; ++k) {
-    const float d = difference(u[k], reference, exponent);
-    const float e = fast_exp2(exponent.rate * d);
-    at.s += e;
-    at.sz += e * d;
-  }
-}
-
 // Sums in double: in fp32 a part that holds the maximum's 1 would swallow the others' 1e-9.
 UNIRL_INLINE Moments<double> widen(const Moments<float>& at) { return {at.m, at.s, at.sz}; }
 

@@ -61,6 +61,14 @@ struct FusedColumns {
   StatisticsColumns statistics;
 };
 
+// What a launch that failed says. The next call that asks for the last error, which may be torch's, is not to get this
+// one.
+inline std::string failure(const char* kernel, cudaError_t error) {
+  const std::string reason = cudaGetErrorString(error);
+  cudaGetLastError();
+  return "kernel '" + std::string(kernel) + "' does not start: " + reason;
+}
+
 // Each enqueues its work on the stream and returns what went wrong, empty if nothing did. Gradients have the format of
 // the logits, or BF16 where that is FP32.
 std::string token_stats(const Rows& rows, const MeasuredColumns& out, cudaStream_t stream);

@@ -46,7 +46,7 @@ std::string scale(
     case Format::FP16: multiply<Float16><<<blocks, THREADS, 0, stream>>>(x, length, rows, size, factor); break;
   }
   const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? "" : std::string("scale does not start: ") + cudaGetErrorString(error);
+  return error == cudaSuccess ? "" : failure("scale", error);
 }
 
 }  // namespace unirl::cuda

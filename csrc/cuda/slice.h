@@ -73,14 +73,16 @@ struct Slice {
     return Format::widen(reinterpret_cast<const Storage*>(memory + shift)[k]);
   }
 
-  // The N logits from k on. Whether they are aligned is the same for all threads.
-  __device__ void load(int k, float (&x)[N]) const {
-    const int at = shift + k * SIZE, offset = at % VECTOR_BYTES;
+  // The N logits from k on, as they lie in memory. Whether they are aligned is the same for all threads.
+  template <bool ALIGNED>
+  __device__ uint4 vector(int k) const {
+    const int at = shift + k * SIZE, offset = ALIGNED ? 0 : at % VECTOR_BYTES;
     const auto* chunk = reinterpret_cast<const uint4*>(memory + at - offset);
-    uint4 vector = chunk[0];
-    if (offset != 0) vector = shifted(vector, chunk[1], offset);
-    Format::unpack(vector, x);
+    return ALIGNED || offset == 0 ? chunk[0] : shifted(chunk[0], chunk[1], offset);
   }
+
+  // Whether all vectors from the k-th logit on are aligned.
+  __device__ bool aligned(int k) const { return (shift + k * SIZE) % VECTOR_BYTES == 0; }
 
  private:
   static __device__ uint4 shifted(const uint4& low, const uint4& high, int offset) {
@@ -97,14 +99,19 @@ struct Slice {
   }
 };
 
+// Logits before the first address in d_x where a vector may start.
+template <class Format>
+__device__ int head_of(const typename Format::Storage* d_x, int n) {
+  const int shift = misalignment(d_x);
+  return shift != 0 ? min(n, (VECTOR_BYTES - shift) / static_cast<int>(sizeof *d_x)) : 0;
+}
+
 // Writes value(k), k in [0, n), for vectors that are aligned in d_x: values(k, N numbers) for those, one at the edges.
 template <class Format, class Values>
 __device__ void store(typename Format::Storage* d_x, int n, const Values& values) {
   constexpr int N = Format::N;
-  const int shift = misalignment(d_x);
-  const int head = shift != 0 ? min(n, (VECTOR_BYTES - shift) / static_cast<int>(sizeof *d_x)) : 0;
-  const int end = head + (n - head) / N * N;
-#pragma unroll 1
+  const int head = head_of<Format>(d_x, n), end = head + (n - head) / N * N;
+#pragma unroll 2
   for (int k = head + threadIdx.x * N; k < end; k += THREADS * N) {
     float of[N];
     values(k, of);

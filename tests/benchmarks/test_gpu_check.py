@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -19,11 +21,12 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="its commands ar
 
 
 def gpu_check(
-    out: Path, *steps: str, python: str = sys.executable, limit: int = 300
+    out: Path, *steps: str, python: str = sys.executable, limit: int = 570, wheels: str = "none", geometries: str = ""
 ) -> subprocess.CompletedProcess[str]:
     command = [str(SCRIPT), python, str(out), *steps]
-    environment = os.environ | {"DRY_RUN": "1", "LIMIT": str(limit)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    settings = {"DRY_RUN": "1", "LIMIT": str(limit), "WHEELS": wheels, "GEOMETRIES": geometries}
+    environment = os.environ | settings
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def records_of(out: Path) -> Path:
@@ -32,21 +35,65 @@ def records_of(out: Path) -> Path:
     return out / "records"
 
 
+STEPS = ("build", "doctor", "ceilings", "bench", "tests", "heads", "peers", "sanitize", "profile", "sweep", "rest")
+
+
 def test_every_step(tmp_path: Path) -> None:
-    done = gpu_check(tmp_path, "build", "doctor", "tests", "bench", "sanitize")
+    done = gpu_check(tmp_path, *STEPS, geometries="max_warps=4;held_elements=128 split_max_warps=2")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = (tmp_path / "summary.txt").read_text().splitlines()
     assert [line.split()[:2] for line in lines] == [
-        [name, "ok"] for name in ("build", "doctor", "tests-cpu", "bench", "memcheck-cpu")
+        *([name, "ok"] for name in ("build", "doctor", "ceilings", "bench", "tests-cpu", "heads", "peers")),
+        *([name, "ok"] for name in ("memcheck-cpu", "profiled")),
+        ["profile", "skipped:"],
+        *([name, "ok"] for name in ("sweep-0", "sweep-1")),
+        ["rest", "skipped:"],
     ]
-    assert " passed in " in lines[2]
+    assert " passed in " in lines[4]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["records.tgz", "summary.txt"]
     records = records_of(tmp_path)
     assert 'tests="1"' in (records / "tests-cpu.xml").read_text()
-    works = [run.work for file in records.glob("*.json") for run in Record.load(file).runs]
-    assert len(works) == 9
+    assert set(json.loads((records / "ceilings.json").read_text())["per_second"]) == {"copy", "read", "mm into bf16"}
+    assert (records / "sweep-1" / "geometry.txt").read_text() == "held_elements=128 split_max_warps=2\n"
+    files = [file for file in records.rglob("*.json") if file.stem != "ceilings"]
+    works = [run.work for file in files for run in Record.load(file).runs]
+    of_logits, of_heads, of_peers, of_sweeps = 3 * 2, 3, 3 * 2 + 1, 2 * 2
+    assert len(works) == of_logits + of_heads + of_peers + of_sweeps
     assert {work.mode for work in works} == {"fused", "stats", "forward-backward"}
     assert {work.tokens for work in works if work.hidden is None} == {64, 65}
+
+
+ALONE = """
+import sys
+for name in ("numpy", "rich", "pytest", "matplotlib", "hypothesis"):
+    sys.modules[name] = None
+import benchmarks.ceilings, benchmarks.profiled, benchmarks.sanitized, benchmarks.suite
+sys.argv = ["suite", sys.argv[1], "logits", "--modes", "fused", "--kernels", "cpu", "--small"]
+sys.exit(benchmarks.suite.main())
+"""
+
+
+def test_a_bench_needs_torch_alone(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", ALONE, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("*.json"))) == 2
+
+
+def test_wheels_are_used(tmp_path: Path) -> None:
+    """A wheel that is installed nowhere, and what it says when it is imported."""
+    name, wheels = "made_up_peer-1.0", tmp_path / "wheels"
+    wheels.mkdir()
+    with zipfile.ZipFile(wheels / f"{name}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("made_up_peer.py", "print('FAILED imported')\n")
+        wheel.writestr(f"{name}.dist-info/METADATA", "Metadata-Version: 2.1\nName: made-up-peer\nVersion: 1.0\n")
+        wheel.writestr(f"{name}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{name}.dist-info/RECORD", "")
+    python = tmp_path / "python"
+    doctor = f'[ $2 = unirl_kernels ] && set -- -c "import made_up_peer"\nexec {sys.executable} "$@"\n'
+    python.write_text(f"#!/bin/sh\n{doctor}")
+    python.chmod(0o755)
+    gpu_check(tmp_path / "out", "doctor", python=str(python), limit=120, wheels=str(wheels))
+    assert "FAILED imported" in (tmp_path / "out" / "summary.txt").read_text()
 
 
 @pytest.mark.parametrize(

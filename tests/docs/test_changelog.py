@@ -40,5 +40,5 @@ def test_names_are_read_as_they_are_printed() -> None:
     now = names()
     assert set(now) == set(unirl_kernels.__all__)
     assert read("".join(f"{name}({parameters})\n" for name, parameters in now.items())) == now
-    assert now["fused_loss"] == "logits, batch, loss, *, readout, plan"
+    assert now["fused_loss"] == "logits, batch, loss, *, readout, plan, shard"
     assert now["IGNORE"] == ""

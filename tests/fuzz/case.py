@@ -23,8 +23,9 @@ VALUES = (
     *("normal", "normal", "normal", "wide", "peaked", "certain", "offset", "large", "huge", "constant", "ties", "tiny"),
     *("masked", "masked", "masked_target"),
 )
-HEAD_VALUES = ("normal", "normal", "wide", "peaked", "certain", "offset", "masked", "ties")
-"""What logits a linear head gives: those that do not come of sums of numbers of their own size."""
+HEAD_VALUES = ("normal", "normal", "wide", "peaked", "certain", "offset", "masked", "ties", "large", "huge")
+"""What logits a linear head gives; large ones come of one multiplication each, since sums of such numbers round
+away what tells them apart."""
 
 LAYOUTS = ("contiguous", "contiguous", "padded_rows", "sliced", "unaligned", "transposed", "expanded")
 TEMPERATURES = (0.001, 0.01, 0.3, 0.7, 1.0, 1.0, 2.0, 13.0, 100.0)

@@ -15,6 +15,15 @@ from tests.fuzz.expressions import FIELDS
 
 IGNORED = -100
 
+FACTORS = {
+    "normal": (2.0,),
+    "wide": (0.01, 0.3, 5.0, 30.0),
+    "large": (1e3, 1e4, 1e6),
+    "huge": (1e8, 1e15, 1e30),
+    "tiny": (1e-7, 1e-30, 1e-44),
+}
+"""How large logits are."""
+
 
 @dataclass
 class Inputs:
@@ -170,14 +179,7 @@ def _values(inputs: Inputs, random: Random, generator: torch.Generator) -> Tenso
         return x.round()
     if values == "offset":
         return (4 * x).round() / 4 + random.choice((-1, 1)) * random.choice((300.0, 1e3, 1e4, 2.0**20))
-    factors = {
-        "normal": (2.0,),
-        "wide": (0.01, 0.3, 5.0, 30.0),
-        "large": (1e3, 1e4, 1e6),
-        "huge": (1e8, 1e15, 1e29),
-        "tiny": (1e-7, 1e-30, 1e-44),
-    }
-    return x * random.choice(factors[values])
+    return x * random.choice(FACTORS[values])
 
 
 def placed(x: Tensor, layout: str, random: Random) -> Tensor:
@@ -218,7 +220,13 @@ def _head(inputs: Inputs, random: Random, generator: torch.Generator) -> None:
         hidden *= 5
     if case.values == "ties":
         weight, hidden = weight.round(), hidden.round()
-    bias = normal(vocab) if random.random() < 0.5 or case.values in ("offset", "masked") else None
+    if case.values in ("large", "huge"):  # one multiplication each, by a power of two: exact
+        largest = math.log2(torch.finfo(dtype).max) - 2
+        hidden.zero_()[:, random.randrange(width)] = 2.0 ** min(
+            round(math.log2(random.choice(FACTORS[case.values]))), int(largest)
+        )
+    biased = random.random() < 0.5 and case.values not in ("large", "huge")
+    bias = normal(vocab) if biased or case.values in ("offset", "masked") else None
     if bias is not None and case.values == "offset":
         bias += random.choice((-300.0, 100.0, 1000.0))
     if case.layout != "expanded":

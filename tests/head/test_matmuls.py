@@ -31,7 +31,9 @@ from tests.linear import (
 )
 from tests.places import PLACES, Place
 from unirl_kernels.backends import COMPOSED, load
-from unirl_kernels.backends.matmuls import Mixed, Widened
+from unirl_kernels.backends import matmuls as matmuls_module
+from unirl_kernels.backends.matmuls import Halved, Mixed, Widened
+from unirl_kernels.head.sizes import Shape, sizes_of
 from unirl_kernels.head.sweep import Head, sweep
 from unirl_kernels.operators.linear import Wanted
 
@@ -205,7 +207,7 @@ def test_matmuls_into_fp32(bias: torch.dtype | None) -> None:
     expected = hidden.double() @ weight.double().t() + (0 if added is None else added.double())
     assert torch.equal(logits.double(), expected)
 
-    d_logits = matmuls.gradient_buffer(logits).copy_(exact(5, 33, dtype=torch.float32))
+    d_logits = matmuls.gradient_buffer(logits, 5).copy_(exact(5, 33, dtype=torch.float32))
     assert d_logits.dtype == torch.bfloat16
     assert d_logits.stride() == (40, 1)
     d_hidden = matmuls.d_hidden(d_logits)
@@ -232,8 +234,10 @@ def test_matmuls_into_fp32_round_the_gradient_and_nothing_else(
     plan = uk.Plan(place.backend, max_chunk_bytes=5 * Mixed(head.weight).row_bytes)
 
     class RoundedOnce(Wrapped):
-        def gradient_buffer(self, logits: Tensor) -> Tensor:
-            return logits.bfloat16()
+        gradient_bytes = 2
+
+        def gradient_buffer(self, logits: Tensor, rows: int) -> Tensor:
+            return logits.new_empty(rows, logits.shape[1], dtype=torch.bfloat16)
 
         def d_hidden(self, d_logits: Tensor) -> Tensor:
             return self.matmuls.d_hidden(d_logits.float())
@@ -249,6 +253,110 @@ def test_matmuls_into_fp32_round_the_gradient_and_nothing_else(
     for a, b in zip(got[1:4], expected[1:4], strict=True):
         assert a.dtype == b.dtype == torch.bfloat16
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.usefixtures("_mixed_matmuls_on_the_cpu")
+@pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.parametrize(("tokens", "groups"), [(700, 2), (200, 1)])
+def test_two_sizes_of_chunks(tokens: int, groups: int, ignored: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits in chunks of 128, gradients in groups of up to 512: those of all logits at once, but for their rounding.
+
+    A group that holds all tokens makes d_weight by one matmul into bf16, another adds to fp32.
+    """
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(tokens, 16).bfloat16(), torch.randn(40, 16).bfloat16()
+    target = torch.randint(0, 40, (tokens,))
+    if ignored:
+        target[::7] = uk.IGNORE
+    batch = uk.Batch(target, cu_seqlens=torch.tensor([0, tokens], dtype=torch.int32))
+    plan = uk.Plan("eager", max_chunk_bytes=128 * 160 * 3)
+    sizes: list[int] = []
+
+    class Seen(Wrapped):
+        def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
+            sizes.append(len(out))
+            self.matmuls.logits(hidden, bias, out)
+
+        def add_d_weight(self, d_logits: Tensor, hidden: Tensor, total: Tensor, first: bool) -> None:
+            sizes.append(-len(d_logits))
+            assert total.dtype == (torch.bfloat16 if groups == 1 else torch.float32)
+            self.matmuls.add_d_weight(d_logits, hidden, total, first)
+
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+    with changed_matmuls(monkeypatch, "eager", lambda _: Seen(Mixed(leaves[1].detach()))):
+        uk.fused_linear_loss(*leaves, batch, uk.sft(), plan=plan).loss.backward()
+    counted = int((target != uk.IGNORE).sum())
+    assert max(sizes) == 128
+    assert sum(n for n in sizes if n > 0) == -sum(n for n in sizes if n < 0) == counted
+    assert len([n for n in sizes if n < 0]) == groups
+
+    logits = hidden.float() @ weight.float().t()
+    d_logits = torch.softmax(logits, -1) - torch.nn.functional.one_hot(target.clamp(min=0), 40)
+    d_logits = (d_logits * (target != uk.IGNORE).unsqueeze(-1) / counted).bfloat16().float()
+    for leaf, exact_gradient in zip(leaves, (d_logits @ weight.float(), d_logits.t() @ hidden.float()), strict=True):
+        assert leaf.grad is not None
+        torch.testing.assert_close(leaf.grad, exact_gradient.bfloat16())
+
+
+@pytest.mark.usefixtures("_mixed_matmuls_on_the_cpu")
+@pytest.mark.parametrize("bias", [None, torch.float32, torch.float16], ids=str)
+def test_matmuls_of_fp16(bias: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of any size that fp32 has, within 2^-15 of the sum of the magnitudes; more than one slice."""
+    monkeypatch.setattr(matmuls_module, "SLICES_OF_HALVES_BYTES", 1)
+    torch.manual_seed(0)
+    weight, hidden = torch.randn(300, 6).half(), torch.randn(5, 6).half()
+    matmuls = Halved(weight)
+    assert len(list(matmuls._slices())) == 3
+    added = None if bias is None else torch.randn(300).to(bias)
+    logits = torch.full((5, 300), torch.nan)
+    matmuls.logits(hidden, added, logits)
+    expected = hidden.double() @ weight.double().t() + (0 if added is None else added.double())
+    torch.testing.assert_close(logits.double(), expected, rtol=0, atol=20 * 2**-24 * expected.abs().max().item())
+
+    d_logits = matmuls.gradient_buffer(logits, 5).copy_(
+        torch.randn(5, 300) * 10.0 ** torch.arange(-30, 20, 10)[:, None]
+    )
+
+    def close(found: Tensor, left: Tensor, right: Tensor) -> None:
+        magnitude = left.double().abs() @ right.double().abs()
+        assert found.dtype == torch.float32
+        assert ((found.double() - left.double() @ right.double()).abs() <= 2**-15 * magnitude).all()
+
+    close(matmuls.d_hidden(d_logits), d_logits, weight)
+    total = torch.full((300, 6), torch.nan)
+    matmuls.add_d_weight(d_logits, hidden, total, first=True)
+    close(total, d_logits.t(), hidden)
+    matmuls.add_d_weight(d_logits, hidden, total, first=False)
+    close(total, 2 * d_logits.t(), hidden)
+
+
+@pytest.mark.usefixtures("_mixed_matmuls_on_the_cpu")
+@pytest.mark.parametrize("name", ["grpo", "dpo"])
+def test_heads_of_fp16_on_halves(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loss = BY_NAME[name]
+    head = make_head(RAGGED, loss, torch.float16)
+    with changed_matmuls(monkeypatch, "eager", lambda _: Halved(head.weight)):
+        check(fused(head, loss.make(), uk.Plan("eager")), head, loss)
+
+
+@pytest.mark.parametrize("d", [2048, 4096])
+@pytest.mark.parametrize("vocab", [32000, 50257, 131072, 152064, 262208])
+def test_sizes_fit_the_memory(vocab: int, d: int) -> None:
+    """Multiples of 128, the chunk within a group, and no more groups than the memory asks for."""
+    for memory in (128 * 4 * vocab - 1, 3 * 128 * 4 * vocab, 2**31, 11 * 2**28):
+        for tokens in (0, 1, 128, 5000, 8192, 16384):
+            sizes = sizes_of(Shape(tokens, vocab, d, 4 * vocab, 2 * vocab, memory, 132))
+            if sizes is None:
+                assert memory < 3 * 128 * 4 * vocab
+                continue
+            assert sizes.chunk * 4 * vocab + sizes.group * 2 * vocab <= memory
+            assert sizes.chunk % 128 == sizes.group % 128 == 0
+            assert sizes.group >= sizes.chunk
+            most = (memory - 128 * 4 * vocab) // (2 * vocab)
+            least = min(512, memory // 3 // (4 * vocab) // 128 * 128) * 4 * vocab
+            assert (
+                -(-tokens // most) <= -(-tokens // sizes.group) <= -(-tokens // ((memory - least) // (2 * vocab) - 127))
+            )
 
 
 # Memory

@@ -56,7 +56,7 @@ EVERY_FUNCTION = {
     "rsub": lambda x, y: 1 - x,
     "sigmoid": lambda x, y: torch.sigmoid(3 * x) * y,
     "sign": lambda x, y: torch.sign(x) * x * y,
-    "softplus": lambda x, y: softplus(x) - softplus(y),
+    "softplus": lambda x, y: softplus(x) - softplus(y, threshold=0.3) + softplus(30 * x),
     "sqrt": lambda x, y: torch.sqrt(x * x + 0.5),
     "square": lambda x, y: torch.square(x) - y.square(),
     "sub": lambda x, y: x - y - 1,
@@ -143,6 +143,30 @@ def test_relu_of_nan_is_nan() -> None:
     assert outputs_of(trace([lambda t: torch.relu(t.logp)]), nan, nan)[0].isnan()
 
 
+@pytest.mark.parametrize("f", [torch.minimum, torch.maximum, lambda x, y: torch.minimum(x * 2, 0.5 - y)])
+def test_an_extremum_of_nan_passes_both_gradients(f: object) -> None:
+    """As PyTorch's backward pass does, which takes none of them for the larger one."""
+    nan = float("nan")
+    compare(f, torch.tensor([[nan, 1.0, nan, 1.0, 2.0], [1.0, nan, nan, 1.0, -1.0]], dtype=torch.float64))
+
+
+def test_equal_bounds_of_a_clamp_have_the_upper_ones_gradient() -> None:
+    """That of the upper bound above it, none below it."""
+    points = torch.tensor([[-1.0, 0.0, 2.0], [0.5, 0.5, 0.5]], dtype=torch.float64)
+    compare(lambda x, y: torch.clamp(x, y, y), points)
+    compare(lambda x, y: torch.clamp(x, y * y, 0.5 * y), points)
+
+
+def test_a_branch_that_where_leaves_has_no_gradient() -> None:
+    """Where autograd gives NaN, 0 times the infinite slope of a logarithm: the one stated difference."""
+    x, y = torch.tensor([0.0, 2.0]).double().requires_grad_(), torch.tensor([-1.0, 1.0]).double()
+    (of_autograd,) = torch.autograd.grad(torch.where(y > 0, torch.log(x), 0.0).sum(), x)
+    traced = trace([lambda t: torch.where(t.entropy > 0, torch.log(t.logp), 0.0)])
+    _, d_logp, _, _ = outputs_of(traced, x.detach(), y)
+    assert of_autograd.isnan().tolist() == [True, False]
+    assert d_logp.tolist() == [0.0, 0.5]
+
+
 def test_the_table_of_functions_is_tested() -> None:
     assert set(EVERY_FUNCTION) == set(FUNCTIONS)
 
@@ -195,7 +219,7 @@ def test_the_guard_of_steep_slopes_costs_the_recipes_nothing() -> None:
     made = {"sft": uk.sft(), "rft": uk.rft(), "ppo": uk.ppo(), "grpo": uk.grpo()}
     lengths = {name: len(loss.traced().program.instructions) for name, loss in made.items()}
     # Of these, four weigh loss and coefficient, and two make NaN logits visible.
-    assert lengths == {"sft": 7, "rft": 8, "ppo": 32, "grpo": 45}
+    assert lengths == {"sft": 7, "rft": 8, "ppo": 33, "grpo": 46}
     for f in (lambda t: torch.sqrt(t.logp), lambda t: torch.exp(t.logp) / 3, lambda t: 1 / t.logp):
         assert [i.op for i in trace([f]).program.instructions].count(Op.WHERE) <= 2  # the weights'
 

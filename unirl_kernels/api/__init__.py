@@ -2,6 +2,7 @@
 
 from unirl_kernels.api.linear import fused_linear_loss, linear_token_observations, linear_token_stats
 from unirl_kernels.api.logits import fused_loss, token_observations, token_stats
+from unirl_kernels.api.logprobs import linear_logprobs, logprobs
 from unirl_kernels.api.outputs import LossOutput, MetricParts, TokenObservations, TokenStats
 
 __all__ = [
@@ -11,8 +12,10 @@ __all__ = [
     "TokenStats",
     "fused_linear_loss",
     "fused_loss",
+    "linear_logprobs",
     "linear_token_observations",
     "linear_token_stats",
+    "logprobs",
     "token_observations",
     "token_stats",
 ]

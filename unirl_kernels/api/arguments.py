@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends import COMPOSED, Choice, choose
-from unirl_kernels.batch import Batch, check_dtype, has_values
+from unirl_kernels.backends import COMPOSED, Choice, choices_by_vocab, choose
+from unirl_kernels.batch import Batch, check_dtype, check_memory, has_values
 from unirl_kernels.objectives import Loss
-from unirl_kernels.operators import rows
 from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout
 
@@ -41,7 +40,7 @@ def check_input(name: str, value: object) -> Tensor:
     check_whole(name, value)
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} must be one of {', '.join(map(name_of, DTYPES))}, got {name_of(value.dtype)}")
-    _check_memory(name, value)
+    _check_readable(name, value)
     return value
 
 
@@ -60,7 +59,7 @@ def check_whole(name: str, value: Tensor) -> None:
         )
 
 
-def _check_memory(name: str, value: Tensor) -> None:
+def _check_readable(name: str, value: Tensor) -> None:
     """Raise where kernels would read memory that is gone, or values that only a function transform has."""
     if torch.compiler.is_compiling() or not has_values(value):
         return
@@ -69,8 +68,7 @@ def _check_memory(name: str, value: Tensor) -> None:
             f"{name} must not be transformed by torch.func (grad, vmap, jvp): call backward, and fold mapped "
             "dimensions into the batch"
         )
-    if value.numel() and value.untyped_storage().nbytes() < value.itemsize:
-        raise ValueError(f"{name} must have memory, got a tensor of shape {tuple(value.shape)} whose storage is freed")
+    check_memory(name, value)
 
 
 def check_device(name: str, value: Tensor, device: torch.device, like: str) -> None:
@@ -81,32 +79,48 @@ def check_device(name: str, value: Tensor, device: torch.device, like: str) -> N
 def check_positions(name: str, value: Tensor, target: Tensor, last: str) -> None:
     """Raise a ``ValueError`` unless the shape is target's, and one dimension more, called ``last``."""
     if target.dim() not in (1, 2):
-        raise ValueError(f"target must have shape [B, L] or [T], got {tuple(target.shape)}")
+        hint = "; fold its first dimensions into the batch: target.flatten(0, -2)" if target.dim() > 2 else ""
+        raise ValueError(f"target must have shape [B, L] or [T], got {tuple(target.shape)}{hint}")
     if value.dim() != target.dim() + 1 or value.shape[:-1] != target.shape:
         expected = ", ".join(str(n) for n in target.shape)
-        hint = ""
-        if tuple(value.shape) == (0,):
+        shape, hint = tuple(value.shape), ""
+        if shape == (0,):
             hint = "; its memory was given to the gradient by overwrite_logits=True"
-        raise ValueError(f"{name} must have shape ({expected}, {last}), got {tuple(value.shape)}{hint}")
+        elif value.dim() > 3:
+            hint = f"; fold its first dimensions into the batch: {name}.flatten(0, -3), and target's likewise"
+        elif value.dim() == 1:
+            hint = f"; a single position is {name}.unsqueeze(0)"
+        raise ValueError(f"{name} must have shape ({expected}, {last}), got {shape}{hint}")
 
 
-def check_targets(target: Tensor, vocab: int) -> None:
-    """As the operators do, but by its index in the layout that the user gave; a compiler leaves it to them."""
-    if not torch.compiler.is_compiling():
-        rows.check_targets(target, vocab)
+def _check_part(name: str, value: Tensor, target: Tensor, parts: int) -> None:
+    """Raise a ``ValueError`` unless a value has an equal part of target's last dimension, and one dimension more."""
+    if target.dim() not in (1, 2):
+        raise ValueError(f"target must have shape [B, L] or [T], got {tuple(target.shape)}")
+    *outer, tokens = target.shape
+    if tokens % parts:
+        raise ValueError(f"target must have a multiple of {parts} tokens for hidden that is split, got {tokens}")
+    if value.dim() != target.dim() + 1 or tuple(value.shape[:-1]) != (*outer, tokens // parts):
+        expected = ", ".join(map(str, (*outer, tokens // parts)))
+        raise ValueError(f"{name} must have shape ({expected}, D) on each of {parts} ranks, got {tuple(value.shape)}")
 
 
 def check_logits(logits: Tensor, target: Tensor) -> None:
-    """Raise a ``TypeError``, ``ValueError`` or ``IndexError`` unless logits and target fit each other."""
-    check_input("logits", logits)
-    check_dtype("target", target, torch.int64)
-    check_positions("logits", logits, target, "V")
+    """Raise a ``TypeError`` or ``ValueError`` unless logits and target fit each other."""
+    check_shard_of_logits(logits, target)
     if logits.shape[-1] == 0:
         raise ValueError(f"logits must have at least one column, got shape {tuple(logits.shape)}")
-    if logits.stride(-1) != 1 and logits.shape[-1] != 1:
+
+
+def check_shard_of_logits(logits: Tensor, target: Tensor) -> None:
+    """As ``check_logits``, but a shard may have no columns."""
+    check_input("logits", logits)
+    check_dtype("target", target, torch.int64)
+    check_memory("target", target)
+    check_positions("logits", logits, target, "V")
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise ValueError(f"logits must be contiguous in the last dimension, got strides {logits.stride()}")
     check_device("target", target, logits.device, "logits")
-    check_targets(target, logits.shape[-1])
 
 
 def check_overwritable(logits: Tensor) -> None:
@@ -126,35 +140,54 @@ def check_overwritable(logits: Tensor) -> None:
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> None:
-    """Raise a ``TypeError``, ``ValueError`` or ``IndexError`` unless the parts of a linear head fit one another."""
+    """Raise a ``TypeError`` or ``ValueError`` unless the parts of a linear head fit one another."""
+    check_shard_of_head(hidden, weight, bias, target)
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight must have at least one row and column, got shape {tuple(weight.shape)}")
+
+
+def check_shard_of_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, parts: int = 1) -> None:
+    """As ``check_head``, but a shard may have no rows, and hidden may be one of several equal parts of the tokens."""
     check_dtype("target", target, torch.int64)
+    check_memory("target", target)
     for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if name != "bias" or value is not None:
             check_device(name, check_input(name, value), target.device, "target")
-    check_positions("hidden", hidden, target, "D")
+    if parts == 1:
+        check_positions("hidden", hidden, target, "D")
+    else:
+        _check_part("hidden", hidden, target, parts)
     d = hidden.shape[-1]
     if weight.dim() != 2 or weight.shape[1] != d:
         hint = "; it looks transposed" if weight.dim() == 2 and weight.shape[0] == d else ""
         raise ValueError(f"weight must have shape (V, {d}) for hidden of D = {d}, got {tuple(weight.shape)}{hint}")
-    if 0 in weight.shape:
+    if d == 0:
         raise ValueError(f"weight must have at least one row and column, got shape {tuple(weight.shape)}")
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-    check_targets(target, weight.shape[0])
 
 
-def kernel_of(loss: Loss, plan: Plan, device: torch.device) -> Choice:
+def kernel_of(loss: Loss, plan: Plan, device: torch.device, dtype: torch.dtype, vocab: int) -> Choice:
     """Backend and kernel that compute a loss; the kernel is ``composed`` for what looks beyond single tokens.
+
+    Args:
+        loss: of any scope.
+        plan: may name them.
+        device: of the logits.
+        dtype: of the logits.
+        vocab: columns of the logits.
 
     Raises:
         UnsupportedOperation: when an objective uses what a one-pass kernel cannot run.
         ValueError: when a one-pass kernel is named for an objective that needs another.
     """
-    choice = choose(device, plan.backend, plan.kernel)
     if loss.scope != "token":
         if plan.kernel not in (None, COMPOSED):
             raise ValueError(f"kernel must be {COMPOSED!r} for a {loss.scope}-scope objective, got {plan.kernel!r}")
-        return Choice(choice.backend, COMPOSED)
+        return Choice(choose(device, plan.backend, plan.kernel).backend, COMPOSED)
+    for choice, most in choices_by_vocab(device, plan.backend, plan.kernel, dtype):  # noqa: B007
+        if vocab <= most:
+            break
     if choice.kernel != COMPOSED:
         loss.traced()  # must not pass where no gradient is wanted
     return choice

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from unirl_kernels.api.arguments import check_head, check_kinds, kernel_of, name_of
+from unirl_kernels.api.arguments import check_head, check_kinds, kernel_of
+from unirl_kernels.api.dtensors import shard_of_head
 from unirl_kernels.api.outputs import LossOutput, TokenObservations, TokenStats
-from unirl_kernels.api.rows import as_rows, program_args, readout_args, row_dtype
-from unirl_kernels.backends import COMPOSED, choose
+from unirl_kernels.api.rows import as_rows, program_args, readout_args, row_dtype, sweep_args
+from unirl_kernels.api.split_linear import fused_shard, measured_shard
+from unirl_kernels.backends import COMPOSED
 from unirl_kernels.batch import Batch, has_values
-from unirl_kernels.head import ComposedLinear, Composition, Group, Head, by_units
+from unirl_kernels.head import ComposedLinear, Composition, Group, Head, WholeRows, by_units
 from unirl_kernels.objectives import Loss, Tokens
+from unirl_kernels.operators import linear, linear_shards
+from unirl_kernels.operators.declare import Operator
 from unirl_kernels.operators.linear import HeadArgs, SweepArgs, Wanted
-from unirl_kernels.operators.linear_autograd import LinearObservations, LinearStatistics, OnePassLinear
+from unirl_kernels.operators.linear_autograd import LinearStatistics, OnePassLinear
 from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout
+from unirl_kernels.shard import VocabShard
 
 
 def linear_token_stats(
@@ -29,6 +33,7 @@ def linear_token_stats(
     bias: Tensor | None = None,  # [V]
     readout: Readout = Readout(),
     plan: Plan = Plan(),
+    shard: VocabShard | None = None,
 ) -> TokenStats:
     """``token_stats`` of the logits hidden W^T + b, without a tensor of all logits.
 
@@ -46,6 +51,9 @@ def linear_token_stats(
         bias: [V], of weight's dtype, or None.
         readout: how logits become a distribution.
         plan: how the machine computes it; ``max_chunk_bytes`` bounds the memory for logits.
+        shard: the rows of the weight, and of the bias, that this rank has, where the vocabulary is split over a process
+            group. A weight that is a DTensor of placement ``Shard(0)`` gives it by itself if hidden is a DTensor that
+            is replicated on the same mesh dimension. The statistics are those of the whole vocabulary.
 
     Returns:
         ``TokenStats``, differentiable in hidden, weight and bias.
@@ -58,7 +66,11 @@ def linear_token_stats(
         >>> uk.linear_token_stats(hidden, weight, torch.tensor([[3, uk.IGNORE]])).logp
         tensor([[-1.3863,  0.0000]])
     """
-    found = _measured(LinearStatistics, hidden, weight, bias, target, readout, plan)
+    head, shard = shard_of_head(HeadArgs(hidden, weight, bias), shard)
+    if shard is not None:
+        found = measured_shard(linear_shards.linear_shard_moments, head, target, readout, plan, shard)
+        return TokenStats(*found)
+    found = _measured(linear.linear_token_stats, hidden, weight, bias, target, readout, plan)
     return TokenStats(*found)
 
 
@@ -70,6 +82,7 @@ def linear_token_observations(
     bias: Tensor | None = None,  # [V]
     readout: Readout = Readout(),
     plan: Plan = Plan(),
+    shard: VocabShard | None = None,
 ) -> TokenObservations:
     """``token_observations`` of the logits hidden W^T + b, without a tensor of all logits.
 
@@ -85,6 +98,7 @@ def linear_token_observations(
         bias: [V], of weight's dtype, or None.
         readout: how logits become a distribution.
         plan: how the machine computes it; ``max_chunk_bytes`` bounds the memory for logits.
+        shard: as in ``linear_token_stats``.
 
     Returns:
         ``TokenObservations``; logp, entropy and lse are differentiable in hidden, weight and bias.
@@ -98,12 +112,16 @@ def linear_token_observations(
         >>> uk.linear_token_observations(hidden, weight, torch.tensor([[3, 1]]), bias=bias).argmax
         tensor([[3, 3]])
     """
-    found = _measured(LinearObservations, hidden, weight, bias, target, readout, plan)
+    head, shard = shard_of_head(HeadArgs(hidden, weight, bias), shard)
+    if shard is not None:
+        found = measured_shard(linear_shards.linear_shard_observations, head, target, readout, plan, shard)
+        return TokenObservations.of_rows(found)
+    found = _measured(linear.linear_token_observations, hidden, weight, bias, target, readout, plan)
     return TokenObservations.of_rows(found)
 
 
 def _measured(
-    function: Any,
+    operator: Operator,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -112,12 +130,12 @@ def _measured(
     plan: Plan,
     batch: Batch | None = None,
 ) -> list[Tensor]:
-    """What an autograd function finds in each row, in target's shape."""
+    """What an operator finds in each row, in target's shape."""
     check_kinds(readout=readout, plan=plan)
     check_head(hidden, weight, bias, target)
-    sweep = _sweep(hidden, weight, bias, plan)
+    sweep = sweep_args(hidden, weight, bias, plan)
     of_readout = readout_args(readout, target, row_dtype(sweep.dtype), batch)
-    found = function.apply(_flat(hidden), weight, bias, as_rows(target), of_readout, sweep)
+    found = LinearStatistics.apply(_flat(hidden), weight, bias, as_rows(target), of_readout, sweep, operator)
     return [x.view(target.shape) for x in found]
 
 
@@ -130,6 +148,7 @@ def fused_linear_loss(
     bias: Tensor | None = None,  # [V]
     readout: Readout = Readout(),
     plan: Plan = Plan(),
+    shard: VocabShard | None = None,
 ) -> LossOutput:
     """``fused_loss`` of the logits hidden W^T + b, without a tensor of all logits.
 
@@ -150,6 +169,7 @@ def fused_linear_loss(
         bias: [V], of weight's dtype, or None.
         readout: how logits become a distribution.
         plan: how the machine computes it; ``max_chunk_bytes`` bounds the memory for logits.
+        shard: as in ``linear_token_stats``. The loss is the same on all ranks.
 
     Returns:
         ``LossOutput``. Its ``loss`` is differentiable in hidden, weight and bias.
@@ -166,12 +186,15 @@ def fused_linear_loss(
         >>> weight.grad[:, 0]
         tensor([ 0.2500,  0.2500,  0.2500, -0.7500])
     """
+    operands, shard = shard_of_head(HeadArgs(hidden, weight, bias), shard)
+    if shard is not None:
+        return fused_shard(operands, batch, loss, readout, plan, shard)
     check_kinds(batch=batch, loss=loss, readout=readout, plan=plan)
     check_head(hidden, weight, bias, batch.target)
-    kernel = kernel_of(loss, plan, hidden.device).kernel
+    head, sweep = HeadArgs(_flat(hidden), weight, bias), sweep_args(hidden, weight, bias, plan)
+    backend, kernel = kernel_of(loss, plan, hidden.device, row_dtype(sweep.dtype), weight.shape[0])
     if kernel == COMPOSED:
         loss.check_scopes()
-    head, sweep = HeadArgs(_flat(hidden), weight, bias), _sweep(hidden, weight, bias, plan)
     wanted = Wanted(*(torch.is_grad_enabled() and x is not None and x.requires_grad for x in head))
     dtype = row_dtype(sweep.dtype)
     found: Sequence[Tensor] | None = None
@@ -180,13 +203,16 @@ def fused_linear_loss(
         if kernel != COMPOSED:
             program = program_args(loss, batch, dtype)
             target = as_rows(batch.target)
-            found = OnePassLinear.apply(*head, target, of_readout, program, kernel, sweep, wanted)
+            found = OnePassLinear.apply(
+                *head, target, of_readout, program, kernel, sweep._replace(backend=backend), wanted
+            )
         elif (groups := _groups(head, sweep, batch, loss)) is not None:
-            found = ComposedLinear.apply(*head, Composition(batch, loss, groups, of_readout), sweep)
+            composition = Composition(batch, loss, groups, of_readout, WholeRows(sweep.backend))
+            found = ComposedLinear.apply(*head, composition, sweep)
     if found is not None:
         value, *stats = found
         return LossOutput.of(value, stats, batch, loss)
-    stats = _measured(LinearStatistics, hidden, weight, bias, batch.target, readout, plan, batch)
+    stats = _measured(linear.linear_token_stats, hidden, weight, bias, batch.target, readout, plan, batch)
     value = loss.composed(Tokens(batch, *stats), loss.weights(batch))
     return LossOutput.of(value, stats, batch, loss)
 
@@ -204,21 +230,3 @@ def _groups(head: HeadArgs, sweep: SweepArgs, batch: Batch, loss: Loss) -> Seque
 def _flat(hidden: Tensor) -> Tensor:
     """[T, D] of either layout."""
     return hidden.reshape(-1, hidden.shape[-1])
-
-
-def _sweep(hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> SweepArgs:
-    backend = choose(hidden.device, plan.backend, plan.kernel).backend
-    return SweepArgs(_operand_dtype(hidden, weight, bias), plan.max_chunk_bytes, backend)
-
-
-def _operand_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
-    """Of the matmuls' operands: autocast's where it is on, else that of hidden, which all must have."""
-    autocast = not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type)
-    if autocast and torch.float64 not in (hidden.dtype, weight.dtype):
-        return torch.get_autocast_dtype(hidden.device.type)
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is not None and value.dtype != hidden.dtype:
-            raise ValueError(
-                f"{name} must be {name_of(hidden.dtype)} like hidden unless autocast is on, got {name_of(value.dtype)}"
-            )
-    return hidden.dtype

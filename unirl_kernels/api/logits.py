@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from unirl_kernels.api.arguments import check_kinds, check_logits, check_overwritable, kernel_of
+from unirl_kernels.api.dtensors import shard_of_logits
 from unirl_kernels.api.outputs import LossOutput, TokenObservations, TokenStats
 from unirl_kernels.api.rows import as_rows, program_args, readout_args, row_dtype
+from unirl_kernels.api.split import measured_shard
 from unirl_kernels.backends import COMPOSED, Choice, choose
 from unirl_kernels.batch import Batch
 from unirl_kernels.objectives import Loss, Tokens
-from unirl_kernels.operators.autograd import Observations, OnePass, Statistics
+from unirl_kernels.operators import rows, shards
+from unirl_kernels.operators.autograd import OnePass, Statistics
+from unirl_kernels.operators.declare import Operator
 from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout
+from unirl_kernels.shard import VocabShard
 
 
 def token_stats(
@@ -24,6 +27,7 @@ def token_stats(
     *,
     readout: Readout = Readout(),
     plan: Plan = Plan(),
+    shard: VocabShard | None = None,
 ) -> TokenStats:
     """Log-probability, entropy and log-sum-exp of each token's row, in one read of the logits.
 
@@ -36,6 +40,8 @@ def token_stats(
         target: [B, L] or [T] int64 in [0, V), or ``IGNORE``: such a row is not read and gets zero gradient.
         readout: how logits become a distribution.
         plan: how the machine computes it.
+        shard: the columns that this rank has, where the vocabulary is split over a process group. Logits that are a
+            DTensor of placement ``Shard(-1)`` give it by themselves. The statistics are those of the whole rows.
 
     Returns:
         ``TokenStats``.
@@ -56,7 +62,10 @@ def token_stats(
         >>> logits.grad[0, 0]
         tensor([-0.2500, -0.2500, -0.2500,  0.7500])
     """
-    return TokenStats(*_measured(Statistics, logits, target, readout, plan))
+    logits, shard = shard_of_logits(logits, shard)
+    if shard is not None:
+        return TokenStats(*measured_shard(shards.shard_moments, logits, target, readout, plan, shard))
+    return TokenStats(*_measured(rows.token_stats, logits, target, readout, plan))
 
 
 def token_observations(
@@ -65,6 +74,7 @@ def token_observations(
     *,
     readout: Readout = Readout(),
     plan: Plan = Plan(),
+    shard: VocabShard | None = None,
 ) -> TokenObservations:
     """``token_stats``, and the collision probability, mean and largest of the logits, in the same read of them.
 
@@ -77,6 +87,7 @@ def token_observations(
         target: as in ``token_stats``. A row whose target is outside the vocabulary has argmax -1.
         readout: how logits become a distribution.
         plan: how the machine computes it.
+        shard: as in ``token_stats``.
 
     Returns:
         ``TokenObservations``.
@@ -90,20 +101,24 @@ def token_observations(
         >>> seen.argmax, seen.mean_logit
         (tensor([[1]]), tensor([[1.3333]]))
     """
-    return TokenObservations.of_rows(_measured(Observations, logits, target, readout, plan))
+    logits, shard = shard_of_logits(logits, shard)
+    if shard is not None:
+        found = measured_shard(shards.shard_observations, logits, target, readout, plan, shard)
+        return TokenObservations.of_rows(found)
+    return TokenObservations.of_rows(_measured(rows.token_observations, logits, target, readout, plan))
 
 
-def _measured(function: Any, logits: Tensor, target: Tensor, readout: Readout, plan: Plan) -> list[Tensor]:
-    """What an autograd function finds in each row, in target's shape."""
+def _measured(operator: Operator, logits: Tensor, target: Tensor, readout: Readout, plan: Plan) -> list[Tensor]:
+    """What an operator finds in each row, in target's shape."""
     check_kinds(readout=readout, plan=plan)
     check_logits(logits, target)
     backend, _ = choose(logits.device, plan.backend, plan.kernel)
-    rows = (as_rows(target), readout_args(readout, target, row_dtype(logits.dtype)), backend)
+    of_rows = (as_rows(target), readout_args(readout, target, row_dtype(logits.dtype)), backend, operator)
     if not _wants_gradient(logits):
-        return [x.view(target.shape) for x in function.without_gradient(logits, *rows)]
+        return [x.view(target.shape) for x in Statistics.without_gradient(logits, *of_rows)]
     if plan.overwrite_logits:
         check_overwritable(logits)
-    return [x.view(target.shape) for x in function.apply(logits, *rows, plan.overwrite_logits)]
+    return [x.view(target.shape) for x in Statistics.apply(logits, *of_rows, plan.overwrite_logits)]
 
 
 def fused_loss(
@@ -113,6 +128,7 @@ def fused_loss(
     *,
     readout: Readout = Readout(),
     plan: Plan = Plan(),
+    shard: VocabShard | None = None,
 ) -> LossOutput:
     """The loss of a batch and the gradient of its logits, in one pass over the logits.
 
@@ -133,6 +149,7 @@ def fused_loss(
         loss: an objective and its aggregation, or a sum of losses.
         readout: how logits become a distribution.
         plan: how the machine computes it.
+        shard: as in ``token_stats``. The loss then takes two passes, and is the same on all ranks.
 
     Returns:
         ``LossOutput``. Its ``loss`` is differentiable in the logits. The gradient is computed in the forward;
@@ -155,13 +172,21 @@ def fused_loss(
         tensor([ 0.5000,  0.5000,  0.5000, -1.5000])
     """
     check_kinds(batch=batch, loss=loss, readout=readout, plan=plan)
+    logits, shard = shard_of_logits(logits, shard)
+    if shard is not None:
+        found = measured_shard(shards.shard_moments, logits, batch.target, readout, plan, shard, batch, loss)
+        return _composed(TokenStats(*found), batch, loss)
     check_logits(logits, batch.target)
-    choice = kernel_of(loss, plan, logits.device)
+    choice = kernel_of(loss, plan, logits.device, logits.dtype, logits.shape[-1])
     # A gradient in fp16 has to wait for the upstream one, which holds the loss scale: 1e-8 would be 0.
     waits = logits.dtype == torch.float16 and plan.kernel is None
     if choice.kernel != COMPOSED and _wants_gradient(logits) and not waits:
         return _one_pass(logits, batch, loss, readout, plan, choice)
     stats = token_stats(logits, batch.target, readout=_spread(readout, batch), plan=_for_statistics(plan))
+    return _composed(stats, batch, loss)
+
+
+def _composed(stats: TokenStats, batch: Batch, loss: Loss) -> LossOutput:
     value = loss.composed(Tokens(batch, *stats), loss.weights(batch))
     return LossOutput.of(value, stats, batch, loss)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unirl_kernels.api.arguments import check_device
-from unirl_kernels.backends import ProgramArgs, ReadoutArgs
-from unirl_kernels.batch import Batch
+from unirl_kernels.api.arguments import check_device, name_of
+from unirl_kernels.backends import ProgramArgs, ReadoutArgs, choose
+from unirl_kernels.batch import Batch, check_memory
 from unirl_kernels.objectives import Loss
+from unirl_kernels.operators.linear import SweepArgs
+from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout
 
 EXACT_INTEGERS = {torch.float32: 2**24, torch.float64: 2**53}
@@ -38,6 +40,7 @@ def readout_args(readout: Readout, target: Tensor, dtype: torch.dtype, batch: Ba
             rows = torch.ones(target.shape, dtype=dtype, device=target.device) * temperature
             return ReadoutArgs(readout.scale, readout.softcap, 1.0, as_rows(rows))
         return ReadoutArgs(readout.scale, readout.softcap, float(temperature), None)
+    check_memory("temperature", temperature)
     check_device("temperature", temperature, target.device, "target")
     if temperature.shape != target.shape:
         sequences = target.shape[:1] if batch is None else (batch.n_sequences,)
@@ -57,30 +60,27 @@ def program_args(loss: Loss, batch: Batch, dtype: torch.dtype) -> ProgramArgs:
         ValueError: when the batch lacks a field, or a field requires a gradient, which one-pass kernels do not give.
     """
     traced = loss.traced(batch.on_policy)
-    target, weights = batch.target, loss.weights(batch)
-    shape = target.shape if target.dim() == 2 else (1, *target.shape)
-    fields = torch.empty(len(traced.fields), *shape, dtype=dtype, device=target.device)
-    for k, name in enumerate(traced.fields):
-        value = loss.field(name, batch, weights)
-        if value.requires_grad:
-            raise ValueError(
-                f"fields[{name!r}] must not require a gradient in a one-pass kernel, which does not give it: detach "
-                "it, or call with Plan(kernel='composed'), which does"
-            )
-        fields[k].copy_(_exact(name, value, dtype))
-    return ProgramArgs(traced.text, fields, loss.params(batch.on_policy, target))
+    weights = loss.weights(batch)
+    values = [_exact(name, loss.field(name, batch, weights), dtype) for name in traced.fields]
+    fields = torch.stack(values) if batch.target.dim() == 2 else torch.stack(values).unsqueeze(1)
+    return ProgramArgs(traced.text, fields, loss.params(batch.on_policy, batch.target))
 
 
 def _exact(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """The values of a field, if the rows' dtype can hold them.
+    """A field in the rows' dtype.
 
     Raises:
-        ValueError: for an integer that would be rounded. On an accelerator reading values would wait for the device;
-            there such integers become NaN.
+        ValueError: for a field that requires a gradient, and for an integer that would be rounded. On an accelerator
+            reading values would wait for the device; there such integers become NaN.
     """
+    if value.requires_grad:
+        raise ValueError(
+            f"fields[{name!r}] must not require a gradient in a one-pass kernel, which does not give it: detach it, "
+            "or call with Plan(kernel='composed'), which does"
+        )
     largest = EXACT_INTEGERS[dtype]
     if value.is_floating_point() or value.dtype == torch.bool or torch.iinfo(value.dtype).max <= largest:
-        return value
+        return value.to(dtype)
     # As int64: a narrower integer would be compared with a bound that wraps around in its own dtype.
     wide = value.double() if value.dtype == torch.uint64 else value.to(torch.int64)
     rounded = (wide > largest) | (wide < -largest)
@@ -91,4 +91,23 @@ def _exact(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
             f"fields[{name!r}] must hold integers of at most {largest} in size in a one-pass kernel, which computes in "
             f"{str(dtype).removeprefix('torch.')}, got {int(wide[rounded].flatten()[0])}"
         )
-    return value
+    return value.to(dtype)
+
+
+def sweep_args(hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> SweepArgs:
+    """How the chunks of a head's logits are made."""
+    backend = choose(hidden.device, plan.backend, plan.kernel).backend
+    return SweepArgs(_operand_dtype(hidden, weight, bias), plan.max_chunk_bytes, backend)
+
+
+def _operand_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
+    """Of the matmuls' operands: autocast's where it is on, else that of hidden, which all must have."""
+    autocast = not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type)
+    if autocast and torch.float64 not in (hidden.dtype, weight.dtype):
+        return torch.get_autocast_dtype(hidden.device.type)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and value.dtype != hidden.dtype:
+            raise ValueError(
+                f"{name} must be {name_of(hidden.dtype)} like hidden unless autocast is on, got {name_of(value.dtype)}"
+            )
+    return hidden.dtype

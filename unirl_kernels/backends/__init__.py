@@ -2,7 +2,8 @@
 
 A backend module offers
 
-    KERNELS                names of its one-pass kernels, the default first
+    KERNELS                names of its one-pass kernels
+    kernels_by_vocab       those to take without a name, each with the longest row that it is for
     unavailable(device)    None, or the reason why it cannot run there
     token_stats            statistics and moments of each row, one read of the logits
     token_observations     the same, and what else can be observed of a row in that read
@@ -31,6 +32,7 @@ in bf16 by a backend whose matmuls take them so; they are rounded once.
 from __future__ import annotations
 
 import importlib
+import sys
 import warnings
 from collections.abc import Sequence
 from functools import cache
@@ -123,6 +125,8 @@ class Backend(Protocol):
 
     def unavailable(self, device: torch.device) -> str | None: ...
 
+    def kernels_by_vocab(self, device: torch.device, dtype: torch.dtype) -> tuple[tuple[str, int], ...]: ...
+
     def token_stats(self, logits: Tensor, target: Tensor, readout: ReadoutArgs) -> Measured: ...
 
     def token_observations(self, logits: Tensor, target: Tensor, readout: ReadoutArgs) -> Observed: ...
@@ -168,6 +172,7 @@ COMPOSED = "composed"
 """The kernel that every backend has: statistics, then the objective under autograd, then the gradient."""
 
 
+@cache
 def load(name: str) -> Backend:
     """The module of a backend.
 
@@ -189,8 +194,12 @@ class Choice(NamedTuple):
     kernel: str
 
 
+INSTEAD = {("triton", "split_row"): Choice("cuda", "cluster")}
+"""Of two kernels that read a row once, the one that is predicted to be faster, and that waits for no other program."""
+
+
 def choose(device: torch.device, backend: str | None, kernel: str | None) -> Choice:
-    """The backend and kernel to use on ``device``: the named ones, else the best backend's default.
+    """The backend and kernel to use on ``device``: the named ones, else the best backend and the first of its kernels.
 
     Raises:
         ValueError: when there is no backend or kernel of that name.
@@ -206,8 +215,49 @@ def choose(device: torch.device, backend: str | None, kernel: str | None) -> Cho
     return Choice(backend, kernel or kernels[0])
 
 
+def choices_by_vocab(
+    device: torch.device, backend: str | None, kernel: str | None, dtype: torch.dtype
+) -> tuple[tuple[Choice, int], ...]:
+    """What computes a loss in one pass on ``device``, each with the longest row that it is for: the named ones, else
+    the best backend's own choice for logits of ``dtype``.
+
+    Raises:
+        ValueError, RuntimeError: as ``choose`` does.
+    """
+    named = choose(device, backend, kernel)
+    if kernel is not None:
+        return ((named, sys.maxsize),)
+    return _by_vocab(device, named.backend, dtype, backend is None)
+
+
+@cache
+def _by_vocab(device: torch.device, backend: str, dtype: torch.dtype, others: bool) -> tuple[tuple[Choice, int], ...]:
+    """A backend's kernels, and before one that another backend has a better kernel for, that one where it runs."""
+    found: list[tuple[Choice, int]] = []
+    for name, most in load(backend).kernels_by_vocab(device, dtype):
+        other = INSTEAD.get((backend, name)) if others else None
+        if other is not None and unavailable(other.backend, device) is None:
+            found.append((other, dict(load(other.backend).kernels_by_vocab(device, dtype))[other.kernel]))
+        found.append((Choice(backend, name), most))
+    found[-1] = found[-1][0], sys.maxsize  # it takes the rest, or says why it cannot
+    return tuple(found)
+
+
+def told(choices: Sequence[tuple[Choice, int]]) -> str:
+    """``choices_by_vocab`` in words."""
+    texts: list[str] = []
+    reached = 0
+    for choice, most in choices:
+        end = " beyond" if texts and most == sys.maxsize else "" if most == sys.maxsize else f" up to V = {most}"
+        if most > reached:
+            texts.append(f"{choice.backend} {choice.kernel}{end}")
+        reached = max(reached, most)
+    return ", ".join(texts)
+
+
 # The mark of torch.compiler.assume_constant_result, which would import all of torch.compile to set it: 1.2 s.
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+choices_by_vocab._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

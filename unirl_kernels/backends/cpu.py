@@ -8,6 +8,7 @@ Environment, read when the backend is first used:
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -35,6 +36,10 @@ def unavailable(device: torch.device) -> str | None:
     except (ImportError, RuntimeError, ValueError) as error:
         return str(error)
     return None
+
+
+def kernels_by_vocab(device: torch.device, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
+    return ((KERNELS[0], sys.maxsize),)
 
 
 @cache
@@ -73,12 +78,14 @@ class NativeMatmuls:
 
     weight: Tensor  # [V, D] of the operands' dtype
     repeatable: ClassVar[bool] = True
+    rounds: ClassVar[bool] = False
+    gradient_bytes: ClassVar[int] = 0
 
     @property
     def row_bytes(self) -> int:
         return self.weight.shape[0] * torch.float32.itemsize
 
-    def gradient_buffer(self, logits: Tensor) -> Tensor:
+    def gradient_buffer(self, logits: Tensor, rows: int) -> Tensor:
         return logits
 
     def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:

@@ -20,6 +20,10 @@ from unirl_kernels.backends.torch_defaults import release_memory as release_memo
 
 KERNELS = ("cluster",)
 
+BYTES_BY_DEFAULT = 8 * 76000
+"""Of a row in a cluster of 8, three blocks to a multiprocessor (``FAIR_SLICE`` of ``csrc/cuda/geometry.h``). A cluster
+of 16, which longer rows take, is not for every device."""
+
 MIN_CAPABILITY = (9, 0)
 
 
@@ -35,6 +39,11 @@ def unavailable(device: torch.device) -> str | None:
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
         return f"it needs compute capability 9.0, the device has {capability}"
     return None
+
+
+def kernels_by_vocab(device: torch.device, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
+    """Rows that clusters of portable size hold well; fp64 is for the eager backend."""
+    return (("cluster", BYTES_BY_DEFAULT // dtype.itemsize if dtype.itemsize <= 4 else 0),)
 
 
 @cache

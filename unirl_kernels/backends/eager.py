@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,10 @@ KERNELS = ("rows",)
 
 def unavailable(device: torch.device) -> str | None:
     return None
+
+
+def kernels_by_vocab(device: torch.device, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
+    return ((KERNELS[0], sys.maxsize),)
 
 
 class Mapped(NamedTuple):

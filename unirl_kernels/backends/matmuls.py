@@ -17,6 +17,9 @@ from torch import Tensor
 SLICE_BYTES = 2**24
 """Of the weight in fp32, where a device cannot multiply 16-bit operands into fp32."""
 
+SLICES_OF_HALVES_BYTES = 2**28
+"""Of the two halves of a part of the weight."""
+
 
 class Matmuls(Protocol):
     """The matmuls of one weight. ``hidden`` is [n, D] in the operands' dtype; results are fp32."""
@@ -24,13 +27,21 @@ class Matmuls(Protocol):
     repeatable: ClassVar[bool]
     """Whether a logit has the same bits whatever other tokens and columns are multiplied at once."""
 
+    rounds: ClassVar[bool]
+    """Whether ``add_d_weight`` also writes, the first time, to memory of the operands' dtype, rounded once."""
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Memory of a row of the logits' gradient; 0 where it takes that of the logits."""
+        ...
+
     @property
     def row_bytes(self) -> int:
         """Memory that the logits of one token and their gradient take."""
         ...
 
-    def gradient_buffer(self, logits: Tensor) -> Tensor:
-        """[n, V] for the gradient of the logits, in the dtype that is multiplied: their own where it is theirs."""
+    def gradient_buffer(self, logits: Tensor, rows: int) -> Tensor:
+        """[rows, V] for gradients of logits, in the dtype that is multiplied: their own memory where it is theirs."""
         ...
 
     def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -52,10 +63,15 @@ class Mixed:
 
     weight: Tensor  # [V, D] of the operands' dtype
     repeatable: ClassVar[bool] = False
+    rounds: ClassVar[bool] = True
+
+    @property
+    def gradient_bytes(self) -> int:
+        return self.weight.itemsize * self._row
 
     @property
     def row_bytes(self) -> int:
-        return 4 * self.weight.shape[0] + self.weight.itemsize * self._row
+        return 4 * self.weight.shape[0] + self.gradient_bytes
 
     @property
     def _row(self) -> int:
@@ -63,22 +79,89 @@ class Mixed:
         step = 16 // self.weight.itemsize
         return -(-self.weight.shape[0] // step) * step
 
-    def gradient_buffer(self, logits: Tensor) -> Tensor:
-        return self.weight.new_empty(logits.shape[0], self._row)[:, : logits.shape[1]]
+    def gradient_buffer(self, logits: Tensor, rows: int) -> Tensor:
+        return self.weight.new_empty(rows, self._row)[:, : logits.shape[1]]
 
     def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        if bias is None:
-            torch.mm(hidden, self.weight.t(), out_dtype=torch.float32, out=out)
-        else:
-            # As a matrix: with out_dtype, torch has had trouble with a vector (pytorch/pytorch#154086).
-            out.copy_(bias)
-            torch.addmm(out, hidden, self.weight.t(), out_dtype=torch.float32, out=out)
+        _write_logits(hidden, self.weight, bias, out)
 
     def d_hidden(self, d_logits: Tensor) -> Tensor:
         return torch.mm(d_logits, self.weight, out_dtype=torch.float32)
 
     def add_d_weight(self, d_logits: Tensor, hidden: Tensor, total: Tensor, first: bool) -> None:
-        torch.addmm(total, d_logits.t(), hidden, beta=0 if first else 1, out_dtype=torch.float32, out=total)
+        if total.dtype == d_logits.dtype:
+            torch.mm(d_logits.t(), hidden, out=total)
+        else:
+            torch.addmm(total, d_logits.t(), hidden, beta=0 if first else 1, out_dtype=torch.float32, out=total)
+
+
+@dataclass(frozen=True, eq=False)
+class Halved:
+    """Matmuls of a device that multiplies 16-bit operands into fp32 results, for fp16 operands.
+
+    The gradient of the logits stays in fp32, and is multiplied as the sum of two numbers in bf16, which has the range
+    of fp32: fp16 holds no gradient of a single token. An fp16 operand is the sum of two numbers in bf16, exactly. Of
+    the four matmuls of the halves the smallest, 2^-16 of the whole, is left out: seven matmuls in all on tensor cores,
+    in the place of three in fp32 beside them. Errors are within 2^-15 of the sum of the magnitudes.
+    """
+
+    weight: Tensor  # [V, D] fp16
+    repeatable: ClassVar[bool] = False
+    rounds: ClassVar[bool] = False
+    gradient_bytes: ClassVar[int] = 0
+
+    @property
+    def row_bytes(self) -> int:
+        return 4 * self.weight.shape[0]
+
+    def gradient_buffer(self, logits: Tensor, rows: int) -> Tensor:
+        return logits
+
+    def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        _write_logits(hidden, self.weight, bias, out)
+
+    def d_hidden(self, d_logits: Tensor) -> Tensor:
+        total = d_logits.new_zeros(d_logits.shape[0], self.weight.shape[1])
+        for rows in self._slices():
+            _add_product(total, _halves(d_logits[:, rows]), _halves(self.weight[rows]))
+        return total
+
+    def add_d_weight(self, d_logits: Tensor, hidden: Tensor, total: Tensor, first: bool) -> None:
+        if first:
+            total.zero_()
+        halves = _halves(hidden)
+        for rows in self._slices():
+            high, low = _halves(d_logits[:, rows])
+            _add_product(total[rows], (high.t(), low.t()), halves)
+
+    def _slices(self) -> Iterator[slice]:
+        """Of the vocabulary, so that halves take little memory."""
+        vocab, d = self.weight.shape
+        step = max(128, SLICES_OF_HALVES_BYTES // (4 * d) // 128 * 128)
+        for start in range(0, vocab, step):
+            yield slice(start, min(start + step, vocab))
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x as a sum of two numbers in bf16: to 2^-16, exactly if it is fp16."""
+    high = x.to(torch.bfloat16)
+    return high, (x.to(torch.float32) - high).to(torch.bfloat16)
+
+
+def _add_product(total: Tensor, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> None:
+    """Add (a0 + a1) (b0 + b1) to an fp32 matrix, without a1 b1; the smallest first."""
+    for left, right in ((a[1], b[0]), (a[0], b[1]), (a[0], b[0])):
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+
+
+def _write_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """Into fp32, of 16-bit operands."""
+    if bias is None:
+        torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=out)
+    else:
+        # As a matrix: with out_dtype, torch has had trouble with a vector (pytorch/pytorch#154086).
+        out.copy_(bias)
+        torch.addmm(out, hidden, weight.t(), out_dtype=torch.float32, out=out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,12 +171,14 @@ class Widened:
     weight: Tensor  # [V, D]
     dtype: torch.dtype
     repeatable: ClassVar[bool] = False
+    rounds: ClassVar[bool] = False
+    gradient_bytes: ClassVar[int] = 0
 
     @property
     def row_bytes(self) -> int:
         return self.weight.shape[0] * self._wide_dtype.itemsize
 
-    def gradient_buffer(self, logits: Tensor) -> Tensor:
+    def gradient_buffer(self, logits: Tensor, rows: int) -> Tensor:
         return logits
 
     @property
@@ -127,3 +212,29 @@ class Widened:
 
     def add_d_weight(self, d_logits: Tensor, hidden: Tensor, total: Tensor, first: bool) -> None:
         total.addmm_(d_logits.t(), self._wide(hidden), beta=0 if first else 1)
+
+
+@dataclass(frozen=True, eq=False)
+class NoColumns:
+    """Matmuls of a shard without columns, which libraries of matmuls need not take."""
+
+    weight: Tensor  # [0, D]
+    repeatable: ClassVar[bool] = True
+    rounds: ClassVar[bool] = False
+    gradient_bytes: ClassVar[int] = 0
+
+    @property
+    def row_bytes(self) -> int:
+        return 0
+
+    def gradient_buffer(self, logits: Tensor, rows: int) -> Tensor:
+        return logits
+
+    def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """Nothing to write."""
+
+    def d_hidden(self, d_logits: Tensor) -> Tensor:
+        return d_logits.new_zeros(d_logits.shape[0], self.weight.shape[1])
+
+    def add_d_weight(self, d_logits: Tensor, hidden: Tensor, total: Tensor, first: bool) -> None:
+        """Nothing to add."""

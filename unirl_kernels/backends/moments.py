@@ -16,7 +16,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends import ReadoutArgs, RowMoments, RowStats
+from unirl_kernels.backends import ELSEWHERE, ReadoutArgs, RowMoments, RowObservations, RowStats
+from unirl_kernels.batch import IGNORE
+
+
+def target_in(target: Tensor, columns: range, vocab: int) -> Tensor:
+    """Targets as a shard of the vocabulary has them, ELSEWHERE in the others; those outside the vocabulary stay so."""
+    inside = (target >= columns.start) & (target < columns.stop)
+    elsewhere = (target >= 0) & (target < vocab)
+    outside = torch.where(elsewhere, ELSEWHERE, torch.where(target == IGNORE, IGNORE, -1))
+    return torch.where(inside, target - columns.start, outside)
 
 
 def kappa_of(readout: ReadoutArgs, like: Tensor) -> Tensor:
@@ -70,3 +79,31 @@ def merge(parts: RowMoments, kappa: Tensor) -> RowMoments:
     u_target = parts.u_target.amax(0)
     dtype = parts.top.dtype
     return RowMoments(top, s_minus_1.to(dtype), sz.sum(0).to(dtype), u_target)
+
+
+def merge_observations(parts: RowObservations, moments: RowMoments, row: RowMoments, kappa: Tensor) -> RowObservations:
+    """Observations of rows from those of their shards, with w the probability of falling into a shard:
+
+        log sum p^2 = log sum_shards w^2 e^l        mean = sum_shards mean
+
+    and the argmax of the first shard with the largest logit.
+
+    Args:
+        parts: [n, ...] each, in the order of the shards: means times the shard's part of the vocabulary, and columns of
+            the whole vocabulary.
+        moments: [n, ...] each, of the shards.
+        row: [...] each, merged.
+        kappa: [] or [...], dz/du.
+    """
+    log_w = torch.log1p(moments.s_minus_1) - torch.log1p(row.s_minus_1) + (moments.top - row.top) * kappa
+    log_w = torch.where(moments.s_minus_1 == -1, -torch.inf, log_w)
+    squares = torch.where(log_w == -torch.inf, -torch.inf, parts.log_sum_sq_probs + 2 * log_w)
+    largest = parts.largest.amax(0)
+    first = (parts.largest == largest).to(torch.int8).argmax(0, keepdim=True)
+    argmax = parts.argmax.gather(0, first).squeeze(0)
+    return RowObservations(
+        torch.logsumexp(squares, 0).clamp(max=0),
+        parts.mean_logit.sum(0),
+        largest,
+        torch.where(largest.isnan(), -1, argmax),
+    )

@@ -1,8 +1,19 @@
 """Linear heads: statistics, loss and gradients of logits that exist in chunks only."""
 
 from unirl_kernels.head import implementations
-from unirl_kernels.head.chunks import Group, by_units
+from unirl_kernels.head.chunks import Group, by_units, rows_per_chunk
 from unirl_kernels.head.composed import ComposedLinear, Composition
+from unirl_kernels.head.rows import SplitRows, WholeRows
 from unirl_kernels.head.sweep import Head
 
-__all__ = ["ComposedLinear", "Composition", "Group", "Head", "by_units", "implementations"]
+__all__ = [
+    "ComposedLinear",
+    "Composition",
+    "Group",
+    "Head",
+    "SplitRows",
+    "WholeRows",
+    "by_units",
+    "implementations",
+    "rows_per_chunk",
+]

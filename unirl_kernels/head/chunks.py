@@ -11,13 +11,14 @@ from torch import Tensor
 
 from unirl_kernels.backends import ProgramArgs
 from unirl_kernels.batch import IGNORE, Batch
+from unirl_kernels.head.sizes import Sizes
 
 Values = TypeVar("Values", bound="tuple[Any, ...]")
 
 DEFAULT_CHUNK_BYTES = {"cpu": 2**28}
-DEFAULT_CHUNK_BYTES_OF_ACCELERATORS = 2**31
-"""Logits of one chunk, bytes. Every chunk reads and writes the whole gradient of the weight once, so that small ones
-cost time: on a GPU that traffic takes 735 / tokens of the product's own time (fp32 accumulation, H200)."""
+DEFAULT_CHUNK_BYTES_OF_ACCELERATORS = 11 * 2**28
+"""Logits and their gradient, bytes. Every group of tokens but the first reads and writes the whole gradient of the
+weight once more; 2.75 GiB hold the 8192 tokens of a step at V = 152064, which then takes one matmul."""
 
 
 def chunk_bytes(device: torch.device, max_chunk_bytes: int | None) -> int:
@@ -81,23 +82,62 @@ class Chunk:
         whole[self.positions] = part.to(whole.dtype)
 
 
-def by_tokens(target: Tensor, most: int) -> list[Chunk]:
-    """All tokens that count, in order, in as few chunks of about equal size as can be.
+def counted_tokens(target: Tensor) -> tuple[Tensor | None, int]:
+    """Positions of the tokens that count, and how many they are; None where they are all, in order.
 
     Finding them waits for an accelerator once. A CUDA graph that is being recorded cannot wait, and gets all T.
 
     Args:
         target: [T].
-        most: tokens per chunk.
     """
     counted = None if _is_recorded(target) else (target != IGNORE).nonzero().squeeze(-1)
     n = target.numel() if counted is None else counted.numel()
-    if n == target.numel():
-        counted = None
+    return (None, n) if n == target.numel() else (counted, n)
+
+
+def by_tokens(target: Tensor, most: int) -> list[Chunk]:
+    """All tokens that count, in order, in as few chunks of about equal size as can be.
+
+    Args:
+        target: [T].
+        most: tokens per chunk.
+    """
+    return evenly(*counted_tokens(target), most)
+
+
+def evenly(counted: Tensor | None, n: int, most: int) -> list[Chunk]:
+    """The same of ``counted_tokens``."""
+    return [_chunk(counted, start, end) for start, end in _even(n, most)]
+
+
+def by_sizes(counted: Tensor | None, n: int, sizes: Sizes) -> list[Chunk]:
+    """``counted_tokens`` in chunks that do not reach from one group into the next."""
     return [
-        Chunk(slice(start, end) if counted is None else counted[start:end], end - start)
-        for start, end in _even(n, most)
+        _chunk(counted, at, min(at + sizes.chunk, start + sizes.group, n))
+        for start in range(0, n, sizes.group)
+        for at in range(start, min(start + sizes.group, n), sizes.chunk)
     ]
+
+
+def _chunk(counted: Tensor | None, start: int, end: int) -> Chunk:
+    return Chunk(slice(start, end) if counted is None else counted[start:end], end - start)
+
+
+def in_groups(chunks: Sequence[Chunk], most: int) -> Iterator[list[Chunk]]:
+    """Neighbours of at most ``most`` tokens in all, as many as fit; at least one."""
+    for first, last in _packed([chunk.n for chunk in chunks], most):
+        if first < last:
+            yield list(chunks[first:last])
+
+
+def joined(chunks: Sequence[Chunk]) -> Chunk:
+    """Neighbours as one chunk."""
+    if len(chunks) == 1:
+        return chunks[0]
+    n, positions = sum(chunk.n for chunk in chunks), [chunk.positions for chunk in chunks]
+    if isinstance(positions[0], slice):
+        return Chunk(slice(positions[0].start, positions[0].start + n), n)
+    return Chunk(torch.cat([p for p in positions if isinstance(p, Tensor)]), n)
 
 
 def without_ignored(hidden: Tensor, target: Tensor) -> Tensor:
@@ -154,6 +194,8 @@ def by_units(batch: Batch, scope: str, most: int) -> list[Group] | None:
     """
     if scope == "token":
         return _by_positions(batch, most)
+    if batch.ranks is not None:  # parts of sequences: sums over the group need all of them at once
+        return None
     lengths = batch.lengths.tolist()
     if scope == "pair":
         chosen, rejected = batch.split_pairs(torch.arange(batch.n_sequences))

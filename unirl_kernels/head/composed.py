@@ -15,11 +15,11 @@ from torch import Tensor
 from unirl_kernels.backends import ReadoutArgs, RowGradients, RowStats
 from unirl_kernels.batch import Batch
 from unirl_kernels.head.chunks import Group
+from unirl_kernels.head.rows import WholeRows
 from unirl_kernels.head.sweep import Head, sweep
 from unirl_kernels.objectives import Loss, Tokens
 from unirl_kernels.operators.linear import HeadArgs, HeadGradients, SweepArgs, Wanted
 from unirl_kernels.operators.linear_autograd import keep, scaled_gradients
-from unirl_kernels.operators.rows import check_targets
 
 
 class Composition(NamedTuple):
@@ -29,6 +29,7 @@ class Composition(NamedTuple):
     loss: Loss
     groups: Sequence[Group]
     readout: ReadoutArgs
+    rows: WholeRows
 
 
 class ComposedLinear(torch.autograd.Function):
@@ -53,8 +54,8 @@ class ComposedLinear(torch.autograd.Function):
 def _composed(
     args: HeadArgs, composition: Composition, how: SweepArgs, wanted: Wanted
 ) -> tuple[Tensor, RowStats, HeadGradients]:
-    batch, loss, groups, readout = composition
-    check_targets(batch.target, args.weight.shape[0])
+    batch, loss, groups, readout, rows = composition
+    rows.check_targets(batch.target, args.weight.shape[0])
     head = Head.of(args, how)
     target = batch.target.reshape(-1)
     weights = loss.weights(batch)
@@ -64,15 +65,15 @@ def _composed(
     def work(logits: Tensor, d_logits: Tensor, k: int) -> None:
         group, chunk = groups[k], groups[k].chunk
         at, of_readout = chunk.row(target), chunk.rows(readout)
-        stats, moments = head.kernels.token_stats(logits, at, of_readout)
+        stats, moments = rows.measure(logits, at, of_readout)
         of_group = [group.weights(w, term.scope) for w, term in zip(weights, loss.terms, strict=True)]
         value, d_stats = _differentiated(loss, group.batch, stats, of_group)
-        head.kernels.token_stats_backward(logits, at, of_readout, moments, d_stats, d_logits)
+        rows.write_gradient(logits, at, of_readout, moments, d_stats, d_logits)
         losses.append(value)
         for of_all, of_chunk in zip(whole, stats, strict=True):
             chunk.put(of_all, of_chunk.squeeze(0))
 
-    gradients = sweep(head, [group.chunk for group in groups], work, wanted)
+    gradients = sweep(head, [group.chunk for group in groups], work, wanted, of_hidden=rows.of_hidden())
     total = torch.stack(losses).sum() if losses else whole.logp.new_zeros(())
     return total.to(head.row_dtype), whole, gradients
 

@@ -18,12 +18,13 @@ from unirl_kernels.backends import (
     RowMoments,
     RowStats,
 )
-from unirl_kernels.head.chunks import by_tokens, without_ignored
-from unirl_kernels.head.statistics import measure, observe
+from unirl_kernels.head.chunks import Chunk, without_ignored
+from unirl_kernels.head.statistics import measure, measure_chunks, observe, observe_chunks
 from unirl_kernels.head.sweep import Head, sweep
-from unirl_kernels.operators import linear
+from unirl_kernels.operators import linear, linear_shards
 from unirl_kernels.operators.linear import FusedHead, HeadArgs, HeadGradients, SweepArgs, Wanted
 from unirl_kernels.operators.rows import check_targets
+from unirl_kernels.operators.shards import Tiles, no_columns
 
 
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -70,20 +71,35 @@ def _token_stats_backward(
     how: SweepArgs,
     wanted: Wanted,
 ) -> HeadGradients:
+    def measured(head: Head, chunk: Chunk, logits: Tensor) -> RowMoments:
+        if head.matmuls.repeatable:
+            return chunk.rows(moments)
+        # Moments of other bits give probabilities that do not add up to 1: at a low temperature by percents.
+        return head.kernels.token_stats(logits, chunk.row(target), chunk.rows(readout)).moments
+
+    return _gradients(args, target, readout, gradients, how, wanted, measured)
+
+
+def _gradients(
+    args: HeadArgs,
+    target: Tensor,
+    readout: ReadoutArgs,
+    gradients: RowGradients,
+    how: SweepArgs,
+    wanted: Wanted,
+    moments_of: Callable[[Head, Chunk, Tensor], RowMoments],
+) -> HeadGradients:
+    """The gradients of a head from those of the statistics, with the moments that a chunk's logits have."""
     head = Head.of(args._replace(hidden=without_ignored(args.hidden, target.reshape(-1))), how)
-    chunks = by_tokens(target.reshape(-1), head.rows_per_chunk(how.max_chunk_bytes))
+    chunks, group = head.chunks(target.reshape(-1), how.max_chunk_bytes)
 
     def work(logits: Tensor, d_logits: Tensor, k: int) -> None:
         chunk = chunks[k]
-        at, of_readout = chunk.row(target), chunk.rows(readout)
-        if head.matmuls.repeatable:
-            of_logits = chunk.rows(moments)
-        else:
-            # Moments of other bits give probabilities that do not add up to 1: at a low temperature by percents.
-            of_logits = head.kernels.token_stats(logits, at, of_readout).moments
-        head.kernels.token_stats_backward(logits, at, of_readout, of_logits, chunk.rows(gradients), d_logits)
+        moments = moments_of(head, chunk, logits)
+        of_rows = (chunk.row(target), chunk.rows(readout), moments, chunk.rows(gradients))
+        head.kernels.token_stats_backward(logits, *of_rows, d_logits)
 
-    return sweep(head, chunks, work, wanted)
+    return sweep(head, chunks, work, wanted, group)
 
 
 @linear.fused_linear_loss.implementation
@@ -99,7 +115,7 @@ def _fused_loss(
 ) -> FusedHead:
     check_targets(target, args.weight.shape[0])
     head = Head.of(args._replace(hidden=without_ignored(args.hidden, target.reshape(-1))), how)
-    chunks = by_tokens(target.reshape(-1), head.rows_per_chunk(how.max_chunk_bytes))
+    chunks, group = head.chunks(target.reshape(-1), how.max_chunk_bytes)
     losses: list[Tensor] = []
     stats = RowStats(*(head.hidden.new_zeros(target.shape, dtype=head.row_dtype) for _ in RowStats._fields))
 
@@ -111,6 +127,34 @@ def _fused_loss(
         for whole, of_chunk in zip(stats, (rows.logp, rows.entropy, rows.lse), strict=True):
             chunk.put(whole.view(-1), of_chunk.squeeze(0))
 
-    gradients = sweep(head, chunks, work, wanted)
+    gradients = sweep(head, chunks, work, wanted, group)
     loss = torch.stack(losses).sum() if losses else stats.logp.new_zeros(())
     return FusedHead(loss, stats, gradients)
+
+
+@linear_shards.linear_shard_moments.implementation
+@_without_autocast
+def _shard_moments(args: HeadArgs, target: Tensor, readout: ReadoutArgs, tiles: Tiles, how: SweepArgs) -> RowMoments:
+    return measure_chunks(Head.of(args, how), target, readout, tiles, how.max_chunk_bytes)
+
+
+@linear_shards.linear_shard_observations.implementation
+@_without_autocast
+def _shard_observations(args: HeadArgs, target: Tensor, readout: ReadoutArgs, tiles: Tiles, how: SweepArgs) -> Observed:
+    if not args.weight.shape[0]:
+        return no_columns(target, how.dtype)
+    return observe_chunks(Head.of(args, how), target, readout, how.max_chunk_bytes)
+
+
+@linear_shards.linear_shard_stats_backward.implementation
+@_without_autocast
+def _shard_stats_backward(
+    args: HeadArgs,
+    target: Tensor,
+    readout: ReadoutArgs,
+    moments: RowMoments,
+    gradients: RowGradients,
+    how: SweepArgs,
+    wanted: Wanted,
+) -> HeadGradients:
+    return _gradients(args, target, readout, gradients, how, wanted, lambda head, chunk, logits: chunk.rows(moments))

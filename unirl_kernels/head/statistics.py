@@ -5,14 +5,13 @@ A tile gives the moments of its columns; those of all tiles are merged once, in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from unirl_kernels.backends import (
-    ELSEWHERE,
     Measured,
     Observed,
     ReadoutArgs,
@@ -20,10 +19,11 @@ from unirl_kernels.backends import (
     RowObservations,
     RowStats,
 )
-from unirl_kernels.backends.moments import kappa_of, merge, statistics
+from unirl_kernels.backends.moments import kappa_of, merge, merge_observations, statistics, target_in
 from unirl_kernels.batch import IGNORE
 from unirl_kernels.head.chunks import Chunk, by_tokens, chunk_bytes
 from unirl_kernels.head.sweep import Head
+from unirl_kernels.operators.shards import Tiles, moments_of_tiles, tiles_like
 
 TOKENS_OF_TILE = 1024
 """Enough for a matmul to run at full speed; the rest of a tile's memory goes into its width."""
@@ -58,6 +58,51 @@ def observe(head: Head, target: Tensor, readout: ReadoutArgs, max_chunk_bytes: i
     return found
 
 
+def measure_chunks(
+    head: Head, target: Tensor, readout: ReadoutArgs, tiles: Tiles, max_chunk_bytes: int | None
+) -> RowMoments:
+    """Moments of all tokens, [slots, B, L], of the chunks of logits that the gradient is made in.
+
+    A matmul of other sizes rounds otherwise, and moments of other logits give probabilities that do not add up to 1.
+    """
+    if not head.weight.shape[0]:
+        return moments_of_tiles(head.kernels.token_stats, head.empty(*target.shape, 0), target, readout, tiles)
+    found = RowMoments(*(x.zero_() for x in tiles_like(target, head.row_dtype, tiles)))
+
+    def measure(logits: Tensor, target: Tensor, readout: ReadoutArgs) -> RowMoments:
+        return moments_of_tiles(head.kernels.token_stats, logits, target, readout, tiles)
+
+    for chunk, of_chunk in _chunks(head, target, readout, max_chunk_bytes, measure):
+        for k in range(tiles.slots):
+            whole, part = (RowMoments(*(x[k] for x in moments)) for moments in (found, of_chunk))
+            _put(chunk, (whole,), (part,), target)
+    return found
+
+
+def observe_chunks(head: Head, target: Tensor, readout: ReadoutArgs, max_chunk_bytes: int | None) -> Observed:
+    """``measure_chunks``, and what else is observed of the rows."""
+    found = Observed(*(_no_rows(group, target, head) for group in (RowStats, RowMoments, RowObservations)))
+    for chunk, of_chunk in _chunks(head, target, readout, max_chunk_bytes, head.kernels.token_observations):
+        _put(chunk, found, of_chunk, target)
+    return found
+
+
+def _chunks(
+    head: Head,
+    target: Tensor,
+    readout: ReadoutArgs,
+    max_chunk_bytes: int | None,
+    function: Callable[[Tensor, Tensor, ReadoutArgs], Any],
+) -> Iterator[tuple[Chunk, Any]]:
+    """What a function of the backend finds in the rows of each chunk."""
+    chunks, _ = head.chunks(target.reshape(-1), max_chunk_bytes)
+    memory = head.empty(max((chunk.n for chunk in chunks), default=0), head.weight.shape[0])
+    for chunk in chunks:
+        logits = memory[: chunk.n]
+        head.matmuls.logits(chunk.take(head.hidden).to(head.dtype), head.bias, logits)
+        yield chunk, function(logits.unsqueeze(0), chunk.row(target), chunk.rows(readout))
+
+
 Tile = tuple[Any, range]
 """What a backend found in a tile, and the columns of the tile."""
 
@@ -83,17 +128,9 @@ def _tiles(
         for chunk, tiles in found:
             tile = memory[: chunk.n * len(columns)].view(chunk.n, len(columns))
             part.matmuls.logits(chunk.take(part.hidden).to(part.dtype), part.bias, tile)
-            at = _target_in(chunk.row(target), columns, vocab)
+            at = target_in(chunk.row(target), columns, vocab)
             tiles.append((function(tile.unsqueeze(0), at, chunk.rows(readout)), columns))
     return found
-
-
-def _target_in(target: Tensor, columns: range, vocab: int) -> Tensor:
-    """Targets as a tile of the vocabulary has them; those outside the vocabulary stay outside."""
-    inside = (target >= columns.start) & (target < columns.stop)
-    elsewhere = (target >= 0) & (target < vocab)
-    outside = torch.where(elsewhere, ELSEWHERE, torch.where(target == IGNORE, IGNORE, -1))
-    return torch.where(inside, target - columns.start, outside)
 
 
 def _stacked(groups: Sequence[Any]) -> Any:
@@ -108,30 +145,13 @@ def _merged(tiles: Sequence[RowMoments], readout: ReadoutArgs) -> Measured:
 
 
 def _merged_observations(tiles: Sequence[Tile], row: RowMoments, readout: ReadoutArgs, vocab: int) -> RowObservations:
-    """Observations of a row from those of its tiles, with w the probability of falling into a tile:
-
-        log sum p^2 = log sum_tiles w^2 e^l        mean = sum_tiles n mean / V
-
-    and the argmax of the first tile with the largest logit.
-    """
     moments: RowMoments = _stacked([tile.moments for tile, _ in tiles])
-    of_tiles: RowObservations = _stacked([tile.observations for tile, _ in tiles])
-    kappa = kappa_of(readout, row.top)
-    log_w = torch.log1p(moments.s_minus_1) - torch.log1p(row.s_minus_1) + (moments.top - row.top) * kappa
-    log_w = torch.where(moments.s_minus_1 == -1, -torch.inf, log_w)
-    squares = torch.where(log_w == -torch.inf, -torch.inf, of_tiles.log_sum_sq_probs + 2 * log_w)
-    share = row.top.new_tensor([len(columns) / vocab for _, columns in tiles])
-    starts = torch.tensor([columns.start for _, columns in tiles], device=row.top.device)
+    found: RowObservations = _stacked([tile.observations for tile, _ in tiles])
     by_tile = (-1, *[1] * row.top.dim())
-    largest = of_tiles.largest.amax(0)
-    first = (of_tiles.largest == largest).to(torch.int8).argmax(0, keepdim=True)
-    argmax = (of_tiles.argmax + starts.view(by_tile)).gather(0, first).squeeze(0)
-    return RowObservations(
-        torch.logsumexp(squares, 0).clamp(max=0),
-        (of_tiles.mean_logit * share.view(by_tile)).sum(0),
-        largest,
-        torch.where(largest.isnan(), -1, argmax),
-    )
+    share = row.top.new_tensor([len(columns) / vocab for _, columns in tiles]).view(by_tile)
+    starts = torch.tensor([columns.start for _, columns in tiles], device=row.top.device).view(by_tile)
+    of_tiles = found._replace(mean_logit=found.mean_logit * share, argmax=found.argmax + starts)
+    return merge_observations(of_tiles, moments, row, kappa_of(readout, row.top))
 
 
 def _no_rows(group: Any, target: Tensor, head: Head) -> Any:

@@ -10,8 +10,19 @@ import torch
 from torch import Tensor
 
 from unirl_kernels.backends import Backend, load
-from unirl_kernels.backends.matmuls import Matmuls
-from unirl_kernels.head.chunks import Chunk, rows_per_chunk
+from unirl_kernels.backends.matmuls import Matmuls, NoColumns
+from unirl_kernels.collectives import Group, start_all_reduce, wait
+from unirl_kernels.head.chunks import (
+    Chunk,
+    by_sizes,
+    chunk_bytes,
+    counted_tokens,
+    evenly,
+    in_groups,
+    joined,
+    rows_per_chunk,
+)
+from unirl_kernels.head.sizes import Shape, Sizes, multiprocessors, sizes_of
 from unirl_kernels.operators.linear import HeadArgs, HeadGradients, SweepArgs, Wanted, kept_dtype
 
 
@@ -47,6 +58,8 @@ class Head:
 
     @cached_property
     def matmuls(self) -> Matmuls:
+        if not self.weight.shape[0]:
+            return NoColumns(self.weight)
         return self.kernels.matmuls(self.weight, self.dtype)
 
     def columns(self, start: int, stop: int) -> Head:
@@ -55,15 +68,71 @@ class Head:
         return replace(self, weight=self.weight[start:stop], bias=bias)
 
     def rows_per_chunk(self, max_chunk_bytes: int | None) -> int:
+        """Tokens whose logits and gradient exist at a time where both are made of all of them at once."""
         return rows_per_chunk(self.matmuls.row_bytes, self.weight.device, max_chunk_bytes)
+
+    def chunks(self, target: Tensor, max_chunk_bytes: int | None) -> tuple[list[Chunk], int]:
+        """The tokens that count, [T], where chunks may be cut anywhere; and how many tokens form a group."""
+        counted, n = counted_tokens(target)
+        sizes = self._sizes(n, max_chunk_bytes)
+        if sizes is not None:
+            return by_sizes(counted, n, sizes), sizes.group
+        rows = self.rows_per_chunk(max_chunk_bytes)
+        return evenly(counted, n, rows), rows
+
+    def _sizes(self, tokens: int, max_chunk_bytes: int | None) -> Sizes | None:
+        """Two sizes where the gradient of the logits has memory of its own, and there is enough of it."""
+        gradient, device = self.matmuls.gradient_bytes, self.weight.device
+        if not gradient:
+            return None
+        (vocab, d), memory = self.weight.shape, chunk_bytes(device, max_chunk_bytes)
+        logits = vocab * self.row_dtype.itemsize
+        return sizes_of(Shape(tokens, vocab, d, logits, gradient, memory, multiprocessors(device)))
 
     def empty(self, *shape: int) -> Tensor:
         """Uninitialised memory of the rows' dtype."""
         return self.kernels.empty(shape, self.row_dtype, self.weight.device)
 
 
+class AtOnce:
+    """Writes the gradient of the hidden states of a chunk where it belongs."""
+
+    def put(self, chunk: Chunk, d_hidden: Tensor, part: Tensor) -> None:
+        chunk.put(d_hidden, part)
+
+    def finish(self) -> None:
+        """Write what has not been written."""
+
+
+class Summed(AtOnce):
+    """The same of its sum over ranks, which is formed in fp32 while the next chunk is worked on.
+
+    Args:
+        ranks: each of which has a part of the weight.
+    """
+
+    def __init__(self, ranks: Group) -> None:
+        self._ranks = ranks
+        self._started: list[tuple[Chunk, Tensor, Tensor]] = []
+
+    def put(self, chunk: Chunk, d_hidden: Tensor, part: Tensor) -> None:
+        started = start_all_reduce(part, self._ranks)
+        self.finish()
+        self._started.append((chunk, d_hidden, started))
+
+    def finish(self) -> None:
+        while self._started:
+            chunk, d_hidden, total = self._started.pop()
+            chunk.put(d_hidden, wait(total))
+
+
 def sweep(
-    head: Head, chunks: Sequence[Chunk], work: Callable[[Tensor, Tensor, int], None], wanted: Wanted
+    head: Head,
+    chunks: Sequence[Chunk],
+    work: Callable[[Tensor, Tensor, int], None],
+    wanted: Wanted,
+    group: int = 1,
+    of_hidden: AtOnce = AtOnce(),
 ) -> HeadGradients:
     """Make the logits of each chunk, let ``work`` find their gradient, and form the other gradients from it.
 
@@ -75,6 +144,8 @@ def sweep(
         work: gets the logits of a chunk, [1, n, V] fp32 (fp64 for fp64), memory for their gradient, which is their own
             or has the dtype that is multiplied, and the chunk's number.
         wanted: which gradients.
+        group: tokens whose gradients are kept until they are multiplied; at least one chunk is.
+        of_hidden: what becomes of the gradient of a chunk's hidden states.
 
     Returns:
         ``HeadGradients`` in the dtypes of hidden states, weight and bias, but fp32 for fp16, which holds the gradients
@@ -83,22 +154,37 @@ def sweep(
     vocab, d = head.weight.shape
     tokens = head.hidden.shape[0] if wanted.hidden else 0
     d_hidden = head.hidden.new_zeros(tokens, d, dtype=kept_dtype(head.hidden))
-    d_weight = head.empty(vocab if wanted.weight else 0, d)
+    groups = list(in_groups(chunks, group if head.matmuls.gradient_bytes else 1))
+    d_weight = _memory_of_d_weight(head, vocab if wanted.weight else 0, d, len(groups))
     d_bias = head.weight.new_zeros(vocab if wanted.bias else 0, dtype=head.row_dtype)
     logits_of_largest = head.empty(max((chunk.n for chunk in chunks), default=0), vocab)
-    d_logits_of_largest = head.matmuls.gradient_buffer(logits_of_largest)
-    for k, chunk in enumerate(chunks):
-        hidden = chunk.take(head.hidden).to(head.dtype)
-        logits, d_logits = logits_of_largest[: chunk.n], d_logits_of_largest[: chunk.n]
-        head.matmuls.logits(hidden, head.bias, logits)
-        work(logits.unsqueeze(0), d_logits.unsqueeze(0), k)
+    rows = max((sum(chunk.n for chunk in of_group) for of_group in groups), default=0)
+    gradient = head.matmuls.gradient_buffer(logits_of_largest, rows)
+    k = 0
+    for number, of_group in enumerate(groups):
+        together, done = joined(of_group), 0
+        hidden = together.take(head.hidden).to(head.dtype)
+        for chunk in of_group:
+            logits, d_logits = logits_of_largest[: chunk.n], gradient[done : done + chunk.n]
+            head.matmuls.logits(hidden[done : done + chunk.n], head.bias, logits)
+            work(logits.unsqueeze(0), d_logits.unsqueeze(0), k)
+            k, done = k + 1, done + chunk.n
+        d_logits = gradient[:done]
         if wanted.hidden:
-            chunk.put(d_hidden, head.matmuls.d_hidden(d_logits))
+            of_hidden.put(together, d_hidden, head.matmuls.d_hidden(d_logits))
         if wanted.weight:
-            head.matmuls.add_d_weight(d_logits, hidden, d_weight, first=k == 0)
+            head.matmuls.add_d_weight(d_logits, hidden, d_weight, first=number == 0)
         if wanted.bias:
             d_bias += d_logits.sum(0, dtype=d_bias.dtype)
+    of_hidden.finish()
     if not chunks:
         d_weight.zero_()
     d_bias = d_bias if head.bias is None else d_bias.to(kept_dtype(head.bias))
     return HeadGradients(d_hidden, d_weight.to(kept_dtype(head.weight)), d_bias)
+
+
+def _memory_of_d_weight(head: Head, vocab: int, d: int, groups: int) -> Tensor:
+    """Of the dtype that it is returned in where one matmul makes all of it, and the device rounds; else for sums."""
+    dtype = kept_dtype(head.weight)
+    rounded = groups == 1 and head.matmuls.rounds and dtype == head.dtype
+    return head.kernels.empty((vocab, d), dtype if rounded else head.row_dtype, head.weight.device)

@@ -1,5 +1,7 @@
 """TRL's trainers on this package's kernels: ``patch()``, and every loss, entropy and gradient as before.
 
+``fuse(trainer)`` makes a GRPOTrainer's loss and gradient in one pass.
+
 Tried are TRL 0.24 to 1.16. From 1.15 on its trainers score tokens by a fused head, an autograd function that is
 replaced. Before, and in experimental trainers, they do by functions of logits, replaced in every module that has
 imported them; below 1.7 by these alone.
@@ -19,7 +21,9 @@ from torch import Tensor
 from unirl_kernels.api import linear_token_observations, linear_token_stats, token_stats
 from unirl_kernels.batch import IGNORE
 from unirl_kernels.integrations.losses.trl import loss as loss
+from unirl_kernels.integrations.one_pass import awaited
 from unirl_kernels.integrations.patching import Patch, Replacement, known
+from unirl_kernels.integrations.trl_fuse import OnePassGRPO
 from unirl_kernels.integrations.versions import check_release
 from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout
@@ -73,6 +77,43 @@ def unpatch() -> None:
     if _active is not None:
         _active.undo()
         _active = None
+
+
+def fuse(trainer: Any, plan: Plan = Plan()) -> None:
+    """Let a GRPOTrainer make its loss and gradient in one pass of the model's head, until ``unfuse(trainer)``.
+
+    Three matmuls of tokens by vocabulary instead of the four of ``patch()``, and no second pass over the vocabulary:
+    the loss is ``loss(trainer.args)``, in ``fused_linear_loss``. What the trainer logs is what TRL's own code makes of
+    the log-probabilities and entropies of that pass. A loss of sequence scope takes three matmuls where a sequence fits
+    a chunk, else four.
+
+    TRL is patched as by ``patch(plan)``, for old and reference log-probabilities; ``unfuse`` leaves that patch.
+    Options are read here, once.
+
+    Args:
+        trainer: a GRPOTrainer of TRL 1.16, before ``train()``.
+        plan: how the machine computes it.
+
+    Raises:
+        ImportError, RuntimeError: as ``patch`` and ``loss`` do.
+        TypeError: when the trainer is of another class, or one that computes its loss otherwise.
+        ValueError: when one pass cannot make what the configuration asks for (a router's loss, torch_compile,
+            DataParallel, ZeRO-3, and what ``loss`` refuses), by the name of the option. Nothing is changed then.
+    """
+    check_release("trl", LAST, LAST)
+    one_pass = OnePassGRPO(trainer)
+    patch(plan)
+    trainer._compute_loss = one_pass.compute_loss
+
+
+def unfuse(trainer: Any) -> None:
+    """Give a trainer its own loss back. Without ``fuse`` it does nothing.
+
+    Args:
+        trainer: the trainer.
+    """
+    if isinstance(getattr(vars(trainer).get("_compute_loss"), "__self__", None), OnePassGRPO):
+        del trainer._compute_loss
 
 
 def _of_logits(utils: ModuleType, plan: Plan) -> list[Replacement]:
@@ -233,6 +274,9 @@ class FusedHead:
             weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
         readout = Readout(float(temperature), final_logit_softcapping, float(logit_scale))
         how: dict[str, Any] = {"bias": bias, "readout": readout, "plan": self._plan}
+        if (work := awaited()) is not None:
+            logp, entropy = work.run(hidden, weight, targets, **how)
+            return logp, entropy if "entropy" in outputs else None, None, None, None
         if not {"log_sum_sq_probs", "mean_logits", "is_top1"} & set(outputs):
             stats = linear_token_stats(hidden, weight, targets, **how)
             return stats.logp, stats.entropy if "entropy" in outputs else None, None, None, None

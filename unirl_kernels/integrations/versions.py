@@ -32,7 +32,7 @@ def check_release(package: str, first: str, last: str) -> None:
         installed = version(package)
     except PackageNotFoundError as error:
         raise ImportError(f"{package} is not installed: pip install {package}") from error
-    if choice == "allow" or _is_between(installed, first, last):
+    if choice == "allow" or is_between(installed, first, last):
         return
     tried = first if first == last else f"{first} to {last}"
     if choice == "refuse":
@@ -44,7 +44,8 @@ def check_release(package: str, first: str, last: str) -> None:
     )
 
 
-def _is_between(installed: str, first: str, last: str) -> bool:
+def is_between(installed: str, first: str, last: str) -> bool:
+    """Whether a version is one of those from first to last; numbers after theirs do not count."""
     # Whatever needs this check depends on packaging itself.
     from packaging.version import InvalidVersion, Version
 

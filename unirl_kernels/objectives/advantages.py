@@ -1,4 +1,4 @@
-"""Rules for the advantage of a token, for ``WithAdvantage``. None has a gradient."""
+"""Advantages: from rewards, and rules for the advantage of a token (``WithAdvantage``). None has a gradient."""
 
 from __future__ import annotations
 
@@ -11,6 +11,43 @@ from unirl_kernels.objectives.arguments import AboveOne, Field, NonNegative, Par
 from unirl_kernels.objectives.tokens import Tokens
 
 __all__ = ["AdvantageWeighted", "EntropyShaped", "PrefixWeighted", "SequenceMeanAdvantage", "TeacherAdvantage"]
+
+
+def group_advantages(rewards: Tensor, group_size: int, *, eps: float = 1e-4) -> Tensor:
+    """Advantages relative to the group: how much better a sample is than the others for the same question.
+
+        A_i = (r_i - mean(r)) / (std(r) + eps)         over the group of sample i
+
+    Source: Shao et al. 2024 (arXiv:2402.03300v3), section 4.1.2; std with Bessel's correction, eps as in TRL.
+
+    Args:
+        rewards: [S] float, the samples of a question next to each other.
+        group_size: samples per question, at least 2; divides S.
+        eps: keeps a group of equal rewards at advantage 0.
+
+    Returns:
+        [S] float32 (float64 for float64 rewards).
+
+    Raises:
+        TypeError: when ``rewards`` is not a floating-point tensor.
+        ValueError: when ``rewards`` is not [S], or ``group_size`` does not divide S.
+
+    Examples:
+        Two questions with two samples each; the samples of the second earn the same:
+
+        >>> uk.group_advantages(torch.tensor([1.0, 0.0, 1.0, 1.0]), group_size=2)
+        tensor([ 0.7070, -0.7070,  0.0000,  0.0000])
+    """
+    if not isinstance(rewards, Tensor) or not rewards.is_floating_point():
+        got = rewards.dtype if isinstance(rewards, Tensor) else type(rewards).__name__
+        raise TypeError(f"rewards must be a floating-point tensor, got {got}")
+    if rewards.dim() != 1:
+        raise ValueError(f"rewards must have shape [S], got {tuple(rewards.shape)}")
+    if group_size < 2 or rewards.numel() % group_size:
+        raise ValueError(f"group_size must be at least 2 and divide the {rewards.numel()} rewards, got {group_size}")
+    groups = rewards.to(torch.promote_types(rewards.dtype, torch.float32)).view(-1, group_size)
+    centred = groups - groups.mean(-1, keepdim=True)
+    return (centred / (groups.std(-1, keepdim=True) + eps)).view(-1)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from unirl_kernels.backends import ProgramArgs, ReadoutArgs, RowGradients, RowMoments, RowStats
 from unirl_kernels.operators import rows
+from unirl_kernels.operators.declare import Operator
 
 Result = TypeVar("Result")
 
@@ -74,69 +75,58 @@ def overwrite(logits: Tensor, write: Callable[[Tensor], Result]) -> Result:
 
 
 class Statistics(torch.autograd.Function):
-    """logp, entropy, lse of ``token_stats``. The backward goes by the moments: users may change the results."""
+    """logp, entropy, lse of ``token_stats`` or ``token_observations``, and the observations, which have no gradient.
+
+    The backward goes by the moments: users may change the results.
+    """
 
     @staticmethod
-    def without_gradient(logits: Tensor, target: Tensor, readout: ReadoutArgs, backend: str) -> tuple[Tensor, ...]:
+    def without_gradient(
+        logits: Tensor, target: Tensor, readout: ReadoutArgs, backend: str, operator: Operator
+    ) -> tuple[Tensor, ...]:
         """The same where no gradient is wanted, for less of the host's time."""
         refuse_forward_mode(logits)
-        return tuple(rows.token_stats(as_rows(logits), target, readout, backend).stats)
+        stats, _, *observations = operator(as_rows(logits), target, readout, backend)
+        return *stats, *(x for group in observations for x in group)
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, target: Tensor, readout: ReadoutArgs, backend: str, overwrites: bool
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        readout: ReadoutArgs,
+        backend: str,
+        operator: Operator,
+        overwrites: bool,
     ) -> tuple[Tensor, ...]:
-        stats, moments = rows.token_stats(as_rows(logits), target, readout, backend)
-        _save(ctx, logits, target, readout, moments, backend, overwrites)
-        return tuple(stats)
+        refuse_forward_mode(logits)
+        stats, moments, *observations = operator(as_rows(logits), target, readout, backend)
+        others = [x for group in observations for x in group]
+        ctx.mark_non_differentiable(*others)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, target, readout.row_temperature, *moments)
+        ctx.readout, ctx.backend, ctx.overwrites = readout._replace(row_temperature=None), backend, overwrites
+        return *stats, *others
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _stats_gradient(ctx, of_stats(*gradients)), None, None, None, None
+        refuse_double_backward()
+        logits, target, row_temperature, *moments = saved_rows(ctx)
+        readout = ctx.readout._replace(row_temperature=row_temperature)
+        arguments = (target, readout, RowMoments(*moments), of_stats(*gradients[:3]), ctx.backend)
+
+        def write(memory: Tensor) -> Tensor:
+            rows.token_stats_backward_(as_rows(memory), *arguments)
+            return memory
+
+        if ctx.overwrites:
+            d_logits = overwrite(logits, write)
+        else:
+            d_logits = rows.token_stats_backward(as_rows(logits), *arguments).view(logits.shape)
+        return d_logits, None, None, None, None, None
 
 
-class Observations(torch.autograd.Function):
-    """logp, entropy, lse and the observations of ``token_observations``, of which the first three have gradients."""
-
-    @staticmethod
-    def without_gradient(logits: Tensor, target: Tensor, readout: ReadoutArgs, backend: str) -> tuple[Tensor, ...]:
-        """The same where no gradient is wanted, for less of the host's time."""
-        refuse_forward_mode(logits)
-        stats, _, observations = rows.token_observations(as_rows(logits), target, readout, backend)
-        return *stats, *observations
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, target: Tensor, readout: ReadoutArgs, backend: str, overwrites: bool
-    ) -> tuple[Tensor, ...]:
-        stats, moments, observations = rows.token_observations(as_rows(logits), target, readout, backend)
-        _save(ctx, logits, target, readout, moments, backend, overwrites)
-        ctx.mark_non_differentiable(*observations)
-        return *stats, *observations
-
-    @staticmethod
-    def backward(
-        ctx: Any, d_logp: Tensor | None, d_entropy: Tensor | None, d_lse: Tensor | None, *_: None
-    ) -> tuple[Tensor | None, ...]:
-        return _stats_gradient(ctx, of_stats(d_logp, d_entropy, d_lse)), None, None, None, None
-
-
-def _save(
-    ctx: Any,
-    logits: Tensor,
-    target: Tensor,
-    readout: ReadoutArgs,
-    moments: RowMoments,
-    backend: str,
-    overwrites: bool,
-) -> None:
-    refuse_forward_mode(logits)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, target, readout.row_temperature, *moments)
-    ctx.readout, ctx.backend, ctx.overwrites = readout._replace(row_temperature=None), backend, overwrites
-
-
-def _saved(ctx: Any) -> tuple[Any, ...]:
+def saved_rows(ctx: Any) -> tuple[Any, ...]:
     try:
         return tuple(ctx.saved_tensors)
     except RuntimeError as error:
@@ -146,22 +136,6 @@ def _saved(ctx: Any) -> tuple[Any, ...]:
             "logits have changed since the forward: overwrite_logits=True puts their gradient there, for one use of "
             "them and one backward, or another operation has changed them in place"
         ) from error
-
-
-def _stats_gradient(ctx: Any, gradients: RowGradients) -> Tensor:
-    refuse_double_backward()
-    logits, target, row_temperature, *moments = _saved(ctx)
-    readout = ctx.readout._replace(row_temperature=row_temperature)
-    arguments = (target, readout, RowMoments(*moments), gradients, ctx.backend)
-    if not ctx.overwrites:
-        d_logits: Tensor = rows.token_stats_backward(as_rows(logits), *arguments)
-        return d_logits.view(logits.shape)
-
-    def write(memory: Tensor) -> Tensor:
-        rows.token_stats_backward_(as_rows(memory), *arguments)
-        return memory
-
-    return overwrite(logits, write)
 
 
 class OnePass(torch.autograd.Function):
@@ -193,11 +167,15 @@ class OnePass(torch.autograd.Function):
         ctx.mark_non_differentiable(*stats)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(d_logits)
-        ctx.backend = backend
+        ctx.backend, ctx.overwrites, ctx.used = backend, overwrites, False
         return loss, *stats
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         (d_logits,) = ctx.saved_tensors
+        if ctx.overwrites and not torch.compiler.is_compiling():
+            if ctx.used:
+                raise RuntimeError("overwrite_logits=True is for one backward: the logits' memory went to its gradient")
+            ctx.used = True
         d_logits = None if d_loss is None else scaled(d_logits, d_loss, ctx.backend)
         return d_logits, None, None, None, None, None, None

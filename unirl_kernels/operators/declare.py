@@ -46,12 +46,22 @@ def _leaves(annotation: Any) -> Iterator[Any]:
         yield from _leaves(inner)
 
 
-def _flattened(value: Any) -> Iterator[Any]:
-    if hasattr(value, "_fields"):
-        for inner in value:
-            yield from _flattened(inner)
-    else:
-        yield value
+def _flattener(annotation: Any) -> Callable[[Any], tuple[Any, ...]]:
+    """Lays the values of a group out flat."""
+    if not any(map(_is_group, typing.get_type_hints(annotation).values())):
+        return tuple
+    inner = [_flattener(x) if _is_group(x) else None for x in typing.get_type_hints(annotation).values()]
+
+    def flatten(group: Any) -> tuple[Any, ...]:
+        values: list[Any] = []
+        for value, of_value in zip(group, inner, strict=True):
+            if of_value is None:
+                values.append(value)
+            else:
+                values += of_value(value)
+        return tuple(values)
+
+    return flatten
 
 
 def _builder(annotation: Any) -> Callable[[Iterator[Any]], Any]:
@@ -70,18 +80,21 @@ class Operator:
 
     Args:
         name: of the operator.
-        fake: what it returns for tensors without data. Its annotations declare the operator: tensors, scalars and
-            groups of them.
+        signature: a function whose annotations declare it: tensors, scalars and groups of them.
+        fake: what it returns for tensors without data.
         mutates: names of the tensors that it overwrites.
     """
 
-    def __init__(self, name: str, fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> None:
-        hints = typing.get_type_hints(fake)
+    def __init__(
+        self, name: str, signature: Callable[..., Any], fake: Callable[..., Any], mutates: tuple[str, ...] = ()
+    ) -> None:
+        hints = typing.get_type_hints(signature)
         self.name = name
         self._returns = hints.pop("return")
         self._arguments = list(hints.items())
         self._build_arguments = [_builder(annotation) for annotation in hints.values()]
         self._build_result = _builder(self._returns) if _is_group(self._returns) else None
+        self._flatten_result = _flattener(self._returns) if _is_group(self._returns) else None
         LIBRARY.define(self._schema(mutates))
         torch.library.register_fake(f"unirl::{self.name}", self._flat(fake), lib=LIBRARY)
         if not mutates:
@@ -108,7 +121,7 @@ class Operator:
         def run(*flat: object) -> Any:
             values = iter(flat)
             result = function(*[build(values) for build in self._build_arguments])
-            return result if self._build_result is None else tuple(_flattened(result))
+            return result if self._flatten_result is None else self._flatten_result(result)
 
         return run
 
@@ -143,10 +156,10 @@ class Operator:
 
 
 def operator(fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Operator]:
-    """Decorator: declare an operator by the name of the function that implements it."""
+    """Decorator: declare an operator by the function that implements it."""
 
     def declare(function: Callable[..., Any]) -> Operator:
-        declared = Operator(function.__name__, fake, mutates)
+        declared = Operator(function.__name__, function, fake, mutates)
         declared.implementation(function)
         return declared
 

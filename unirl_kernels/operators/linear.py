@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unirl_kernels.backends import Measured, Observed, ProgramArgs, ReadoutArgs, RowGradients, RowMoments, RowStats
 from unirl_kernels.operators.declare import Operator
-from unirl_kernels.operators.rows import moments_like, observations_like, row_like, stats_like
+from unirl_kernels.operators.rows import measured_like, observed_like, row_like, stats_like
 
 
 class HeadArgs(NamedTuple):
@@ -68,15 +68,15 @@ def _gradients_like(head: HeadArgs, wanted: Wanted) -> HeadGradients:
     )
 
 
-def _fake_stats(head: HeadArgs, target: Tensor, readout: ReadoutArgs, sweep: SweepArgs) -> Measured:
-    return Measured(stats_like(target, sweep.dtype), moments_like(target, sweep.dtype))
+def _stats(head: HeadArgs, target: Tensor, readout: ReadoutArgs, sweep: SweepArgs) -> Measured:
+    return measured_like(target, sweep.dtype)
 
 
-def _fake_observations(head: HeadArgs, target: Tensor, readout: ReadoutArgs, sweep: SweepArgs) -> Observed:
-    return Observed(*_fake_stats(head, target, readout, sweep), observations_like(target, sweep.dtype))
+def _observations(head: HeadArgs, target: Tensor, readout: ReadoutArgs, sweep: SweepArgs) -> Observed:
+    return observed_like(target, sweep.dtype)
 
 
-def _fake_backward(
+def backward(
     head: HeadArgs,
     target: Tensor,
     readout: ReadoutArgs,
@@ -88,7 +88,7 @@ def _fake_backward(
     return _gradients_like(head, wanted)
 
 
-def _fake_loss(
+def _loss(
     head: HeadArgs,
     target: Tensor,
     readout: ReadoutArgs,
@@ -101,8 +101,8 @@ def _fake_loss(
     return FusedHead(loss, stats_like(target, sweep.dtype), _gradients_like(head, wanted))
 
 
-# The fakes have the operators' signatures, which is all that a declaration needs.
-linear_token_stats = Operator("linear_token_stats", _fake_stats)
-linear_token_observations = Operator("linear_token_observations", _fake_observations)
-linear_token_stats_backward = Operator("linear_token_stats_backward", _fake_backward)
-fused_linear_loss = Operator("fused_linear_loss", _fake_loss)
+# Each function is signature and fake in one.
+linear_token_stats = Operator("linear_token_stats", _stats, _stats)
+linear_token_observations = Operator("linear_token_observations", _observations, _observations)
+linear_token_stats_backward = Operator("linear_token_stats_backward", backward, backward)
+fused_linear_loss = Operator("fused_linear_loss", _loss, _loss)

@@ -11,11 +11,13 @@ from torch import Tensor
 from unirl_kernels.backends import ProgramArgs, ReadoutArgs, RowMoments
 from unirl_kernels.operators import linear
 from unirl_kernels.operators.autograd import of_stats, refuse_double_backward, refuse_forward_mode, scaled
+from unirl_kernels.operators.declare import Operator
 from unirl_kernels.operators.linear import HeadArgs, SweepArgs, Wanted
 
 
 class LinearStatistics(torch.autograd.Function):
-    """logp, entropy, lse of ``linear_token_stats``; the backward makes the logits again."""
+    """logp, entropy, lse of ``linear_token_stats`` or ``linear_token_observations``, and the observations, which have
+    no gradient. The backward makes the logits again."""
 
     @staticmethod
     def forward(
@@ -26,68 +28,27 @@ class LinearStatistics(torch.autograd.Function):
         target: Tensor,
         readout: ReadoutArgs,
         sweep: SweepArgs,
+        operator: Operator,
     ) -> tuple[Tensor, ...]:
         head = HeadArgs(hidden, weight, bias)
-        stats, moments = linear.linear_token_stats(head, target, readout, sweep)
-        _save(ctx, head, target, readout, moments, sweep)
-        return tuple(stats)
+        refuse_forward_mode(*head)
+        stats, moments, *observations = operator(head, target, readout, sweep)
+        others = [x for group in observations for x in group]
+        ctx.mark_non_differentiable(*others)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*head, target, readout.row_temperature, *moments)
+        ctx.readout, ctx.sweep = readout._replace(row_temperature=None), sweep
+        return *stats, *others
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_stats_gradient(ctx, *gradients), None, None, None
-
-
-class LinearObservations(torch.autograd.Function):
-    """``LinearStatistics``, and the observations, which have no gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        target: Tensor,
-        readout: ReadoutArgs,
-        sweep: SweepArgs,
-    ) -> tuple[Tensor, ...]:
-        head = HeadArgs(hidden, weight, bias)
-        stats, moments, observations = linear.linear_token_observations(head, target, readout, sweep)
-        _save(ctx, head, target, readout, moments, sweep)
-        ctx.mark_non_differentiable(*observations)
-        return *stats, *observations
-
-    @staticmethod
-    def backward(
-        ctx: Any, d_logp: Tensor | None, d_entropy: Tensor | None, d_lse: Tensor | None, *_: None
-    ) -> tuple[Tensor | None, ...]:
-        return *_stats_gradient(ctx, d_logp, d_entropy, d_lse), None, None, None
-
-
-def _save(
-    ctx: Any, head: HeadArgs, target: Tensor, readout: ReadoutArgs, moments: RowMoments, sweep: SweepArgs
-) -> None:
-    refuse_forward_mode(*head)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*head, target, readout.row_temperature, *moments)
-    ctx.readout, ctx.sweep = readout._replace(row_temperature=None), sweep
-
-
-def _stats_gradient(
-    ctx: Any, d_logp: Tensor | None, d_entropy: Tensor | None, d_lse: Tensor | None
-) -> list[Tensor | None]:
-    refuse_double_backward()
-    hidden, weight, bias, target, row_temperature, *moments = ctx.saved_tensors
-    head, readout = HeadArgs(hidden, weight, bias), ctx.readout._replace(row_temperature=row_temperature)
-    gradients = linear.linear_token_stats_backward(
-        head,
-        target,
-        readout,
-        RowMoments(*moments),
-        of_stats(d_logp, d_entropy, d_lse),
-        ctx.sweep,
-        Wanted(*ctx.needs_input_grad[:3]),
-    )
-    return handed_on(ctx, gradients, [None if x is None else x.dtype for x in head])
+        refuse_double_backward()
+        hidden, weight, bias, target, row_temperature, *moments = ctx.saved_tensors
+        head, readout = HeadArgs(hidden, weight, bias), ctx.readout._replace(row_temperature=row_temperature)
+        of_rows, d_stats = RowMoments(*moments), of_stats(*gradients[:3])
+        wanted = Wanted(*ctx.needs_input_grad[:3])
+        found = linear.linear_token_stats_backward(head, target, readout, of_rows, d_stats, ctx.sweep, wanted)
+        return *handed_on(ctx, found, [None if x is None else x.dtype for x in head]), None, None, None, None
 
 
 class OnePassLinear(torch.autograd.Function):

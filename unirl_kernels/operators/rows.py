@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from unirl_kernels.backends import (
-    FusedRows,
     Measured,
     Observed,
     ProgramArgs,
@@ -38,16 +37,18 @@ class FusedWithGradient(NamedTuple):
 
 
 def check_targets(target: Tensor, vocab: int) -> None:
-    """Raise an ``IndexError`` for a target outside the vocabulary.
+    """Raise an ``IndexError`` for a target outside the vocabulary, with its index: (b, l), or (t,) of a single row.
 
     On an accelerator reading the values would wait for the device; there such rows become NaN instead.
     """
-    if target.device.type != "cpu" or not has_values(target):
+    if target.device.type != "cpu" or not has_values(target) or not target.numel():
         return
-    outside = (target != IGNORE) & ((target < 0) | (target >= vocab))
-    if bool(outside.any()):
+    least, largest = torch.where(target == IGNORE, 0, target).aminmax()
+    if int(least) < 0 or int(largest) >= vocab:
+        outside = (target != IGNORE) & ((target < 0) | (target >= vocab))
         at = tuple(outside.nonzero()[0].tolist())
-        raise IndexError(f"target must lie in [0, {vocab}) or be {IGNORE}, got {int(target[at])} at {at}")
+        where = at if len(target) > 1 else at[-1:]
+        raise IndexError(f"target must lie in [0, {vocab}) or be {IGNORE}, got {int(target[at])} at {where}")
 
 
 def row_like(target: Tensor, dtype: torch.dtype) -> Tensor:
@@ -68,37 +69,35 @@ def observations_like(target: Tensor, dtype: torch.dtype) -> RowObservations:
     return RowObservations._make((*values, torch.empty_like(target)))
 
 
+def measured_like(target: Tensor, dtype: torch.dtype) -> Measured:
+    return Measured(stats_like(target, dtype), moments_like(target, dtype))
+
+
+def observed_like(target: Tensor, dtype: torch.dtype) -> Observed:
+    return Observed(*measured_like(target, dtype), observations_like(target, dtype))
+
+
 def _gradient_like(logits: Tensor) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def _fake_stats(logits: Tensor, target: Tensor, readout: ReadoutArgs, backend: str) -> Measured:
-    return Measured(stats_like(target, logits.dtype), moments_like(target, logits.dtype))
+def _loss_like(target: Tensor, logits: Tensor) -> Fused:
+    return Fused(row_like(target, logits.dtype).new_empty(()), stats_like(target, logits.dtype))
 
 
-@operator(fake=_fake_stats)
+@operator(fake=lambda logits, target, *_: measured_like(target, logits.dtype))
 def token_stats(logits: Tensor, target: Tensor, readout: ReadoutArgs, backend: str) -> Measured:
     check_targets(target, logits.shape[-1])
     return load(backend).token_stats(logits, target, readout)
 
 
-def _fake_observations(logits: Tensor, target: Tensor, readout: ReadoutArgs, backend: str) -> Observed:
-    return Observed(*_fake_stats(logits, target, readout, backend), observations_like(target, logits.dtype))
-
-
-@operator(fake=_fake_observations)
+@operator(fake=lambda logits, target, *_: observed_like(target, logits.dtype))
 def token_observations(logits: Tensor, target: Tensor, readout: ReadoutArgs, backend: str) -> Observed:
     check_targets(target, logits.shape[-1])
     return load(backend).token_observations(logits, target, readout)
 
 
-def _fake_backward(
-    logits: Tensor, target: Tensor, readout: ReadoutArgs, moments: RowMoments, gradients: RowGradients, backend: str
-) -> Tensor:
-    return _gradient_like(logits)
-
-
-@operator(fake=_fake_backward)
+@operator(fake=lambda logits, *_: _gradient_like(logits))
 def token_stats_backward(
     logits: Tensor, target: Tensor, readout: ReadoutArgs, moments: RowMoments, gradients: RowGradients, backend: str
 ) -> Tensor:
@@ -108,42 +107,14 @@ def token_stats_backward(
     return d_logits
 
 
-def _fake_overwriting_backward(
-    logits: Tensor, target: Tensor, readout: ReadoutArgs, moments: RowMoments, gradients: RowGradients, backend: str
-) -> None:
-    return None
-
-
-@operator(fake=_fake_overwriting_backward, mutates=("logits",))
+@operator(fake=lambda *_: None, mutates=("logits",))
 def token_stats_backward_(
     logits: Tensor, target: Tensor, readout: ReadoutArgs, moments: RowMoments, gradients: RowGradients, backend: str
 ) -> None:
     load(backend).token_stats_backward(logits, target, readout, moments, gradients, logits)
 
 
-def _fake_overwriting_loss(
-    logits: Tensor, target: Tensor, readout: ReadoutArgs, program: ProgramArgs, backend: str, kernel: str
-) -> Fused:
-    return Fused(_loss_like(target, logits), stats_like(target, logits.dtype))
-
-
-def _loss_like(target: Tensor, logits: Tensor) -> Tensor:
-    return target.new_empty((), dtype=torch.promote_types(logits.dtype, torch.float32))
-
-
-def _fake_loss(
-    logits: Tensor, target: Tensor, readout: ReadoutArgs, program: ProgramArgs, backend: str, kernel: str
-) -> FusedWithGradient:
-    fused = _fake_overwriting_loss(logits, target, readout, program, backend, kernel)
-    return FusedWithGradient(*fused, _gradient_like(logits))
-
-
-def _reduced(rows: FusedRows, loss: Tensor) -> Fused:
-    torch.sum(rows.loss, (0, 1), out=loss)
-    return Fused(loss, RowStats(rows.logp, rows.entropy, rows.lse))
-
-
-@operator(fake=_fake_loss)
+@operator(fake=lambda logits, target, *_: FusedWithGradient(*_loss_like(target, logits), _gradient_like(logits)))
 def fused_loss(
     logits: Tensor, target: Tensor, readout: ReadoutArgs, program: ProgramArgs, backend: str, kernel: str
 ) -> FusedWithGradient:
@@ -151,22 +122,19 @@ def fused_loss(
     kernels = load(backend)
     d_logits = kernels.empty(logits.shape, logits.dtype, logits.device)
     rows = kernels.fused_loss(logits, target, readout, program, d_logits, kernel)
-    return FusedWithGradient(*_reduced(rows, _loss_like(target, logits)), d_logits)
+    return FusedWithGradient(rows.loss.sum(), RowStats(*rows[1:]), d_logits)
 
 
-@operator(fake=_fake_overwriting_loss, mutates=("logits",))
+@operator(fake=lambda logits, target, *_: _loss_like(target, logits), mutates=("logits",))
 def fused_loss_(
     logits: Tensor, target: Tensor, readout: ReadoutArgs, program: ProgramArgs, backend: str, kernel: str
 ) -> Fused:
     check_targets(target, logits.shape[-1])
-    loss = _loss_like(target, logits)  # nothing may fail for want of memory once the logits are overwritten
-    return _reduced(load(backend).fused_loss(logits, target, readout, program, logits, kernel), loss)
+    loss = row_like(target, logits.dtype).new_empty(())  # nothing may fail for want of memory after the kernel
+    rows = load(backend).fused_loss(logits, target, readout, program, logits, kernel)
+    return Fused(torch.sum(rows.loss, (0, 1), out=loss), RowStats(*rows[1:]))
 
 
-def _fake_scale(x: Tensor, factor: Tensor, backend: str) -> None:
-    return None
-
-
-@operator(fake=_fake_scale, mutates=("x",))
+@operator(fake=lambda *_: None, mutates=("x",))
 def scale_(x: Tensor, factor: Tensor, backend: str) -> None:
     load(backend).scale_(x, factor)

@@ -125,14 +125,15 @@ def _at_bounds(g: Graph, x: tuple[int, ...], dx: tuple[int, ...]) -> int:
 
 
 def extremum(order: tuple[int, int]) -> Callable[[Graph, int, tuple[int, ...], tuple[int, ...]], int]:
-    """Rule of minimum and maximum: the chosen argument's derivative, a share of both at a tie."""
+    """Rule of minimum and maximum: the chosen argument's derivative, a share of both at a tie, their sum where an
+    argument is NaN."""
 
     def rule(g: Graph, y: int, x: tuple[int, ...], dx: tuple[int, ...]) -> int:
         if dx[0] == dx[1]:
             return dx[0]
-        first, second = order
-        tie_or_second = g.op(Op.WHERE, g.op(Op.EQ, x[0], x[1]), _sum(g, KINKS.tie, dx), dx[1])
-        return g.op(Op.WHERE, g.op(Op.LT, x[first], x[second]), dx[0], tie_or_second)
+        first, second = (g.op(Op.LE, x[k], x[1 - k]) for k in order)
+        if_first = g.op(Op.WHERE, second, _sum(g, KINKS.tie, dx), dx[0])
+        return g.op(Op.WHERE, first, if_first, g.op(Op.WHERE, second, dx[1], g.op(Op.ADD, *dx)))
 
     return rule
 

@@ -62,9 +62,9 @@ def rows_of(dtype: torch.dtype, tokens: int, vocab: int) -> tuple[Tensor, Tensor
     return (torch.randn(1, tokens, vocab) * 3).to(dtype), torch.randint(0, vocab, (1, tokens))
 
 
-def fields_of(logits: Tensor, target: Tensor) -> Tensor:
+def fields_of(logits: Tensor, target: Tensor, readout: ReadoutArgs = IDENTITY) -> Tensor:
     """Those of ``GRPO``: both signs of advantage, old and reference log-probabilities at a realistic distance."""
-    logp = eager.token_stats(logits, target, IDENTITY).stats.logp.double()
+    logp = eager.token_stats(logits, target, readout).stats.logp.double()
     noise = 0.2 * torch.randn(2, *target.shape)
     named = {"advantage": torch.randn(target.shape), "old_logp": logp + noise[0], "ref_logp": logp + noise[1]}
     named[weight_name(0)] = torch.rand(target.shape) + 0.1

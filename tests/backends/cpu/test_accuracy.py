@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy
 import pytest
 import torch
 
@@ -326,3 +327,31 @@ def kappa_of(readout: ReadoutArgs) -> torch.Tensor:
     row = readout.row_temperature
     temperature = torch.tensor(readout.temperature, dtype=torch.float64) if row is None else row.double()
     return (abs(readout.scale) if readout.softcap is None else readout.softcap) / temperature
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_gradient_has_the_bias_of_its_rounding_alone(dtype: torch.dtype) -> None:
+    """A short polynomial may err in each element, not on average."""
+    logits, target = torch.randn(48, 1, 50257).to(dtype), torch.zeros(48, 1, dtype=torch.long)
+    stats, found = cpu.token_stats(logits, target, IDENTITY)
+    d_logits = cpu.empty(logits.shape, dtype, logits.device)
+    gradients = RowGradients(torch.ones_like(stats.logp), None, None)
+    cpu.token_stats_backward(logits, target, IDENTITY, found, gradients, d_logits)
+    _, truth = naive(logits.double(), target, IDENTITY, torch.tensor([1.0, 0, 0]).double().view(3, 1, 1))
+    _, plain = naive(logits.float(), target, IDENTITY, torch.tensor([1.0, 0, 0]).double().view(3, 1, 1))
+    ours, eager_ones = (x[..., 1:].double() - truth[..., 1:] for x in (d_logits, plain.to(dtype)))
+    # Roundings are independent: the standard error of their sum is their norm.
+    assert abs(ours.sum()) <= 2 * abs(eager_ones.sum()) + 4 * ours.norm(), f"{ours.sum():.2g} {eager_ones.sum():.2g}"
+
+
+def test_double_sums_lose_no_more_than_eager_ones() -> None:
+    """Against sums in the width of the machine's long double, of rows with many logits of one size."""
+    for logits in (torch.randn(4, 8192, dtype=torch.float64) * 2, torch.rand(4, 50257, dtype=torch.float64)):
+        wide = logits.numpy().astype(numpy.longdouble)
+        d = wide - wide.max(-1, keepdims=True)
+        e = numpy.exp(d)
+        entropy = numpy.log(e.sum(-1)) - (e * d).sum(-1) / e.sum(-1)
+        stats, _ = cpu.token_stats(logits.unsqueeze(1), torch.zeros(4, 1, dtype=torch.long), IDENTITY)
+        log_p = torch.log_softmax(logits, -1)
+        ours, plain = (abs(x.numpy() - entropy).max() for x in (stats.entropy[:, 0], -(log_p.exp() * log_p).sum(-1)))
+        assert ours <= plain + numpy.finfo(numpy.float64).eps * entropy.max()

@@ -120,6 +120,20 @@ def test_scale(vocab: int, dtype: torch.dtype, layout: str, factor: float, kerne
     assert only_rows_written(x)
 
 
+def test_a_device_that_runs_no_large_cluster(kernels: ModuleType) -> None:
+    """It is asked first: the launch would fail. Nor is an error left behind for torch to find at its next check."""
+    logits = torch.zeros(1, 1, 304001, dtype=BF16)
+    kernels.run_at_once(8)
+    try:
+        with pytest.raises(RuntimeError, match=r"needs 16 blocks at once for rows of 304001 logits.*backend='triton'"):
+            stats_of(logits, 0)
+        assert not kernels.error_is_left()
+        stats_of(logits[..., :1031], 0)
+    finally:
+        kernels.run_at_once(16)
+    stats_of(logits, 0)
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_longest_row(dtype: torch.dtype, kernels: ModuleType) -> None:
     """The shared memory of 16 blocks holds it; a longer one is refused with its length."""

@@ -42,6 +42,7 @@ def complaints(kernels: ModuleType) -> Iterator[str]:
             try:
                 check(case, run(case))
             except (RuntimeError, AssertionError) as error:
+                assert not kernels.error_is_left()
                 yield str(error)
 
 

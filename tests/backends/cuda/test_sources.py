@@ -57,6 +57,15 @@ class Usage:
     registers: int
     stack: int
     operations: Counter[str]
+    code: tuple[tuple[int, str], ...]  # addresses and instructions
+
+    def loops(self) -> list[list[str]]:
+        """Instructions of the loops that hold no other."""
+        jump = re.compile(r"BRA(?:\.\w+)* (?:!?U?P\w+, )?0x([0-9a-f]+)")
+        targets = [(int(found[1], 16), at) for at, text in self.code if (found := jump.search(text))]
+        spans = [(first, last) for first, last in targets if first <= last]
+        inner = [s for s in spans if not any(s != t and s[0] <= t[0] and t[1] <= s[1] for t in spans)]
+        return [[text for at, text in self.code if first <= at <= last] for first, last in inner]
 
     @property
     def capped(self) -> bool:
@@ -74,7 +83,17 @@ def _dump(binary: Path, architecture: str) -> list[Usage]:
     code = dict(re.findall(r"Function : (\S+)\n(.*?)(?=Function : |\Z)", sass, re.DOTALL))
     found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage)
     operation = re.compile(r"^\s+/\*\w+\*/\s+(?:@!?\w+ )?([A-Z][\w.]+)", re.MULTILINE)
-    return [Usage(name, int(r), int(stack), Counter(operation.findall(code[name]))) for name, r, stack in found]
+    instruction = re.compile(r"^\s+/\*([0-9a-f]+)\*/\s+([^;]+);", re.MULTILINE)
+    return [
+        Usage(
+            name,
+            int(registers),
+            int(stack),
+            Counter(operation.findall(code[name])),
+            tuple((int(at, 16), text.strip()) for at, text in instruction.findall(code[name])),
+        )
+        for name, registers, stack in found
+    ]
 
 
 @cache
@@ -126,7 +145,7 @@ def test_budget(kernels: tuple[str, list[Usage]]) -> None:
 
 @compiles
 def test_accesses_are_16_bytes_wide(kernels: tuple[str, list[Usage]]) -> None:
-    """Narrow ones are a row's scalars and the two edges of an unaligned slice."""
+    """Narrow ones are a row's scalars and the two edges of an unaligned slice, in each of four second sweeps."""
     source, found = kernels
     for kernel in found:
         wide = {op.split(".")[0] for op in kernel.operations if op.endswith(".128")}
@@ -135,7 +154,7 @@ def test_accesses_are_16_bytes_wide(kernels: tuple[str, list[Usage]]) -> None:
         narrow = sum(
             n for op, n in kernel.operations.items() if re.match(r"LDG\b|STG\b", op) and not op.endswith("128")
         )
-        assert narrow <= 20, kernel
+        assert narrow <= 23, kernel.name
 
 
 @compiles
@@ -145,6 +164,44 @@ def test_a_row_meets_at_cluster_barriers(kernels: tuple[str, list[Usage]]) -> No
     for kernel in found:
         barriers = (kernel.operations["UCGABAR_ARV"], kernel.operations["UCGABAR_WAIT"])
         assert barriers == ((0, 0) if source == "scale" else (2, 2)), kernel
+
+
+@compiles
+def test_no_block_waits_for_memory_before_it_has_started(kernels: tuple[str, list[Usage]]) -> None:
+    """What tells that a block has started releases nothing: a release is a barrier for all of memory."""
+    source, found = kernels
+    for kernel in found:
+        barriers = [text.split(".")[0] for _, text in kernel.code if text.startswith(("MEMBAR", "UCGABAR"))]
+        expected = ["UCGABAR_ARV", "UCGABAR_WAIT", "MEMBAR", "UCGABAR_ARV", "UCGABAR_WAIT"]
+        assert barriers == ([] if source == "scale" else expected), kernel.name
+
+
+MOST_INSTRUCTIONS = 17
+"""Per logit of bf16 where logits and gradients are aligned: the largest, the sums and the gradient. The two sweeps took
+12.1 + 10.75 when the largest was looked for with the sums."""
+
+
+@compiles
+def test_instructions_per_logit(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Of loops by what they do; the instructions for the target, which one vector of a row takes, are counted too."""
+    binary = _compiled(ROOT / "csrc/cuda/fused_loss.cu", tmp_path_factory.getbasetemp())
+    (kernel,) = (k for k in _dump(binary, "sm_90") if "BFloat16" in k.name and "Float32" not in k.name and not k.capped)
+
+    def per_logit(what: str, *others: str) -> float:
+        found = []
+        for loop in kernel.loops():
+            text = "\n".join(loop)
+            vectors = len(re.findall(what, text)) // (8 if what == "MUFU.EX2" else 1)
+            if vectors and all(other in text for other in others) and (others or "STG" not in text):
+                found.append(len(loop) / (8 * vectors))
+        return min(found)
+
+    largest = per_logit(r"LDS\.128", "HMNMX")
+    sums, gradient = per_logit("MUFU.EX2"), per_logit("MUFU.EX2", "STG")
+    assert 0.4 < largest < 1
+    assert 5 < sums < 7
+    assert 5 < gradient < 10
+    assert largest + sums + gradient <= MOST_INSTRUCTIONS, (largest, sums, gradient)
 
 
 def test_why_it_cannot_run() -> None:

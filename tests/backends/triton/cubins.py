@@ -32,6 +32,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 VOCABULARIES = {"vectors": 151936, "odd": 151669}
 """Rows of whole 16-byte vectors, and rows that start anywhere. V otherwise changes no compiled kernel."""
 
+HELD_128_REGISTERS = 200
+"""Five programs of two warps then share a multiprocessor."""
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -42,6 +45,7 @@ class Variant:
     objective: str = "grpo"
     readout: str = "linear"
     gradient: str = ""
+    size: str = ""  # "wide": two_sweep with 16 warps; "held128": split_row with 128 held elements and 2 warps
 
     @property
     def is_plain(self) -> bool:
@@ -51,13 +55,14 @@ class Variant:
     def __str__(self) -> str:
         """What is as usual has no name: the loss, the readout, a gradient of the logits' dtype."""
         gradient = self.gradient and f"to_{self.gradient}"
-        parts = (self.kernel, self.architecture, self.dtype, self.rows, self.objective, self.readout, gradient)
+        kind = (self.rows, self.objective, self.readout, gradient, self.size)
+        parts = (self.kernel, self.architecture, self.dtype, *kind)
         return "-".join(part for part in parts if part not in ("grpo", "linear", ""))
 
 
 def variants() -> list[Variant]:
     """Every kernel on every architecture, dtype and kind of rows, in fp64 on one of them; the costlier programs on one
-    dtype; and gradients that are rounded for the matmuls of linear heads."""
+    dtype; gradients that are rounded for the matmuls of linear heads; and tiles of other sizes."""
     every = [
         Variant(kernel, architecture, dtype, rows)
         for kernel in ("statistics", "observations", "backward", "two_sweep", "split_row", "scale")
@@ -82,7 +87,14 @@ def variants() -> list[Variant]:
         for architecture in ARCHITECTURES
         for rows in VOCABULARIES
     ]
-    return every + exact + costly + rounded
+    resized = [
+        Variant(kernel, architecture, dtype, rows, size=size)
+        for kernel, size, dtypes in (("two_sweep", "wide", ("bf16", "fp32")), ("split_row", "held128", ("bf16",)))
+        for architecture in ("sm_90", "sm_100")
+        for dtype in dtypes
+        for rows in VOCABULARIES
+    ]
+    return every + exact + costly + rounded + resized
 
 
 @dataclass(frozen=True)
@@ -129,7 +141,11 @@ def tile_of(variant: Variant) -> Any:
 
     dtype, vocab = DTYPES[variant.dtype], VOCABULARIES[variant.rows]
     warp_size = 32 if variant.architecture.startswith("sm_") else 64
-    if variant.kernel == "split_row":
+    if variant.size == "held128":
+        shape = geometry._fill(dtype, vocab, warp_size, 2, 128 * dtype.itemsize // geometry.VECTOR_BYTES)
+    elif variant.size == "wide":
+        shape = geometry._fill(dtype, vocab, warp_size, geometry.WIDE_WARPS, geometry.VECTORS_IN_FLIGHT)
+    elif variant.kernel == "split_row":
         shape = geometry.slice_tile(dtype, vocab, variant.readout, warp_size)
     else:
         shape = geometry.tile(dtype, vocab, warp_size)
@@ -181,6 +197,8 @@ def compile_variant(variant: Variant) -> Any:
         capability = divmod(int(variant.architecture[3:]), 10)
         plain = variant.rows == "vectors" and not constants["ENTROPY"]
         options["maxnreg"] = geometry.held_registers(DTYPES[variant.dtype], capability, plain=plain)
+        if variant.size == "held128":
+            options["maxnreg"] = HELD_128_REGISTERS
     kernel = getattr(launch, variant.kernel)
     signature, constexprs = {}, {}
     for i, parameter in enumerate(kernel.params):

@@ -13,7 +13,7 @@ from triton.runtime.jit import create_function_from_signature
 
 import unirl_kernels as uk
 from unirl_kernels.backends import ProgramArgs, ReadoutArgs, RowGradients, RowMoments
-from unirl_kernels.backends.triton import launch
+from unirl_kernels.backends.triton import geometry, launch
 from unirl_kernels.program import trace
 
 BACKEND = make_backend(GPUTarget("cuda", 90, 32))
@@ -63,7 +63,7 @@ def keys() -> dict[str, list[str]]:
     found: dict[str, set[str]] = {name: set() for name in KERNELS}
     for name in KERNELS:
         setattr(launch, name, Recorder(getattr(launch, name), found[name]))
-    launch._device = lambda device: launch.Device(132, (9, 0), True)
+    geometry.device_of = lambda device: geometry.Device(132, (9, 0), True, 50 * 2**20)
     plain = ReadoutArgs(1.0, None, 1.0, None)
     step(_logits(1, 1, 20000), 0.04, plain)
     step(_logits(1, 1, 20000), 0.5, ReadoutArgs(0.5, None, 0.7, None))

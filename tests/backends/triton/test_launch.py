@@ -94,7 +94,7 @@ def test_split_rows(vocab: int, readout: str, objective: str, monkeypatch: pytes
         return scratch[0]
 
     monkeypatch.setattr(launch, "_scratch", marked)
-    monkeypatch.setattr(launch, "_device", lambda device: launch.Device(5, (0, 0), False))
+    monkeypatch.setattr(geometry, "device_of", lambda device: geometry.Device(5, (0, 0), False))
     monkeypatch.setattr(geometry, "whole_row", lambda shape, vocab: shape)
     monkeypatch.setattr(geometry, "SPLIT_MAX_WARPS", 1)
     rows = make_rows(vocab, shape=(1, 3))
@@ -132,6 +132,8 @@ def test_split_rows_fit_on_the_device(
     """Slices wait for one another: if one of them cannot start, none ends."""
     shape = geometry.slice_tile(dtype, vocab, readout)
     assert geometry.programs(shape, vocab, needed, registers) == 4 * needed
+    certain = geometry.certain_programs(shape, registers)
+    assert geometry.programs(shape, vocab, needed, registers, cooperative=True) == certain * needed
     reason = rf"split_row.*rows of {vocab} logits.*on each of {needed - 1} multiprocessors.*Plan\(kernel='two_sweep'\)"
     with pytest.raises(RuntimeError, match=reason):
         geometry.programs(shape, vocab, needed - 1, registers)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -75,24 +76,30 @@ def reordered(seed: int) -> Patch:
 
     The same up to rounding.
     """
-    random = torch.Generator().manual_seed(seed)
+    return in_orders(itertools.repeat(seed))
+
+
+def in_orders(seeds: Iterator[int]) -> Patch:
+    """``reordered``, with a seed for each call: a policy and an equal reference differ by rounding, too."""
+    random = torch.Generator().manual_seed(0)
     shift = torch.rand((), generator=random)
     logp, entropy = utils.selective_log_softmax, utils.entropy_from_logits
 
-    def order(n: int) -> Tensor:
+    def order(n: int, seed: int) -> Tensor:
         return torch.randperm(n, generator=random.manual_seed(seed))
 
     def apply(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *rest: Any) -> Any:
-        words, features = order(len(weight)), order(weight.shape[1])
+        seed = next(seeds)
+        words, features = order(len(weight), seed), order(weight.shape[1], seed)
         bias = None if bias is None else bias[words]
         return HEAD.apply(hidden[:, features], weight[words][:, features], bias, words.argsort()[targets], *rest)
 
     def selected(logits: Tensor, index: Tensor) -> Tensor:
-        words = order(logits.shape[-1])
+        words = order(logits.shape[-1], next(seeds))
         return logp(logits[..., words] + shift, words.argsort()[index])
 
     def entropy_of(logits: Tensor) -> Tensor:
-        return entropy(logits[..., order(logits.shape[-1])] + shift)
+        return entropy(logits[..., order(logits.shape[-1], next(seeds))] + shift)
 
     pairs = ((HEAD, SimpleNamespace(apply=apply)), (logp, selected), (entropy, entropy_of))
     return Patch([Replacement(old, new, "trl") for old, new in pairs])

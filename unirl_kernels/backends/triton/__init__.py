@@ -20,12 +20,14 @@ from unirl_kernels.backends import (
     RowMoments,
 )
 from unirl_kernels.backends.torch_defaults import empty, matmuls, release_memory
+from unirl_kernels.backends.triton import geometry
 from unirl_kernels.backends.triton.geometry import KERNELS
 
 __all__ = [
     "KERNELS",
     "empty",
     "fused_loss",
+    "kernels_by_vocab",
     "matmuls",
     "release_memory",
     "scale_",
@@ -55,6 +57,10 @@ def unavailable(device: torch.device) -> str | None:
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
         return f"it needs compute capability 8.0, the device has {capability}"
     return None
+
+
+def kernels_by_vocab(device: torch.device, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
+    return geometry.kernels_by_vocab(geometry.device_of(device), dtype)
 
 
 def token_stats(logits: Tensor, target: Tensor, readout: ReadoutArgs) -> Measured:

@@ -1,38 +1,113 @@
 """Launch shapes and the order of kernels: the one place where measurements change something.
 
-They depend on architecture, dtype and V alone, never on the number of rows: the order in which a row is summed follows
-from them, and a row is to have the same bits in every batch.
+They depend on the device, the dtype and V alone, never on the number of rows: the order in which a row is summed
+follows from them, and a row is to have the same bits in every batch.
+
+Everything here is predicted (``benchmarks/NOTES.md``, "The kernel by default"): no GPU has run it yet. A sweep changes
+the numbers without an edit, by the environment: ``UNIRL_GEOMETRY="held_elements=128 split_max_warps=2"``.
 """
 
 from __future__ import annotations
 
+import os
+import sys
+from functools import cache
 from typing import NamedTuple
 
 import torch
 
 KERNELS = ("two_sweep", "split_row")
-"""One-pass kernels, the default first."""
+"""One-pass kernels."""
 
+VARIABLE = "UNIRL_GEOMETRY"
+
+ANY_VOCAB = sys.maxsize
+
+
+def variant_of(text: str) -> dict[str, int]:
+    """The sizes that a text such as ``"held_elements=128 split_max_warps=2"`` names, in the place of the defaults.
+
+    Raises:
+        ValueError: when a name is not one of ``DEFAULTS``, or a size is not a whole number.
+    """
+    sizes = dict(DEFAULTS)
+    for setting in text.split():
+        name, _, size = setting.partition("=")
+        if name not in DEFAULTS or not size.isdecimal():
+            raise ValueError(f"{VARIABLE} must be made of {'=N '.join(DEFAULTS)}=N, got {setting!r}")
+        sizes[name] = int(size)
+    return sizes
+
+
+DEFAULTS = {
+    "max_warps": 8,
+    "wide_warps": 16,
+    "vectors_in_flight": 4,
+    "l2_percent": 50,
+    "split_max_warps": 4,
+    "held_elements": 64,
+    "held_elements_softcap": 32,
+    "resident_warps": 16,
+    "held_registers": 0,
+    "cooperative": 1,
+}
+"""Sizes by the names that the environment knows."""
+
+_SIZES = variant_of(os.environ.get(VARIABLE, ""))
 
 VECTOR_BYTES = 16
 """Width of the widest load and store of a thread, and the alignment they need."""
 
-MAX_WARPS = 8
-VECTORS_IN_FLIGHT = 4
+MAX_WARPS = _SIZES["max_warps"]
+WIDE_WARPS = _SIZES["wide_warps"]
+"""Of ``two_sweep`` where that makes the rows in flight fit the L2 cache: half as many of them."""
+
+VECTORS_IN_FLIGHT = _SIZES["vectors_in_flight"]
 """Sweeps: 64 bytes per thread in flight, at 64 registers 64 KiB per multiprocessor."""
 
-SPLIT_MAX_WARPS = 4
-HELD_ELEMENTS = 64
+L2_PERCENT = _SIZES["l2_percent"]
+"""What part of the L2 cache the rows in flight of ``two_sweep`` and their gradients may take: the second sweep of
+99 % of a row then finds it there if the cache keeps what was used last, of 75 % if half of the cache does so."""
+
+SWEEP_WARPS = {2: 32, 4: 48, 8: 16}
+"""Warps of ``two_sweep`` that share a multiprocessor, by the bytes of a logit: at 64, 40 and 90 registers."""
+
+SPLIT_MAX_WARPS = _SIZES["split_max_warps"]
+HELD_ELEMENTS = _SIZES["held_elements"]
 """Split rows: 8192 columns of a row in the registers of 128 threads."""
 
-HELD_ELEMENTS_SOFTCAP = 32
+HELD_ELEMENTS_SOFTCAP = _SIZES["held_elements_softcap"]
 """tanh takes registers of its own."""
 
-RESIDENT_WARPS = 16
+HELD_REGISTERS = _SIZES["held_registers"]
+"""Of a thread of ``split_row``; 0: those of ``held_registers``."""
+
+RESIDENT_WARPS = _SIZES["resident_warps"]
 """Warps of ``split_row`` that share a multiprocessor. More would queue until the tickets are used up."""
+
+COOPERATIVE = bool(_SIZES["cooperative"])
+"""Whether ``split_row`` is launched so that the driver starts all of its programs or none."""
 
 REGISTER_FILE = 65536
 """Registers of a multiprocessor, sm_80 to sm_120."""
+
+
+class Device(NamedTuple):
+    """What a choice depends on."""
+
+    multiprocessors: int
+    capability: tuple[int, int]
+    is_nvidia: bool
+    l2_bytes: int = 0
+
+
+@cache
+def device_of(device: torch.device) -> Device:
+    """Properties of a device; of a CPU, where programs run one after another, a device of one multiprocessor."""
+    if device.type != "cuda":
+        return Device(1, (0, 0), False)
+    found = torch.cuda.get_device_properties(device)
+    return Device(found.multi_processor_count, (found.major, found.minor), not torch.version.hip, found.L2_cache_size)
 
 
 class Tile(NamedTuple):
@@ -56,6 +131,42 @@ class Split(NamedTuple):
     half: Tile  # what an unaligned slice is written by
     slices: int
     padded: int  # slices, rounded up to a power of 2
+
+
+def kernels_by_vocab(device: Device, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
+    """One-pass kernels to take without a name, each with the longest row that it is for.
+
+    ``two_sweep`` reads a row twice. Where the rows in flight do not fit the L2 cache the second read costs DRAM
+    traffic, half as much again as the floor, and ``split_row``, which reads once, is predicted to be faster.
+    """
+    if not device.is_nvidia:
+        return (("two_sweep", ANY_VOCAB),)
+    return (
+        ("two_sweep", _most_in_cache(device, dtype, WIDE_WARPS)),
+        ("split_row", _most_split(device, dtype)),
+        ("two_sweep", ANY_VOCAB),
+    )
+
+
+def _most_in_cache(device: Device, dtype: torch.dtype, num_warps: int) -> int:
+    """The longest row of which ``two_sweep`` may have as many in flight as run at once, with their gradients."""
+    programs = device.multiprocessors * (SWEEP_WARPS[dtype.itemsize] // num_warps)
+    return device.l2_bytes * L2_PERCENT // 100 // (programs * 2 * dtype.itemsize)
+
+
+def _most_split(device: Device, dtype: torch.dtype) -> int:
+    """The longest row all of whose slices run at once, whatever readout, loss and addresses there are."""
+    shape = slice_tile(dtype, ANY_VOCAB, "softcap")
+    registers = held_registers(dtype, device.capability, plain=False)
+    return device.multiprocessors * certain_programs(shape, registers) * shape.columns
+
+
+def two_sweep_tile(device: Device, dtype: torch.dtype, vocab: int, warp_size: int = 32) -> Tile:
+    """The tile of ``two_sweep``: of ``tile``, but with more warps where fewer rows in flight then fit the L2 cache."""
+    wide = device.is_nvidia and _most_in_cache(device, dtype, MAX_WARPS) < vocab <= _most_in_cache(
+        device, dtype, WIDE_WARPS
+    )
+    return _fill(dtype, vocab, warp_size, WIDE_WARPS if wide else MAX_WARPS, VECTORS_IN_FLIGHT)
 
 
 def tile(dtype: torch.dtype, vocab: int, warp_size: int = 32) -> Tile:
@@ -82,6 +193,8 @@ def held_registers(dtype: torch.dtype, capability: tuple[int, int], *, plain: bo
         capability: of the device.
         plain: whether rows are aligned and the loss has no gradient with respect to the entropy.
     """
+    if HELD_REGISTERS:
+        return HELD_REGISTERS
     if dtype.itemsize == 2:
         return 128 if plain and capability < (10, 0) else 168
     return 168 if plain else 232
@@ -101,30 +214,43 @@ def split(shape: Tile, vocab: int) -> Split:
     return Split(shape, shape._replace(unroll=shape.unroll // 2), count, 1 << (count - 1).bit_length())
 
 
-def programs(shape: Tile, vocab: int, multiprocessors: int, registers: int | None) -> int:
+def certain_programs(shape: Tile, registers: int | None) -> int:
+    """Programs of ``split_row`` that one multiprocessor runs at once for certain.
+
+    Args:
+        shape: tile that holds a slice.
+        registers: that a thread may use; None where nothing bounds them, and one program is certain.
+    """
+    if registers is None:
+        return 1
+    return min(RESIDENT_WARPS // shape.num_warps, REGISTER_FILE // (registers * shape.lanes))
+
+
+def programs(shape: Tile, vocab: int, multiprocessors: int, registers: int | None, *, cooperative: bool = False) -> int:
     """How many programs of ``split_row`` to launch at most.
 
-    The slices of a row wait for one another, so all of them have to run at once.
+    The slices of a row wait for one another, so all of them have to run at once. A cooperative launch starts all of its
+    programs or none, so that launches beside one another cannot each hold a part of the device and wait for the rest;
+    it takes no more programs than certainly fit.
 
     Args:
         shape: tile that holds a slice.
         vocab: columns of a row.
         multiprocessors: of the device.
-        registers: that a thread may use; None where nothing bounds them, and one program per multiprocessor is certain.
+        registers: as ``certain_programs`` takes them.
+        cooperative: whether the launch is.
 
     Raises:
         RuntimeError: if the device cannot run all slices of a row at once.
     """
-    count = split(shape, vocab).slices
-    wanted = RESIDENT_WARPS // shape.num_warps
-    certain = 1 if registers is None else min(wanted, REGISTER_FILE // (registers * shape.lanes))
+    count, certain = split(shape, vocab).slices, certain_programs(shape, registers)
     if count > multiprocessors * certain:
         raise RuntimeError(
             f"kernel 'split_row' needs {count} programs at once for rows of {vocab} logits, and this device runs "
             f"{multiprocessors * certain} ({certain} on each of {multiprocessors} multiprocessors); "
             f"Plan(kernel='two_sweep') has no such limit"
         )
-    return multiprocessors * wanted
+    return multiprocessors * (certain if cooperative else RESIDENT_WARPS // shape.num_warps)
 
 
 def whole_row(shape: Tile, vocab: int) -> Tile:

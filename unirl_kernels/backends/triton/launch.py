@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -113,7 +112,8 @@ def fused_loss(
 
 
 def _two_sweep(arguments: tuple[Any, ...], constants: dict[str, Any], logits: Tensor, d_logits: Tensor) -> None:
-    shape = _tile(logits, d_logits)
+    device = geometry.device_of(logits.device)
+    shape = _placed(geometry.two_sweep_tile(device, logits.dtype, logits.shape[-1], WARP_SIZE), logits, d_logits)
     rows = logits.shape[0] * logits.shape[1]
     two_sweep[rows,](*arguments, **constants, TILE=shape, num_warps=shape.num_warps, **OPTIONS)
 
@@ -126,12 +126,14 @@ def _split_row(arguments: tuple[Any, ...], constants: dict[str, Any], logits: Te
         shape = geometry.whole_row(shape, vocab)
     shape = _placed(shape, logits, d_logits)
     split = geometry.split(shape, vocab)
-    device = _device(logits.device)
+    device = geometry.device_of(logits.device)
     options: dict[str, Any] = dict(OPTIONS)
     if device.is_nvidia:
         plain = shape.aligned and not constants["ENTROPY"]
         options["maxnreg"] = geometry.held_registers(logits.dtype, device.capability, plain=plain)
-    programs = geometry.programs(shape, vocab, device.multiprocessors, options.get("maxnreg"))
+        options["launch_cooperative_grid"] = geometry.COOPERATIVE
+    registers, cooperative = options.get("maxnreg"), options.get("launch_cooperative_grid", False)
+    programs = geometry.programs(shape, vocab, device.multiprocessors, registers, cooperative=cooperative)
     scratch = _scratch(rows * split.slices, logits.device)
     split_row[min(rows * split.slices, programs),](
         *arguments, scratch, rows, **constants, SPLIT=split, num_warps=shape.num_warps, **options
@@ -156,20 +158,6 @@ def scale_(x: Tensor, factor: Tensor) -> None:
         scale[min(rows, SCALE_PROGRAMS),](
             x, factor, rows, *x.shape[1:], *x.stride()[:2], TILE=shape, num_warps=shape.num_warps, **OPTIONS
         )
-
-
-class Device(NamedTuple):
-    multiprocessors: int
-    capability: tuple[int, int]
-    is_nvidia: bool
-
-
-@cache
-def _device(device: torch.device) -> Device:
-    if device.type != "cuda":
-        return Device(1, (0, 0), False)
-    properties = torch.cuda.get_device_properties(device)
-    return Device(properties.multi_processor_count, (properties.major, properties.minor), not torch.version.hip)
 
 
 def _new_rows(logits: Tensor, target: Tensor, count: int) -> list[Tensor]:

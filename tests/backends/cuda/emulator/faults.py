@@ -46,7 +46,7 @@ _ARRIVE = 'asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 _SENT = "*cluster.map_shared_rank(&exchange.parts[cluster.block_rank()], lane) = part;"
 _X_TARGET = "exchange.parts[column / width].x_target"
 _PEER = "cluster.map_shared_rank(&exchange, column / width)->parts[column / width].x_target"
-_ALLOWED = "cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, MOST_MEMORY)"
+_ALLOWED = "cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)"
 _LARGEST = "m = max_or_nan(m, __shfl_xor_sync(ALL_LANES, m, step));"
 _HEAD = "shift != 0 ? min(n, (VECTOR_BYTES - shift) / static_cast<int>(sizeof *d_x)) : 0"
 _READOUT = """\
@@ -67,7 +67,7 @@ FOUND = (
     _fault(
         "parts are sent before all blocks have started",
         "written before its block started",
-        (_ROWS, "// in this block's slice, or not\n  cluster_arrive();", ""),
+        (_ROWS, "// in this block's slice, or not\n  cluster_started();", ""),
         (_ROWS, _TOLD, "__syncthreads();"),
     ),
     _fault(
@@ -139,12 +139,12 @@ FOUND = (
     _fault(
         "less memory is allowed than a launch takes",
         "the kernel's attribute allows 4096 bytes",
-        (_ROWS, _ALLOWED, _ALLOWED.replace("MOST_MEMORY", "4096")),
+        (_ROWS, _ALLOWED, _ALLOWED.replace("bytes)", "4096)")),
     ),
     _fault(
         "more memory is allowed than a block has",
         "no block has 262144 bytes",
-        (_ROWS, _ALLOWED, _ALLOWED.replace("MOST_MEMORY", "262144")),
+        (_ROWS, _ALLOWED, _ALLOWED.replace("bytes)", "262144)")),
     ),
 )
 """What the tests find."""

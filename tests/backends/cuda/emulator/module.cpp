@@ -17,6 +17,10 @@ void schedule(const std::string& order, uint64_t seed) {
 
 unsigned cluster() { return emulator::machine.launch().cluster; }
 
+void run_at_once(unsigned blocks) { emulator::blocks_at_once = blocks; }
+
+bool error_is_left() { return cudaGetLastError() != cudaSuccess; }
+
 void plant(int fault) { emulator::planted_fault = fault; }
 
 }  // namespace
@@ -26,5 +30,7 @@ PYBIND11_MODULE(UNIRL_EMULATOR, m) {
   m.def("schedule", &schedule, py::arg("order"), py::arg("seed") = 0,
         "Let threads go on in the order forward, backward or random.");
   m.def("cluster", &cluster, "Blocks of a cluster in the last launch.");
+  m.def("run_at_once", &run_at_once, py::arg("blocks"), "Say that a part of the device runs so many blocks at once.");
+  m.def("error_is_left", &error_is_left, "Whether a call left an error behind; forgets it.");
   m.def("plant", &plant, py::arg("fault"), "Let the kernels have this fault of those compiled into them; -1: none.");
 }

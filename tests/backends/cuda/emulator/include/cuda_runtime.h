@@ -121,6 +121,7 @@ namespace emulator {
 typedef const void* Kernel;  // its address
 
 cudaError_t set_attribute(Kernel kernel, cudaFuncAttribute attribute, int value);
+cudaError_t count_clusters(int* clusters, Kernel kernel, const cudaLaunchConfig_t& config);
 cudaError_t start(Kernel kernel, const cudaLaunchConfig_t& config, std::function<void()> body);
 
 // kernel<<<grid, threads, shared, stream>>>, to be called with the kernel's arguments.
@@ -137,6 +138,12 @@ auto launcher(void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_t sha
 template <class... Parameters>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute attribute, int value) {
   return emulator::set_attribute(reinterpret_cast<emulator::Kernel>(kernel), attribute, value);
+}
+
+template <class... Parameters>
+cudaError_t cudaOccupancyMaxActiveClusters(
+    int* clusters, void (*kernel)(Parameters...), const cudaLaunchConfig_t* config) {
+  return emulator::count_clusters(clusters, reinterpret_cast<emulator::Kernel>(kernel), *config);
 }
 
 template <class... Parameters>

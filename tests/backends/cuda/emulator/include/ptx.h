@@ -26,6 +26,33 @@ inline void ex2_approx_ftz_f32(float& result, float x) {
 }
 
 inline void max_NaN_f32(float& result, float a, float b) { result = a > b || a != a ? a : b; }
+inline void min_NaN_f32(float& result, float a, float b) { result = a < b || a != a ? a : b; }
+
+// Two numbers of 16 bits in 32.
+template <class Number, float (*WIDEN)(Number), void (*CHOOSE)(float&, float, float)>
+inline void of_pairs(uint32_t& result, uint32_t a, uint32_t b) {
+  uint16_t halves[2];
+  for (int k = 0; k < 2; ++k) {
+    const uint16_t x = static_cast<uint16_t>(a >> 16 * k), y = static_cast<uint16_t>(b >> 16 * k);
+    float chosen;
+    CHOOSE(chosen, WIDEN({x}), WIDEN({y}));
+    halves[k] = chosen != chosen ? 0x7fff : chosen == WIDEN({x}) ? x : y;
+  }
+  result = static_cast<uint32_t>(halves[1]) << 16 | halves[0];
+}
+
+inline void max_NaN_bf16x2(uint32_t& result, uint32_t a, uint32_t b) {
+  of_pairs<__nv_bfloat16, __bfloat162float, max_NaN_f32>(result, a, b);
+}
+inline void min_NaN_bf16x2(uint32_t& result, uint32_t a, uint32_t b) {
+  of_pairs<__nv_bfloat16, __bfloat162float, min_NaN_f32>(result, a, b);
+}
+inline void max_NaN_f16x2(uint32_t& result, uint32_t a, uint32_t b) {
+  of_pairs<__half, __half2float, max_NaN_f32>(result, a, b);
+}
+inline void min_NaN_f16x2(uint32_t& result, uint32_t a, uint32_t b) {
+  of_pairs<__half, __half2float, min_NaN_f32>(result, a, b);
+}
 
 inline void cvt_rn_bf16x2_f32(uint32_t& result, float high, float low) {
   result = static_cast<uint32_t>(__float2bfloat16_rn(high).bits) << 16 | __float2bfloat16_rn(low).bits;

@@ -176,6 +176,9 @@ class Machine {
 
 extern Machine machine;
 
+// How many blocks a part of the device runs at once, for what asks before it launches.
+extern unsigned blocks_at_once;
+
 // Which of the faults that were compiled into the kernels is there; -1: none. See faults.py.
 extern int planted_fault;
 

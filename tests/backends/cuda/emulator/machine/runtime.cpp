@@ -25,6 +25,8 @@ cudaError_t fail(cudaError_t error, const std::string& reason) {
 
 }  // namespace
 
+unsigned blocks_at_once = MAX_CLUSTER;
+
 cudaError_t set_attribute(Kernel kernel, cudaFuncAttribute attribute, int value) {
   switch (attribute) {
     case cudaFuncAttributeMaxDynamicSharedMemorySize:
@@ -36,6 +38,16 @@ cudaError_t set_attribute(Kernel kernel, cudaFuncAttribute attribute, int value)
     case cudaFuncAttributeNonPortableClusterSizeAllowed: attributes[kernel].large_clusters = value != 0; break;
     case cudaFuncAttributePreferredSharedMemoryCarveout: break;
   }
+  return cudaSuccess;
+}
+
+// Of clusters that the attributes allow, as many as blocks that a part of the device runs make.
+cudaError_t count_clusters(int* clusters, Kernel kernel, const cudaLaunchConfig_t& config) {
+  const unsigned blocks = config.attrs[0].val.clusterDim.x;
+  if (blocks > PORTABLE_CLUSTER && !attributes[kernel].large_clusters) {
+    return fail(cudaErrorInvalidValue, "the kernel's attribute allows no cluster of " + std::to_string(blocks));
+  }
+  *clusters = static_cast<int>(blocks_at_once / blocks);
   return cudaSuccess;
 }
 

@@ -1,0 +1,86 @@
+"""Levels 1 and 2 on logits whose vocabulary is split over a process group."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from unirl_kernels.api.agreement import Brought, agreed
+from unirl_kernels.api.arguments import check_input, check_kinds, check_overwritable, check_shard_of_logits
+from unirl_kernels.api.rows import as_rows, readout_args, row_dtype
+from unirl_kernels.backends import COMPOSED, ReadoutArgs, choose
+from unirl_kernels.batch import Batch
+from unirl_kernels.objectives import Loss
+from unirl_kernels.operators.declare import Operator
+from unirl_kernels.operators.linear_shards import linear_shard_moments
+from unirl_kernels.operators.shards import SplitStatistics, shard_moments
+from unirl_kernels.plan import Plan
+from unirl_kernels.readout import Readout
+from unirl_kernels.shard import VocabShard
+
+
+def check_shard(shard: object) -> None:
+    if not isinstance(shard, VocabShard):
+        raise TypeError(f"shard must be a VocabShard, got {type(shard).__name__}")
+
+
+def check_tiles(shard: VocabShard, columns: int, operator: Operator) -> None:
+    """Raise a ``ValueError`` unless a shard's tiles are as many as each rank may have, and the operator takes tiles."""
+    if shard.tiles is None:
+        return
+    if operator not in (shard_moments, linear_shard_moments):
+        raise ValueError(f"shard.tiles must be None for observations, got {shard.tiles}")
+    most = shard.slots * shard.tile
+    if shard.used(columns) > most:
+        raise ValueError(
+            f"each of {shard.ranks.size} ranks must have at most {shard.slots} of {shard.tiles} tiles, {most} columns, "
+            f"got {shard.used(columns)}"
+        )
+
+
+def measured_shard(
+    operator: Operator,
+    logits: Tensor,
+    target: Tensor,
+    readout: Readout,
+    plan: Plan,
+    shard: VocabShard,
+    batch: Batch | None = None,
+    loss: Loss | None = None,
+) -> list[Tensor]:
+    """What an operator of ``operators/shards.py`` finds in each row, in target's shape."""
+    check_shard(shard)
+
+    def check() -> Brought:
+        check_kinds(readout=readout, plan=plan)
+        check_input("logits", logits)
+        check_shard_of_logits(logits, target)
+        choose(logits.device, plan.backend, plan.kernel)
+        _readout(readout, logits, target, batch)
+        if plan.overwrite_logits and _wants_gradient(logits):
+            check_overwritable(logits)
+        if loss is not None:
+            check_composed(plan, logits.device)
+        check_tiles(shard, logits.shape[-1], operator)
+        return Brought(logits.shape[-1])
+
+    of_shard, _ = agreed(shard, target, check)
+    backend, _ = choose(logits.device, plan.backend, plan.kernel)
+    rows = (as_rows(target), _readout(readout, logits, target, batch), of_shard, backend, operator)
+    found = SplitStatistics.apply(logits, *rows, plan.overwrite_logits and _wants_gradient(logits))
+    return [x.view(target.shape) for x in found]
+
+
+def check_composed(plan: Plan, device: torch.device) -> None:
+    """Raise a ``ValueError`` where a one-pass kernel is named: no kernel sees a whole row."""
+    choose(device, plan.backend, plan.kernel)
+    if plan.kernel not in (None, COMPOSED):
+        raise ValueError(f"kernel must be None or {COMPOSED!r} for a split vocabulary, got {plan.kernel!r}")
+
+
+def _readout(readout: Readout, logits: Tensor, target: Tensor, batch: Batch | None) -> ReadoutArgs:
+    return readout_args(readout, target, row_dtype(logits.dtype), batch)
+
+
+def _wants_gradient(logits: Tensor) -> bool:
+    return torch.is_grad_enabled() and logits.requires_grad

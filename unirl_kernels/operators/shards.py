@@ -1,0 +1,248 @@
+"""Statistics of rows that are split over a process group, and their gradient. No operator communicates: each works on
+the columns of this rank, and what follows from the whole row is made here, of the moments that the ranks exchange.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from unirl_kernels.backends import (
+    ELSEWHERE,
+    Measured,
+    Observed,
+    ReadoutArgs,
+    RowGradients,
+    RowMoments,
+    RowObservations,
+    RowStats,
+    load,
+)
+from unirl_kernels.backends.moments import kappa_of, merge, merge_observations, statistics, target_in
+from unirl_kernels.batch import IGNORE
+from unirl_kernels.collectives import Group, all_gather
+from unirl_kernels.operators import rows
+from unirl_kernels.operators.autograd import (
+    as_rows,
+    of_stats,
+    overwrite,
+    refuse_double_backward,
+    refuse_forward_mode,
+    saved_rows,
+)
+from unirl_kernels.operators.declare import Operator, operator
+
+
+class Tiles(NamedTuple):
+    """What the moments of a shard are those of: columns that lie together, and how many such tiles a shard has."""
+
+    columns: int
+    slots: int
+
+
+class ShardArgs(NamedTuple):
+    """A shard of a vocabulary as autograd functions take it."""
+
+    start: int
+    columns: int  # without padding
+    vocab: int
+    ranks: Group
+    same_targets: bool  # whether it is known that all ranks have the same
+    tiles: Tiles
+
+    def target(self, target: Tensor) -> Tensor:
+        """Targets as this shard has them."""
+        return target_in(target, range(self.start, self.start + self.columns), self.vocab)
+
+
+@operator(fake=lambda logits, target, readout, tiles, backend: tiles_like(target, logits.dtype, tiles))
+def shard_moments(logits: Tensor, target: Tensor, readout: ReadoutArgs, tiles: Tiles, backend: str) -> RowMoments:
+    """[slots, B, L]: moments of the columns that a rank has, tile by tile; a target may be ELSEWHERE."""
+    return moments_of_tiles(load(backend).token_stats, logits, target, readout, tiles)
+
+
+@operator(fake=lambda logits, target, *_: rows.observed_like(target, logits.dtype))
+def shard_observations(logits: Tensor, target: Tensor, readout: ReadoutArgs, tiles: Tiles, backend: str) -> Observed:
+    """[B, L]: the same of all columns at once, and what else is observed of them."""
+    if not logits.shape[-1]:
+        return no_columns(target, logits.dtype)
+    return load(backend).token_observations(logits, target, readout)
+
+
+@operator(fake=lambda logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format))
+def shard_stats_backward(
+    logits: Tensor,
+    target: Tensor,
+    readout: ReadoutArgs,
+    moments: RowMoments,
+    gradients: RowGradients,
+    columns: int,
+    backend: str,
+) -> Tensor:
+    """``token_stats_backward`` of the first columns; the gradient of the others, which are padding, is 0."""
+    kernels = load(backend)
+    d_logits = kernels.empty(logits.shape, logits.dtype, logits.device)
+    if columns:
+        used = d_logits[..., :columns]
+        kernels.token_stats_backward(logits[..., :columns], target, readout, moments, gradients, used)
+    d_logits[..., columns:] = 0
+    return d_logits
+
+
+def tiles_like(target: Tensor, dtype: torch.dtype, tiles: Tiles) -> RowMoments:
+    """Uninitialised moments of rows, tile by tile."""
+    return rows.moments_like(target.new_empty(tiles.slots, *target.shape), dtype)
+
+
+def moments_of_tiles(
+    token_stats: Callable[[Tensor, Tensor, ReadoutArgs], Measured],
+    logits: Tensor,
+    target: Tensor,
+    readout: ReadoutArgs,
+    tiles: Tiles,
+) -> RowMoments:
+    """Moments that a backend finds in each tile of a shard, [slots, B, L]; the last tiles may have no columns."""
+    width, found = logits.shape[-1], []
+    for k in range(tiles.slots):
+        columns = range(min(k * tiles.columns, width), min((k + 1) * tiles.columns, width))
+        if not columns:
+            found.append(no_columns(target, logits.dtype).moments)
+            continue
+        at = target
+        if len(columns) < width:
+            at = torch.where(target == ELSEWHERE, ELSEWHERE, target_in(target, columns, width))
+        found.append(token_stats(logits[..., columns.start : columns.stop], at, readout).moments)
+    return RowMoments(*map(torch.stack, zip(*found, strict=True)))
+
+
+def exchanged(part: Sequence[Tensor], target: Tensor, shard: ShardArgs) -> list[Tensor]:
+    """[n slots, B, L] for each of the values [slots, B, L] that this rank has: those of all ranks, by one all-gather.
+
+    Where it is not known that the ranks have the same targets, a hash of them (8 bytes) goes with the values, which are
+    NaN if it differs.
+    """
+    values = torch.stack(tuple(part))
+    if shard.same_targets:
+        return _by_value(all_gather(values, shard.ranks))
+    bits = torch.int64 if values.dtype == torch.float64 else torch.int32
+    own = target_hash(target).reshape(1).view(bits)
+    found = all_gather(torch.cat([values.reshape(-1).view(bits), own]), shard.ranks)
+    hashes = found[:, -own.numel() :]
+    gathered = found[:, : -own.numel()].contiguous().view(values.dtype).view(shard.ranks.size, *values.shape)
+    return _by_value(torch.where((hashes == hashes[:1]).all(), gathered, torch.nan))
+
+
+def _by_value(gathered: Tensor) -> list[Tensor]:
+    """[n slots, B, L] each of [n, values, slots, B, L]."""
+    return list(gathered.transpose(0, 1).flatten(1, 2).unbind(0))
+
+
+def target_hash(target: Tensor) -> Tensor:
+    """[] int64: a number that differs, all but certainly, where targets or their order differ."""
+    flat = target.reshape(-1)
+    positions = torch.arange(flat.numel(), device=flat.device)
+    mixed = (flat + 1 + positions * -7046029254386353131) * -4417276706812531889
+    return ((mixed ^ (mixed >> 29)) * -7723592293110705685).sum()
+
+
+def merged(
+    part: RowMoments | Observed, target: Tensor, readout: ReadoutArgs, shard: ShardArgs
+) -> tuple[RowStats, RowMoments, tuple[Tensor, ...]]:
+    """Statistics, moments and, where they are in the part, observations of whole rows.
+
+    Args:
+        part: of this rank's columns; moments are [slots, B, L], moments with observations [B, L].
+        target: [B, L], of the whole vocabulary.
+        readout: how logits become log-probabilities.
+        shard: which columns.
+    """
+    others: tuple[Tensor, ...] = ()
+    if isinstance(part, Observed):
+        own = RowMoments(*(x.unsqueeze(0) for x in part.moments))
+        others = tuple(x.unsqueeze(0) for x in _sent(part, shard))
+    else:
+        own = part
+    kappa = kappa_of(readout, own.top)
+    found = exchanged((*own, *others), target, shard)
+    of_shards = RowMoments(*found[: len(own)])
+    moments = merge(of_shards, kappa)
+    stats = RowStats(*_used(statistics(moments, kappa), target))
+    if not others:
+        return stats, moments, ()
+    seen = RowObservations(*found[len(own) :])
+    seen = seen._replace(argmax=seen.argmax.nan_to_num(-1).to(torch.int64))
+    *values, argmax = merge_observations(seen, of_shards, moments, kappa)
+    known = (target >= 0) & (target < shard.vocab)
+    return stats, moments, (*_used(values, target), torch.where(known, argmax, -1))
+
+
+def _sent(part: Observed, shard: ShardArgs) -> RowObservations:
+    """Observations of a shard as ``merge_observations`` takes them, in one dtype."""
+    own = part.observations
+    return own._replace(
+        mean_logit=own.mean_logit * (shard.columns / shard.vocab),
+        argmax=(own.argmax + shard.start).to(own.largest.dtype),  # exact: no vocabulary has 2^24 columns
+    )
+
+
+def _used(values: Sequence[Tensor], target: Tensor) -> list[Tensor]:
+    return [x.masked_fill(target == IGNORE, 0) for x in values]
+
+
+def no_columns(target: Tensor, dtype: torch.dtype) -> Observed:
+    """What a shard without columns finds: nothing."""
+
+    def full(value: float) -> Tensor:
+        return rows.row_like(target, dtype).fill_(value)
+
+    moments = RowMoments(full(-torch.inf), full(-1), full(0), full(-torch.inf))
+    observations = RowObservations(full(-torch.inf), full(0), full(-torch.inf), torch.zeros_like(target))
+    return Observed(rows.stats_like(target, dtype), moments, observations)
+
+
+class SplitStatistics(torch.autograd.Function):
+    """``Statistics`` of rows of which this rank has a shard: one exchange in the forward, none in the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        readout: ReadoutArgs,
+        shard: ShardArgs,
+        backend: str,
+        operator: Operator,
+        overwrites: bool,
+    ) -> tuple[Tensor, ...]:
+        refuse_forward_mode(logits)
+        part = operator(as_rows(logits)[..., : shard.columns], shard.target(target), readout, shard.tiles, backend)
+        stats, moments, others = merged(part, target, readout, shard)
+        ctx.mark_non_differentiable(*others)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, target, readout.row_temperature, *moments)
+        ctx.readout, ctx.shard = readout._replace(row_temperature=None), shard
+        ctx.backend, ctx.overwrites = backend, overwrites
+        return *stats, *others
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        logits, target, row_temperature, *moments = saved_rows(ctx)
+        readout, columns = ctx.readout._replace(row_temperature=row_temperature), ctx.shard.columns
+        arguments = (ctx.shard.target(target), readout, RowMoments(*moments), of_stats(*gradients[:3]))
+
+        def write(memory: Tensor) -> Tensor:
+            used = as_rows(memory)
+            if columns:
+                rows.token_stats_backward_(used[..., :columns], *arguments, ctx.backend)
+            used[..., columns:] = 0
+            return memory
+
+        if ctx.overwrites:
+            d_logits = overwrite(logits, write)
+        else:
+            d_logits = shard_stats_backward(as_rows(logits), *arguments, columns, ctx.backend).view(logits.shape)
+        return d_logits, None, None, None, None, None, None

@@ -1,0 +1,90 @@
+"""Which columns of a split vocabulary a rank has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from unirl_kernels.collectives import Group, group_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """The columns that this rank has of a vocabulary that is split over a process group.
+
+    A rank's logits are [..., n], or its weight [n, D], for the columns ``start`` to ``start + n``. The shards follow
+    one another in the order of ranks; n may differ and may be 0. Columns from ``vocab`` on are padding: they are left
+    out, and their gradient is 0. Targets and the other fields are those of the whole vocabulary, the same on all ranks,
+    and so are the results, to the bit.
+
+    Args:
+        group: the process group over which the vocabulary is split.
+        start: the first column of this rank, >= 0.
+        vocab: V, columns of the whole vocabulary without padding, > 0.
+        hidden: hidden states of linear heads. ``"whole"``: each rank has those of all tokens, and their gradient is
+            summed over the group in float32. ``"partial"``: the same, but the gradient is this rank's part of the sum,
+            for who sums it himself (Megatron's copy_to and gather_from regions). ``"split"``: each rank has an equal
+            part of the tokens, in the order of ranks: [B, L / n, D] or [T / n, D] for a target of all tokens (sequence
+            parallelism). They are gathered once, and their gradient is reduced and scattered.
+        tiles: how many equal parts of the vocabulary are exchanged and merged in their order, instead of one per rank:
+            log-probabilities then have the same bits on any number of ranks that divides ``tiles``, 1 included. Every
+            shard starts at a tile, a multiple of ceil(V / tiles). A rank holds 16 tiles bytes per token for it. Heads
+            need matmuls whose logits do not depend on the number of columns, as those of the CPU backend. None: one
+            part per rank. Observations take None alone.
+
+    Raises:
+        TypeError: when ``group`` is not a process group, or ``start``, ``vocab`` or ``tiles`` not an int.
+        ValueError: when ``start``, ``vocab`` or ``tiles`` is out of range, ``start`` is within a tile, ``hidden`` is
+            another word, or this process is not in the group.
+
+    Examples:
+        A group of one rank, which has all columns:
+
+        >>> import torch.distributed as dist
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> shard = uk.VocabShard(dist.group.WORLD, start=0, vocab=4)
+        >>> uk.token_stats(torch.zeros(1, 1, 6), torch.tensor([[3]]), shard=shard).logp  # 2 columns are padding
+        tensor([[-1.3863]])
+        >>> dist.destroy_process_group()
+    """
+
+    group: ProcessGroup
+    start: int
+    vocab: int
+    hidden: Literal["whole", "partial", "split"] = "whole"
+    tiles: int | None = None
+    # No field of the dataclass: it follows from the group.
+    ranks: ClassVar[Group]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ranks", group_of("group", self.group))
+        for name, least in (("start", 0), ("vocab", 1), ("tiles", 1)):
+            value = getattr(self, name)
+            if name == "tiles" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if self.hidden not in ("whole", "partial", "split"):
+            raise ValueError(f"hidden must be 'whole', 'partial' or 'split', got {self.hidden!r}")
+
+        if self.tiles is not None and self.start < self.vocab and self.start % self.tile:
+            raise ValueError(f"start must be a multiple of the {self.tile} columns of a tile, got {self.start}")
+
+    @property
+    def tile(self) -> int:
+        """Columns of a tile; all of the vocabulary where there are none."""
+        return -(-self.vocab // (self.tiles or 1))
+
+    @property
+    def slots(self) -> int:
+        """Tiles that a rank sends."""
+        return -(-(self.tiles or 1) // (self.ranks.size if self.tiles else 1))
+
+    def used(self, columns: int) -> int:
+        """How many of a rank's columns are no padding."""
+        return max(0, min(columns, self.vocab - self.start))
