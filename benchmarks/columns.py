@@ -10,6 +10,9 @@ from benchmarks.record import OK, Row, Run, three_digits
 
 BLANK = ""
 
+LOG_WIDTH = 200
+"""Columns of a log file, so that the cells of a table need no second line."""
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -22,6 +25,7 @@ class Columns:
         baselines: the lines of what the machine does at best.
         extra_bytes: of a provider's memory, what is the provider's own; None where not measured.
         beyond: on top of what that comes.
+        dispensable: names of columns that a narrow terminal goes without, the first of them first.
     """
 
     left: Sequence[str]
@@ -31,6 +35,7 @@ class Columns:
     baselines: Callable[[Run], list[list[str]]]
     extra_bytes: Callable[[Run, Row], int | None]
     beyond: str
+    dispensable: Sequence[str]
 
 
 def timed(row: Row) -> list[str]:
@@ -57,3 +62,28 @@ def megabytes(x: int | None) -> str:
 
 def error(x: float | None) -> str:
     return BLANK if x is None else f"{x:.0e}" if x == 0 else f"{x:.1e}"
+
+
+def fitting(names: Sequence[str], lines: Sequence[Sequence[str]], dispensable: Sequence[str], width: int) -> list[int]:
+    """Which columns of a table fit a terminal, no word of a cell broken.
+
+    Args:
+        names: of the columns.
+        lines: the cells.
+        dispensable: names of columns that are left out where there is no room, the first of them first.
+        width: of the terminal.
+    """
+    widths = {name: _longest_word([name, *(line[k] for line in lines)]) + CELL_FRAME for k, name in enumerate(names)}
+    for name in dispensable:
+        if sum(widths.values()) + 1 <= width:
+            break
+        widths.pop(name, None)
+    return [k for k, name in enumerate(names) if name in widths]
+
+
+CELL_FRAME = 3
+"""Columns that a cell's padding and rule take."""
+
+
+def _longest_word(texts: Sequence[str]) -> int:
+    return max((len(word) for text in texts for word in text.split()), default=0)

@@ -14,7 +14,7 @@ from benchmarks.cases import Case
 from benchmarks.hardware import Elsewhere
 from benchmarks.levels import level_of
 from benchmarks.measure import interleaved_times
-from benchmarks.memory import peak_in_fresh_process
+from benchmarks.memory import peaks_in_fresh_processes
 from benchmarks.providers import Provider, Skipped
 from benchmarks.record import FAILED, OK, WRONG, Row, Run
 from benchmarks.truth import Check, Truth
@@ -107,10 +107,12 @@ class Measurement:
         if torch.device(self.work.device).type == "cuda":
             torch.cuda.empty_cache()
         providers = {provider.key: provider for provider in self.providers}
+        right = [providers[row.key] for row in run.rows if row.status == OK]
+        peaks = peaks_in_fresh_processes(right, self.work)
         rows = []
         for row in run.rows:
             if row.status == OK:
-                row = replace(row, peak_extra_bytes=peak_in_fresh_process(providers[row.key], self.work))
+                row = replace(row, peak_extra_bytes=next(peaks))
                 after_each()
             rows.append(row)
         return replace(run, rows=rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from benchmarks.arguments import DEVICE_HELP, at_least, need
@@ -52,9 +53,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     memory = "peak memory, each in a process of its own; never in a sweep"
     add("--memory", action=argparse.BooleanOptionalAction, default=True, help=memory)
     add("--sweep", action="store_true", help=f"of logits, change the vocabulary, then the tokens, each from {swept}")
+    add("--tp", type=at_least(2), help="split the vocabulary over that many processes of this machine")
     add("--seed", type=at_least(0), default=0, help="of the random numbers")
     add("--out", type=Path, metavar="FILE.json", help="where to save the results")
-    actions = parser.add_subparsers(metavar="[plot | readme]", help="of saved results; bare: measure")
+    actions = parser.add_subparsers(metavar="[plot | readme | compare | table]", help="of saved results; bare: measure")
     defaults = argparse.ArgumentDefaultsHelpFormatter
     plot = actions.add_parser(
         "plot", help="draw saved results", description="Draw saved results.", formatter_class=defaults
@@ -67,9 +69,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     readme.add_argument("--file", type=Path, default=Path("README.md"), help="the document")
     readme.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="folder of the saved results")
     readme.set_defaults(run=run_readme)
+    told = "what became slower, larger or wrong between two saved results; exit code 1 where something did"
+    compared = actions.add_parser("compare", help=told, description=f"{told}.", formatter_class=defaults)
+    compared.add_argument("old", type=Path, metavar="OLD.json", help="saved results")
+    compared.add_argument("new", type=Path, metavar="NEW.json", help="saved results of the same work")
+    compared.set_defaults(run=run_compare)
+    told = "saved results as Markdown or CSV, on the standard output"
+    table = actions.add_parser("table", help=told, description=f"{told}.", formatter_class=defaults)
+    table.add_argument("files", nargs="+", type=Path, metavar="FILE.json", help="saved results")
+    table.add_argument("--format", choices=("markdown", "csv"), default="markdown", help="of the table")
+    table.set_defaults(run=run_table)
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.tp:
+        from benchmarks.split import run_split
+
+        return run_split(options)
     need({"rich": "rich"})
     from benchmarks.run import run_bench
 
@@ -81,6 +97,20 @@ def run_plot(options: argparse.Namespace) -> int:
     from benchmarks.plot import plot
 
     return plot(options.files, options.folder)
+
+
+def run_compare(options: argparse.Namespace) -> int:
+    from benchmarks import compare
+
+    return compare.run_compare(options.old, options.new)
+
+
+def run_table(options: argparse.Namespace) -> int:
+    need({"rich": "rich"})
+    from benchmarks.export import exported
+
+    sys.stdout.write(exported(options.files, options.format))
+    return 0
 
 
 def run_readme(options: argparse.Namespace) -> int:

@@ -134,7 +134,10 @@ class Record:
     runs: Sequence[Run]
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, allow_nan=False) + "\n")
+        text = json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, allow_nan=False) + "\n"
+        unfinished = path.with_name(f"{path.name}.part")
+        unfinished.write_text(text)
+        unfinished.replace(path)  # whoever interrupts this keeps the file that was there
 
     @staticmethod
     def load(path: Path) -> Record:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,9 +43,12 @@ def run_bench(options: argparse.Namespace) -> int:
     console = open_console()
     runs: list[Run] = []
     for work, providers in works:
-        runs.append(measured(work, providers, rounds, options.memory and not options.sweep, console))
-        if options.out is not None:
-            record_of(runs, device).save(options.out)
+
+        def keep(run: Run) -> None:
+            if options.out is not None:
+                record_of([*runs, run], device).save(options.out)
+
+        runs.append(measured(work, providers, rounds, options.memory and not options.sweep, console, keep))
     if wrong := wrong_kernels(runs, answerable):
         raise CommandFailed(wrong)
     return 0
@@ -90,13 +93,24 @@ def _make_writable(out: Path | None) -> None:
         return
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.touch()
+        with out.open("a") as file:
+            empty = file.tell() == 0
+        if empty:  # a record comes with the first timings, and nothing without them
+            out.unlink()
     except OSError as error:
         raise CommandFailed(f"cannot write to --out {out}: {error.strerror}") from error
 
 
-def measured(work: Work, providers: Sequence[Provider], rounds: int, memory: bool, console: Console) -> Run:
-    """Measure one piece of work, and show it."""
+def measured(
+    work: Work,
+    providers: Sequence[Provider],
+    rounds: int,
+    memory: bool,
+    console: Console,
+    keep: Callable[[Run], None] = lambda run: None,
+) -> Run:
+    """Measure one piece of work, and show it; ``keep`` gets the times as soon as there are any, and again with the
+    memory."""
     stages = Stages(console)
     with stages.stage(f"Making inputs, {size(work)}"):
         measurement = Measurement(work, providers)
@@ -104,10 +118,12 @@ def measured(work: Work, providers: Sequence[Provider], rounds: int, memory: boo
         measurement.check(after_each)
     with stages.stage("Timing", measurement.calls(rounds)) as after_each:
         run = measurement.time(rounds, after_each)
+    keep(run)
     if memory:
         with stages.stage("Measuring memory", len(measurement.cases)) as after_each:
             run = measurement.memory(run, after_each)
-    console.print(terminal(run))
+        keep(run)
+    console.print(terminal(run, console.width))
     for remark in remarks(run):
         console.print(remark, style="dim", markup=False, highlight=False, soft_wrap=True)
     return run

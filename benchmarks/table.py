@@ -5,33 +5,39 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from benchmarks.columns import LOG_WIDTH, fitting
 from benchmarks.levels import level_of
 from benchmarks.providers import OURS
 from benchmarks.record import OK, Row, Run, title
 
 if TYPE_CHECKING:
+    from rich.console import JustifyMethod
     from rich.table import Table
 
 QUIET = 0.05
 """Share of the processors' time that others may take without a word."""
 
 
-def terminal(run: Run) -> Table:
-    """For the terminal: ours in bold, the wrong in red."""
+def terminal(run: Run, width: int = LOG_WIDTH) -> Table:
+    """For the terminal: ours in bold, the wrong in red. A narrow one goes without some columns, and is told which."""
     from rich.table import Table  # a machine that measures alone need not have it
 
     columns = level_of(run.work).columns
-    shown = Table(title=title(run.work), title_justify="left", caption=columns.caption, caption_justify="left")
-    for name in columns.left:
-        shown.add_column(name, no_wrap=True)
-    for name in columns.right:
-        shown.add_column(name, justify="right")
-    for line in columns.baselines(run):
-        shown.add_row(*line, style="dim")
-    shown.add_section()
+    names = (*columns.left, *columns.right)
+    lines = [(line, "dim") for line in columns.baselines(run)]
     for row in sorted(run.rows, key=_by_time):
         style = "bold red" if row.status != OK else "bold" if row.name == OURS else ""
-        shown.add_row(*columns.cells(run, row), style=style)
+        lines.append((columns.cells(run, row), style))
+    fit = fitting(names, [line for line, _ in lines], columns.dispensable, width)
+    left_out = ", ".join(name for k, name in enumerate(names) if k not in fit)
+    caption = columns.caption if not left_out else f"{columns.caption}. No room for: {left_out}"
+    shown = Table(title=title(run.work), title_justify="left", caption=caption, caption_justify="left")
+    for k in fit:
+        words = [word for text in (names[k], *(line[k] for line, _ in lines)) for word in text.split()]
+        justify: JustifyMethod = "left" if k < len(columns.left) else "right"
+        shown.add_column(names[k], justify=justify, min_width=max(map(len, words)))
+    for n, (line, style) in enumerate(lines):
+        shown.add_row(*(line[k] for k in fit), style=style, end_section=n == len(lines) - len(run.rows) - 1)
     return shown
 
 

@@ -17,8 +17,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-LOG_WIDTH = 200
-"""Columns of a log file, so that the cells of a table need no second line."""
+from benchmarks.columns import LOG_WIDTH
 
 
 def open_console() -> Console:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
+import json
 import os
 import platform
 import sys
@@ -16,6 +17,8 @@ import torch
 
 from unirl_kernels import backends
 from unirl_kernels._version import __version__
+from unirl_kernels.integrations import llamafactory, openrlhf, swift, trl, verl
+from unirl_kernels.integrations.versions import is_between
 from unirl_kernels.machine import processor
 
 HELP = "what is available here, and why the rest is not"
@@ -32,7 +35,7 @@ class Section(NamedTuple):
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """None."""
+    parser.add_argument("--json", action="store_true", help="as JSON, for programs")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -42,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
         The exit code: 0 when at least one backend runs on at least one device.
     """
     found = examine()
-    _printer()(found)
+    (_print_json if options.json else _printer())(found)
     works = any(row[2] == "yes" for section in found if section.title == "Backends" for row in section.rows)
     return 0 if works else NO_BACKEND
 
@@ -64,6 +67,7 @@ def examine() -> list[Section]:
             [row for device, _ in devices for row in _defaults(torch.device(device))],
         ),
         Section("Native extension", ("what", "found"), _native()),
+        Section("Trainers", ("package", "version", "tried", "with"), [_trainer(*trainer) for trainer in TRAINERS]),
     ]
 
 
@@ -75,6 +79,26 @@ def _versions() -> list[tuple[str, str]]:
         except importlib.metadata.PackageNotFoundError:
             found.append((package, "not installed"))
     return [*found, ("CUDA of torch", torch.version.cuda or "none")]
+
+
+TRAINERS = (
+    ("trl", trl.FIRST, trl.LAST, "trl.patch(); of the last release fuse(trainer), loss(config), too"),
+    ("verl", verl.TRIED, verl.TRIED, "verl.patch(), loss(actor_config)"),
+    ("openrlhf", openrlhf.TRIED, openrlhf.TRIED, "openrlhf.patch()"),
+    ("llamafactory", llamafactory.TRIED, llamafactory.TRIED, "llamafactory.patch()"),
+    ("ms-swift", swift.TRIED, swift.TRIED, "swift.patch()"),
+)
+"""Each with the first and the last release that was tried, and what of ``unirl_kernels.integrations`` is for it."""
+
+
+def _trainer(package: str, first: str, last: str, what: str) -> tuple[str, str, str, str]:
+    try:
+        found = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return package, "not installed", "-", what
+    if is_between(found, first, last):
+        return package, found, "yes", what
+    return package, found, "no", f"tried: {first if first == last else f'{first} to {last}'}"
 
 
 def _devices() -> list[tuple[str, str]]:
@@ -135,6 +159,14 @@ def _print_rich(sections: Sequence[Section]) -> None:
         for row in section.rows:
             table.add_row(*(f"[{colours[cell]}]{cell}[/]" if cell in colours else escape(cell) for cell in row))
         console.print(table)
+
+
+def _print_json(sections: Sequence[Section]) -> None:
+    """A list of objects for each section, by the names of its columns."""
+    found = {
+        section.title: [dict(zip(section.columns, row, strict=True)) for row in section.rows] for section in sections
+    }
+    sys.stdout.write(json.dumps(found, indent=1) + "\n")
 
 
 def _print_plain(sections: Sequence[Section]) -> None:

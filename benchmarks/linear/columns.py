@@ -57,4 +57,13 @@ COLUMNS = Columns(
     baselines=baselines,
     extra_bytes=extra_bytes,
     beyond="inputs and gradients",
+    dispensable=(
+        "p20 – p80",
+        "Gflop/s",
+        "d_weight error",
+        "logp error",
+        "loss error",
+        "d_hidden error",
+        "extra memory, MB",
+    ),
 )

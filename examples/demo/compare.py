@@ -20,6 +20,10 @@ ULPS = 4
 """What an error may be beyond twice that of naive fp32: a few units in the last place."""
 
 
+class Degenerate(Exception):
+    """Data on which a gradient is nothing but rounding, so that no error of it means anything."""
+
+
 @dataclass(frozen=True)
 class Check:
     """Distance from the fp64 oracle, and how large it may be."""
@@ -82,17 +86,23 @@ def compare(
         rounds: timed runs.
         after_step: called ``steps_per_comparison(rounds)`` times; to show progress.
         peaks: runs of which the least memory is taken.
+
+    Raises:
+        Degenerate: when a true gradient is smaller than the rounding of naive fp32, as that of two equal samples is.
     """
     device = source.batch.target.device
-    loss, checks = _checks(source.batch, ways, after_step)
+    paradigm = source.loss.paradigm
+    assert paradigm is not None
+    try:
+        loss, checks = _checks(source.batch, ways, after_step)
+    except Degenerate as error:
+        raise Degenerate(f"{paradigm.algorithm}: the data is degenerate: {error}") from None
     calls = {FUSED: ways.fused, NAIVE: ways.naive}
     time = interleaved_times(calls, device, rounds=rounds, after_call=after_step)
     peak_bytes = {}
     for name, call in calls.items():
         peak_bytes[name] = peak_extra_bytes(call, device, prepare=lambda: _release_kept_memory(plan), repeats=peaks)
         after_step()
-    paradigm = source.loss.paradigm
-    assert paradigm is not None
     tokens = int(source.batch.valid.sum())
     return Row(paradigm.algorithm, paradigm.equations, source.data, tokens, loss, checks, time, peak_bytes)
 
@@ -112,6 +122,9 @@ def _checks(batch: uk.Batch, ways: Ways, after_step: Callable[[], object]) -> tu
     plain_gradients = _at_tokens(gradients, batch)
     # Losses of tokens are of order 1 and cancel where advantages do: an ulp is one of 1, not of what is left.
     loss_budget = budget(plain_loss, true_loss, ulps=ULPS, condition=condition_of(true_loss, ways.scale))
+    for name, x in plain_gradients.items():
+        if (lost := error(x.float(), true_gradients[name]).relative) >= 1:
+            raise Degenerate(f"naive fp32 has no digit of its {name} (relative error {lost:.1g})")
     tolerances = {
         name: budget(x.float(), true_gradients[name], ulps=ULPS).relative for name, x in plain_gradients.items()
     }

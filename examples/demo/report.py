@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import JustifyMethod
 from rich.table import Table
+from rich.text import Text
 
+from benchmarks.columns import LOG_WIDTH, fitting
 from examples.demo.compare import FUSED, NAIVE, Check, Row
 from examples.demo.train import Step
 from examples.demo.ways import GRAD, HIDDEN_GRAD, WEIGHT_GRAD
@@ -88,26 +91,26 @@ def save_summary(result: Result, path: Path) -> None:
     path.write_text(json.dumps(result.summary(), indent=2) + "\n")
 
 
-def tables(result: Result) -> list[Table]:
-    """Losses on logits and, where there are any, on hidden states; fused / naive side by side."""
+def tables(result: Result, width: int = LOG_WIDTH) -> list[Table]:
+    """Losses on logits and, where there are any, on hidden states; fused / naive side by side.
+
+    Args:
+        result: what the demo found.
+        width: of the terminal.
+    """
     where = f"{result.model}, V = {result.vocab}, backend {result.backend}"
-    shown = [_table(f"{where}: loss and gradient of the logits", CAPTION, result.rows)]
+    shown = [_table(f"{where}: loss and gradient of the logits", CAPTION, result.rows, width)]
     if result.linear_rows:
         title = f"{where}, D = {result.width}: loss on hidden states, and gradients of them and of the head's weight"
-        shown.append(_table(title, LINEAR_CAPTION, result.linear_rows))
+        shown.append(_table(title, LINEAR_CAPTION, result.linear_rows, width))
     return shown
 
 
-def _table(title: str, caption: str, rows: Sequence[Row]) -> Table:
-    shown = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
-    shown.add_column("algorithm", style="bold")
-    for name in ("equation", "data source"):
-        shown.add_column(name)
+def _table(title: str, caption: str, rows: Sequence[Row], width: int) -> Table:
     checked = [f"{WORDS[name]} error" for name in rows[0].checks]
-    for name in ("tokens", "loss", *checked, "time, ms", "extra peak, MB"):
-        shown.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        shown.add_row(
+    named = ("algorithm", "equation", "data source", "tokens", "loss", *checked, "time, ms", "extra peak, MB")
+    lines = [
+        (
             row.algorithm,
             row.equation,
             row.data,
@@ -117,8 +120,22 @@ def _table(title: str, caption: str, rows: Sequence[Row]) -> Table:
             _fused_and_naive(milliseconds(row)),
             _fused_and_naive(megabytes(row)),
         )
+        for row in rows
+    ]
+    plain = [[Text.from_markup(cell).plain for cell in line] for line in lines]
+    fit = fitting(named, plain, ("data source", "equation", "tokens"), width)
+    shown = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    for k in fit:
+        words = [word for text in (named[k], *(line[k] for line in plain)) for word in text.split()]
+        justify: JustifyMethod = "left" if k < WORDS_FIRST else "right"
+        shown.add_column(named[k], justify=justify, min_width=max(map(len, words)), style="bold" if k == 0 else "")
+    for line in lines:
+        shown.add_row(*(line[k] for k in fit))
     return shown
 
+
+WORDS_FIRST = 3
+"""Columns of words; those of numbers come after them."""
 
 CAPTION = (
     "errors against the fp64 oracle: loss absolute, gradient relative L2, each with its tolerance, twice the error of "

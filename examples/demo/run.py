@@ -15,7 +15,7 @@ import torch
 import unirl_kernels as uk
 from benchmarks.arguments import usable_device
 from benchmarks.terminal import Stages, open_console
-from examples.demo.compare import Row, compare, steps_per_comparison
+from examples.demo.compare import Degenerate, Row, compare, steps_per_comparison
 from examples.demo.head import LinearHead
 from examples.demo.model import LanguageModel, Location, load_model, load_tokenizer, locate
 from examples.demo.picture import save_picture
@@ -61,13 +61,16 @@ def run_demo(options: argparse.Namespace) -> int:
         rows, linear_rows = demo.compare_all()
         steps = list(demo.grpo_steps())
         result = Result(location.name, demo.vocab, demo.width, plan.backend or "", rows, linear_rows, steps)
+    except Degenerate as error:
+        raise CommandFailed(f"{error}; try another --seed, more --questions or a larger --group") from error
     except torch.OutOfMemoryError as error:
         raise CommandFailed(f"{device} is out of memory; try fewer --questions or a smaller --group") from error
+    out.mkdir(parents=True, exist_ok=True)
     with demo.stages.stage("Drawing the picture"):
         save_picture(result, out / "demo.png")
         save_summary(result, out / "summary.json")
     console.print()
-    for shown in tables(result):
+    for shown in tables(result, console.width):
         console.print(shown)
         console.print()
     console.print(f"Saved {out / 'demo.png'} and {out / 'summary.json'}", highlight=False, soft_wrap=True)
@@ -84,10 +87,13 @@ def _backend(device: torch.device, name: str | None) -> str:
 
 
 def _writable(out: Path) -> Path:
+    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
+        for folder in missing:  # a demo that fails leaves none behind
+            folder.rmdir()
     except OSError as error:
         raise CommandFailed(f"cannot write to --out {out}: {error.strerror}") from error
     return out

@@ -1,4 +1,4 @@
-"""Puts objects in the place of another library's, and back."""
+"""Puts objects in the place of another library's, and back. Works for modules of any name."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any
 
 @dataclass(frozen=True, eq=False)
 class Replacement:
-    """An object that takes another's place.
+    """An object that takes another's place, in modules and in the dictionaries that they hold.
 
     Args:
         old: the library's object.
         new: what takes its place.
-        where: the modules in which it does, by their name or that of a package around them.
+        where: the modules in which it does, by their name or that of a package around them; several names, or one.
     """
 
     old: object
     new: object
-    where: str
+    where: str | tuple[str, ...]
 
     @property
     def undone(self) -> Replacement:
@@ -34,10 +34,27 @@ class Patch:
 
     Args:
         replacements: what takes whose place.
+
+    Raises:
+        RuntimeError: when no module that is imported holds an object. Nothing is replaced then.
+
+    Examples:
+        >>> import types, sys
+        >>> from unirl_kernels.integrations.patching import Patch, Replacement
+        >>> sys.modules["my_trainer"] = module = types.ModuleType("my_trainer")
+        >>> module.score = len
+        >>> with Patch([Replacement(module.score, sum, "my_trainer")]):
+        ...     module.score
+        <built-in function sum>
+        >>> module.score
+        <built-in function len>
     """
 
     def __init__(self, replacements: Sequence[Replacement]) -> None:
         self._replacements = list(replacements)
+        for replacement in self._replacements:
+            if not any(_holders(replacement)):
+                raise RuntimeError(f"no module of {replacement.where!r} holds {replacement.old!r}: import it first")
         for replacement in self._replacements:
             _swap(replacement)
 
@@ -57,15 +74,24 @@ class Patch:
 
 
 def _swap(replacement: Replacement) -> None:
+    for holder, name in list(_holders(replacement)):
+        holder[name] = replacement.new
+
+
+def _holders(replacement: Replacement) -> Iterator[tuple[dict[Any, Any], Any]]:
+    """What holds the old object, and by which name."""
     for module in _loaded(replacement.where):
-        for name, value in list(vars(module).items()):
-            if value is replacement.old:
-                setattr(module, name, replacement.new)
+        for names in (vars(module), *(x for x in vars(module).values() if type(x) is dict)):
+            for name, value in list(names.items()):
+                if value is replacement.old:
+                    yield names, name
 
 
-def _loaded(where: str) -> Iterator[ModuleType]:
+def _loaded(where: str | tuple[str, ...]) -> Iterator[ModuleType]:
+    packages = (where,) if isinstance(where, str) else where
     for name, module in list(sys.modules.items()):
-        if (name == where or name.startswith(f"{where}.")) and isinstance(module, ModuleType):
+        inside = any(name == package or name.startswith(f"{package}.") for package in packages)
+        if inside and isinstance(module, ModuleType):
             yield module
 
 

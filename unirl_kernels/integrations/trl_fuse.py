@@ -84,18 +84,21 @@ def _batch_of(trainer: Any, inputs: Mapping[str, Any], training: bool) -> Callab
     scored = inputs["completion_mask"] != 0
     at = scored.reshape(-1).nonzero().squeeze(-1)  # found once: finding them waits for an accelerator
 
-    def flat(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.reshape(-1)[at]
+    def flat(x: Tensor) -> Tensor:
+        return x.reshape(-1)[at]
+
+    def given(name: str) -> Tensor | None:
+        return None if inputs.get(name) is None else flat(inputs[name])
 
     def batch(targets: Tensor) -> Batch:
-        if (tools := inputs.get("tool_mask")) is not None:
-            targets = targets.masked_fill(flat(tools) == 0, IGNORE)
+        if (tools := given("tool_mask")) is not None:
+            targets = targets.masked_fill(tools == 0, IGNORE)
         lengths = scored.sum(1, dtype=torch.int32)
         ends = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
         advantages = inputs["advantages"]
         fields = {}
-        if (rollout := inputs.get("sampling_per_token_logps")) is not None:
-            fields["rollout_logp"] = flat(rollout)
+        if (rollout := given("sampling_per_token_logps")) is not None:
+            fields["rollout_logp"] = rollout
         if (count := inputs.get("num_items_in_batch")) is not None:
             # In evaluation a batch is neither split nor accumulated.
             fields["num_items_in_batch"] = count if training else count * trainer.args.steps_per_generation
@@ -105,8 +108,8 @@ def _batch_of(trainer: Any, inputs: Mapping[str, Any], training: bool) -> Callab
         return Batch(
             targets,
             advantages if advantages.dim() == 1 else flat(advantages),
-            flat(inputs.get("old_per_token_logps")),
-            flat(inputs.get("ref_per_token_logps")) if trainer.beta else None,
+            given("old_per_token_logps"),
+            given("ref_per_token_logps") if trainer.beta else None,
             ends,
             fields=fields,
         )

@@ -77,8 +77,14 @@ class Term:
         """Weight of each token (target's shape, 0 at ignored ones) or pair ([S/2]), the coefficient included; float64.
 
         Raises:
-            ValueError: when the aggregation gives weights of another shape, or weights that require a gradient.
+            ValueError: when the aggregation gives weights of another shape, or weights that require a gradient, or the
+                objective looks further than the split sequences of the batch allow.
         """
+        if batch.ranks is not None and self.scope == "batch":
+            raise ValueError(
+                f"objective {name_of(self.objective)} of scope 'batch' must see all tokens, got a batch whose "
+                "sequences are split over a sequence_group"
+            )
         weights = self.aggregation.weights(batch)
         of_tokens = isinstance(weights, Tensor) and weights.shape == batch.target.shape
         unit, shape = "token", tuple(batch.target.shape)
@@ -93,6 +99,8 @@ class Term:
         if weights.requires_grad:
             raise ValueError(f"aggregation {self.aggregation} must give weights without a gradient: detach them")
         weights = weights.double()
+        if unit == "pair" and batch.ranks is not None:
+            weights = weights / batch.ranks.size  # each rank has the loss of every pair
         if unit == "token" and not isinstance(self.aggregation, OF_TOKENS):
             weights = weights.masked_fill(~batch.valid, 0)
         if isinstance(self.coefficient, Tensor):

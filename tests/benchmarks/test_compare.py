@@ -1,0 +1,139 @@
+"""Saved records compared, as CSV and Markdown, kept when interrupted, and shown on a narrow terminal."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from benchmarks.__main__ import main
+from benchmarks.compare import FASTER, GONE, LARGER, RIGHT_NOW, SAME, SLOWER, WRONG_NOW, compare, lines
+from benchmarks.export import as_csv, as_markdown
+from benchmarks.measure import Timing
+from benchmarks.measurement import Measurement
+from benchmarks.record import OK, WRONG, Record, Row, Run, three_digits
+from benchmarks.table import terminal
+from benchmarks.work import Work
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "cpu-epyc-zen5-2core"
+SMALL = [
+    "--tokens",
+    "8",
+    "--vocab",
+    "50",
+    "--dtype",
+    "fp32",
+    "--device",
+    "cpu",
+    "--kernels",
+    "cpu/rows",
+    "--rounds",
+    "2",
+]
+
+
+def row(kernel: str, median: float | None = 1.0, noise: float = 0.1, status: str = OK, peak: int | None = None) -> Row:
+    time = None if median is None else Timing(median, median - noise, median + noise)
+    return Row("unirl_kernels", kernel, False, status, ["broken"] if status != OK else [], time, peak)
+
+
+def record(*rows: Row, tokens: int = 8) -> Record:
+    work = Work(tokens=tokens, vocab=10, dtype="fp32")
+    run = Run(work, 3, None, rows, {}, floor_bytes=1, copy=Timing(1, 1, 1), sum=Timing(1, 1, 1))
+    return Record("2026-01-01", "abc", False, {}, {}, [run])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "verdict"),
+    [
+        (row("a"), row("a", 1.15), SAME),
+        (row("a"), row("a", 1.25), SLOWER),
+        (row("a", noise=0.3), row("a", 1.25), SAME),
+        (row("a"), row("a", 0.75), FASTER),
+        (row("a"), row("a", None, status=WRONG), WRONG_NOW),
+        (row("a", None, status=WRONG), row("a"), RIGHT_NOW),
+        (row("a", peak=10**8), row("a", peak=104 * 10**6), SAME),
+        (row("a", peak=10**8), row("a", peak=108 * 10**6), LARGER),
+        (row("a"), row("b"), GONE),
+    ],
+)
+def test_verdicts(old: Row, new: Row, verdict: str) -> None:
+    (found,) = compare(record(old), record(new))
+    assert found.verdict == verdict
+    assert all(len(line) <= 80 for line in lines([found]))
+
+
+def test_the_command_tells_by_its_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {}
+    for name, rows in {"old": [row("a")], "new": [row("a", 2.0)]}.items():
+        files[name] = tmp_path / f"{name}.json"
+        record(*rows).save(files[name])
+    assert main(["compare", str(files["old"]), str(files["old"])]) == 0
+    assert main(["compare", str(files["old"]), str(files["new"])]) == 1
+    out = capsys.readouterr().out
+    assert "2.00  slower" in out
+    assert "1 regressions among 1" in out
+    record(row("a"), tokens=16).save(files["new"])
+    assert main(["compare", str(files["old"]), str(files["new"])]) != 0
+    assert "no work in common" in capsys.readouterr().err
+
+
+def test_csv_and_markdown_have_every_result() -> None:
+    saved = Record.load(RESULTS / "grpo-512x151936-fp32.json")
+    (run,) = saved.runs
+    found = list(csv.DictReader(io.StringIO(as_csv([saved]))))
+    assert [(x["name"], x["kernel"]) for x in found] == [(x.name, x.kernel) for x in run.rows]
+    assert float(found[0]["median"]) == run.rows[0].time.median  # type: ignore[union-attr]
+    text = as_markdown([saved])
+    assert all(x.kernel in text for x in run.rows)
+
+
+def test_the_table_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["table", str(RESULTS / "grpo-512x151936-fp32.json"), "--format", "csv"]) == 0
+    assert capsys.readouterr().out.startswith("date,commit,loss,mode,tokens")
+
+
+@pytest.mark.parametrize("name", ["grpo-512x151936-fp32", "linear-grpo-2048x576x49152-fp32"])
+def test_eighty_columns_show_whole_words(name: str) -> None:
+    (run,) = Record.load(RESULTS / f"{name}.json").runs
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(terminal(run, 80))
+    text = console.export_text()
+    assert "…" not in text
+    assert "No room for:" in " ".join(text.split())
+    for shown in run.rows:
+        if shown.time is not None:
+            assert three_digits(shown.time.median * 1e3) in text
+        assert shown.name in text
+
+
+@pytest.mark.parametrize("stage", ["time", "memory"])
+def test_what_was_timed_is_kept(stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "new" / "out.json"
+
+    def interrupted(*args: Any) -> Run:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Measurement, stage, interrupted)
+    assert main([*SMALL, "--peers", "none", "--out", str(out)]) != 0
+    if stage == "time":
+        assert not out.exists()  # and no empty file
+    else:
+        (run,) = Record.load(out).runs
+        assert [x.peak_extra_bytes for x in run.rows] == [None, None]
+        assert all(x.time is not None for x in run.rows)
+
+
+def test_memory_of_several_is_measured_one_by_one(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    assert main([*SMALL, "--vocab", "200000", "--tokens", "64", "--peers", "none", "--out", str(out)]) == 0
+    (run,) = Record.load(out).runs
+    peaks = {x.overwrites: x.peak_extra_bytes for x in run.rows}
+    assert peaks[False] is not None
+    assert peaks[False] > 0.9 * run.work.logits_bytes
+    assert peaks[True] is not None
+    assert peaks[True] < 0.1 * run.work.logits_bytes

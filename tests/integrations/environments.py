@@ -1,0 +1,77 @@
+"""An environment for each trainer, and its tests in it: ``python -m tests.integrations.environments [NAME ...]``.
+
+An environment sees what is installed beside this Python, torch above all, and has in front of it what
+``tests/integrations/NAME/requirements.txt`` names, without dependencies. It fails where one cannot be made, where a
+test fails and where one is skipped.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from collections.abc import Sequence
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+BUILD = ROOT / "build" / "trainers"
+
+
+def names() -> list[str]:
+    """Trainers that have an environment of their own."""
+    return sorted(path.parent.name for path in HERE.glob("*/requirements.txt"))
+
+
+def make(name: str) -> Path:
+    """The environment's Python.
+
+    Raises:
+        CalledProcessError: when something cannot be installed.
+    """
+    folder = BUILD / name
+    python = folder / "bin" / "python"
+    wanted = (HERE / name / "requirements.txt").read_text()
+    done = folder / "requirements.txt"
+    if done.exists() and done.read_text() == wanted:
+        return python
+    venv.create(folder, clear=True, symlinks=True)
+    packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
+    (packages / "_shared.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", "--no-build-isolation"]
+    environment = os.environ | {"DS_BUILD_OPS": "0"}  # DeepSpeed without compiled operators
+    subprocess.run([*pip, "-r", str(HERE / name / "requirements.txt")], check=True, env=environment)
+    done.write_text(wanted)
+    return python
+
+
+def test(name: str) -> str | None:
+    """Make an environment and run the tests in it; what went wrong, or None."""
+    try:
+        python = make(name)
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"{name}: the environment cannot be made: {error}"
+    command = [str(python), "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", str(HERE / name)]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    sys.stdout.write(done.stdout)
+    if done.returncode:
+        return f"{name}: tests fail with exit code {done.returncode}"
+    if " skipped" in done.stdout.splitlines()[-1]:
+        return f"{name}: tests were skipped"
+    return None
+
+
+def main(chosen: Sequence[str]) -> int:
+    """The exit code: 0 when every test of every trainer passed."""
+    if unknown := set(chosen) - set(names()):
+        raise SystemExit(f"trainers must be among {', '.join(names())}, got {', '.join(sorted(unknown))}")
+    problems = [problem for name in chosen or names() if (problem := test(name)) is not None]
+    for problem in problems:
+        sys.stderr.write(f"{problem}\n")
+    return int(bool(problems))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,76 @@
+"""OpenRLHF's log-probabilities and entropies on this package's kernels.
+
+Known is OpenRLHF 0.11. Its actor scores tokens by two functions of logits, which ``patch()`` replaces in every module
+that has imported them. Its losses stay its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from unirl_kernels.api import logprobs, token_stats
+from unirl_kernels.integrations.patching import Patch, Replacement, known
+from unirl_kernels.integrations.versions import check_release
+from unirl_kernels.readout import Readout
+
+TRIED = "0.11"
+
+_active: Patch | None = None
+
+
+def patch() -> Patch:
+    """Let OpenRLHF compute log-probabilities, entropies and their gradients with this package, until ``unpatch()``.
+
+    Call it in every worker process, before training. Patching again changes nothing. In a ``with`` statement the patch
+    ends with the block.
+
+    Returns:
+        ``Patch``.
+
+    Raises:
+        ImportError: when OpenRLHF is not installed, or what it needs is not.
+        RuntimeError: when it does not have what was looked for. A release that was not tried warns.
+    """
+    global _active
+    check_release("openrlhf", TRIED, TRIED)
+    unpatch()
+    utils = importlib.import_module("openrlhf.models.utils")
+    importlib.import_module("openrlhf.models.actor")
+    scored, _ = known(utils, "log_probs_from_logits", ("logits", "labels", "temperature"))
+    entropy, _ = known(utils, "compute_entropy", ("logits",))
+    _active = Patch(
+        [Replacement(scored, log_probs_from_logits, "openrlhf"), Replacement(entropy, compute_entropy, "openrlhf")]
+    )
+    return _active
+
+
+def unpatch() -> None:
+    """Give OpenRLHF its own functions back. Without a patch it does nothing."""
+    global _active
+    if _active is not None:
+        _active.undo()
+        _active = None
+
+
+def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    """log pi of each label.
+
+    Args:
+        logits: [..., V]; left as they are, while OpenRLHF's own divides them by the temperature.
+        labels: [...], integers.
+        temperature: of the logits, > 0.
+
+    Returns:
+        [...] float32, also for 16-bit logits.
+    """
+    return logprobs(logits, labels, readout=Readout(temperature=temperature))
+
+
+def compute_entropy(logits: Tensor) -> Tensor:
+    """H of each distribution, [...] float32, from logits [..., V]."""
+    rows = logits.reshape(-1, logits.shape[-1])
+    target = torch.zeros(len(rows), dtype=torch.int64, device=logits.device)
+    return token_stats(rows, target).entropy.view(logits.shape[:-1])

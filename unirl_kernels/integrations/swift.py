@@ -1,0 +1,81 @@
+"""ms-swift's log-probabilities on this package's kernels.
+
+Known is ms-swift 4. Its trainers for GRPO, DPO, KTO and their relatives score tokens by TRL's
+``selective_log_softmax``, and entropies by TRL's ``entropy_from_logits`` or a function of their own of that name.
+``patch()`` replaces them in ms-swift's modules, whatever release TRL is. TRL's own modules are left to
+``integrations.trl``. Megatron's functions of a vocabulary that is split stay as they are.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from unirl_kernels.api import logprobs, token_stats
+from unirl_kernels.integrations.patching import Patch, Replacement, known
+from unirl_kernels.integrations.versions import check_release
+
+TRIED = "4"
+
+_active: Patch | None = None
+
+
+def patch() -> Patch:
+    """Let ms-swift compute log-probabilities, entropies and their gradients with this package, until ``unpatch()``.
+
+    Call it before a trainer is made, in a file that ``--external_plugins`` names, say. Patching again changes nothing.
+    In a ``with`` statement the patch ends with the block.
+
+    Returns:
+        ``Patch``.
+
+    Raises:
+        ImportError: when ms-swift is not installed, or what it needs is not.
+        RuntimeError: when it does not have what was looked for. A release that was not tried warns.
+    """
+    global _active
+    check_release("ms-swift", TRIED, TRIED)
+    unpatch()
+    mixin = importlib.import_module("swift.rlhf_trainers.rlhf_mixin")
+    trainer = importlib.import_module("swift.rlhf_trainers.grpo_trainer")
+    scored, _ = known(mixin, "selective_log_softmax", ("logits", "index"))
+    entropy, _ = known(trainer, "entropy_from_logits", ("logits", "chunk_size"))
+    _active = Patch(
+        [Replacement(scored, selective_log_softmax, "swift"), Replacement(entropy, entropy_from_logits, "swift")]
+    )
+    return _active
+
+
+def unpatch() -> None:
+    """Give ms-swift the functions back that it had. Without a patch it does nothing."""
+    global _active
+    if _active is not None:
+        _active.undo()
+        _active = None
+
+
+def selective_log_softmax(logits: Tensor, index: Tensor) -> Tensor:
+    """log pi of each index.
+
+    Args:
+        logits: [..., V].
+        index: [...] int64.
+
+    Returns:
+        [...] float32, also for 16-bit logits. It may be changed in place.
+    """
+    return logprobs(logits, index)
+
+
+def entropy_from_logits(logits: Tensor, chunk_size: int = 1) -> Tensor:
+    """H of each distribution, [...] float32, from logits [..., V].
+
+    Args:
+        logits: [..., V].
+        chunk_size: of TRL's chunks, which keep its copies of the logits small; here there are none.
+    """
+    rows = logits.reshape(-1, logits.shape[-1])
+    target = torch.zeros(len(rows), dtype=torch.int64, device=logits.device)
+    return token_stats(rows, target).entropy.view(logits.shape[:-1])
