@@ -12,6 +12,7 @@ FOUND = {
     "differences that cancel, in fp64": (5, 4383),
     "the smaller one of an infinity and NaN": (101, 6812),
     "a gradient beyond the largest number times an upstream gradient of 0": (102, 9136),
+    "an objective that is 0 everywhere, which reads no field": (201, 168),
     "softplus beyond its threshold": (102, 10102),
 }
 
