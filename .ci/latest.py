@@ -1,6 +1,7 @@
 """Install the newest releases in a copy of HEAD, run the checks there, record their outcome in docs/latest.md.
 
-Environment: TORCH and TRITON, requirements that pip installs (default: the newest); ARGS, arguments of pytest.
+Environment: TORCH and TRITON, requirements that pip installs (default: the newest); ARGS, arguments of pytest;
+LATEST_SECONDS, after which the tests are stopped, and what they said until then is recorded.
 The copy and its environment are removed at the end; LATEST_KEEP=1 leaves them in .latest.
 """
 
@@ -10,8 +11,10 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -41,13 +44,26 @@ def make(target: str) -> tuple[bool, str]:
     """Run a target in the copy; returns whether it succeeded, and what it printed."""
     given = [f"{name}={value}" for name, value in NEWEST.items()]
     lines: list[str] = []
-    with subprocess.Popen(
-        ["make", target, *given], cwd=COPY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
+    group = subprocess.Popen(
+        ["make", target, *given],
+        cwd=COPY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a command in the background ignores it
+    )
+    seconds = os.environ.get("LATEST_SECONDS") if target == "tests" else None
+    # An interrupted pytest still says what has failed.
+    timer = threading.Timer(float(seconds or threading.TIMEOUT_MAX), os.killpg, (group.pid, signal.SIGINT))
+    timer.daemon = True
+    timer.start()
+    with group as process:
         assert process.stdout is not None
         for line in process.stdout:
             sys.stdout.write(line)
             lines.append(line)
+    timer.cancel()
     return process.returncode == 0, "".join(lines)
 
 
@@ -64,10 +80,15 @@ def releases() -> dict[str, str]:
     return dict(line.split() for line in found.splitlines())
 
 
+STOPPED = "KeyboardInterrupt !!!"
+"""In the line that an interrupted pytest prints."""
+
+
 def outcome(target: str, succeeded: bool, printed: str) -> str:
     """One cell of the table: the last line that counts tests or errors, else passed or failed."""
     counts = re.findall(r"^(?:=+ )?((?:\d+ \w+,? ?)+in [\d.]+s|Found \d+ .*|Success: .*)", printed, flags=re.MULTILINE)
-    return ("passed" if succeeded else "failed") + (f": {counts[-1].strip()}" if counts else "")
+    said = "stopped" if STOPPED in printed else "passed" if succeeded else "failed"
+    return said + (f": {counts[-1].strip()}" if counts else "")
 
 
 FAILED = re.compile(r"^(?:(?:FAILED|ERROR) |Would reformat: |[A-Z]{1,4}\d{3} |\S+:\d+: error: ).*", flags=re.MULTILINE)

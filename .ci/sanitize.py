@@ -59,7 +59,7 @@ SANITIZERS = {
     "thread": Sanitizer(
         "-fsanitize=thread",
         "libtsan.so",
-        {"TSAN_OPTIONS": "exitcode=66:report_signal_unsafe=0", "OMP_NUM_THREADS": "1"},
+        {"TSAN_OPTIONS": f"exitcode=66:suppressions={ROOT / '.ci' / 'threads.suppressions'}", "OMP_NUM_THREADS": "1"},
         ((*PYTEST, *KERNELS), (*PYTEST, "tests/api/test_promises.py", "-k", "threads")),
         {"cpu/parallel.cpp": ROOT / ".ci" / "threads.cpp"},
     ),
@@ -105,7 +105,8 @@ def check(name: str, folder: Path) -> list[str]:
     for instruction_set in INSTRUCTION_SETS:
         for command in sanitizer.commands:
             whole = [sys.executable, *command, *([instruction_set] if command[-1] == "--isa" else [])]
-            print(f"{name}, {instruction_set}: {' '.join(whole)}", flush=True)
+            sys.stdout.write(f"{name}, {instruction_set}: {' '.join(whole)}\n")
+            sys.stdout.flush()
             variables = environment(sanitizer) | {"UNIRL_CPU_ISA": instruction_set}
             status = subprocess.run(whole, cwd=folder, env=variables).returncode
             if status:
@@ -118,7 +119,7 @@ def main(names: list[str]) -> int:
     if unknown:
         raise SystemExit(f"a sanitizer must be one of {', '.join(SANITIZERS)}, got {unknown[0]}")
     found = [problem for name in names or SANITIZERS for problem in check(name, build(name))]
-    print("\n".join(found) or "nothing was reported")
+    sys.stdout.write("\n".join(found or ["nothing was reported"]) + "\n")
     return bool(found)
 
 

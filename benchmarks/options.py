@@ -55,6 +55,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     memory = "peak memory, each in a process of its own; never in a sweep"
     add("--memory", action=argparse.BooleanOptionalAction, default=True, help=memory)
     add("--sweep", action="store_true", help=f"of logits, change the vocabulary, then the tokens, each from {swept}")
+    add("--tp", type=at_least(2), help="split the vocabulary over that many processes of this machine")
     add("--seed", type=at_least(0), default=0, help="of the random numbers")
     add("--out", type=Path, metavar="FILE.json", help="where to save the results")
     actions = parser.add_subparsers(metavar="[plot | readme | compare | table]", help="of saved results; bare: measure")
@@ -83,6 +84,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.tp:
+        from benchmarks.split import run_split
+
+        return run_split(options)
     need({"rich": "rich"})
     from benchmarks.run import run_bench
 

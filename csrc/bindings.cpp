@@ -2,11 +2,16 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <torch/csrc/utils/pybind.h>
+#include <torch/version.h>
 
 #include "arguments.h"
 #include "cpu/bindings.h"
 #include "cpu/dispatch.h"
 #include "cpu/memory.h"
+
+// unirl_kernels/backends/native.py reads it from the file: with another torch the extension may not load at all.
+extern "C" __attribute__((visibility("default"))) const char unirl_built_with[];
+__attribute__((used)) const char unirl_built_with[] = "unirl_kernels built with torch " TORCH_VERSION;
 
 namespace {
 

@@ -18,6 +18,7 @@ ARROWS = {
     "collectives": set(),
     "shard": {"collectives"},
     "batch": {"collectives"},
+    "counts": {"batch", "collectives"},
     "plan": set(),
     "readout": set(),
     "testing": {"testing"},
@@ -27,7 +28,7 @@ ARROWS = {
     "operators": {"operators", "backends", "batch", "collectives"},
     "head": {"head", "operators", "objectives", "backends", "batch", "collectives"},
     "api": {"api", "head", "operators", "backends", "objectives", "batch", "plan", "readout", "shard", "collectives"},
-    "integrations": {"integrations", "api", "objectives", "batch", "plan", "readout"},
+    "integrations": {"integrations", "api", "objectives", "batch", "plan", "readout", "shard"},
     "explain": {"head", "objectives", "program", "backends", "batch", "plan"},
 }
 """What each layer may import of the package. Commands on top (cli, doctor, ...) use everything."""

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
+
+from unirl_kernels.collectives import Group, all_gather, group_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 IGNORE = -100
 """Target of a token that is no part of the loss: prompt, padding, tool output. The only spelling of a mask."""
@@ -46,6 +51,10 @@ class Batch:
         fields: name -> tensor of shape [], [S] or target's; an objective reads it as ``t.<name>``.
         pairs: where losses of pairs (DPO) find them. ``"halves"``: the first S/2 sequences are the chosen ones, the
             others are the rejected ones in the same order. ``"interleaved"``: chosen and rejected in turn.
+        sequence_group: process group over which each sequence is split (context parallelism); None: sequences are
+            whole. The batch of each rank holds a part of every sequence, in the order of ranks, and the values per
+            sequence. Lengths and sums over sequences are then those of whole sequences, and the loss of the step is the
+            sum of the ranks' losses.
 
     Raises:
         TypeError: when an argument is not a tensor of a fitting dtype, or ``fields`` is not a mapping.
@@ -68,16 +77,55 @@ class Batch:
     cu_seqlens: Tensor | None = None  # [S + 1]
     fields: Mapping[str, Tensor] = field(default_factory=dict)  # [], [S] or target's shape each
     pairs: Literal["halves", "interleaved"] = "halves"
+    sequence_group: ProcessGroup | None = None
     # Which fields have a value per sequence. No field of the dataclass: dataclasses.replace must make it anew.
     _of_sequences: ClassVar[frozenset[str]] = frozenset()
+    # Of a split sequence: the ranks, and the valid tokens of each sequence on each of them, [n, S].
+    ranks: ClassVar[Group | None] = None
+    _lengths: ClassVar[Tensor | None] = None
 
     def __post_init__(self) -> None:
+        if self.sequence_group is None:
+            self._check()
+        else:
+            self._join(group_of("sequence_group", self.sequence_group))
+
+    def _join(self, ranks: Group) -> None:
+        """Check the batch, and exchange the lengths of its sequences with the other ranks.
+
+        Raises:
+            ValueError: when the ranks have other numbers of sequences, on every rank.
+            RuntimeError: when another rank refuses its batch.
+        """
+        on_cpu = not isinstance(self.target, Tensor) or _readable(self.target)
+        try:
+            self._check()
+        except Exception:
+            if on_cpu:
+                all_gather(torch.tensor(-1), ranks)
+            raise
+        if on_cpu:
+            everyone = all_gather(torch.tensor(self.n_sequences), ranks).tolist()
+            if -1 in everyone:
+                raise RuntimeError(f"sequence_group: rank {everyone.index(-1)} refuses its batch; its error says why")
+            for rank, n in enumerate(everyone):
+                if n != everyone[0]:
+                    raise ValueError(
+                        "batch must hold a part of every sequence on all ranks of sequence_group, got "
+                        f"{everyone[0]} sequences on rank 0 and {n} on rank {rank}"
+                    )
+        object.__setattr__(self, "ranks", ranks)
+        object.__setattr__(self, "_lengths", all_gather(self.own_lengths, ranks))
+
+    def _check(self) -> None:
         check_dtype("target", self.target, torch.int64)
         if self.target.is_nested:
             raise TypeError("target must be a dense tensor, got a nested tensor: pack it, with cu_seqlens")
+        check_memory("target", self.target)
         shape = tuple(self.target.shape)
         if len(shape) not in (1, 2):
-            raise ValueError(f"target must have shape [B, L] or [T], got {shape}")
+            hint = "; fold its first dimensions into the batch: target.flatten(0, -2)" if len(shape) > 2 else ""
+            raise ValueError(f"target must have shape [B, L] or [T], got {shape}{hint}")
         if len(shape) == 1:
             self._check_packed()
         elif self.cu_seqlens is not None:
@@ -111,6 +159,7 @@ class Batch:
     def _check_field(self, name: str, value: object, shapes: Sequence[tuple[int, ...]]) -> None:
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        check_memory(name, value)
         if value.dtype.is_complex:
             raise TypeError(f"{name} must be real, integer or bool, got {str(value.dtype).removeprefix('torch.')}")
         if tuple(value.shape) not in shapes:
@@ -180,7 +229,22 @@ class Batch:
 
     @property
     def lengths(self) -> Tensor:
-        """[S] int64: |o|, the number of valid tokens of each sequence."""
+        """[S] int64: |o|, the number of valid tokens of each sequence, on all ranks that have a part of it."""
+        return self.own_lengths if self._lengths is None else self._lengths.sum(0)
+
+    @property
+    def lengths_before(self) -> Tensor | None:
+        """[S] int64: valid tokens of each sequence on the ranks before this one; None where sequences are whole."""
+        return None if self._lengths is None or self.ranks is None else self._lengths[: self.ranks.rank].sum(0)
+
+    @property
+    def n_tokens(self) -> Tensor:
+        """0-dim int64: valid tokens of all sequences."""
+        return self.valid.sum() if self._lengths is None else self._lengths.sum()
+
+    @property
+    def own_lengths(self) -> Tensor:
+        """[S] int64: the number of valid tokens of each sequence in this batch."""
         if self.cu_seqlens is None:
             return self.valid.sum(-1)
         before = torch.nn.functional.pad(self.valid.cumsum(0), (1, 0))
@@ -291,6 +355,16 @@ def check_dtype(name: str, value: object, *dtypes: torch.dtype) -> None:
         raise TypeError(f"{name} must be a {expected} tensor, got {type(value).__name__}")
     if value.dtype not in dtypes:
         raise TypeError(f"{name} must be {expected}, got {str(value.dtype).removeprefix('torch.')}")
+
+
+def check_memory(name: str, value: Tensor) -> None:
+    """Raise a ``ValueError`` for a plain tensor whose memory is freed: PyTorch's operations would read there."""
+    if type(value) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling() or not has_values(value):
+        return
+    if torch._C._functorch.is_functorch_wrapped_tensor(value):
+        return
+    if value.numel() and value.untyped_storage().nbytes() < value.itemsize:
+        raise ValueError(f"{name} must have memory, got a tensor of shape {tuple(value.shape)} whose storage is freed")
 
 
 def shift_targets(input_ids: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from unirl_kernels import backends
 from unirl_kernels._version import __version__
 from unirl_kernels.integrations import llamafactory, openrlhf, swift, trl, verl
+from unirl_kernels.integrations.versions import is_between
 from unirl_kernels.machine import processor
 
 HELP = "what is available here, and why the rest is not"
@@ -66,7 +67,7 @@ def examine() -> list[Section]:
             [row for device, _ in devices for row in _defaults(torch.device(device))],
         ),
         Section("Native extension", ("what", "found"), _native()),
-        Section("Trainers", ("package", "version", "works", "with"), [_trainer(*trainer) for trainer in TRAINERS]),
+        Section("Trainers", ("package", "version", "tried", "with"), [_trainer(*trainer) for trainer in TRAINERS]),
     ]
 
 
@@ -80,33 +81,24 @@ def _versions() -> list[tuple[str, str]]:
     return [*found, ("CUDA of torch", torch.version.cuda or "none")]
 
 
-Known = str | tuple[int, ...]
-
 TRAINERS = (
-    ("trl", trl.FIRST, trl.LAST, "trl.patch(); of the last known release fuse(trainer), loss(config), too"),
-    ("verl", verl.KNOWN, verl.KNOWN, "verl.patch(), loss(actor_config)"),
-    ("openrlhf", openrlhf.KNOWN, openrlhf.KNOWN, "openrlhf.patch()"),
-    ("llamafactory", llamafactory.KNOWN, llamafactory.KNOWN, "llamafactory.patch()"),
-    ("ms-swift", swift.KNOWN, swift.KNOWN, "swift.patch()"),
+    ("trl", trl.FIRST, trl.LAST, "trl.patch(); of the last release fuse(trainer), loss(config), too"),
+    ("verl", verl.TRIED, verl.TRIED, "verl.patch(), loss(actor_config)"),
+    ("openrlhf", openrlhf.TRIED, openrlhf.TRIED, "openrlhf.patch()"),
+    ("llamafactory", llamafactory.TRIED, llamafactory.TRIED, "llamafactory.patch()"),
+    ("ms-swift", swift.TRIED, swift.TRIED, "swift.patch()"),
 )
-"""Each with the first and the last release that is known, and what of ``unirl_kernels.integrations`` works with it."""
+"""Each with the first and the last release that was tried, and what of ``unirl_kernels.integrations`` is for it."""
 
 
-def _trainer(package: str, first: Known, last: Known, what: str) -> tuple[str, str, str, str]:
+def _trainer(package: str, first: str, last: str, what: str) -> tuple[str, str, str, str]:
     try:
         found = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return package, "not installed", "-", what
-    numbers = tuple(int(text) for text in found.split(".")[:2] if text.isdigit())
-    low, high = (_numbers(bound) for bound in (first, last))
-    if low <= numbers and numbers[: len(high)] <= high:
+    if is_between(found, first, last):
         return package, found, "yes", what
-    texts = [".".join(map(str, bound)) for bound in (low, high)]
-    return package, found, "no", f"known is {' to '.join(dict.fromkeys(texts))}"
-
-
-def _numbers(version: Known) -> tuple[int, ...]:
-    return tuple(map(int, version.split("."))) if isinstance(version, str) else version
+    return package, found, "no", f"tried: {first if first == last else f'{first} to {last}'}"
 
 
 def _devices() -> list[tuple[str, str]]:

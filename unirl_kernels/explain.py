@@ -116,10 +116,10 @@ def _linear(loss: Loss, batch: Batch | None, weight: Tensor | None, plan: Plan) 
         return f"three matmuls where each {loss.scope} fits a chunk, else\n{apart}. Give batch and weight to see."
     backend = choose(weight.device, plan.backend, plan.kernel).backend
     head = Head(weight, weight, None, weight.dtype, backend)
-    if loss.scope == "token" and head.sizes(plan.max_chunk_bytes) is not None:
+    if loss.scope == "token" and head.matmuls.gradient_bytes:
         chunks, group = head.chunks(batch.target.reshape(-1), plan.max_chunk_bytes)
         most = max((chunk.n for chunk in chunks), default=0)
-        return f"three matmuls; chunks: {len(chunks)}, of at most {most} tokens, whose gradients are kept for {group}."
+        return f"three matmuls; chunks: {len(chunks)}, of at most {most} tokens; gradients are kept for {group} tokens."
     rows = head.rows_per_chunk(plan.max_chunk_bytes)
     groups = by_units(batch, loss.scope, rows)
     if groups is None:

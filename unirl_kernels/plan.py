@@ -15,10 +15,10 @@ class Plan:
             PyTorch under autograd, then the gradient. ``composed`` runs what kernels cannot. None takes the backend's
             default; for fp16 logits ``composed``.
         overwrite_logits: write the gradient into the logits' memory, in the forward where a kernel has one pass, else
-            in the backward. The logits, and the tensor that they are a view of, are left empty, so that nobody reads a
-            gradient for logits. Other views of that memory, aliases by ``detach()``, and under ``torch.compile`` the
-            logits themselves hold the gradient from then on: do not use them. Linear heads always do so with the
-            logits that they compute.
+            in the backward, of which there may be one. The logits, and the tensor that they are a view of, are left
+            empty, so that nobody reads a gradient for logits: most functions raise, a sum is 0. Do not use other views
+            of that memory, aliases by ``detach()``, and under ``torch.compile`` the logits themselves: they hold the
+            gradient from then on. Linear heads always do so with the logits that they compute.
         max_chunk_bytes: linear heads' memory for the logits of one chunk of tokens, bytes, > 0; at least one token
             must fit. None: 256 MiB on a CPU, 2 GiB elsewhere.
 

@@ -29,11 +29,16 @@ class VocabShard:
             for who sums it himself (Megatron's copy_to and gather_from regions). ``"split"``: each rank has an equal
             part of the tokens, in the order of ranks: [B, L / n, D] or [T / n, D] for a target of all tokens (sequence
             parallelism). They are gathered once, and their gradient is reduced and scattered.
+        tiles: how many equal parts of the vocabulary are exchanged and merged in their order, instead of one per rank:
+            log-probabilities then have the same bits on any number of ranks that divides ``tiles``, 1 included. Every
+            shard starts at a tile, a multiple of ceil(V / tiles). A rank holds 16 tiles bytes per token for it. Heads
+            need matmuls whose logits do not depend on the number of columns, as those of the CPU backend. None: one
+            part per rank. Observations take None alone.
 
     Raises:
-        TypeError: when ``group`` is not a process group, or ``start`` or ``vocab`` not an int.
-        ValueError: when ``start`` or ``vocab`` is out of range, ``hidden`` is another word, or this process is not in
-            the group.
+        TypeError: when ``group`` is not a process group, or ``start``, ``vocab`` or ``tiles`` not an int.
+        ValueError: when ``start``, ``vocab`` or ``tiles`` is out of range, ``start`` is within a tile, ``hidden`` is
+            another word, or this process is not in the group.
 
     Examples:
         A group of one rank, which has all columns:
@@ -50,19 +55,35 @@ class VocabShard:
     start: int
     vocab: int
     hidden: Literal["whole", "partial", "split"] = "whole"
+    tiles: int | None = None
     # No field of the dataclass: it follows from the group.
     ranks: ClassVar[Group]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ranks", group_of("group", self.group))
-        for name, least in (("start", 0), ("vocab", 1)):
+        for name, least in (("start", 0), ("vocab", 1), ("tiles", 1)):
             value = getattr(self, name)
+            if name == "tiles" and value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name} must be an int, got {type(value).__name__}")
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if self.hidden not in ("whole", "partial", "split"):
             raise ValueError(f"hidden must be 'whole', 'partial' or 'split', got {self.hidden!r}")
+
+        if self.tiles is not None and self.start < self.vocab and self.start % self.tile:
+            raise ValueError(f"start must be a multiple of the {self.tile} columns of a tile, got {self.start}")
+
+    @property
+    def tile(self) -> int:
+        """Columns of a tile; all of the vocabulary where there are none."""
+        return -(-self.vocab // (self.tiles or 1))
+
+    @property
+    def slots(self) -> int:
+        """Tiles that a rank sends."""
+        return -(-(self.tiles or 1) // (self.ranks.size if self.tiles else 1))
 
     def used(self, columns: int) -> int:
         """How many of a rank's columns are no padding."""

@@ -133,7 +133,7 @@ def test_logits_are_whole_when_the_call_raises(loss: uk.Loss, place: Place, monk
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: uk.Batch(TARGET.masked_fill(TARGET == 5, V)), IndexError, "target must lie in"),
+        (lambda: uk.Batch(TARGET.masked_fill(TARGET == 5, V), torch.ones(2)), IndexError, "target must lie in"),
         (lambda: uk.Batch(TARGET), ValueError, r"the objective reads t\.advantage"),
     ],
 )
@@ -155,7 +155,33 @@ def test_overwritten_logits_are_told_of_by_name(loss: uk.Loss) -> None:
     value.backward(retain_graph=True)
     with pytest.raises(ValueError, match=r"its memory was given to the gradient by overwrite_logits=True$"):
         uk.fused_loss(x, BATCH, loss)
-    again = [other] if loss.scope == "token" else [other, value]
-    for late in again:
-        with pytest.raises(RuntimeError, match="overwrite_logits=True puts their gradient there"):
-            late.backward()
+    with pytest.raises(RuntimeError, match="overwrite_logits=True puts their gradient there"):
+        other.backward()
+    once = "is for one backward" if loss.scope == "token" else "puts their gradient there"
+    before = leaf.grad.clone()
+    with pytest.raises(RuntimeError, match=f"overwrite_logits=True {once}"):
+        value.backward()
+    assert torch.equal(leaf.grad, before)
+
+
+@of_losses
+def test_what_overwritten_logits_leave_behind(loss: uk.Loss) -> None:
+    """Nothing that autograd has saved is read; a sum of them is one of nothing; what the docstring warns of."""
+    leaf = torch.randn(2, 3, V, requires_grad=True)
+    plain = torch.autograd.grad(uk.fused_loss(leaf * 1, BATCH, loss).loss, leaf)[0]
+    x = leaf * 1
+    view, alias = x.view(-1), x.detach()
+    summed, saved = x.sum(), [(x * x).sum(), (view * view).sum(), (x * alias).sum()]
+    value = uk.fused_loss(x, BATCH, loss, plan=uk.Plan(overwrite_logits=True)).loss
+    d_leaf = torch.autograd.grad(value + summed, leaf, retain_graph=True)[0]
+    torch.testing.assert_close(d_leaf, plain + 1)
+    for late in saved:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(late, leaf)
+    assert x.shape == (0,)
+    assert x.sum() == 0
+    for use in (lambda: x.argmax(-1), lambda: x[0, 0], lambda: torch.log_softmax(x.view(2, 3, V), -1)):
+        with pytest.raises((RuntimeError, IndexError)):
+            use()
+    assert torch.equal(alias, view.view(2, 3, V))
+    assert not torch.equal(alias, leaf)

@@ -16,6 +16,8 @@ from benchmarks.buffers import Ring
 from benchmarks.inputs import Inputs, Values
 from benchmarks.levels import LINEAR
 from benchmarks.linear.floor import Products
+from benchmarks.linear.model import DEVICES, SHAPES, before, predict
+from benchmarks.linear.model import chosen as chosen_sizes
 from benchmarks.linear.truth import LinearTruth
 from benchmarks.measure import Timing
 from benchmarks.memory import peak_in_fresh_process
@@ -30,6 +32,20 @@ from tests.benchmarks.test_logits import check_refused, check_that_wrong_is_not_
 from unirl_kernels.testing import oracle
 
 SMALL = Work(tokens=64, vocab=101, dtype="fp32", hidden=24)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_heads_are_predicted_to_take(device: str) -> None:
+    """Nine tenths of three matmuls where a token's matmuls are long and all gradients fit; below 3 GB."""
+    for tokens, d, vocab in SHAPES:
+        found = predict(DEVICES[device], tokens, d, vocab)
+        old = predict(DEVICES[device], tokens, d, vocab, before(tokens, vocab))
+        assert old.share < found.share < 1
+        if chosen_sizes(DEVICES[device], tokens, d, vocab).group >= tokens:
+            assert found.bytes <= 3.0e9
+            assert found.share >= (0.9 if d >= 3584 else 0.8)
+
+
 COMPILED = {"grpo": ["compile", "liger"], "sft": ["compile", "cce"]}
 """Peers that take ten seconds to compile where they take part."""
 
@@ -161,7 +177,8 @@ def test_a_peer_that_this_torch_lacks_says_so(monkeypatch: pytest.MonkeyPatch) -
 def test_peers_that_cannot_run_say_why() -> None:
     peers = [peer for peer in LINEAR.peers if peer.name == "liger"]
     assert checked(replace(SMALL, loss="sft"), *peers).skipped == {
-        "liger LigerFusedLinearCrossEntropyLoss": "runs on a GPU only",
+        "liger fused_linear_cross_entropy": "runs on a GPU only",
+        "liger fused_linear_cross_entropy, larger chunks": "runs on a GPU only",
         "liger LigerFusedLinearGRPOLoss": "computes grpo and ppo only",
     }
     assert set(checked(replace(SMALL, mode=STATS), *peers).skipped.values()) == {"computes losses only, no statistics"}

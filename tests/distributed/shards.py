@@ -16,7 +16,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import unirl_kernels as uk
 from tests.cases import BY_NAME
-from tests.distributed import split_heads
+from tests.distributed import dtensors, megatron, sequences, split_heads, tiles
 from tests.distributed.split import (
     CASES,
     LOSSES,
@@ -32,7 +32,7 @@ from tests.distributed.split import (
     split,
 )
 from unirl_kernels.operators import shards
-from unirl_kernels.operators.shards import ShardArgs
+from unirl_kernels.operators.shards import ShardArgs, Tiles
 
 RANK: int
 WORLD: int
@@ -41,9 +41,9 @@ EAGER, CPU = uk.Plan(backend="eager"), uk.Plan()
 
 def check_losses() -> None:
     """Every scope and layout, within the computed budget, and the same bits on every rank."""
-    for case in CASES:
+    for i, case in enumerate(CASES):
         for k, widths in enumerate(WIDTHS[WORLD]):
-            for loss in LOSSES:
+            for loss in (LOSSES[(i + k) % 4], LOSSES[(i + k + 2) % 4]):
                 logits, batch = make(case, loss)
                 plan = (CPU, EAGER, uk.Plan(overwrite_logits=True))[k % 3]
                 found = split(logits, batch, loss.make(), case.readout, widths, RANK, plan)
@@ -84,10 +84,10 @@ def check_traffic() -> None:
         out = uk.fused_loss(x, batch, uk.grpo(), shard=shard_of(widths, RANK))
     with Traffic() as backward:
         out.loss.backward()
-    assert forward.sent == [("all_gather_into_tensor", 88), ("all_gather_into_tensor", 16 * batch.target.numel())]
+    assert forward.sent == [("all_gather_into_tensor", 96), ("all_gather_into_tensor", 16 * batch.target.numel())]
     assert backward.sent == []
-    values = [torch.zeros(batch.target.shape)] * 4
-    unchecked = ShardArgs(0, 1, VOCAB, shard_of(widths, RANK).ranks, same_targets=False)
+    values = [torch.zeros(1, *batch.target.shape)] * 4
+    unchecked = ShardArgs(0, 1, VOCAB, shard_of(widths, RANK).ranks, False, Tiles(VOCAB, 1))
     with Traffic() as hashed:
         shards.exchanged(values, batch.target, unchecked)
     assert hashed.sent == [("all_gather_into_tensor", 16 * batch.target.numel() + 8)]
@@ -214,6 +214,10 @@ def main(rank: int, file: str, world: int) -> None:
     split_heads.check_traffic()
     split_heads.check_bad_input()
     split_heads.check_faults_are_seen()
+    sequences.check_all()
+    dtensors.check_all()
+    megatron.check_all()
+    tiles.check_all()
     dist.destroy_process_group()
 
 

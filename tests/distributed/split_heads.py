@@ -54,7 +54,7 @@ def split(head: LinearHead, loss: uk.Loss | None, plan: uk.Plan, shard: uk.Vocab
     """The same of a shard by the package, with the whole d_hidden."""
     rank, world = dist.get_rank(), dist.get_world_size()
     hidden, weight, bias = head.operands
-    part = hidden.chunk(world, 1)[rank] if shard.hidden == "split" else hidden
+    part = hidden.tensor_split(world, 1)[rank] if shard.hidden == "split" else hidden
     leaves = [part.clone(), columns_of(weight, widths, rank, dim=0), columns_of(bias, widths, rank)]
     h, w, b = (x.requires_grad_() for x in leaves)
     if loss is None:
@@ -127,7 +127,7 @@ def check_traffic() -> None:
         chunks = -(-n // (tokens or n))
         of_chunk = [("all_gather_into_tensor", 16 * n // chunks)]
         of_chunk += [("all_reduce", 4 * WIDTH * n // chunks)] if hidden == "whole" else []
-        expected = [("all_gather_into_tensor", 88), *of_chunk * chunks]
+        expected = [("all_gather_into_tensor", 96), *of_chunk * chunks]
         if hidden == "split":
             expected.insert(1, ("all_gather_into_tensor", head.hidden.nbytes // world))
             expected.append(("reduce_scatter_tensor", head.hidden.nbytes))

@@ -150,6 +150,39 @@ def in_a_loop(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     assert not torch.equal(model.lm_head.weight, before)
 
 
+def over_ranks(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """In a group of one rank, whose weight is padded: the losses are those without padding."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        hidden, weight, target = torch.randn(2, 3, 4), torch.randn(10, 4), torch.randint(0, 7, (2, 3))
+        batch = uk.Batch(target, torch.randn(2), ref_logp=-2 * torch.ones(2, 3))
+        leaf = hidden.clone().requires_grad_()
+        names = run(
+            "Split over ranks",
+            torch=torch,
+            uk=uk,
+            group=dist.group.WORLD,
+            rank=0,
+            V=7,
+            data_parallel_size=1,
+            hidden=leaf,
+            weight=weight,
+            target=target,
+            batch=batch,
+        )
+        plain = hidden.clone().requires_grad_()
+        loss = uk.Loss(uk.grpo().objective, uk.TokenMean())
+        expected = uk.fused_linear_loss(plain, weight[:7], batch, loss)
+        (expected.loss + uk.fused_linear_loss(plain, weight[:7], batch, uk.grpo()).loss).backward()
+        torch.testing.assert_close(names["out"].loss, expected.loss)
+        torch.testing.assert_close(names["stats"].logp, expected.logp)
+        torch.testing.assert_close(leaf.grad, plain.grad)
+    finally:
+        dist.destroy_process_group()
+
+
 def speed(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """The provider is right, by the command that stands above it."""
     monkeypatch.chdir(folder)
@@ -181,6 +214,7 @@ SECTIONS: dict[str, Callable[[pytest.MonkeyPatch, Path], None]] = {
     "Use it in TRL": in_trl,
     "Use it in transformers": in_transformers,
     "Use it in your own loop": in_a_loop,
+    "Split over ranks": over_ranks,
     "Speed": speed,
 }
 ELSEWHERE = {"Use it in verl"}  # tests/integrations/verl: its lines are a module that verl's workers import

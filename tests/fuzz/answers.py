@@ -58,11 +58,12 @@ def check(question: Question, answer: Answer, upstream: Tensor, findings: Findin
     """Hold an answer against the truth."""
     _check_values(question, answer, findings, prefix)
     if question.coefficients is not None:
-        weights = upstream.double() * question.coefficients.derivatives
+        own = question.coefficients.derivatives
+        weights = upstream.double() * own
         of_one = question.coefficients.derivatives_allowed
         allowed = torch.where(weights.isnan() | (of_one == torch.inf), torch.inf, upstream.double().abs() * of_one)
     else:
-        weights = torch.where(question.inputs.valid, upstream, 0).nan_to_num(0)
+        weights = own = torch.where(question.inputs.valid, upstream, 0).nan_to_num(0)
         allowed = torch.zeros_like(weights)
     d_logits, d_allowed = combined(weights, allowed, question.rows.basis, question.rows.basis_allowed, question.eps)
     d_allowed = torch.where(d_logits.isfinite().all(-1, keepdim=True), d_allowed, torch.inf)
@@ -77,7 +78,9 @@ def check(question: Question, answer: Answer, upstream: Tensor, findings: Findin
             prefix,
         )
     elif "d_hidden" in answer:
-        _check_head(question, answer, weights, d_logits, d_allowed, findings, prefix)
+        # Gradients are made before the upstream one is known, which may be 0.
+        made = (own.nan_to_num().unsqueeze(-1) * question.rows.basis).abs().sum(0)
+        _check_head(question, answer, weights, d_logits, d_allowed, made, findings, prefix)
 
 
 def _check_values(question: Question, answer: Answer, findings: Findings, prefix: str) -> None:
@@ -127,10 +130,17 @@ def _check_rows(
 
 
 def _check_head(
-    question: Question, answer: Answer, weights: Tensor, truth: Tensor, allowed: Tensor, findings: Findings, prefix: str
+    question: Question,
+    answer: Answer,
+    weights: Tensor,
+    truth: Tensor,
+    allowed: Tensor,
+    made: Tensor,
+    findings: Findings,
+    prefix: str,
 ) -> None:
     """Gradients of hidden states, weight and bias: no worse than plain PyTorch, and what their logits' gradient may
-    be off."""
+    be off. Nothing is asked where ``made``, the size of that gradient, leads beyond the largest number."""
     dtype = getattr(torch, question.case.dtype)
     hidden, weight, bias = flat_operands(question.inputs)
     open_rows = (allowed == torch.inf).any(-1)
@@ -147,11 +157,12 @@ def _check_head(
     def hold(name: str, left: Tensor, right: Tensor, plains: list[Tensor], row: int | None, holes: Tensor) -> None:
         exact = left.double() @ right.double()
         size = left.double().abs() @ right.double().abs()
+        beyond = (made if row == 0 else made.t()) @ right.double().abs() > torch.finfo(question.dtype).max
         own = closed if row == 0 else closed.t()
         budget = own @ right.double().abs() + (ULPS * question.eps + rounding) * size
         worst = torch.stack([(p.double() - exact).abs() for p in plains]).amax(0)
         budget = budget + 2 * (worst.amax(-1, keepdim=True) if row == 0 else worst)
-        budget = torch.where(holes, torch.inf, stored(budget, exact, dtype, 1 + again))
+        budget = torch.where(holes | beyond, torch.inf, stored(budget, exact, dtype, 1 + again))
         findings.require(answer[name].dtype == dtype, f"{prefix}{name} is {answer[name].dtype}")
         findings.close(prefix + name, answer[name], exact, budget)
 

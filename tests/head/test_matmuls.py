@@ -31,8 +31,9 @@ from tests.linear import (
 )
 from tests.places import PLACES, Place
 from unirl_kernels.backends import COMPOSED, load
-from unirl_kernels.backends.matmuls import Mixed, Widened
-from unirl_kernels.head.chunks import group_rows, sizes_of
+from unirl_kernels.backends import matmuls as matmuls_module
+from unirl_kernels.backends.matmuls import Halved, Mixed, Widened
+from unirl_kernels.head.sizes import Shape, sizes_of
 from unirl_kernels.head.sweep import Head, sweep
 from unirl_kernels.operators.linear import Wanted
 
@@ -297,22 +298,65 @@ def test_two_sizes_of_chunks(tokens: int, groups: int, ignored: bool, monkeypatc
         torch.testing.assert_close(leaf.grad, exact_gradient.bfloat16())
 
 
+@pytest.mark.usefixtures("_mixed_matmuls_on_the_cpu")
+@pytest.mark.parametrize("bias", [None, torch.float32, torch.float16], ids=str)
+def test_matmuls_of_fp16(bias: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of any size that fp32 has, within 2^-15 of the sum of the magnitudes; more than one slice."""
+    monkeypatch.setattr(matmuls_module, "SLICES_OF_HALVES_BYTES", 1)
+    torch.manual_seed(0)
+    weight, hidden = torch.randn(300, 6).half(), torch.randn(5, 6).half()
+    matmuls = Halved(weight)
+    assert len(list(matmuls._slices())) == 3
+    added = None if bias is None else torch.randn(300).to(bias)
+    logits = torch.full((5, 300), torch.nan)
+    matmuls.logits(hidden, added, logits)
+    expected = hidden.double() @ weight.double().t() + (0 if added is None else added.double())
+    torch.testing.assert_close(logits.double(), expected, rtol=0, atol=20 * 2**-24 * expected.abs().max().item())
+
+    d_logits = matmuls.gradient_buffer(logits, 5).copy_(
+        torch.randn(5, 300) * 10.0 ** torch.arange(-30, 20, 10)[:, None]
+    )
+
+    def close(found: Tensor, left: Tensor, right: Tensor) -> None:
+        magnitude = left.double().abs() @ right.double().abs()
+        assert found.dtype == torch.float32
+        assert ((found.double() - left.double() @ right.double()).abs() <= 2**-15 * magnitude).all()
+
+    close(matmuls.d_hidden(d_logits), d_logits, weight)
+    total = torch.full((300, 6), torch.nan)
+    matmuls.add_d_weight(d_logits, hidden, total, first=True)
+    close(total, d_logits.t(), hidden)
+    matmuls.add_d_weight(d_logits, hidden, total, first=False)
+    close(total, 2 * d_logits.t(), hidden)
+
+
+@pytest.mark.usefixtures("_mixed_matmuls_on_the_cpu")
+@pytest.mark.parametrize("name", ["grpo", "dpo"])
+def test_heads_of_fp16_on_halves(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loss = BY_NAME[name]
+    head = make_head(RAGGED, loss, torch.float16)
+    with changed_matmuls(monkeypatch, "eager", lambda _: Halved(head.weight)):
+        check(fused(head, loss.make(), uk.Plan("eager")), head, loss)
+
+
 @pytest.mark.parametrize("d", [2048, 4096])
 @pytest.mark.parametrize("vocab", [32000, 50257, 131072, 152064, 262208])
 def test_sizes_fit_the_memory(vocab: int, d: int) -> None:
-    logits, gradient = 4 * vocab, 2 * vocab
+    """Multiples of 128, the chunk within a group, and no more groups than the memory asks for."""
     for memory in (128 * 4 * vocab - 1, 3 * 128 * 4 * vocab, 2**31, 11 * 2**28):
-        sizes = sizes_of(vocab, logits, gradient, memory, 132)
-        if sizes is None:
-            assert memory < 3 * 128 * logits
-            continue
-        assert sizes.chunk * logits + sizes.group * gradient <= memory
-        assert sizes.chunk % 128 == sizes.group % 128 == 0
-        assert sizes.group >= sizes.chunk
-        for tokens in (1, 128, 5000, 8192, 16384):
-            rows = group_rows(tokens, d, sizes, 132)
-            assert rows % 128 == 0
-            assert -(-tokens // rows) == max(1, -(-tokens // sizes.group))
+        for tokens in (0, 1, 128, 5000, 8192, 16384):
+            sizes = sizes_of(Shape(tokens, vocab, d, 4 * vocab, 2 * vocab, memory, 132))
+            if sizes is None:
+                assert memory < 3 * 128 * 4 * vocab
+                continue
+            assert sizes.chunk * 4 * vocab + sizes.group * 2 * vocab <= memory
+            assert sizes.chunk % 128 == sizes.group % 128 == 0
+            assert sizes.group >= sizes.chunk
+            most = (memory - 128 * 4 * vocab) // (2 * vocab)
+            least = min(512, memory // 3 // (4 * vocab) // 128 * 128) * 4 * vocab
+            assert (
+                -(-tokens // most) <= -(-tokens // sizes.group) <= -(-tokens // ((memory - least) // (2 * vocab) - 127))
+            )
 
 
 # Memory

@@ -42,12 +42,23 @@ def load_setup(folder: Path = ROOT) -> ModuleType:
 
 
 def run(
-    command: Sequence[str], folder: Path, *, path: Sequence[Path] = (), **environment: str
+    command: Sequence[str],
+    folder: Path,
+    *,
+    path: Sequence[Path] = (),
+    python: str | None = None,
+    seconds: int = 300,
+    **environment: str,
 ) -> subprocess.CompletedProcess[str]:
-    """Run Python in a folder, with nothing of this process's settings of the build."""
+    """Run Python, this one or another, in a folder, with nothing of this process's settings of the build."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("UNIRL_", "CUDA_", "PYTHONPATH"))}
     if path:
         kept["PYTHONPATH"] = os.pathsep.join(map(str, path))
     return subprocess.run(
-        [sys.executable, *command], cwd=folder, env=kept | environment, capture_output=True, text=True, timeout=300
+        [python or sys.executable, *command],
+        cwd=folder,
+        env=kept | environment,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -43,6 +45,26 @@ def test_failures_are_recorded_by_name(latest: ModuleType, monkeypatch: pytest.M
     assert [line.split()[0] for line in named] == ["F401", "Would", "a/b.py:7:", "FAILED"]
     assert "commit 0123456789" in latest.RECORD.read_text()
     assert not latest.COPY.exists()
+
+
+def test_tests_are_stopped_after_a_time(latest: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pytest is interrupted, also where the command itself ignores interrupts, and says what failed until then."""
+    latest.copy_of_head()
+    (latest.COPY / "test_slow.py").write_text(
+        "import time\ndef test_first(): assert 0, 'first'\ndef test_second(): time.sleep(600)\n"
+    )
+    python = f"{sys.executable} -m pytest -q -p no:cacheprovider"
+    (latest.COPY / "Makefile").write_text(f"tests:\n\t{python}\nlint:\n\ttrue\n")
+    monkeypatch.setenv("LATEST_SECONDS", "5")
+    ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        succeeded, printed = latest.make("tests")
+    finally:
+        signal.signal(signal.SIGINT, ignored)
+    assert not succeeded
+    assert latest.outcome("tests", succeeded, printed).startswith("stopped: 1 failed in")
+    assert latest.failures(printed) == ["FAILED test_slow.py::test_first - AssertionError: first"]
+    assert latest.make("lint")[0]
 
 
 def test_success_is_recorded_without_failures(latest: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

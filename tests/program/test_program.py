@@ -56,7 +56,7 @@ EVERY_FUNCTION = {
     "rsub": lambda x, y: 1 - x,
     "sigmoid": lambda x, y: torch.sigmoid(3 * x) * y,
     "sign": lambda x, y: torch.sign(x) * x * y,
-    "softplus": lambda x, y: softplus(x) - softplus(y),
+    "softplus": lambda x, y: softplus(x) - softplus(y, threshold=0.3) + softplus(30 * x),
     "sqrt": lambda x, y: torch.sqrt(x * x + 0.5),
     "square": lambda x, y: torch.square(x) - y.square(),
     "sub": lambda x, y: x - y - 1,

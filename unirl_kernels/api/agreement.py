@@ -14,7 +14,7 @@ from unirl_kernels.api.rows import as_rows
 from unirl_kernels.batch import has_values
 from unirl_kernels.collectives import all_gather
 from unirl_kernels.operators.rows import check_targets
-from unirl_kernels.operators.shards import ShardArgs, target_hash
+from unirl_kernels.operators.shards import ShardArgs, Tiles, target_hash
 from unirl_kernels.shard import VocabShard
 
 
@@ -35,6 +35,7 @@ class Terms(NamedTuple):
     columns: int
     row_bytes: int
     vocab: int
+    tiles: int  # 0 for None
     wants: int
     max_chunk_bytes: int  # -1 for None
     dims: int
@@ -45,6 +46,7 @@ class Terms(NamedTuple):
 
 NAMES = {
     "vocab": "shard.vocab",
+    "tiles": "shard.tiles",
     "dims": "target.dim()",
     "first": "target.shape[0]",
     "last": "target.shape[-1]",
@@ -83,11 +85,11 @@ def agreed(
     try:
         own = check()
     except Exception:
-        _exchanged(shard, Terms(1, *[0] * 10), target.device)
+        _exchanged(shard, Terms(1, *[0] * 11), target.device)
         raise
     most = -1 if own.max_chunk_bytes is None else own.max_chunk_bytes
     sizes = (target.dim(), target.shape[0], target.shape[-1])
-    terms = Terms(0, shard.start, own.columns, own.row_bytes, shard.vocab, own.wants, most, *sizes, 0)
+    terms = Terms(0, shard.start, own.columns, own.row_bytes, shard.vocab, shard.tiles or 0, own.wants, most, *sizes, 0)
     if target.device.type == "cpu" or waits:
         row_bytes = _compared(shard, terms._replace(hash=int(target_hash(target))), target)
         return _args(shard, own.columns, same_targets=True), row_bytes
@@ -98,7 +100,8 @@ def agreed(
 
 
 def _args(shard: VocabShard, columns: int, same_targets: bool) -> ShardArgs:
-    return ShardArgs(shard.start, shard.used(columns), shard.vocab, shard.ranks, same_targets)
+    tiles = Tiles(shard.tile, shard.slots)
+    return ShardArgs(shard.start, shard.used(columns), shard.vocab, shard.ranks, same_targets, tiles)
 
 
 def _compared(shard: VocabShard, own: Terms, target: Tensor) -> int:
@@ -128,7 +131,8 @@ def _exchanged(shard: VocabShard, own: Terms, device: torch.device) -> list[Term
 
 
 def _shown(field: str, value: int) -> str:
-    return "None" if field == "max_chunk_bytes" and value < 0 else str(value)
+    none = {"max_chunk_bytes": -1, "tiles": 0}
+    return "None" if none.get(field) == value else str(value)
 
 
 def _check_layout(everyone: Sequence[Terms]) -> None:

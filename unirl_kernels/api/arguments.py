@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from unirl_kernels.backends import COMPOSED, Choice, choices_by_vocab, choose
-from unirl_kernels.batch import Batch, check_dtype, has_values
+from unirl_kernels.batch import Batch, check_dtype, check_memory, has_values
 from unirl_kernels.objectives import Loss
 from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout
@@ -40,7 +40,7 @@ def check_input(name: str, value: object) -> Tensor:
     check_whole(name, value)
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} must be one of {', '.join(map(name_of, DTYPES))}, got {name_of(value.dtype)}")
-    _check_memory(name, value)
+    _check_readable(name, value)
     return value
 
 
@@ -59,7 +59,7 @@ def check_whole(name: str, value: Tensor) -> None:
         )
 
 
-def _check_memory(name: str, value: Tensor) -> None:
+def _check_readable(name: str, value: Tensor) -> None:
     """Raise where kernels would read memory that is gone, or values that only a function transform has."""
     if torch.compiler.is_compiling() or not has_values(value):
         return
@@ -68,8 +68,7 @@ def _check_memory(name: str, value: Tensor) -> None:
             f"{name} must not be transformed by torch.func (grad, vmap, jvp): call backward, and fold mapped "
             "dimensions into the batch"
         )
-    if value.numel() and value.untyped_storage().nbytes() < value.itemsize:
-        raise ValueError(f"{name} must have memory, got a tensor of shape {tuple(value.shape)} whose storage is freed")
+    check_memory(name, value)
 
 
 def check_device(name: str, value: Tensor, device: torch.device, like: str) -> None:
@@ -80,13 +79,18 @@ def check_device(name: str, value: Tensor, device: torch.device, like: str) -> N
 def check_positions(name: str, value: Tensor, target: Tensor, last: str) -> None:
     """Raise a ``ValueError`` unless the shape is target's, and one dimension more, called ``last``."""
     if target.dim() not in (1, 2):
-        raise ValueError(f"target must have shape [B, L] or [T], got {tuple(target.shape)}")
+        hint = "; fold its first dimensions into the batch: target.flatten(0, -2)" if target.dim() > 2 else ""
+        raise ValueError(f"target must have shape [B, L] or [T], got {tuple(target.shape)}{hint}")
     if value.dim() != target.dim() + 1 or value.shape[:-1] != target.shape:
         expected = ", ".join(str(n) for n in target.shape)
-        hint = ""
-        if tuple(value.shape) == (0,):
+        shape, hint = tuple(value.shape), ""
+        if shape == (0,):
             hint = "; its memory was given to the gradient by overwrite_logits=True"
-        raise ValueError(f"{name} must have shape ({expected}, {last}), got {tuple(value.shape)}{hint}")
+        elif value.dim() > 3:
+            hint = f"; fold its first dimensions into the batch: {name}.flatten(0, -3), and target's likewise"
+        elif value.dim() == 1:
+            hint = f"; a single position is {name}.unsqueeze(0)"
+        raise ValueError(f"{name} must have shape ({expected}, {last}), got {shape}{hint}")
 
 
 def _check_part(name: str, value: Tensor, target: Tensor, parts: int) -> None:
@@ -112,6 +116,7 @@ def check_shard_of_logits(logits: Tensor, target: Tensor) -> None:
     """As ``check_logits``, but a shard may have no columns."""
     check_input("logits", logits)
     check_dtype("target", target, torch.int64)
+    check_memory("target", target)
     check_positions("logits", logits, target, "V")
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise ValueError(f"logits must be contiguous in the last dimension, got strides {logits.stride()}")
@@ -144,6 +149,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tens
 def check_shard_of_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, parts: int = 1) -> None:
     """As ``check_head``, but a shard may have no rows, and hidden may be one of several equal parts of the tokens."""
     check_dtype("target", target, torch.int64)
+    check_memory("target", target)
     for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if name != "bias" or value is not None:
             check_device(name, check_input(name, value), target.device, "target")

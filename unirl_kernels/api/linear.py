@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from unirl_kernels.api.arguments import check_head, check_kinds, kernel_of
+from unirl_kernels.api.dtensors import shard_of_head
 from unirl_kernels.api.outputs import LossOutput, TokenObservations, TokenStats
 from unirl_kernels.api.rows import as_rows, program_args, readout_args, row_dtype, sweep_args
 from unirl_kernels.api.split_linear import fused_shard, measured_shard
@@ -65,9 +66,10 @@ def linear_token_stats(
         >>> uk.linear_token_stats(hidden, weight, torch.tensor([[3, uk.IGNORE]])).logp
         tensor([[-1.3863,  0.0000]])
     """
+    head, shard = shard_of_head(HeadArgs(hidden, weight, bias), shard)
     if shard is not None:
-        operator = linear_shards.linear_shard_moments
-        return TokenStats(*measured_shard(operator, HeadArgs(hidden, weight, bias), target, readout, plan, shard))
+        found = measured_shard(linear_shards.linear_shard_moments, head, target, readout, plan, shard)
+        return TokenStats(*found)
     found = _measured(linear.linear_token_stats, hidden, weight, bias, target, readout, plan)
     return TokenStats(*found)
 
@@ -110,9 +112,9 @@ def linear_token_observations(
         >>> uk.linear_token_observations(hidden, weight, torch.tensor([[3, 1]]), bias=bias).argmax
         tensor([[3, 3]])
     """
+    head, shard = shard_of_head(HeadArgs(hidden, weight, bias), shard)
     if shard is not None:
-        operator = linear_shards.linear_shard_observations
-        found = measured_shard(operator, HeadArgs(hidden, weight, bias), target, readout, plan, shard)
+        found = measured_shard(linear_shards.linear_shard_observations, head, target, readout, plan, shard)
         return TokenObservations.of_rows(found)
     found = _measured(linear.linear_token_observations, hidden, weight, bias, target, readout, plan)
     return TokenObservations.of_rows(found)
@@ -184,8 +186,9 @@ def fused_linear_loss(
         >>> weight.grad[:, 0]
         tensor([ 0.2500,  0.2500,  0.2500, -0.7500])
     """
+    operands, shard = shard_of_head(HeadArgs(hidden, weight, bias), shard)
     if shard is not None:
-        return fused_shard(HeadArgs(hidden, weight, bias), batch, loss, readout, plan, shard)
+        return fused_shard(operands, batch, loss, readout, plan, shard)
     check_kinds(batch=batch, loss=loss, readout=readout, plan=plan)
     check_head(hidden, weight, bias, batch.target)
     head, sweep = HeadArgs(_flat(hidden), weight, bias), sweep_args(hidden, weight, bias, plan)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from unirl_kernels.api.arguments import check_kinds, check_logits, check_overwritable, kernel_of
+from unirl_kernels.api.dtensors import shard_of_logits
 from unirl_kernels.api.outputs import LossOutput, TokenObservations, TokenStats
 from unirl_kernels.api.rows import as_rows, program_args, readout_args, row_dtype
 from unirl_kernels.api.split import measured_shard
@@ -61,6 +62,7 @@ def token_stats(
         >>> logits.grad[0, 0]
         tensor([-0.2500, -0.2500, -0.2500,  0.7500])
     """
+    logits, shard = shard_of_logits(logits, shard)
     if shard is not None:
         return TokenStats(*measured_shard(shards.shard_moments, logits, target, readout, plan, shard))
     return TokenStats(*_measured(rows.token_stats, logits, target, readout, plan))
@@ -99,6 +101,7 @@ def token_observations(
         >>> seen.argmax, seen.mean_logit
         (tensor([[1]]), tensor([[1.3333]]))
     """
+    logits, shard = shard_of_logits(logits, shard)
     if shard is not None:
         found = measured_shard(shards.shard_observations, logits, target, readout, plan, shard)
         return TokenObservations.of_rows(found)
@@ -169,6 +172,7 @@ def fused_loss(
         tensor([ 0.5000,  0.5000,  0.5000, -1.5000])
     """
     check_kinds(batch=batch, loss=loss, readout=readout, plan=plan)
+    logits, shard = shard_of_logits(logits, shard)
     if shard is not None:
         found = measured_shard(shards.shard_moments, logits, batch.target, readout, plan, shard, batch, loss)
         return _composed(TokenStats(*found), batch, loss)

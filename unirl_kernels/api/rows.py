@@ -7,7 +7,7 @@ from torch import Tensor
 
 from unirl_kernels.api.arguments import check_device, name_of
 from unirl_kernels.backends import ProgramArgs, ReadoutArgs, choose
-from unirl_kernels.batch import Batch
+from unirl_kernels.batch import Batch, check_memory
 from unirl_kernels.objectives import Loss
 from unirl_kernels.operators.linear import SweepArgs
 from unirl_kernels.plan import Plan
@@ -40,6 +40,7 @@ def readout_args(readout: Readout, target: Tensor, dtype: torch.dtype, batch: Ba
             rows = torch.ones(target.shape, dtype=dtype, device=target.device) * temperature
             return ReadoutArgs(readout.scale, readout.softcap, 1.0, as_rows(rows))
         return ReadoutArgs(readout.scale, readout.softcap, float(temperature), None)
+    check_memory("temperature", temperature)
     check_device("temperature", temperature, target.device, "target")
     if temperature.shape != target.shape:
         sequences = target.shape[:1] if batch is None else (batch.n_sequences,)

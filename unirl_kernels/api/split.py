@@ -12,7 +12,8 @@ from unirl_kernels.backends import COMPOSED, ReadoutArgs, choose
 from unirl_kernels.batch import Batch
 from unirl_kernels.objectives import Loss
 from unirl_kernels.operators.declare import Operator
-from unirl_kernels.operators.shards import SplitStatistics
+from unirl_kernels.operators.linear_shards import linear_shard_moments
+from unirl_kernels.operators.shards import SplitStatistics, shard_moments
 from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout
 from unirl_kernels.shard import VocabShard
@@ -21,6 +22,20 @@ from unirl_kernels.shard import VocabShard
 def check_shard(shard: object) -> None:
     if not isinstance(shard, VocabShard):
         raise TypeError(f"shard must be a VocabShard, got {type(shard).__name__}")
+
+
+def check_tiles(shard: VocabShard, columns: int, operator: Operator) -> None:
+    """Raise a ``ValueError`` unless a shard's tiles are as many as each rank may have, and the operator takes tiles."""
+    if shard.tiles is None:
+        return
+    if operator not in (shard_moments, linear_shard_moments):
+        raise ValueError(f"shard.tiles must be None for observations, got {shard.tiles}")
+    most = shard.slots * shard.tile
+    if shard.used(columns) > most:
+        raise ValueError(
+            f"each of {shard.ranks.size} ranks must have at most {shard.slots} of {shard.tiles} tiles, {most} columns, "
+            f"got {shard.used(columns)}"
+        )
 
 
 def measured_shard(
@@ -46,6 +61,7 @@ def measured_shard(
             check_overwritable(logits)
         if loss is not None:
             check_composed(plan, logits.device)
+        check_tiles(shard, logits.shape[-1], operator)
         return Brought(logits.shape[-1])
 
     of_shard, _ = agreed(shard, target, check)

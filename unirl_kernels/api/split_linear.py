@@ -11,7 +11,7 @@ from unirl_kernels.api.agreement import Brought, agreed
 from unirl_kernels.api.arguments import check_kinds, check_shard_of_head
 from unirl_kernels.api.outputs import LossOutput
 from unirl_kernels.api.rows import as_rows, readout_args, row_dtype, sweep_args
-from unirl_kernels.api.split import check_composed, check_shard
+from unirl_kernels.api.split import check_composed, check_shard, check_tiles
 from unirl_kernels.backends import ReadoutArgs
 from unirl_kernels.batch import Batch, has_values
 from unirl_kernels.collectives import Gathered, SumGradient
@@ -45,7 +45,7 @@ def measured_shard(
     shard: VocabShard,
 ) -> list[Tensor]:
     """What an operator of ``operators/linear_shards.py`` finds in each row, in target's shape."""
-    split = _agreed(head, target, readout, plan, shard)
+    split = _agreed(operator, head, target, readout, plan, shard)
     return _measured(operator, split, target, shard)
 
 
@@ -58,7 +58,7 @@ def fused_shard(
     shard: VocabShard,
 ) -> LossOutput:
     """``fused_linear_loss`` of a shard: three matmuls if each unit of the loss fits a chunk of the widest shard."""
-    split = _agreed(head, batch.target, readout, plan, shard, batch, loss)
+    split = _agreed(linear_shard_moments, head, batch.target, readout, plan, shard, batch, loss)
     found = _in_chunks(split, batch, loss, shard)
     if found is None:
         stats = _measured(linear_shard_moments, split, batch.target, shard)
@@ -116,6 +116,7 @@ def _wanted(head: HeadArgs) -> Wanted:
 
 
 def _agreed(
+    operator: Operator,
     head: HeadArgs,
     target: Tensor,
     readout: Readout,
@@ -138,6 +139,7 @@ def _agreed(
         sweep = sweep_args(*head, plan)
         found.append((sweep, readout_args(readout, target, row_dtype(sweep.dtype), batch)))
         columns = head.weight.shape[0]
+        check_tiles(shard, columns, operator)
         used = head.weight.detach()[: shard.used(columns)]
         row_bytes = Head(head.hidden, used, None, sweep.dtype, sweep.backend).matmuls.row_bytes
         wants = sum(2**k * wanted for k, wanted in enumerate(_wanted(head)))

@@ -7,13 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends.matmuls import Matmuls, Mixed, Widened
+from unirl_kernels.backends.matmuls import Halved, Matmuls, Mixed, Widened
 
 
 def matmuls(weight: Tensor, dtype: torch.dtype) -> Matmuls:
     """The matmuls of a linear head's weight, [V, D], with operands in ``dtype``."""
-    # fp16 has no room for the gradients of single tokens: 1e-8 is 0.
-    return Mixed(weight.to(dtype)) if weight.is_cuda and dtype == torch.bfloat16 else Widened(weight, dtype)
+    if weight.is_cuda and dtype == torch.bfloat16:
+        return Mixed(weight.to(dtype))
+    if weight.is_cuda and dtype == torch.float16:
+        return Halved(weight.to(dtype))
+    return Widened(weight, dtype)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from unirl_kernels.backends import ProgramArgs
 from unirl_kernels.batch import IGNORE, Batch
+from unirl_kernels.head.sizes import Sizes
 
 Values = TypeVar("Values", bound="tuple[Any, ...]")
 
@@ -19,64 +19,6 @@ DEFAULT_CHUNK_BYTES = {"cpu": 2**28}
 DEFAULT_CHUNK_BYTES_OF_ACCELERATORS = 11 * 2**28
 """Logits and their gradient, bytes. Every group of tokens but the first reads and writes the whole gradient of the
 weight once more; 2.75 GiB hold the 8192 tokens of a step at V = 152064, which then takes one matmul."""
-
-TILE = (128, 256)
-"""Rows and columns of the result that a multiprocessor works on at a time in a matmul of cuBLAS, on Hopper."""
-
-TOKENS_OF_CHUNK = (512, 1280)
-"""Bounds of the tokens whose fp32 logits exist at a time: fewer are slower matmuls, more are memory for nothing."""
-
-LOGITS_SHARE = 3
-"""The part of the memory that fp32 logits take at most is one in so many; gradients take the rest."""
-
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def waves(rows: int, columns: int, processors: int) -> int:
-    """How often all multiprocessors work on a tile until a result of rows x columns is there."""
-    tiles = -(-rows // TILE[0]) * -(-columns // TILE[1])
-    return -(-tiles // processors)
-
-
-class Sizes(NamedTuple):
-    """Tokens that are worked on together."""
-
-    chunk: int  # whose logits exist at a time
-    group: int  # whose gradients do, at most: what the other matmuls are made of
-    step: int  # of what chunks and groups are multiples
-
-
-def sizes_of(vocab: int, logits: int, gradient: int, memory: int, processors: int) -> Sizes | None:
-    """Chunks and groups where logits and their gradient have memory of their own; None where it is too little.
-
-    Args:
-        vocab: columns.
-        logits: bytes of the logits of a token.
-        gradient: bytes of their gradient.
-        memory: bytes for both.
-        processors: multiprocessors of the device.
-    """
-    step = TILE[0]
-    most = min(memory // LOGITS_SHARE // logits, TOKENS_OF_CHUNK[1]) // step * step
-    if most == 0:
-        return None
-    least = min(most, TOKENS_OF_CHUNK[0])
-    chunk = min(range(most, least - 1, -step), key=lambda rows: waves(rows, vocab, processors) / rows)
-    return Sizes(chunk, (memory - chunk * logits) // gradient // step * step, step)
-
-
-def group_rows(tokens: int, d: int, sizes: Sizes, processors: int) -> int:
-    """Tokens of a group: of as few groups as can be, the size that makes d_hidden, [tokens, D], in the fewest waves."""
-    groups = max(1, -(-tokens // sizes.group))
-    least = -(-tokens // (groups * sizes.step)) * sizes.step
-
-    def total(rows: int) -> int:
-        return sum(waves(min(rows, tokens - start), d, processors) for start in range(0, tokens, rows))
-
-    return min(range(max(least, sizes.step), sizes.group + 1, sizes.step), key=total) if groups > 1 else sizes.group
 
 
 def chunk_bytes(device: torch.device, max_chunk_bytes: int | None) -> int:
@@ -160,20 +102,21 @@ def by_tokens(target: Tensor, most: int) -> list[Chunk]:
         target: [T].
         most: tokens per chunk.
     """
-    counted, n = counted_tokens(target)
+    return evenly(*counted_tokens(target), most)
+
+
+def evenly(counted: Tensor | None, n: int, most: int) -> list[Chunk]:
+    """The same of ``counted_tokens``."""
     return [_chunk(counted, start, end) for start, end in _even(n, most)]
 
 
-def by_sizes(target: Tensor, d: int, sizes: Sizes, processors: int) -> tuple[list[Chunk], int]:
-    """The same in chunks of multiples of ``sizes.step``, and how many tokens form a group."""
-    counted, n = counted_tokens(target)
-    group = group_rows(n, d, sizes, processors)
-    spans = [
-        (at, min(at + sizes.chunk, start + group, n))
-        for start in range(0, n, group)
-        for at in range(start, min(start + group, n), sizes.chunk)
+def by_sizes(counted: Tensor | None, n: int, sizes: Sizes) -> list[Chunk]:
+    """``counted_tokens`` in chunks that do not reach from one group into the next."""
+    return [
+        _chunk(counted, at, min(at + sizes.chunk, start + sizes.group, n))
+        for start in range(0, n, sizes.group)
+        for at in range(start, min(start + sizes.group, n), sizes.chunk)
     ]
-    return [_chunk(counted, start, end) for start, end in spans], group
 
 
 def _chunk(counted: Tensor | None, start: int, end: int) -> Chunk:
@@ -251,6 +194,8 @@ def by_units(batch: Batch, scope: str, most: int) -> list[Group] | None:
     """
     if scope == "token":
         return _by_positions(batch, most)
+    if batch.ranks is not None:  # parts of sequences: sums over the group need all of them at once
+        return None
     lengths = batch.lengths.tolist()
     if scope == "pair":
         chosen, rejected = batch.split_pairs(torch.arange(batch.n_sequences))

@@ -24,6 +24,7 @@ from unirl_kernels.head.sweep import Head, sweep
 from unirl_kernels.operators import linear, linear_shards
 from unirl_kernels.operators.linear import FusedHead, HeadArgs, HeadGradients, SweepArgs, Wanted
 from unirl_kernels.operators.rows import check_targets
+from unirl_kernels.operators.shards import Tiles, no_columns
 
 
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -133,13 +134,15 @@ def _fused_loss(
 
 @linear_shards.linear_shard_moments.implementation
 @_without_autocast
-def _shard_moments(args: HeadArgs, target: Tensor, readout: ReadoutArgs, how: SweepArgs) -> RowMoments:
-    return measure_chunks(Head.of(args, how), target, readout, how.max_chunk_bytes)
+def _shard_moments(args: HeadArgs, target: Tensor, readout: ReadoutArgs, tiles: Tiles, how: SweepArgs) -> RowMoments:
+    return measure_chunks(Head.of(args, how), target, readout, tiles, how.max_chunk_bytes)
 
 
 @linear_shards.linear_shard_observations.implementation
 @_without_autocast
-def _shard_observations(args: HeadArgs, target: Tensor, readout: ReadoutArgs, how: SweepArgs) -> Observed:
+def _shard_observations(args: HeadArgs, target: Tensor, readout: ReadoutArgs, tiles: Tiles, how: SweepArgs) -> Observed:
+    if not args.weight.shape[0]:
+        return no_columns(target, how.dtype)
     return observe_chunks(Head.of(args, how), target, readout, how.max_chunk_bytes)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from unirl_kernels.backends import Measured, ReadoutArgs, RowGradients, RowMoments, load
 from unirl_kernels.head.sweep import AtOnce, Summed
 from unirl_kernels.operators.rows import check_targets
-from unirl_kernels.operators.shards import ShardArgs, merged, no_columns
+from unirl_kernels.operators.shards import ShardArgs, merged, moments_of_tiles
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,8 @@ class SplitRows(WholeRows):
         check_targets(target, self.shard.vocab)
 
     def measure(self, logits: Tensor, target: Tensor, readout: ReadoutArgs) -> Measured:
-        if self.shard.columns:
-            part = super().measure(logits, self.shard.target(target), readout).moments
-        else:
-            part = no_columns(target, logits.dtype).moments
+        at, tiles = self.shard.target(target), self.shard.tiles
+        part = moments_of_tiles(load(self.backend).token_stats, logits, at, readout, tiles)
         stats, moments, _ = merged(part, target, readout, self.shard)
         return Measured(stats, moments)
 

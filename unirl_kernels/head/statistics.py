@@ -23,6 +23,7 @@ from unirl_kernels.backends.moments import kappa_of, merge, merge_observations, 
 from unirl_kernels.batch import IGNORE
 from unirl_kernels.head.chunks import Chunk, by_tokens, chunk_bytes
 from unirl_kernels.head.sweep import Head
+from unirl_kernels.operators.shards import Tiles, moments_of_tiles, tiles_like
 
 TOKENS_OF_TILE = 1024
 """Enough for a matmul to run at full speed; the rest of a tile's memory goes into its width."""
@@ -57,14 +58,24 @@ def observe(head: Head, target: Tensor, readout: ReadoutArgs, max_chunk_bytes: i
     return found
 
 
-def measure_chunks(head: Head, target: Tensor, readout: ReadoutArgs, max_chunk_bytes: int | None) -> RowMoments:
-    """Moments of all tokens, in target's shape, of the chunks of logits that the gradient is made in.
+def measure_chunks(
+    head: Head, target: Tensor, readout: ReadoutArgs, tiles: Tiles, max_chunk_bytes: int | None
+) -> RowMoments:
+    """Moments of all tokens, [slots, B, L], of the chunks of logits that the gradient is made in.
 
     A matmul of other sizes rounds otherwise, and moments of other logits give probabilities that do not add up to 1.
     """
-    found: RowMoments = _no_rows(RowMoments, target, head)
-    for chunk, of_chunk in _chunks(head, target, readout, max_chunk_bytes, head.kernels.token_stats):
-        _put(chunk, (found,), (of_chunk.moments,), target)
+    if not head.weight.shape[0]:
+        return moments_of_tiles(head.kernels.token_stats, head.empty(*target.shape, 0), target, readout, tiles)
+    found = RowMoments(*(x.zero_() for x in tiles_like(target, head.row_dtype, tiles)))
+
+    def measure(logits: Tensor, target: Tensor, readout: ReadoutArgs) -> RowMoments:
+        return moments_of_tiles(head.kernels.token_stats, logits, target, readout, tiles)
+
+    for chunk, of_chunk in _chunks(head, target, readout, max_chunk_bytes, measure):
+        for k in range(tiles.slots):
+            whole, part = (RowMoments(*(x[k] for x in moments)) for moments in (found, of_chunk))
+            _put(chunk, (whole,), (part,), target)
     return found
 
 
@@ -84,7 +95,7 @@ def _chunks(
     function: Callable[[Tensor, Tensor, ReadoutArgs], Any],
 ) -> Iterator[tuple[Chunk, Any]]:
     """What a function of the backend finds in the rows of each chunk."""
-    chunks = by_tokens(target.reshape(-1), head.rows_per_chunk(max_chunk_bytes))
+    chunks, _ = head.chunks(target.reshape(-1), max_chunk_bytes)
     memory = head.empty(max((chunk.n for chunk in chunks), default=0), head.weight.shape[0])
     for chunk in chunks:
         logits = memory[: chunk.n]

@@ -14,16 +14,15 @@ from unirl_kernels.backends.matmuls import Matmuls, NoColumns
 from unirl_kernels.collectives import Group, start_all_reduce, wait
 from unirl_kernels.head.chunks import (
     Chunk,
-    Sizes,
     by_sizes,
-    by_tokens,
     chunk_bytes,
+    counted_tokens,
+    evenly,
     in_groups,
     joined,
-    multiprocessors,
     rows_per_chunk,
-    sizes_of,
 )
+from unirl_kernels.head.sizes import Shape, Sizes, multiprocessors, sizes_of
 from unirl_kernels.operators.linear import HeadArgs, HeadGradients, SweepArgs, Wanted, kept_dtype
 
 
@@ -72,21 +71,23 @@ class Head:
         """Tokens whose logits and gradient exist at a time where both are made of all of them at once."""
         return rows_per_chunk(self.matmuls.row_bytes, self.weight.device, max_chunk_bytes)
 
-    def sizes(self, max_chunk_bytes: int | None) -> Sizes | None:
-        """Two sizes where the gradient of the logits has memory of its own and there is enough of it."""
-        (vocab, _), device, gradient = self.weight.shape, self.weight.device, self.matmuls.gradient_bytes
-        if not gradient:
-            return None
-        logits = vocab * self.row_dtype.itemsize
-        return sizes_of(vocab, logits, gradient, chunk_bytes(device, max_chunk_bytes), multiprocessors(device))
-
     def chunks(self, target: Tensor, max_chunk_bytes: int | None) -> tuple[list[Chunk], int]:
         """The tokens that count, [T], where chunks may be cut anywhere; and how many tokens form a group."""
-        sizes = self.sizes(max_chunk_bytes)
-        if sizes is None:
-            rows = self.rows_per_chunk(max_chunk_bytes)
-            return by_tokens(target, rows), rows
-        return by_sizes(target, self.weight.shape[1], sizes, multiprocessors(self.weight.device))
+        counted, n = counted_tokens(target)
+        sizes = self._sizes(n, max_chunk_bytes)
+        if sizes is not None:
+            return by_sizes(counted, n, sizes), sizes.group
+        rows = self.rows_per_chunk(max_chunk_bytes)
+        return evenly(counted, n, rows), rows
+
+    def _sizes(self, tokens: int, max_chunk_bytes: int | None) -> Sizes | None:
+        """Two sizes where the gradient of the logits has memory of its own, and there is enough of it."""
+        gradient, device = self.matmuls.gradient_bytes, self.weight.device
+        if not gradient:
+            return None
+        (vocab, d), memory = self.weight.shape, chunk_bytes(device, max_chunk_bytes)
+        logits = vocab * self.row_dtype.itemsize
+        return sizes_of(Shape(tokens, vocab, d, logits, gradient, memory, multiprocessors(device)))
 
     def empty(self, *shape: int) -> Tensor:
         """Uninitialised memory of the rows' dtype."""

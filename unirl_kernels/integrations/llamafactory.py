@@ -14,11 +14,11 @@ from torch import Tensor
 
 from unirl_kernels.api import token_stats
 from unirl_kernels.batch import IGNORE, shift_targets
-from unirl_kernels.integrations.installed import check_installed
 from unirl_kernels.integrations.patching import Patch, Replacement, known
 from unirl_kernels.integrations.transformers import causal_lm_loss
+from unirl_kernels.integrations.versions import check_release
 
-KNOWN = "0.9"
+TRIED = "0.9"
 
 _active: Patch | None = None
 
@@ -35,10 +35,10 @@ def patch() -> Patch:
 
     Raises:
         ImportError: when LLaMA-Factory is not installed, or what it needs is not.
-        RuntimeError: when its version is not known, or does not have what was looked for.
+        RuntimeError: when it does not have what was looked for. A release that was not tried warns.
     """
     global _active
-    check_installed("llamafactory", KNOWN)
+    check_release("llamafactory", TRIED, TRIED)
     unpatch()
     utils = importlib.import_module("llamafactory.train.trainer_utils")
     losses = importlib.import_module("transformers.loss.loss_utils")

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from unirl_kernels.api import logprobs, token_stats
-from unirl_kernels.integrations.installed import check_installed
 from unirl_kernels.integrations.patching import Patch, Replacement, known
+from unirl_kernels.integrations.versions import check_release
 from unirl_kernels.readout import Readout
 
-KNOWN = "0.11"
+TRIED = "0.11"
 
 _active: Patch | None = None
 
@@ -32,10 +32,10 @@ def patch() -> Patch:
 
     Raises:
         ImportError: when OpenRLHF is not installed, or what it needs is not.
-        RuntimeError: when its version is not known, or does not have what was looked for.
+        RuntimeError: when it does not have what was looked for. A release that was not tried warns.
     """
     global _active
-    check_installed("openrlhf", KNOWN)
+    check_release("openrlhf", TRIED, TRIED)
     unpatch()
     utils = importlib.import_module("openrlhf.models.utils")
     importlib.import_module("openrlhf.models.actor")

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from unirl_kernels.api import logprobs, token_stats
-from unirl_kernels.integrations.installed import check_installed
 from unirl_kernels.integrations.patching import Patch, Replacement, known
+from unirl_kernels.integrations.versions import check_release
 
-KNOWN = "4"
+TRIED = "4"
 
 _active: Patch | None = None
 
@@ -33,10 +33,10 @@ def patch() -> Patch:
 
     Raises:
         ImportError: when ms-swift is not installed, or what it needs is not.
-        RuntimeError: when its version is not known, or does not have what was looked for.
+        RuntimeError: when it does not have what was looked for. A release that was not tried warns.
     """
     global _active
-    check_installed("ms-swift", KNOWN)
+    check_release("ms-swift", TRIED, TRIED)
     unpatch()
     mixin = importlib.import_module("swift.rlhf_trainers.rlhf_mixin")
     trainer = importlib.import_module("swift.rlhf_trainers.grpo_trainer")

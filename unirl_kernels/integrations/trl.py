@@ -2,9 +2,9 @@
 
 ``fuse(trainer)`` makes a GRPOTrainer's loss and gradient in one pass.
 
-Known are TRL 1.10 to 1.16. From 1.15 on its trainers score tokens by a fused head, an autograd function that is
+Tried are TRL 0.24 to 1.16. From 1.15 on its trainers score tokens by a fused head, an autograd function that is
 replaced. Before, and in experimental trainers, they do by functions of logits, replaced in every module that has
-imported them.
+imported them; below 1.7 by these alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -25,14 +24,18 @@ from unirl_kernels.integrations.losses.trl import loss as loss
 from unirl_kernels.integrations.one_pass import awaited
 from unirl_kernels.integrations.patching import Patch, Replacement, known
 from unirl_kernels.integrations.trl_fuse import OnePassGRPO
+from unirl_kernels.integrations.versions import check_release
 from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout
 
-FIRST, LAST = (1, 10), (1, 16)
-"""Versions that are known, both included."""
+FIRST, LAST = "0.24", "1.16"
+"""Releases that were tried, both included."""
 
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 """What the fused head gives besides log-probabilities."""
+
+MAKERS_OF_HEADS = ("add_fused_lm_head", "patch_chunked_lm_head")
+"""What gives a model TRL's fused head, by release. Where neither is, there is no such head."""
 
 ZERO3 = "weight must not be partitioned by ZeRO-3: TRL gathers it for the backward of its own head only"
 
@@ -56,11 +59,12 @@ def patch(plan: Plan = Plan()) -> Patch:
 
     Raises:
         ImportError: when TRL is not installed.
-        RuntimeError: when its version is not known, or does not have what was looked for.
+        RuntimeError: when it does not have what was looked for. A release that was not tried warns, see
+            ``integrations.versions``.
         ValueError: later, from a trainer that is made for DeepSpeed's ZeRO-3, whose weights are not whole.
     """
     global _active
-    _check_version()
+    check_release("trl", FIRST, LAST)
     unpatch()
     utils = importlib.import_module("trl.trainer.utils")
     _active = Patch([*_of_logits(utils, plan), *_of_hidden_states(utils, plan)])
@@ -96,7 +100,7 @@ def fuse(trainer: Any, plan: Plan = Plan()) -> None:
         ValueError: when one pass cannot make what the configuration asks for (a router's loss, torch_compile,
             DataParallel, ZeRO-3, and what ``loss`` refuses), by the name of the option. Nothing is changed then.
     """
-    _check_version()
+    check_release("trl", LAST, LAST)
     one_pass = OnePassGRPO(trainer)
     patch(plan)
     trainer._compute_loss = one_pass.compute_loss
@@ -110,16 +114,6 @@ def unfuse(trainer: Any) -> None:
     """
     if isinstance(getattr(vars(trainer).get("_compute_loss"), "__self__", None), OnePassGRPO):
         del trainer._compute_loss
-
-
-def _check_version() -> None:
-    try:
-        installed = version("trl")
-    except PackageNotFoundError as error:
-        raise ImportError("trl is not installed: pip install trl") from error
-    if not FIRST <= tuple(map(int, installed.split(".")[:2])) <= LAST:
-        first, last = (".".join(map(str, x)) for x in (FIRST, LAST))
-        raise RuntimeError(f"trl must be of version {first} to {last}, got {installed}")
 
 
 def _of_logits(utils: ModuleType, plan: Plan) -> list[Replacement]:
@@ -136,6 +130,8 @@ def _of_logits(utils: ModuleType, plan: Plan) -> list[Replacement]:
 
 
 def _of_hidden_states(utils: ModuleType, plan: Plan) -> list[Replacement]:
+    if not any(hasattr(utils, name) for name in MAKERS_OF_HEADS):
+        return []
     head = FusedHead(plan)
     readout = ("temperature", "chunk_size", "final_logit_softcapping", "logit_scale")
     versions = {
@@ -236,7 +232,7 @@ class FusedHead:
         self._plan = plan
 
     def without_bias(self, hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
-        """TRL 1.10: log-probability and entropy, whose gradient that version drops and this one gives."""
+        """TRL 1.7 to 1.10: log-probability and entropy, whose gradient that version drops and this one gives."""
         return self.with_entropy(hidden, weight, None, *args)
 
     def with_entropy(self, *args: Any) -> tuple[Tensor | None, ...]:

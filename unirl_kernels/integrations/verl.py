@@ -1,16 +1,17 @@
 """verl's functions on this package's kernels, with verl's names, signatures and results.
 
-Known is verl 0.9. ``patch()`` puts them where verl's own are:
+Tried is verl 0.9. ``patch()`` puts them where verl's own are:
 
 - in ``verl.utils.torch_functional``, for log-probabilities and entropies of logits, padding removed or not: the engines
   for FSDP, VeOmni, AutoModel and torchtitan, and PrefixGrouper;
 - in ``verl.utils.experimental.torch_functional``, for ``use_fused_kernels`` with ``impl_backend: torch`` or ``liger``;
 - in ``verl.utils.kernel.linear_cross_entropy``, for ``impl_backend: triton``, which then needs no Triton (but
-  ``use_remove_padding``, as verl's own does), and for Megatron's fused forward where one process has the whole
-  vocabulary.
+  ``use_remove_padding``, as verl's own does), and for Megatron's fused forward, the vocabulary split or not;
+- in ``verl.utils.megatron.tensor_parallel``, where Megatron is installed, for log-probabilities and entropies of logits
+  whose vocabulary is split (see ``integrations/megatron.py``).
 
-Everything else stays verl's: Megatron's functions of a vocabulary that is split, VeOmni's own fused head, top-k
-distillation, and ``calculate_sum_pi_squared``. Engines refuse a temperature per sample together with
+Everything else stays verl's: VeOmni's own fused head, top-k distillation, and ``calculate_sum_pi_squared``, of a split
+vocabulary too. Engines refuse a temperature per sample together with
 ``use_fused_kernels`` themselves.
 
 Log-probabilities and entropies are float32 also for 16-bit operands, of which verl's own are rounded to 16 bits in
@@ -20,20 +21,26 @@ part (logits of the torch backend, entropies, log-probabilities without flash-at
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from unirl_kernels.api import TokenStats, linear_token_stats, token_stats
+from unirl_kernels.integrations import megatron
 from unirl_kernels.integrations.losses.verl import loss as loss
 from unirl_kernels.integrations.patching import Patch, Replacement, known, parameters_of
+from unirl_kernels.integrations.versions import check_release
 from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout
+from unirl_kernels.shard import VocabShard
 
-KNOWN = "0.9"
+TRIED = "0.9"
+
+OF_SHARDS = ("vocab_parallel_log_probs_from_logits", "vocab_parallel_entropy", "vocab_parallel_entropy_with_chunking")
+"""Functions of ``integrations/megatron.py`` that take the places of verl's."""
 
 _active: Patch | None = None
 
@@ -50,15 +57,11 @@ def patch() -> Patch:
 
     Raises:
         ImportError: when verl is not installed, or what it needs is not.
-        RuntimeError: when its version is not known, or does not have what was looked for.
+        RuntimeError: when it does not have what was looked for. A release that was not tried warns, see
+            ``integrations.versions``.
     """
     global _active
-    try:
-        installed = version("verl")
-    except PackageNotFoundError as error:
-        raise ImportError("verl is not installed: pip install verl") from error
-    if installed.split(".")[:2] != KNOWN.split("."):
-        raise RuntimeError(f"verl must be of version {KNOWN}, got {installed}")
+    check_release("verl", TRIED, TRIED)
     unpatch()
     of_logits = importlib.import_module("verl.utils.torch_functional")
     of_hidden = importlib.import_module("verl.utils.experimental.torch_functional")
@@ -69,6 +72,9 @@ def patch() -> Patch:
         (of_logits, entropy_from_logits_with_chunking),
         (of_hidden, FusedLinearForPPO),
     ]
+    if importlib.util.find_spec("megatron") is not None:
+        of_shards = importlib.import_module("verl.utils.megatron.tensor_parallel")
+        replaced += [(of_shards, getattr(megatron, name)) for name in OF_SHARDS]
     replacements = [Replacement(known(m, new.__name__, parameters_of(new))[0], new, "verl") for m, new in replaced]
     apply = known(of_kernel, "LinearCrossEntropy", parameters_of(linear_cross_entropy))[0].apply
     if getattr(of_kernel, "linear_cross_entropy", None) != apply:
@@ -137,20 +143,22 @@ def linear_cross_entropy(
         labels: [...] int64, T of them.
         temperature: of the logits, > 0; or, which verl's own cannot, one per label.
         reduction: of the log-probabilities: ``none``, ``sum`` or ``mean``.
-        dist_process_group: of a vocabulary that is split over processes; has to be a single one.
+        dist_process_group: of a vocabulary that is split evenly over processes; weight is [V / n, D] then. The gradient
+            of hidden is this process's part of the sum, as Megatron's regions sum it.
 
     Returns:
         log-probabilities, [T] or 0-dim, and entropies, [T]; float32, differentiable.
 
     Raises:
-        ValueError: when the vocabulary is split, or the reduction is not known.
+        ValueError: when the reduction is not known.
     """
-    if dist_process_group is not None and (n := torch.distributed.get_world_size(dist_process_group)) > 1:
-        raise ValueError(f"dist_process_group must be of one process (no split vocabulary), got {n}")
     reductions: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda x: x, "sum": torch.sum, "mean": torch.mean}
     if reduction.lower() not in reductions:
         raise ValueError(f"reduction must be one of {', '.join(reductions)}, got {reduction!r}")
-    stats = _linear_stats(hidden, weight, labels, temperature)
+    shard = None
+    if dist_process_group is not None and torch.distributed.get_world_size(dist_process_group) > 1:
+        shard = megatron.even_shard(dist_process_group, weight.shape[0], hidden="partial")
+    stats = _linear_stats(hidden, weight, labels, temperature, shard)
     return reductions[reduction.lower()](stats.logp), stats.entropy
 
 
@@ -194,9 +202,11 @@ def _rows(logits: Tensor) -> Tensor:
     return logits if logits.dim() in (2, 3) else logits.reshape(-1, logits.shape[-1])
 
 
-def _linear_stats(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float | Tensor) -> TokenStats:
+def _linear_stats(
+    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float | Tensor, shard: VocabShard | None = None
+) -> TokenStats:
     """Statistics of each label, [T]."""
     if isinstance(temperature, Tensor):
         temperature = temperature.expand(labels.shape).reshape(-1).float()
     rows, target = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).long()
-    return linear_token_stats(rows, weight, target, readout=Readout(temperature=temperature))
+    return linear_token_stats(rows, weight, target, readout=Readout(temperature=temperature), shard=shard)

@@ -117,7 +117,7 @@ class TokenMean(_Value):
         check_count("count", self.count)
 
     def weights(self, batch: Batch) -> Tensor:
-        count = batch.valid.sum().clamp(min=1) if self.count is None else self.count
+        count = batch.n_tokens.clamp(min=1) if self.count is None else self.count
         return _over(batch.valid.double(), count, batch)
 
 

@@ -77,8 +77,14 @@ class Term:
         """Weight of each token (target's shape, 0 at ignored ones) or pair ([S/2]), the coefficient included; float64.
 
         Raises:
-            ValueError: when the aggregation gives weights of another shape, or weights that require a gradient.
+            ValueError: when the aggregation gives weights of another shape, or weights that require a gradient, or the
+                objective looks further than the split sequences of the batch allow.
         """
+        if batch.ranks is not None and self.scope == "batch":
+            raise ValueError(
+                f"objective {name_of(self.objective)} of scope 'batch' must see all tokens, got a batch whose "
+                "sequences are split over a sequence_group"
+            )
         weights = self.aggregation.weights(batch)
         of_tokens = isinstance(weights, Tensor) and weights.shape == batch.target.shape
         unit, shape = "token", tuple(batch.target.shape)
@@ -86,10 +92,15 @@ class Term:
             unit, shape = "pair", (batch.n_pairs,)
         if not isinstance(weights, Tensor) or tuple(weights.shape) != shape:
             got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
-            raise ValueError(f"aggregation {self.aggregation} must give a weight for each {unit}, {shape}, got {got}")
+            hint = "; batch.per_token spreads one per sequence" if got == (batch.n_sequences,) else ""
+            raise ValueError(
+                f"aggregation {self.aggregation} must give a weight for each {unit}, {shape}, got {got}{hint}"
+            )
         if weights.requires_grad:
             raise ValueError(f"aggregation {self.aggregation} must give weights without a gradient: detach them")
         weights = weights.double()
+        if unit == "pair" and batch.ranks is not None:
+            weights = weights / batch.ranks.size  # each rank has the loss of every pair
         if unit == "token" and not isinstance(self.aggregation, OF_TOKENS):
             weights = weights.masked_fill(~batch.valid, 0)
         if isinstance(self.coefficient, Tensor):
@@ -119,7 +130,10 @@ class Term:
         if values.shape != weights.shape:
             of_pairs = self.scope == "pair" or (self.scope == "batch" and len(weights) != len(tokens.logp))
             unit = "pair" if of_pairs else "token"
-            raise ValueError(f"objective must return one loss per {unit}, {len(weights)}, got {tuple(values.shape)}")
+            of_sequences = unit == "token" and tuple(values.shape) == (tokens.n_sequences,)
+            hint = "; t.to_tokens spreads one per sequence" if of_sequences else ""
+            got = f"{tuple(values.shape)}{hint}"
+            raise ValueError(f"objective must return one loss per {unit}, {len(weights)}, got {got}")
         # 0 * inf would not be 0, nor would the gradient of an inf that is multiplied by 0.
         used = weights != 0
         values = torch.where(used, values.to(weights.dtype), 0)

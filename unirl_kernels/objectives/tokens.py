@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from unirl_kernels.batch import Batch
+from unirl_kernels.collectives import SumOverGroup
 
 
 class Tokens:
@@ -63,8 +64,9 @@ class Tokens:
     @property
     def positions(self) -> Tensor:
         """[T] int64: how many valid tokens of its sequence stand before each position."""
-        counted = torch.nn.functional.pad(self.valid.cumsum(0), (1, 0))
-        return counted[:-1] - counted[self._batch.offsets[self._batch.sequence_of_token]]
+        counted, sequence = torch.nn.functional.pad(self.valid.cumsum(0), (1, 0)), self._batch.sequence_of_token
+        here, before = counted[:-1] - counted[self._batch.offsets[sequence]], self._batch.lengths_before
+        return here if before is None else here + before[sequence]
 
     @property
     def n_sequences(self) -> int:
@@ -92,6 +94,8 @@ class Tokens:
         """Sum of [T] values over the valid tokens of each sequence: [S]. Added in fp64, in the sequence's order."""
         x = torch.where(self.valid, x, torch.zeros_like(x))
         sums = torch.segment_reduce(x.double(), "sum", offsets=self._batch.offsets, unsafe=True, initial=0.0)
+        if self._batch.ranks is not None:
+            sums = SumOverGroup.apply(sums, self._batch.ranks)
         return sums.to(x.dtype if x.is_floating_point() else self.logp.dtype)
 
     def sequence_mean(self, x: Tensor) -> Tensor:
@@ -110,7 +114,12 @@ class Tokens:
             x: [T].
             decay: a number or [T].
             reverse: whether sums run from the end of a sequence.
+
+        Raises:
+            NotImplementedError: when sequences are split over a ``sequence_group``.
         """
+        if self._batch.ranks is not None:
+            raise NotImplementedError("sequence_scan must have whole sequences, got a batch with a sequence_group")
         sequence = self._batch.sequence_of_token
         y = torch.where(self.valid, x, torch.zeros_like(x)).double()
         factor = torch.where(self.valid, torch.as_tensor(decay, dtype=y.dtype, device=y.device), 1)

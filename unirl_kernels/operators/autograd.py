@@ -167,11 +167,15 @@ class OnePass(torch.autograd.Function):
         ctx.mark_non_differentiable(*stats)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(d_logits)
-        ctx.backend = backend
+        ctx.backend, ctx.overwrites, ctx.used = backend, overwrites, False
         return loss, *stats
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         (d_logits,) = ctx.saved_tensors
+        if ctx.overwrites and not torch.compiler.is_compiling():
+            if ctx.used:
+                raise RuntimeError("overwrite_logits=True is for one backward: the logits' memory went to its gradient")
+            ctx.used = True
         d_logits = None if d_loss is None else scaled(d_logits, d_loss, ctx.backend)
         return d_logits, None, None, None, None, None, None

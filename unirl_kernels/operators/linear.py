@@ -72,7 +72,7 @@ def _stats(head: HeadArgs, target: Tensor, readout: ReadoutArgs, sweep: SweepArg
     return measured_like(target, sweep.dtype)
 
 
-def observations(head: HeadArgs, target: Tensor, readout: ReadoutArgs, sweep: SweepArgs) -> Observed:
+def _observations(head: HeadArgs, target: Tensor, readout: ReadoutArgs, sweep: SweepArgs) -> Observed:
     return observed_like(target, sweep.dtype)
 
 
@@ -103,6 +103,6 @@ def _loss(
 
 # Each function is signature and fake in one.
 linear_token_stats = Operator("linear_token_stats", _stats, _stats)
-linear_token_observations = Operator("linear_token_observations", observations, observations)
+linear_token_observations = Operator("linear_token_observations", _observations, _observations)
 linear_token_stats_backward = Operator("linear_token_stats_backward", backward, backward)
 fused_linear_loss = Operator("fused_linear_loss", _loss, _loss)

@@ -7,23 +7,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends import ReadoutArgs, RowMoments
+from unirl_kernels.backends import Observed, ReadoutArgs, RowMoments
 from unirl_kernels.operators import linear
 from unirl_kernels.operators.autograd import of_stats, refuse_double_backward, refuse_forward_mode
 from unirl_kernels.operators.declare import Operator
 from unirl_kernels.operators.linear import HeadArgs, HeadGradients, SweepArgs, Wanted
 from unirl_kernels.operators.linear_autograd import handed_on
-from unirl_kernels.operators.rows import moments_like
-from unirl_kernels.operators.shards import ShardArgs, merged, no_columns
+from unirl_kernels.operators.rows import observed_like
+from unirl_kernels.operators.shards import ShardArgs, Tiles, merged, tiles_like
 
 
-def _moments(head: HeadArgs, target: Tensor, readout: ReadoutArgs, sweep: SweepArgs) -> RowMoments:
-    return moments_like(target, sweep.dtype)
+def _moments(head: HeadArgs, target: Tensor, readout: ReadoutArgs, tiles: Tiles, sweep: SweepArgs) -> RowMoments:
+    return tiles_like(target, sweep.dtype, tiles)
+
+
+def _observations(head: HeadArgs, target: Tensor, readout: ReadoutArgs, tiles: Tiles, sweep: SweepArgs) -> Observed:
+    return observed_like(target, sweep.dtype)
 
 
 # A target may be ELSEWHERE. Rows are measured in the chunks of the backward, which so goes by moments of the same bits.
 linear_shard_moments = Operator("linear_shard_moments", _moments, _moments)
-linear_shard_observations = Operator("linear_shard_observations", linear.observations, linear.observations)
+linear_shard_observations = Operator("linear_shard_observations", _observations, _observations)
 linear_shard_stats_backward = Operator("linear_shard_stats_backward", linear.backward, linear.backward)
 
 
@@ -44,11 +48,7 @@ class SplitLinearStatistics(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         head = HeadArgs(hidden, weight, bias)
         refuse_forward_mode(*head)
-        if shard.columns:
-            part = operator(head, shard.target(target), readout, sweep)
-        else:
-            nothing = no_columns(target, sweep.dtype)
-            part = nothing if operator is linear_shard_observations else nothing.moments
+        part = operator(head, shard.target(target), readout, shard.tiles, sweep)
         stats, moments, others = merged(part, target, readout, shard)
         ctx.mark_non_differentiable(*others)
         ctx.set_materialize_grads(False)

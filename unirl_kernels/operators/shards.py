@@ -4,13 +4,15 @@ the columns of this rank, and what follows from the whole row is made here, of t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from unirl_kernels.backends import (
+    ELSEWHERE,
+    Measured,
     Observed,
     ReadoutArgs,
     RowGradients,
@@ -34,6 +36,13 @@ from unirl_kernels.operators.autograd import (
 from unirl_kernels.operators.declare import Operator, operator
 
 
+class Tiles(NamedTuple):
+    """What the moments of a shard are those of: columns that lie together, and how many such tiles a shard has."""
+
+    columns: int
+    slots: int
+
+
 class ShardArgs(NamedTuple):
     """A shard of a vocabulary as autograd functions take it."""
 
@@ -42,21 +51,24 @@ class ShardArgs(NamedTuple):
     vocab: int
     ranks: Group
     same_targets: bool  # whether it is known that all ranks have the same
+    tiles: Tiles
 
     def target(self, target: Tensor) -> Tensor:
         """Targets as this shard has them."""
         return target_in(target, range(self.start, self.start + self.columns), self.vocab)
 
 
-@operator(fake=lambda logits, target, *_: rows.moments_like(target, logits.dtype))
-def shard_moments(logits: Tensor, target: Tensor, readout: ReadoutArgs, backend: str) -> RowMoments:
-    """Moments of the columns that a rank has; a target may be ELSEWHERE."""
-    return load(backend).token_stats(logits, target, readout).moments
+@operator(fake=lambda logits, target, readout, tiles, backend: tiles_like(target, logits.dtype, tiles))
+def shard_moments(logits: Tensor, target: Tensor, readout: ReadoutArgs, tiles: Tiles, backend: str) -> RowMoments:
+    """[slots, B, L]: moments of the columns that a rank has, tile by tile; a target may be ELSEWHERE."""
+    return moments_of_tiles(load(backend).token_stats, logits, target, readout, tiles)
 
 
 @operator(fake=lambda logits, target, *_: rows.observed_like(target, logits.dtype))
-def shard_observations(logits: Tensor, target: Tensor, readout: ReadoutArgs, backend: str) -> Observed:
-    """The same, and what else is observed of the columns."""
+def shard_observations(logits: Tensor, target: Tensor, readout: ReadoutArgs, tiles: Tiles, backend: str) -> Observed:
+    """[B, L]: the same of all columns at once, and what else is observed of them."""
+    if not logits.shape[-1]:
+        return no_columns(target, logits.dtype)
     return load(backend).token_observations(logits, target, readout)
 
 
@@ -80,21 +92,52 @@ def shard_stats_backward(
     return d_logits
 
 
+def tiles_like(target: Tensor, dtype: torch.dtype, tiles: Tiles) -> RowMoments:
+    """Uninitialised moments of rows, tile by tile."""
+    return rows.moments_like(target.new_empty(tiles.slots, *target.shape), dtype)
+
+
+def moments_of_tiles(
+    token_stats: Callable[[Tensor, Tensor, ReadoutArgs], Measured],
+    logits: Tensor,
+    target: Tensor,
+    readout: ReadoutArgs,
+    tiles: Tiles,
+) -> RowMoments:
+    """Moments that a backend finds in each tile of a shard, [slots, B, L]; the last tiles may have no columns."""
+    width, found = logits.shape[-1], []
+    for k in range(tiles.slots):
+        columns = range(min(k * tiles.columns, width), min((k + 1) * tiles.columns, width))
+        if not columns:
+            found.append(no_columns(target, logits.dtype).moments)
+            continue
+        at = target
+        if len(columns) < width:
+            at = torch.where(target == ELSEWHERE, ELSEWHERE, target_in(target, columns, width))
+        found.append(token_stats(logits[..., columns.start : columns.stop], at, readout).moments)
+    return RowMoments(*map(torch.stack, zip(*found, strict=True)))
+
+
 def exchanged(part: Sequence[Tensor], target: Tensor, shard: ShardArgs) -> list[Tensor]:
-    """[n, B, L] for each of the values [B, L] that this rank has of its rows: those of all ranks, by one all-gather.
+    """[n slots, B, L] for each of the values [slots, B, L] that this rank has: those of all ranks, by one all-gather.
 
     Where it is not known that the ranks have the same targets, a hash of them (8 bytes) goes with the values, which are
     NaN if it differs.
     """
     values = torch.stack(tuple(part))
     if shard.same_targets:
-        return list(all_gather(values, shard.ranks).unbind(1))
+        return _by_value(all_gather(values, shard.ranks))
     bits = torch.int64 if values.dtype == torch.float64 else torch.int32
     own = target_hash(target).reshape(1).view(bits)
     found = all_gather(torch.cat([values.reshape(-1).view(bits), own]), shard.ranks)
     hashes = found[:, -own.numel() :]
     gathered = found[:, : -own.numel()].contiguous().view(values.dtype).view(shard.ranks.size, *values.shape)
-    return list(torch.where((hashes == hashes[:1]).all(), gathered, torch.nan).unbind(1))
+    return _by_value(torch.where((hashes == hashes[:1]).all(), gathered, torch.nan))
+
+
+def _by_value(gathered: Tensor) -> list[Tensor]:
+    """[n slots, B, L] each of [n, values, slots, B, L]."""
+    return list(gathered.transpose(0, 1).flatten(1, 2).unbind(0))
 
 
 def target_hash(target: Tensor) -> Tensor:
@@ -111,12 +154,17 @@ def merged(
     """Statistics, moments and, where they are in the part, observations of whole rows.
 
     Args:
-        part: of this rank's columns.
+        part: of this rank's columns; moments are [slots, B, L], moments with observations [B, L].
         target: [B, L], of the whole vocabulary.
         readout: how logits become log-probabilities.
         shard: which columns.
     """
-    own, others = (part.moments, _sent(part, shard)) if isinstance(part, Observed) else (part, ())
+    others: tuple[Tensor, ...] = ()
+    if isinstance(part, Observed):
+        own = RowMoments(*(x.unsqueeze(0) for x in part.moments))
+        others = tuple(x.unsqueeze(0) for x in _sent(part, shard))
+    else:
+        own = part
     kappa = kappa_of(readout, own.top)
     found = exchanged((*own, *others), target, shard)
     of_shards = RowMoments(*found[: len(own)])
@@ -170,11 +218,7 @@ class SplitStatistics(torch.autograd.Function):
         overwrites: bool,
     ) -> tuple[Tensor, ...]:
         refuse_forward_mode(logits)
-        if shard.columns:
-            part = operator(as_rows(logits)[..., : shard.columns], shard.target(target), readout, backend)
-        else:
-            nothing = no_columns(target, logits.dtype)
-            part = nothing if operator is shard_observations else nothing.moments
+        part = operator(as_rows(logits)[..., : shard.columns], shard.target(target), readout, shard.tiles, backend)
         stats, moments, others = merged(part, target, readout, shard)
         ctx.mark_non_differentiable(*others)
         ctx.set_materialize_grads(False)

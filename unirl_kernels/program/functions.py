@@ -153,7 +153,8 @@ def _power(g: Graph, x: Any, exponent: Any) -> int:
 def _softplus(g: Graph, x: Any, beta: float = 1, threshold: float = 20) -> int:
     if not isinstance(beta, (int, float)) or beta != 1:
         raise UnsupportedOperation("uses softplus with beta != 1: scale the argument and the result")
-    return g.op(Op.NEG, g.op(Op.LOGSIGMOID, g.op(Op.NEG, node_of(g, x))))
+    at, limit = node_of(g, x), node_of(g, threshold)
+    return g.op(Op.WHERE, g.op(Op.LT, limit, at), at, g.op(Op.NEG, g.op(Op.LOGSIGMOID, g.op(Op.NEG, at))))
 
 
 def _is_nan(g: Graph, x: Any) -> int:

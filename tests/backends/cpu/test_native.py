@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from unirl_kernels.backends import ProgramArgs, ReadoutArgs, RowGradients, cpu
+from unirl_kernels.backends import native as backends_native
 from unirl_kernels.program import (
     MAX_FIELDS,
     MAX_INSTRUCTIONS,
@@ -245,5 +246,19 @@ def test_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
         assert cpu.unavailable(here) == "UNIRL_CPU_CACHE_BYTES must be a number of bytes, got 'much'"
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "unirl_kernels._C", None)
-        assert "the native extension is not built or does not load" in str(cpu.unavailable(here))
+        assert cpu.unavailable(here) == "the native extension is not built"
     assert cpu.unavailable(here) is None
+
+
+def test_an_extension_of_another_torch_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its functions of torch are not that torch's; whether it would load is chance."""
+    monkeypatch.setattr(cpu, "_native", cpu._native.__wrapped__)
+    monkeypatch.setattr(backends_native, "_check_torch", backends_native._check_torch.__wrapped__)
+    assert cpu.unavailable(torch.device("cpu")) is None
+    built = torch.__version__
+    for other in ("99.1.0+cu999", f"{built.split('.')[0]}.99.0"):
+        monkeypatch.setattr(torch, "__version__", other)
+        said = str(cpu.unavailable(torch.device("cpu")))
+        assert said.startswith(f"the native extension was built with torch {built.split('+')[0]}, and torch {other} is")
+    monkeypatch.setattr(torch, "__version__", ".".join([*built.split(".")[:2], "99"]))
+    assert cpu.unavailable(torch.device("cpu")) is None

@@ -15,7 +15,7 @@ pytest.importorskip("openrlhf", reason="openrlhf is not installed: make test-tra
 import transformers
 
 from tests.integrations.openrlhf.imported import PolicyLoss, actors, compute_approx_kl
-from unirl_kernels.integrations import openrlhf
+from unirl_kernels.integrations import openrlhf, versions
 from unirl_kernels.testing import oracle
 from unirl_kernels.testing.budgets import condition_of, violations
 
@@ -129,7 +129,8 @@ def test_logits_keep_their_values_and_may_have_any_dtype() -> None:
     assert not violations(logp, oracle.log_probs(logits.float() / 0.5, labels), exact, condition=10.0)
 
 
-def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unirl_kernels.integrations.installed.version", lambda _: "0.12.0")
+def test_another_version_is_refused_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "version", lambda _: "0.12.0")
+    monkeypatch.setenv(versions.SWITCH, "refuse")
     with pytest.raises(RuntimeError, match=r"openrlhf must be of version 0\.11, got 0\.12\.0"):
         openrlhf.patch()

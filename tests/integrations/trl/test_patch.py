@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 pytest.importorskip("trl", reason="trl is not installed: pip install '.[trl]'")
@@ -110,12 +111,21 @@ def test_undoing_twice_leaves_a_later_patch_alone() -> None:
     assert utils.entropy_from_logits is replacement.old
 
 
-@pytest.mark.parametrize("version", ["1.9.2", "1.17.0", "2.0.0.dev0"])
-def test_unknown_version_is_an_error(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = loaded()
-    monkeypatch.setattr("unirl_kernels.integrations.trl.version", lambda _: version)
-    with pytest.raises(RuntimeError, match=rf"trl must be of version 1.10 to 1.16, got {version}"):
-        patch()
+def test_signatures_decide_and_a_release_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unirl_kernels.integrations.versions.version", lambda _: "1.17.0")
+    with pytest.warns(UserWarning, match=r"trl 1.17.0 was not tried, only 0.24 to 1.16"), patch():
+        assert utils._ChunkedLogProbFunction is not HEAD
+
+
+def test_a_release_that_has_functions_of_logits_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As below 1.7."""
+    for name in ("_ChunkedLogProbFunction", "add_fused_lm_head", "patch_chunked_lm_head", *SINCE):
+        monkeypatch.delattr(utils, name, raising=False)
+    before, logits = loaded(), torch.randn(2, 3, 7)
+    index, own = torch.randint(0, 7, (2, 3)), utils.selective_log_softmax
+    with patch():
+        assert utils.selective_log_softmax is not own
+        torch.testing.assert_close(utils.selective_log_softmax(logits, index), own(logits, index))
     check_same(before)
 
 
@@ -123,7 +133,7 @@ def test_missing_package_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr("unirl_kernels.integrations.trl.version", missing)
+    monkeypatch.setattr("unirl_kernels.integrations.versions.version", missing)
     with pytest.raises(ImportError, match="trl is not installed"):
         patch()
 

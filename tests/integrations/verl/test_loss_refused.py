@@ -67,9 +67,9 @@ def test_a_configuration_without_an_option_is_refused() -> None:
         ours.loss({"loss_agg_mode": "token-mean"})
 
 
-def test_other_versions_are_refused(losses: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unirl_kernels.integrations.losses.verl.version", lambda name: "0.10.1")
-    with pytest.raises(RuntimeError, match=r"verl must be of version 0.9, .*, got 0.10.1"):
+def test_other_releases_warn(losses: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unirl_kernels.integrations.versions.version", lambda name: "0.10.1")
+    with pytest.warns(UserWarning, match=r"verl 0.10.1 was not tried, only 0.9: compare"):
         ours.loss(config_of(losses))
 
 

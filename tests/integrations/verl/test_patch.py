@@ -15,6 +15,7 @@ import torch
 from tests import ROOT
 from tests.integrations.verl.modules import V, Verl, verl
 from unirl_kernels.integrations import verl as ours
+from unirl_kernels.integrations import versions
 
 __all__ = ["verl"]
 
@@ -94,8 +95,9 @@ def test_patch_refuses_what_it_does_not_know(verl: Verl, monkeypatch: pytest.Mon
             assert not any(verl.patched())
         assert not changed(before)
 
-    refused(ours, "version", lambda _: "0.8.0", r"verl must be of version 0\.9, got 0\.8\.0")
-    refused(ours, "version", lambda _: "1.0rc1", r"verl must be of version 0\.9, got 1\.0rc1")
+    monkeypatch.setenv(versions.SWITCH, "refuse")
+    refused(versions, "version", lambda _: "0.8.0", r"verl must be of version 0\.9, got 0\.8\.0")
+    refused(versions, "version", lambda _: "1.0rc1", r"verl must be of version 0\.9, got 1\.0rc1")
     refused(
         verl.logits,
         "logprobs_from_logits",
@@ -136,7 +138,7 @@ def test_patch_without_verl(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(_: str) -> str:
         raise PackageNotFoundError
 
-    monkeypatch.setattr(ours, "version", absent)
+    monkeypatch.setattr(versions, "version", absent)
     with pytest.raises(ImportError, match="verl is not installed: pip install verl"):
         ours.patch()
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from unirl_kernels.integrations.losses import trl_policy, trl_preference
 from unirl_kernels.integrations.losses.options import Options
+from unirl_kernels.integrations.versions import check_release
 from unirl_kernels.objectives import Loss
 
-KNOWN = (1, 16)
-"""The version whose losses these are."""
+TRIED = "1.16"
+"""The release whose losses these are."""
 
 CONFIGS: dict[str, Callable[[Options], Loss]] = {
     "GRPOConfig": trl_policy.grpo,
@@ -74,25 +74,15 @@ def loss(config: Any) -> Loss:
         The loss.
 
     Raises:
-        RuntimeError: when another TRL is installed.
+        ImportError: when TRL is not installed. Another release warns, see ``integrations.versions``.
         TypeError: when the configuration is of another class, lacks an option, or an option is of another type.
         ValueError: when an option has an unknown value, is outside its range, or asks for what no loss can express:
             label smoothing of SFT, a router's loss, an entropy quantile over several processes.
     """
-    _check_version()
+    check_release("trl", TRIED, TRIED)
     names = [f"{c.__module__}.{c.__name__}" for c in type(config).__mro__ if c.__module__.partition(".")[0] == "trl"]
     name = names[0].rpartition(".")[2] if names else ""
     if not names or names[0].split(".")[1] != "trainer" or name not in CONFIGS:
         got = names[0] if names else type(config).__name__
         raise TypeError(f"config must be one of {', '.join(CONFIGS)} of TRL, got {got}; build its loss from objectives")
     return CONFIGS[name](Options(config, name))
-
-
-def _check_version() -> None:
-    known = ".".join(map(str, KNOWN))
-    try:
-        installed = version("trl")
-    except PackageNotFoundError as error:
-        raise RuntimeError(f"trl must be of version {known}, but it is not installed") from error
-    if tuple(map(int, installed.split(".")[:2])) != KNOWN:
-        raise RuntimeError(f"trl must be of version {known}, whose losses are known, got {installed}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +13,7 @@ from unirl_kernels.batch import Batch
 from unirl_kernels.integrations.losses.options import Options
 from unirl_kernels.integrations.losses.rules import FieldWeight
 from unirl_kernels.integrations.losses.verl_policy import Policy
+from unirl_kernels.integrations.versions import check_release
 from unirl_kernels.objectives import (
     K1,
     K2,
@@ -30,8 +30,8 @@ from unirl_kernels.objectives import (
 )
 from unirl_kernels.objectives.arguments import Number, Positive
 
-KNOWN = (0, 9)
-"""The version whose losses these are."""
+TRIED = "0.9"
+"""The release whose losses these are."""
 
 WEIGHTS = "rollout_is_weights"
 """The field with the weights that verl's trainer computes."""
@@ -84,12 +84,12 @@ def loss(actor_config: Any, rollout_correction: Any = None) -> Loss:
         The loss.
 
     Raises:
-        RuntimeError: when another verl is installed.
+        ImportError: when verl is not installed. Another release warns, see ``integrations.versions``.
         TypeError: when the configuration lacks an option, or one is of another type.
         ValueError: when an option has an unknown value, is outside its range, or asks for what no loss can express:
             the penalty ``full``, weights normalised over several processes, a policy loss that is not verl's own.
     """
-    _check_version()
+    check_release("verl", TRIED, TRIED)
     options = Options(actor_config, "ActorConfig")
     counts = _counts(options)
     aggregation = _aggregations(options, *counts)
@@ -106,16 +106,6 @@ def loss(actor_config: Any, rollout_correction: Any = None) -> Loss:
     if options.flag("use_kl_loss"):
         found = found + options.number("kl_loss_coef", Number) * Loss(_penalty(options), aggregation)
     return found
-
-
-def _check_version() -> None:
-    known = ".".join(map(str, KNOWN))
-    try:
-        installed = version("verl")
-    except PackageNotFoundError as error:
-        raise RuntimeError(f"verl must be of version {known}, but it is not installed") from error
-    if tuple(map(int, installed.split(".")[:2])) != KNOWN:
-        raise RuntimeError(f"verl must be of version {known}, whose losses are known, got {installed}")
 
 
 def _counts(options: Options) -> tuple[Any, Any, Any]:

@@ -1,0 +1,152 @@
+"""Sequences and batches that are split over processes; run by ``tests/distributed/shards.py``."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import unirl_kernels as uk
+from tests.cases import BY_NAME, Shape, make_case
+from tests.distributed.split import changed
+from tests.linear import SequenceRatio
+from unirl_kernels.collectives import SumOverGroup
+from unirl_kernels.objectives import IPO, SFT, Scaled, Tokens, TopEntropy
+
+VOCAB = 31
+SHAPES = [Shape("padded", "", (8, 3, 0, 5), VOCAB), Shape("packed", "", (8, 3, 0, 5), VOCAB, packed=True)]
+
+
+class Early:
+    """Looks at positions and lengths."""
+
+    scope = "sequence"
+
+    def __call__(self, t: Tokens) -> Tensor:
+        return -t.logp * (2 * t.positions < t.to_tokens(t.lengths))
+
+
+LOSSES = [
+    uk.grpo(),
+    uk.Loss(uk.grpo().objective, uk.TokenMean()),
+    uk.Loss(uk.grpo().objective, uk.FixedLength(5, empty="skip")),
+    uk.Loss(uk.grpo().objective, uk.Weighted(uk.GroupMean(), "trust")),
+    uk.Loss(SequenceRatio()),
+    uk.Loss(Early(), uk.TokenMean()),
+    uk.dpo(),
+    uk.dpo(0.5, length_normalized=True),
+    uk.Loss(IPO(), uk.Weighted(uk.PairMean(), "trust")),
+    uk.grpo() + 0.1 * uk.dpo() + 0.1 * uk.Loss(SequenceRatio()),
+]
+
+
+def whole(shape: Shape) -> tuple[Tensor, uk.Batch]:
+    logits, batch = make_case(shape, BY_NAME["grpo"])
+    fields = {"group": torch.tensor([0, 0, 1, 1]), "trust": torch.tensor([1.0, 0.5, 2.0, 0.25])}
+    tensors = (batch.target, batch.advantage, batch.old_logp, batch.ref_logp, batch.cu_seqlens)
+    return logits.double(), uk.Batch(*tensors, fields)
+
+
+def positions_of(batch: uk.Batch, rank: int, world: int) -> tuple[Tensor, Tensor]:
+    """Flat positions of this rank's part of every sequence, and its cumulative lengths."""
+    offsets = batch.offsets.tolist()
+    parts = [torch.arange(a, b) for a, b in itertools.pairwise(offsets)]
+    own = [x.tensor_split(world)[rank] for x in parts]
+    ends = torch.tensor([0, *[len(x) for x in own]]).cumsum(0)
+    return torch.cat(own), ends
+
+
+def part_of(batch: uk.Batch, at: Tensor, ends: Tensor) -> uk.Batch:
+    fields = (None if x is None else x.reshape(-1)[at] for x in (batch.old_logp, batch.ref_logp))
+    target = batch.target.reshape(-1)[at]
+    if batch.cu_seqlens is not None:
+        return uk.Batch(target, batch.advantage, *fields, ends, batch.fields, sequence_group=dist.group.WORLD)
+    shape = (batch.n_sequences, -1)
+    values = (target.view(shape), batch.advantage, *(x if x is None else x.view(shape) for x in fields))
+    return uk.Batch(*values, None, batch.fields, sequence_group=dist.group.WORLD)
+
+
+def difference(logits: Tensor, batch: uk.Batch, loss: uk.Loss, head: bool) -> float:
+    """How far loss and gradient of the parts are from those of whole sequences, relative to the latter."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    at, ends = positions_of(batch, rank, world)
+    x = logits.clone().requires_grad_()
+    expected = uk.fused_loss(x, batch, loss).loss
+    expected.backward()
+    part = part_of(batch, at, ends)
+    own = logits.reshape(-1, VOCAB)[at].view(*part.target.shape, VOCAB).clone().requires_grad_()
+    if head:  # whose weight is the identity
+        found = uk.fused_linear_loss(own, torch.eye(VOCAB, dtype=own.dtype), part, loss).loss
+    else:
+        found = uk.fused_loss(own, part, loss).loss
+    found.backward()
+    total = found.detach().clone()
+    dist.all_reduce(total)
+    assert x.grad is not None
+    assert own.grad is not None
+    truth = x.grad.reshape(-1, VOCAB)[at]
+    gradient = (own.grad.reshape(-1, VOCAB) - truth).abs().max() / x.grad.abs().max()
+    return max(float((total / expected.detach() - 1).abs()), float(gradient))
+
+
+def check_sequences() -> None:
+    """The sum of the ranks' losses is the loss of whole sequences, and so are the gradients."""
+    for shape in SHAPES:
+        logits, batch = whole(shape)
+        for loss in LOSSES:
+            for head in (False, True):
+                far = difference(logits, batch, loss, head)
+                assert far < 1e-12, f"{shape} {loss} {'head' if head else 'logits'}: {far}"
+
+
+def check_fault_is_seen() -> None:
+    """A sum over the group whose gradient stays on its rank."""
+    logits, batch = whole(SHAPES[0])
+    with changed(SumOverGroup, "backward", staticmethod(lambda ctx, d: (d, None))):
+        assert difference(logits, batch, uk.Loss(SequenceRatio()), head=False) > 1e-3
+        assert difference(logits, batch, uk.dpo(), head=False) > 1e-3
+
+
+def check_counts() -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    _, batch = whole(SHAPES[0])
+    part = part_of(batch, *positions_of(batch, rank, world))
+    assert torch.equal(part.lengths, batch.lengths)
+    group = dist.group.WORLD
+    for of, n in (("tokens", int(batch.valid.sum())), ("sequences", 4), ("pairs", 2)):
+        assert uk.global_count(part, group, of) == n
+        assert uk.global_count(batch, group, of) == world * n
+
+
+def check_bad_input() -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    group, last = dist.group.WORLD, world - 1
+    n = 2 + (rank == last)
+
+    def refuses(kind: Any, text: str, make: Any) -> None:
+        with pytest.raises(kind, match=re.escape(text)):
+            make()
+
+    text = f"got 2 sequences on rank 0 and 3 on rank {last}"
+    refuses(ValueError, text, lambda: uk.Batch(torch.zeros(n, 4, dtype=torch.int64), sequence_group=group))
+    kind, text = (TypeError, "target must be int64") if rank == last else (RuntimeError, f"rank {last} refuses its")
+    dtype = torch.int32 if rank == last else torch.int64
+    refuses(kind, text, lambda: uk.Batch(torch.zeros(2, 4, dtype=dtype), sequence_group=group))
+    batch = uk.Batch(torch.zeros(2, 4, dtype=torch.int64), sequence_group=group)
+    logits = torch.zeros(2, 4, 3)
+    loss = uk.Loss(Scaled(SFT(), TopEntropy()), uk.TokenMean())
+    refuses(ValueError, "of scope 'batch' must see all tokens", lambda: uk.fused_loss(logits, batch, loss))
+    scan = Tokens(batch, *torch.zeros(3, 2, 4))
+    refuses(NotImplementedError, "sequence_scan must have whole sequences", lambda: scan.sequence_scan(scan.logp))
+
+
+def check_all() -> None:
+    check_sequences()
+    check_fault_is_seen()
+    check_counts()
+    check_bad_input()

@@ -1,0 +1,56 @@
+"""Releases of trainers: whether one works is decided by what it has; one that was not tried warns."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+
+SWITCH = "UNIRL_UNTRIED_VERSIONS"
+"""Environment variable that says what to do with a release that was not tried: one of ``CHOICES``, default warn."""
+
+CHOICES = ("warn", "allow", "refuse")
+
+
+def check_release(package: str, first: str, last: str) -> None:
+    """Say that the installed release of a package was not tried.
+
+    Args:
+        package: its name.
+        first, last: the releases that were tried, both included, as "1.10". Later numbers do not count: "1.10" stands
+            for 1.10.3 and for 1.10rc1 too.
+
+    Raises:
+        ImportError: when the package is not installed.
+        RuntimeError: when the release was not tried, and ``UNIRL_UNTRIED_VERSIONS`` is ``refuse``.
+        ValueError: when ``UNIRL_UNTRIED_VERSIONS`` is something else than ``CHOICES``.
+    """
+    choice = os.environ.get(SWITCH, "warn")
+    if choice not in CHOICES:
+        raise ValueError(f"{SWITCH} must be one of {', '.join(CHOICES)}, got {choice!r}")
+    try:
+        installed = version(package)
+    except PackageNotFoundError as error:
+        raise ImportError(f"{package} is not installed: pip install {package}") from error
+    if choice == "allow" or is_between(installed, first, last):
+        return
+    tried = first if first == last else f"{first} to {last}"
+    if choice == "refuse":
+        raise RuntimeError(f"{package} must be of version {tried}, got {installed} ({SWITCH}=refuse)")
+    warnings.warn(
+        f"{package} {installed} was not tried, only {tried}: compare what a step logs with and without unirl_kernels. "
+        f"{SWITCH}=allow says nothing, {SWITCH}=refuse raises",
+        stacklevel=3,
+    )
+
+
+def is_between(installed: str, first: str, last: str) -> bool:
+    """Whether a version is one of those from first to last; numbers after theirs do not count."""
+    # Whatever needs this check depends on packaging itself.
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        release = (*Version(installed).release, 0)[: len(Version(first).release)]
+    except InvalidVersion:
+        return False
+    return Version(first).release <= release <= Version(last).release
