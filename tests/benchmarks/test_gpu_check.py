@@ -38,6 +38,16 @@ def records_of(out: Path) -> Path:
 STEPS = ("build", "doctor", "ceilings", "bench", "tests", "heads", "peers", "sanitize", "profile", "sweep", "rest")
 
 
+def test_first_steps(tmp_path: Path) -> None:
+    done = gpu_check(tmp_path, "build", "doctor", "ceilings", "profile", "rest")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line.split()[:2] for line in (tmp_path / "summary.txt").read_text().splitlines()]
+    ran = [[name, "ok"] for name in ("build", "doctor", "ceilings", "profiled")]
+    assert lines == [*ran, ["profile", "skipped:"], ["rest", "skipped:"]]
+    assert (records_of(tmp_path) / "ceilings.json").exists()
+
+
+@pytest.mark.slow
 def test_every_step(tmp_path: Path) -> None:
     done = gpu_check(tmp_path, *STEPS, geometries="max_warps=4;held_elements=128 split_max_warps=2")
     assert done.returncode == 0, done.stdout + done.stderr
