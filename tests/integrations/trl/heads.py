@@ -17,9 +17,11 @@ from unirl_kernels.testing import oracle
 from unirl_kernels.testing.budgets import condition_of, violations
 
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-HEAD = utils._ChunkedLogProbFunction
-TAKEN = [name for name in inspect.signature(HEAD.forward).parameters if name != "ctx"]
-"""What the head of the TRL that is installed takes, in order."""
+HEAD: Any = getattr(utils, "_ChunkedLogProbFunction", None)
+"""The head of the TRL that is installed; None below 1.7, which has functions of logits alone."""
+
+TAKEN = [] if HEAD is None else [name for name in inspect.signature(HEAD.forward).parameters if name != "ctx"]
+"""What that head takes, in order."""
 
 FUSED = "outputs" in TAKEN
 """Whether its trainers score tokens by that head; before 1.15 they do by functions of logits."""

@@ -22,7 +22,7 @@ from tests.integrations.trl.heads import HEAD
 from unirl_kernels.integrations.patching import Patch, Replacement
 from unirl_kernels.integrations.trl import patch, unpatch
 
-HEADS = ["selective_log_softmax", "entropy_from_logits", "_ChunkedLogProbFunction"]
+HEADS = ["selective_log_softmax", "entropy_from_logits", *([] if HEAD is None else ["_ChunkedLogProbFunction"])]
 SINCE = ["selective_log_softmax_and_entropy", "add_fused_lm_head", "_use_triton"]
 """What later versions have besides."""
 
@@ -79,9 +79,9 @@ def test_modules_imported_meanwhile_get_the_originals_back(monkeypatch: pytest.M
 def test_patching_again_changes_the_plan() -> None:
     before = loaded()
     patch()
-    first = utils._ChunkedLogProbFunction
+    own, first = before["trl.trainer.utils", "selective_log_softmax"], utils.selective_log_softmax
     patch(uk.Plan(backend="eager"))
-    assert utils._ChunkedLogProbFunction not in (first, HEAD)
+    assert utils.selective_log_softmax not in (first, own)
     assert not holders(first)
     unpatch()
     check_same(before)
@@ -112,9 +112,10 @@ def test_undoing_twice_leaves_a_later_patch_alone() -> None:
 
 
 def test_signatures_decide_and_a_release_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = utils.selective_log_softmax
     monkeypatch.setattr("unirl_kernels.integrations.versions.version", lambda _: "1.17.0")
     with pytest.warns(UserWarning, match=r"trl 1.17.0 was not tried, only 0.24 to 1.16"), patch():
-        assert utils._ChunkedLogProbFunction is not HEAD
+        assert utils.selective_log_softmax is not own
 
 
 def test_a_release_that_has_functions_of_logits_alone(monkeypatch: pytest.MonkeyPatch) -> None:
