@@ -123,8 +123,8 @@ def test_doctor_speaks_json_and_of_trainers(
     assert cli.main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {"package": "torch", "version": "9.9"} in found["Versions"]
-    works = {row["package"]: row["works"] for row in found["Trainers"]}
-    assert works == {"trl": "no", "verl": "yes", "openrlhf": "-", "llamafactory": "-", "ms-swift": "-"}
+    tried = {row["package"]: row["tried"] for row in found["Trainers"]}
+    assert tried == {"trl": "no", "verl": "yes", "openrlhf": "-", "llamafactory": "-", "ms-swift": "-"}
 
 
 def test_doctor_exits_with_an_error_when_nothing_runs(
