@@ -13,6 +13,7 @@ FOUND = {
     "the smaller one of an infinity and NaN": (101, 6812),
     "a gradient beyond the largest number times an upstream gradient of 0": (102, 9136),
     "an objective that is 0 everywhere, which reads no field": (201, 168),
+    "gradients of a sequence's tokens, added in another order where they are packed": (103, 396),
     "softplus beyond its threshold": (102, 10102),
 }
 

@@ -87,8 +87,10 @@ class Tokens:
         return self._widened(self._batch.per_sequence_field(name))
 
     def to_tokens(self, x: Tensor) -> Tensor:
-        """Spread one value per sequence, [S], over its tokens: [T]."""
-        return self._batch.per_token(x).reshape(-1)
+        """Spread one value per sequence, [S], over its tokens: [T]. Gradients of the tokens are added in fp64."""
+        if not x.requires_grad:
+            return self._batch.per_token(x).reshape(-1)
+        return self._batch.per_token(x.double()).reshape(-1).to(x.dtype)
 
     def sequence_sum(self, x: Tensor) -> Tensor:
         """Sum of [T] values over the valid tokens of each sequence: [S]. Added in fp64, in the sequence's order."""
