@@ -10,9 +10,6 @@ from benchmarks.record import OK, Row, Run, three_digits
 
 BLANK = ""
 
-LOG_WIDTH = 200
-"""Columns of a log file, so that the cells of a table need no second line."""
-
 
 @dataclass(frozen=True)
 class Columns:
@@ -62,28 +59,3 @@ def megabytes(x: int | None) -> str:
 
 def error(x: float | None) -> str:
     return BLANK if x is None else f"{x:.0e}" if x == 0 else f"{x:.1e}"
-
-
-def fitting(names: Sequence[str], lines: Sequence[Sequence[str]], dispensable: Sequence[str], width: int) -> list[int]:
-    """Which columns of a table fit a terminal, no word of a cell broken.
-
-    Args:
-        names: of the columns.
-        lines: the cells.
-        dispensable: names of columns that are left out where there is no room, the first of them first.
-        width: of the terminal.
-    """
-    widths = {name: _longest_word([name, *(line[k] for line in lines)]) + CELL_FRAME for k, name in enumerate(names)}
-    for name in dispensable:
-        if sum(widths.values()) + 1 <= width:
-            break
-        widths.pop(name, None)
-    return [k for k, name in enumerate(names) if name in widths]
-
-
-CELL_FRAME = 3
-"""Columns that a cell's padding and rule take."""
-
-
-def _longest_word(texts: Sequence[str]) -> int:
-    return max((len(word) for text in texts for word in text.split()), default=0)

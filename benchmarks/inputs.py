@@ -74,11 +74,12 @@ class Inputs:
 
     def composed(self, logp: Tensor) -> Values:
         """The loss as plain PyTorch on log-probabilities, [B, L], as trainers compute it."""
-        loss = self.work.recipe
-        nothing = torch.zeros_like(logp)
-        values = loss.objective(Tokens(self.batch, logp, nothing, nothing))
-        weights = loss.aggregation.weights(self.batch).reshape(-1)
-        return Values((values * weights.to(values.dtype)).sum(), logp)
+        return Values(self.loss(logp), logp)
+
+    def loss(self, logp: Tensor) -> Tensor:
+        """The loss alone, 0-dim."""
+        loss, nothing = self.work.recipe, torch.zeros_like(logp)
+        return loss.composed(Tokens(self.batch, logp, nothing, nothing), loss.weights(self.batch))
 
 
 def random_numbers(work: Work) -> dict[str, Any]:

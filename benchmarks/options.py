@@ -8,6 +8,7 @@ from pathlib import Path
 
 from benchmarks.arguments import DEVICE_HELP, at_least, need
 from benchmarks.defaults import ROUNDS, SIZE, SWEPT_SIZE
+from benchmarks.own_loss import loss_name
 from benchmarks.work import DTYPES, FUSED, MODES
 from unirl_kernels.testing import oracle
 
@@ -26,7 +27,8 @@ def _names(text: str) -> list[str]:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--loss", choices=tuple(oracle.LOSSES), default="grpo", help="what is computed")
+    own = "or an objective of your own, FILE.py:OBJECTIVE, as for python -m unirl_kernels explain"
+    add("--loss", type=loss_name, default="grpo", help=f"what is computed: {', '.join(oracle.LOSSES)}; {own}")
     add("--mode", choices=tuple(MODES), default=FUSED, help="; ".join(f"{k}: {v}" for k, v in MODES.items()))
     swept = ", ".join(f"{tokens} × {vocab} ({device})" for device, (tokens, vocab) in SWEPT_SIZE.items())
     add("--tokens", type=at_least(1), help=f"rows of logits; None: {SIZE[0]}")

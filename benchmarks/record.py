@@ -174,7 +174,7 @@ def three_digits(x: float) -> str:
 def title(work: Work) -> str:
     """What is computed, in words."""
     what = work.modes[work.mode]
-    what = f"{work.loss}: {what}" if work.mode == FUSED else what
+    what = f"{work.loss.rpartition(':')[2]}: {what}" if work.mode == FUSED else what
     chunks = "" if work.chunk_bytes is None else f", chunks of {three_digits(work.chunk_bytes / 1e6)} MB"
     return f"{what}; {size(work)}{', on policy' if work.on_policy else ''}{chunks}"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from benchmarks.columns import LOG_WIDTH, fitting
 from benchmarks.levels import level_of
 from benchmarks.providers import OURS
 from benchmarks.record import OK, Row, Run, title
@@ -18,9 +17,11 @@ QUIET = 0.05
 """Share of the processors' time that others may take without a word."""
 
 
-def terminal(run: Run, width: int = LOG_WIDTH) -> Table:
+def terminal(run: Run, width: int | None = None) -> Table:
     """For the terminal: ours in bold, the wrong in red. A narrow one goes without some columns, and is told which."""
     from rich.table import Table  # a machine that measures alone need not have it
+
+    from benchmarks.terminal import LOG_WIDTH, fitting
 
     columns = level_of(run.work).columns
     names = (*columns.left, *columns.right)
@@ -28,7 +29,7 @@ def terminal(run: Run, width: int = LOG_WIDTH) -> Table:
     for row in sorted(run.rows, key=_by_time):
         style = "bold red" if row.status != OK else "bold" if row.name == OURS else ""
         lines.append((columns.cells(run, row), style))
-    fit = fitting(names, [line for line, _ in lines], columns.dispensable, width)
+    fit = fitting(names, [line for line, _ in lines], columns.dispensable, width or LOG_WIDTH)
     left_out = ", ".join(name for k, name in enumerate(names) if k not in fit)
     caption = columns.caption if not left_out else f"{columns.caption}. No room for: {left_out}"
     shown = Table(title=title(run.work), title_justify="left", caption=caption, caption_justify="left")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -17,7 +17,8 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from benchmarks.columns import LOG_WIDTH
+LOG_WIDTH = 200
+"""Columns of a log file, so that the cells of a table need no second line."""
 
 
 def open_console() -> Console:
@@ -26,6 +27,31 @@ def open_console() -> Console:
     if not console.is_terminal:
         console.width = LOG_WIDTH
     return console
+
+
+def fitting(names: Sequence[str], lines: Sequence[Sequence[str]], dispensable: Sequence[str], width: int) -> list[int]:
+    """Which columns of a table fit a terminal, no word of a cell broken.
+
+    Args:
+        names: of the columns.
+        lines: the cells.
+        dispensable: names of columns that are left out where there is no room, the first of them first.
+        width: of the terminal.
+    """
+    widths = {name: _longest_word([name, *(line[k] for line in lines)]) + CELL_FRAME for k, name in enumerate(names)}
+    for name in dispensable:
+        if sum(widths.values()) + 1 <= width:
+            break
+        widths.pop(name, None)
+    return [k for k, name in enumerate(names) if name in widths]
+
+
+CELL_FRAME = 3
+"""Columns that a cell's padding and rule take."""
+
+
+def _longest_word(texts: Sequence[str]) -> int:
+    return max((len(word) for text in texts for word in text.split()), default=0)
 
 
 class Stages:

@@ -107,6 +107,8 @@ class Truth(ABC):
     @cached_property
     def loss(self) -> dict[torch.dtype, Tensor]:
         """The loss of the whole batch: that of two words of which the target has the probability it has here."""
+        if self.inputs.work.own:
+            return {dtype: self.inputs.loss(logp).detach() for dtype, logp in self.logp.items()}
         algorithm, target = self.inputs.work.loss, torch.where(self.inputs.used, 0, uk.IGNORE)
         losses = {}
         for dtype, logp in self.logp.items():
@@ -137,6 +139,9 @@ class Truth(ABC):
         inputs = self.inputs
         if inputs.work.mode != FUSED:
             return inputs.d_logp.flatten().to(dtype)
+        if inputs.work.own:
+            leaf = self.logp[dtype].detach().requires_grad_()
+            return torch.autograd.grad(inputs.loss(leaf), leaf)[0].flatten()
         gc = oracle.coefficients(inputs.work.loss, self.logp[dtype], inputs.batch)
         units = inputs.batch.n_sequences // (2 if inputs.work.loss == "dpo" else 1)
         length = inputs.batch.per_token(inputs.batch.lengths).flatten()

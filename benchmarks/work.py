@@ -36,7 +36,7 @@ class Work:
     """A piece of work that kernels are compared on.
 
     Args:
-        loss: a name in ``oracle.LOSSES``.
+        loss: a name in ``oracle.LOSSES``, or ``FILE.py:OBJECTIVE`` of a user.
         mode: a key of ``MODES``, or of ``LINEAR_MODES``.
         tokens: rows of logits, T; the last one of each sequence is ignored, as with ``shift_targets``.
         vocab: columns, V.
@@ -66,8 +66,8 @@ class Work:
         if self.mode not in self.modes:
             level = "" if self.hidden is None else " for a linear head"
             raise ValueError(f"mode must be among {', '.join(self.modes)}{level}, got {self.mode}")
-        if self.loss == "dpo" and self.tokens % 2:
-            raise ValueError(f"tokens must form two equal sequences for dpo, got {self.tokens}")
+        if self.paired and self.tokens % 2:
+            raise ValueError(f"tokens must form two equal sequences for pairs, got {self.tokens}")
 
     @property
     def modes(self) -> dict[str, str]:
@@ -76,7 +76,7 @@ class Work:
 
     @property
     def sequences(self) -> int:
-        most = SEQUENCES if self.tokens >= LEAST_TOKENS_OF_FOUR else 2 if self.loss == "dpo" else 1
+        most = SEQUENCES if self.tokens >= LEAST_TOKENS_OF_FOUR else 2 if self.paired else 1
         return next(n for n in (SEQUENCES, 2, 1) if n <= most and self.tokens % n == 0)
 
     @property
@@ -90,9 +90,23 @@ class Work:
 
     @cached_property
     def recipe(self) -> uk.Loss:
-        """The loss with its default numbers, which are those of ``testing.oracle``, too."""
+        """The loss with its default numbers, which are those of ``testing.oracle``, too; or the user's."""
+        if self.own:
+            from benchmarks.own_loss import own_loss  # runs the user's file
+
+            return own_loss(self.loss)
         loss: uk.Loss = getattr(uk, self.loss)()
         return loss
+
+    @property
+    def own(self) -> bool:
+        """Whether the loss is a user's."""
+        return ":" in self.loss
+
+    @property
+    def paired(self) -> bool:
+        """Whether the loss is one of pairs."""
+        return self.loss == "dpo" or (self.own and self.recipe.scope == "pair")
 
     @property
     def has_gradient(self) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import os
 import subprocess
 import sys
@@ -105,6 +107,24 @@ def test_doctor_says_what_runs_and_why_the_rest_does_not(
     shown = capsys.readouterr().out
     for word in ("torch", "numpy", "cpu", "eager", "composed", "it is out of tea [1]"):
         assert word in shown
+
+
+def test_doctor_speaks_json_and_of_trainers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    releases = {"trl": "1.99.0", "verl": "0.9.3", "torch": "9.9"}
+
+    def version(package: str) -> str:
+        if package not in releases:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return releases[package]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert cli.main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"package": "torch", "version": "9.9"} in found["Versions"]
+    tried = {row["package"]: row["tried"] for row in found["Trainers"]}
+    assert tried == {"trl": "no", "verl": "yes", "openrlhf": "-", "llamafactory": "-", "ms-swift": "-"}
 
 
 def test_doctor_exits_with_an_error_when_nothing_runs(

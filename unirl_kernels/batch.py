@@ -54,7 +54,8 @@ class Batch:
         sequence_group: process group over which each sequence is split (context parallelism); None: sequences are
             whole. The batch of each rank holds a part of every sequence, in the order of ranks, and the values per
             sequence. Lengths and sums over sequences are then those of whole sequences, and the loss of the step is the
-            sum of the ranks' losses.
+            sum of the ranks' losses. Making the batch, its losses and metrics of sequences and pairs exchange values:
+            all ranks have to do the same.
 
     Raises:
         TypeError: when an argument is not a tensor of a fitting dtype, or ``fields`` is not a mapping.

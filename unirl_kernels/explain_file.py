@@ -25,7 +25,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     found = load(options.objective, "objective")
     try:
-        loss = _loss(found)
+        loss = loss_of(found)
     except Exception as error:  # the file's own code runs here
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CommandFailed(f"objective {options.objective}: {said}") from error
@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _loss(found: object) -> Loss:
+def loss_of(found: object) -> Loss:
     """The loss of an objective: its mean over sequences, or over pairs if the objective is one of pairs."""
     if isinstance(found, Loss):
         return found

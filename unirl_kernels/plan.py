@@ -20,7 +20,7 @@ class Plan:
             of that memory, aliases by ``detach()``, and under ``torch.compile`` the logits themselves: they hold the
             gradient from then on. Linear heads always do so with the logits that they compute.
         max_chunk_bytes: linear heads' memory for the logits of one chunk of tokens, bytes, > 0; at least one token
-            must fit. None: 256 MiB on a CPU, 2 GiB elsewhere.
+            must fit. None: 256 MiB on a CPU, 2.75 GiB elsewhere.
 
     Raises:
         TypeError: when ``max_chunk_bytes`` is not an int, or ``overwrite_logits`` not a bool.

@@ -12,7 +12,7 @@ from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.columns import LOG_WIDTH, fitting
+from benchmarks.terminal import LOG_WIDTH, fitting
 from examples.demo.compare import FUSED, NAIVE, Check, Row
 from examples.demo.train import Step
 from examples.demo.ways import GRAD, HIDDEN_GRAD, WEIGHT_GRAD

@@ -15,7 +15,7 @@ import torch
 import unirl_kernels as uk
 from benchmarks.arguments import usable_device
 from benchmarks.terminal import Stages, open_console
-from examples.demo.compare import Degenerate, Row, compare, steps_per_comparison
+from examples.demo.compare import Row, compare, steps_per_comparison
 from examples.demo.head import LinearHead
 from examples.demo.model import LanguageModel, Location, load_model, load_tokenizer, locate
 from examples.demo.picture import save_picture
@@ -23,6 +23,7 @@ from examples.demo.questions import Question, Questions
 from examples.demo.report import GrpoStep, Result, save_summary, tables
 from examples.demo.sampling import Sampler, Samples
 from examples.demo.sources import (
+    Degenerate,
     Source,
     accepted_samples,
     accepted_samples_of_policy,

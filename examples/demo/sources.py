@@ -15,6 +15,10 @@ KL_IN_REWARD = 0.04
 GAE_LAMBDA = 0.95
 
 
+class Degenerate(Exception):
+    """Data on which a gradient is nothing but rounding, so that no error of it means anything."""
+
+
 @dataclass(frozen=True, eq=False)
 class Source:
     """What one of the six algorithms learns from.
@@ -64,6 +68,9 @@ def best_worst_pairs(frozen: Samples, ref_logp: Tensor) -> Source:
     Args:
         frozen: samples of the frozen model.
         ref_logp: [S, L] fp32, log-probabilities of those samples under the frozen model.
+
+    Raises:
+        Degenerate: when all pairs are of two equal samples.
     """
     rewards = frozen.verdicts.view(-1, frozen.group)
     best = rewards.argmax(-1)
@@ -74,6 +81,8 @@ def best_worst_pairs(frozen: Samples, ref_logp: Tensor) -> Source:
     kept = differ if bool(differ.any()) else torch.ones_like(differ)
     chosen, rejected = (first + best)[kept], (first + worst)[kept]
     data = f"{len(chosen)} {'best/worst pairs' if bool(differ.any()) else 'ties (no preference)'} of frozen samples"
+    if not bool((frozen.sequences.target[chosen] != frozen.sequences.target[rejected]).any()):
+        raise Degenerate("DPO: best and worst sample of each question are equal")
     rows = torch.cat([chosen, rejected])
     sequences = frozen.sequences.select(rows)
     return Source("dpo", uk.dpo(), data, sequences, uk.Batch(sequences.target, ref_logp=ref_logp[rows]))

@@ -116,6 +116,7 @@ def test_unreadable_model_folder(
 
     monkeypatch.setattr("examples.demo.model.os.listdir", denied)
     code, line = _answer(capsys, "--model", str(tmp_path), "--out", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
     assert code == 1
     assert line.endswith(f"cannot read the model folder {tmp_path}: Permission denied")
 

@@ -24,7 +24,7 @@ from examples.demo.head import NotLinear
 from examples.demo.model import LanguageModel, load_model, locate
 from examples.demo.sampling import Sampler, Samples
 from examples.demo.sequences import Sequences, lay_out, lay_out_prompts
-from examples.demo.sources import Source
+from examples.demo.sources import Degenerate, Source, best_worst_pairs
 from examples.demo.ways import Ways, on_hidden, on_logits
 from tests.demo.cases import CPU, PLAN, VOCAB, six_sources
 from unirl_kernels.testing import oracle
@@ -108,6 +108,23 @@ def test_comparison_passes_a_right_loss_and_fails_a_wrong_one(
     wrong = Source(source.algorithm, uk.grpo(beta=0.02), source.data, source.sequences, source.batch)
     row = compare(wrong, _ways(kind, model, wrong), PLAN, 2)
     assert all(check.failed for check in row.checks.values())
+
+
+def test_two_equal_samples_are_refused(model: LanguageModel, sampler: Sampler, samples: Samples) -> None:
+    source = six_sources(model, sampler, samples)[3]
+    ids, mask = (x.chunk(2)[0].repeat(2, 1) for x in (source.sequences.ids, source.sequences.mask))
+    prompt_of = source.sequences.prompt_of.chunk(2)[0].repeat(2)
+    sequences = replace(source.sequences, prompt_of=prompt_of, ids=ids, mask=mask)
+    target = source.batch.target.chunk(2)[0].repeat(2, 1)
+    ref = source.batch.ref_logp
+    assert ref is not None
+    batch = uk.Batch(target, ref_logp=ref.chunk(2)[0].repeat(2, 1))
+    equal = replace(source, sequences=sequences, batch=batch)
+    with pytest.raises(Degenerate, match="DPO: the data is degenerate: naive fp32 has no digit of its weight_grad"):
+        compare(equal, _ways("hidden", model, equal), PLAN, 2)
+    same = replace(samples, sequences=samples.sequences.select(torch.zeros(len(samples.verdicts), dtype=torch.int64)))
+    with pytest.raises(Degenerate, match="DPO: best and worst sample of each question are equal"):
+        best_worst_pairs(same, ref[:1].expand(len(samples.verdicts), -1))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from unirl_kernels.collectives import SumOverGroup
 from unirl_kernels.objectives import IPO, SFT, Scaled, Tokens, TopEntropy
 
 VOCAB = 31
-SHAPES = [Shape("padded", "", (8, 3, 0, 5), VOCAB), Shape("packed", "", (8, 3, 0, 5), VOCAB, packed=True)]
+SHAPES = [Shape("padded", "", (12, 5, 0, 7), VOCAB), Shape("packed", "", (12, 5, 0, 7), VOCAB, packed=True)]
 
 
 class Early:

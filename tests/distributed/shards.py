@@ -31,6 +31,8 @@ from tests.distributed.split import (
     shard_of,
     split,
 )
+from unirl_kernels.api import agreement
+from unirl_kernels.backends import unavailable
 from unirl_kernels.operators import shards
 from unirl_kernels.operators.shards import ShardArgs, Tiles
 
@@ -51,6 +53,17 @@ def check_losses() -> None:
                 said = problems(found, case, logits, batch, loss.make(), own)
                 assert not said, f"{case.shape} {widths} {loss} {plan}: {said}"
                 assert all(same_bits(x) for x in (found.loss, found.logp, found.entropy, found.lse))
+
+
+def check_triton() -> None:
+    """The kernels of the Triton backend take shards as they are, in its interpreter."""
+    if unavailable("triton", torch.device("cpu")):
+        return
+    case, widths, loss = CASES[0], WIDTHS[WORLD][1], BY_NAME["dpo"]
+    logits, batch = make(case, loss)
+    found = split(logits, batch, loss.make(), case.readout, widths, RANK, uk.Plan(backend="triton"))
+    own = partial(columns_of, widths=widths, rank=RANK)
+    assert not problems(found, case, logits, batch, loss.make(), own)
 
 
 def check_statistics() -> None:
@@ -113,6 +126,23 @@ def check_compiled() -> None:
     found = function(x, torch.where(batch.target == uk.IGNORE, uk.IGNORE, RANK))
     used = batch.target != uk.IGNORE
     assert all(bool(s[used].isnan().all()) for s in found), "other targets on each rank"
+
+
+def check_accelerators() -> None:
+    """Where reading waits: what was compared is remembered, and a hash of the targets goes with the moments."""
+    logits, batch = make(CASES[0], BY_NAME["grpo"])
+    widths, y = WIDTHS[WORLD][0], batch.target
+    x, shard = columns_of(logits, widths, RANK), shard_of(widths, RANK)
+    expected = uk.token_stats(x, y, shard=shard)
+    exchange = ("all_gather_into_tensor", 16 * y.numel() + 8)
+    with changed(agreement, "reading_waits", lambda target: True):
+        for compared in ([("all_gather_into_tensor", 96)], []):
+            with Traffic() as traffic:
+                found = uk.token_stats(x, y, shard=shard)
+            assert traffic.sent == [*compared, exchange]
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        others = uk.token_stats(x, torch.where(y == uk.IGNORE, uk.IGNORE, RANK), shard=shard)
+        assert all(bool(s[y != uk.IGNORE].isnan().all()) for s in others)
 
 
 def raises(kind: type[Exception], text: str, call: Callable[[], Any]) -> None:
@@ -204,14 +234,17 @@ def main(rank: int, file: str, world: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
 
     check_losses()
+    check_triton()
     check_statistics()
     check_traffic()
+    check_accelerators()
     check_bad_input()
     check_faults_are_seen()
     check_compiled()
     split_heads.check_heads()
     split_heads.check_rounded_heads()
     split_heads.check_traffic()
+    split_heads.check_compiled()
     split_heads.check_bad_input()
     split_heads.check_faults_are_seen()
     sequences.check_all()

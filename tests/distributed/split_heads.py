@@ -134,6 +134,26 @@ def check_traffic() -> None:
         assert traffic.sent == expected, hidden
 
 
+def check_compiled() -> None:
+    """fullgraph: four matmuls, and one sum of d_hidden in the backward."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    widths = WIDTHS[world][0]
+    head = make_head(SHAPE, BY_NAME["grpo"])
+    for hidden in ("whole", "split"):
+        shard = shard_of(widths, rank, hidden=hidden)
+        part = head.hidden.tensor_split(world, 1)[rank] if hidden == "split" else head.hidden
+        weight = columns_of(head.weight, widths, rank, dim=0)
+        eager, compiled = ([x.clone().requires_grad_() for x in (part, weight)] for _ in range(2))
+
+        def loss(h: Tensor, w: Tensor, shard: uk.VocabShard = shard) -> Tensor:
+            return uk.fused_linear_loss(h, w, head.batch, uk.dpo(), shard=shard).loss
+
+        loss(*eager).backward()
+        torch.compile(loss, backend="aot_eager", fullgraph=True)(*compiled).backward()
+        for a, b in zip(eager, compiled, strict=True):
+            torch.testing.assert_close(a.grad, b.grad)
+
+
 def check_bad_input() -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     last, widths = world - 1, WIDTHS[world][0]

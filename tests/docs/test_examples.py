@@ -29,6 +29,17 @@ def test_own_objective_learns() -> None:
     assert learnt[0] < 0.5 < 0.8 < learnt[-1], result.stdout
 
 
+@pytest.mark.slow
+def test_tensor_parallel_learns() -> None:
+    program = str(EXAMPLES / "tensor_parallel.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", program]
+    where = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=where)
+    assert result.returncode == 0, result.stderr
+    losses = [float(loss) for loss in re.findall(r"loss (\S+)", result.stdout)]
+    assert losses[0] > 4 > 1 > losses[-1], result.stdout
+
+
 class _Letters:
     """A tokenizer of characters: a stand-in of which the loop uses no more than this."""
 

@@ -33,7 +33,23 @@ def test_every_public_name_has_an_entry() -> None:
     assert [name for name in uk.__all__ if f"unirl_kernels.{name}" not in entries] == []
 
 
-@pytest.mark.parametrize("page", [name for name, text in PAGES.items() if FENCE.search(text)])
+OF_TRAINERS = [f"trainers/{name}.md" for name in ("openrlhf", "llamafactory", "swift", "prime_rl")]
+"""Pages whose examples need a trainer that has an environment of its own (``make test-trainers``)."""
+
+
+@pytest.mark.parametrize("page", OF_TRAINERS)
+def test_examples_of_trainers_name_what_exists(page: str) -> None:
+    ours = [line for _, text in FENCE.findall(PAGES[page]) for line in text.splitlines() if "unirl_kernels" in line]
+    assert ours
+    for line in ours:
+        exec(compile(line, page, "exec"), {})
+    for _, text in FENCE.findall(PAGES[page]):
+        compile(text, page, "exec")
+
+
+@pytest.mark.parametrize(
+    "page", [name for name, text in PAGES.items() if FENCE.search(text) and name not in OF_TRAINERS]
+)
 def test_examples_run(page: str) -> None:
     """In their order, as in one session."""
     torch.manual_seed(0)

@@ -20,6 +20,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of all cases")
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--case", type=int, help="run this one alone and say what it is")
+    parser.add_argument("--skip", choices=("cpu", "eager", "triton"), help="leave out the cases of a backend")
     parser.add_argument("--isa", nargs="+", choices=INSTRUCTION_SETS, default=INSTRUCTION_SETS, help="instruction sets")
     parser.add_argument("--worker", choices=INSTRUCTION_SETS, help=argparse.SUPPRESS)
     parser.add_argument("--progress", type=Path, help=argparse.SUPPRESS)
@@ -28,7 +29,7 @@ def main() -> int:
         return again(given.seed, given.case)
     if given.worker:
         numbers = numbers_of(given.worker, given.first)
-        search(given.seed, numbers, given.seconds, given.cases, given.progress)
+        search(given.seed, numbers, given.seconds, given.cases, given.progress, given.skip)
         return 0
     return searched(given)
 
@@ -49,6 +50,7 @@ def again(seed: int, number: int) -> int:
 def searched(given: argparse.Namespace) -> int:
     """Search on each instruction set and say what was found."""
     arguments = [f"--{name}={getattr(given, name)}" for name in ("seconds", "cases", "seed", "first")]
+    arguments += [f"--skip={given.skip}"] if given.skip else []
     began, total = time.monotonic(), Outcome()
     with tempfile.TemporaryDirectory() as folder:
         workers = [start(name, arguments, Path(folder)) for name in given.isa]

@@ -51,7 +51,14 @@ def numbers_of(instruction_set: str, first: int) -> Iterator[int]:
     return itertools.count(first + (INSTRUCTION_SETS.index(instruction_set) - first) % n, n)
 
 
-def search(seed: int, numbers: Iterator[int], seconds: float, cases: int, progress: Path | None = None) -> Outcome:
+def search(
+    seed: int,
+    numbers: Iterator[int],
+    seconds: float,
+    cases: int,
+    progress: Path | None = None,
+    skip: str | None = None,
+) -> Outcome:
     """Run cases in this process.
 
     Args:
@@ -59,6 +66,7 @@ def search(seed: int, numbers: Iterator[int], seconds: float, cases: int, progre
         seconds: after so many no further case is begun.
         cases: nor after so many cases.
         progress: a file that gets the outcome before each case, so that it is known where a process died.
+        skip: a backend whose cases are left out.
     """
     import torch
 
@@ -67,7 +75,8 @@ def search(seed: int, numbers: Iterator[int], seconds: float, cases: int, progre
     from unirl_kernels.backends import cpu
 
     outcome, end = Outcome(unavailable=cpu.unavailable(torch.device("cpu")) or ""), time.monotonic() + seconds
-    for number in itertools.islice(numbers, cases):
+    kept = (number for number in numbers if make(seed, number).backend != skip)
+    for number in itertools.islice(kept, cases):
         outcome.next = number
         if progress is not None:
             progress.write_text(json.dumps(vars(outcome)))

@@ -30,10 +30,11 @@ from tests.linear import (
     make_head,
 )
 from tests.places import PLACES, Place
-from unirl_kernels.backends import COMPOSED, load
+from unirl_kernels.backends import COMPOSED, ReadoutArgs, load
 from unirl_kernels.backends import matmuls as matmuls_module
 from unirl_kernels.backends.matmuls import Halved, Mixed, Widened
 from unirl_kernels.head.sizes import Shape, sizes_of
+from unirl_kernels.head.statistics import measure_chunks
 from unirl_kernels.head.sweep import Head, sweep
 from unirl_kernels.operators.linear import Wanted
 
@@ -296,6 +297,24 @@ def test_two_sizes_of_chunks(tokens: int, groups: int, ignored: bool, monkeypatc
     for leaf, exact_gradient in zip(leaves, (d_logits @ weight.float(), d_logits.t() @ hidden.float()), strict=True):
         assert leaf.grad is not None
         torch.testing.assert_close(leaf.grad, exact_gradient.bfloat16())
+
+
+@pytest.mark.usefixtures("_mixed_matmuls_on_the_cpu")
+def test_a_shard_is_measured_in_the_chunks_of_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A matmul of other sizes rounds otherwise."""
+    head = Head(torch.randn(700, 16).bfloat16(), torch.randn(40, 16).bfloat16(), None, torch.bfloat16, "eager")
+    target, memory, sizes = torch.randint(0, 40, (1, 700)), 128 * 160 * 3, []
+
+    class Seen(Wrapped):
+        def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
+            sizes.append(len(out))
+            self.matmuls.logits(hidden, bias, out)
+
+    with changed_matmuls(monkeypatch, "eager", lambda _: Seen(Mixed(head.weight))):
+        measure_chunks(head, target, ReadoutArgs(1.0, None, 1.0, None), memory)
+        chunks, _ = head.chunks(target.reshape(-1), memory)
+    assert sizes == [chunk.n for chunk in chunks]
+    assert max(sizes) == 128
 
 
 @pytest.mark.usefixtures("_mixed_matmuls_on_the_cpu")

@@ -79,24 +79,30 @@ def agreed(
         ValueError: when the ranks do not agree, on every rank, naming a rank and its value.
         IndexError: when a target is outside the vocabulary.
     """
-    if torch.compiler.is_compiling() or not isinstance(target, Tensor) or not has_values(target):
+    if torch.compiler.is_compiling() or (isinstance(target, Tensor) and not has_values(target)):
         own = check()
         return _args(shard, own.columns, same_targets=False), own.row_bytes
     try:
         own = check()
     except Exception:
-        _exchanged(shard, Terms(1, *[0] * 11), target.device)
+        device = target.device if isinstance(target, Tensor) else torch.device("cpu")
+        _exchanged(shard, Terms(1, *[0] * 11), device)
         raise
     most = -1 if own.max_chunk_bytes is None else own.max_chunk_bytes
     sizes = (target.dim(), target.shape[0], target.shape[-1])
     terms = Terms(0, shard.start, own.columns, own.row_bytes, shard.vocab, shard.tiles or 0, own.wants, most, *sizes, 0)
-    if target.device.type == "cpu" or waits:
+    if waits or not reading_waits(target):
         row_bytes = _compared(shard, terms._replace(hash=int(target_hash(target))), target)
         return _args(shard, own.columns, same_targets=True), row_bytes
     if (shard, terms) not in _known:
         _compared(shard, terms, target)
         _known.add((shard, terms))
     return _args(shard, own.columns, same_targets=False), own.row_bytes
+
+
+def reading_waits(target: Tensor) -> bool:
+    """Whether the values of a tensor are there only after waiting for a device."""
+    return target.device.type != "cpu"
 
 
 def _args(shard: VocabShard, columns: int, same_targets: bool) -> ShardArgs:

@@ -62,7 +62,12 @@ def program_args(loss: Loss, batch: Batch, dtype: torch.dtype) -> ProgramArgs:
     traced = loss.traced(batch.on_policy)
     weights = loss.weights(batch)
     values = [_exact(name, loss.field(name, batch, weights), dtype) for name in traced.fields]
-    fields = torch.stack(values) if batch.target.dim() == 2 else torch.stack(values).unsqueeze(1)
+    # A constant objective reads no field, not even its weight.
+    fields = (
+        torch.stack(values) if values else torch.empty(0, *batch.target.shape, dtype=dtype, device=batch.target.device)
+    )
+    if batch.target.dim() == 1:
+        fields = fields.unsqueeze(1)
     return ProgramArgs(traced.text, fields, loss.params(batch.on_policy, batch.target))
 
 

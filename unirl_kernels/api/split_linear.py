@@ -140,8 +140,7 @@ def _agreed(
         found.append((sweep, readout_args(readout, target, row_dtype(sweep.dtype), batch)))
         columns = head.weight.shape[0]
         check_tiles(shard, columns, operator)
-        used = head.weight.detach()[: shard.used(columns)]
-        row_bytes = Head(head.hidden, used, None, sweep.dtype, sweep.backend).matmuls.row_bytes
+        row_bytes = 0 if torch.compiler.is_compiling() else _row_bytes(head, shard.used(columns), sweep)
         wants = sum(2**k * wanted for k, wanted in enumerate(_wanted(head)))
         return Brought(columns, row_bytes, wants, sweep.max_chunk_bytes)
 
@@ -151,3 +150,9 @@ def _agreed(
         bias = None if head.bias is None else head.bias[: of_shard.columns]
         used = head._replace(weight=head.weight[: of_shard.columns], bias=bias)
     return SplitHead(used, *found[0], of_shard, row_bytes)
+
+
+def _row_bytes(head: HeadArgs, columns: int, sweep: SweepArgs) -> int:
+    """Memory for the logits of one token, and for what is made of them, of this rank."""
+    used = head.weight.detach()[:columns]
+    return Head(head.hidden, used, None, sweep.dtype, sweep.backend).matmuls.row_bytes

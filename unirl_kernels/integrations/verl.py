@@ -72,7 +72,7 @@ def patch() -> Patch:
         (of_logits, entropy_from_logits_with_chunking),
         (of_hidden, FusedLinearForPPO),
     ]
-    if importlib.util.find_spec("megatron") is not None:
+    if all(importlib.util.find_spec(name) is not None for name in ("megatron", "megatron.core")):
         of_shards = importlib.import_module("verl.utils.megatron.tensor_parallel")
         replaced += [(of_shards, getattr(megatron, name)) for name in OF_SHARDS]
     replacements = [Replacement(known(m, new.__name__, parameters_of(new))[0], new, "verl") for m, new in replaced]

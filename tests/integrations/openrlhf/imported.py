@@ -29,3 +29,5 @@ with_flash_attention = importlib.util.find_spec("flash_attn") is not None
 actors: Any = (
     importlib.import_module("openrlhf.models.actor") if with_flash_attention else _with_padding_of_flash_attention()
 )
+PolicyLoss: Any = importlib.import_module("openrlhf.models.loss").PolicyLoss
+compute_approx_kl: Any = importlib.import_module("openrlhf.models.utils").compute_approx_kl

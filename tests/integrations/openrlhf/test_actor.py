@@ -13,10 +13,8 @@ pytest.importorskip("openrlhf", reason="openrlhf is not installed: make test-tra
 
 
 import transformers
-from openrlhf.models.loss import PolicyLoss
-from openrlhf.models.utils import compute_approx_kl
 
-from tests.integrations.openrlhf.imported import actors  # before what else is OpenRLHF's
+from tests.integrations.openrlhf.imported import PolicyLoss, actors, compute_approx_kl
 from unirl_kernels.integrations import openrlhf, versions
 from unirl_kernels.testing import oracle
 from unirl_kernels.testing.budgets import condition_of, violations

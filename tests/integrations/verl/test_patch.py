@@ -14,8 +14,8 @@ import torch
 
 from tests import ROOT
 from tests.integrations.verl.modules import V, Verl, verl
+from unirl_kernels.integrations import megatron, versions
 from unirl_kernels.integrations import verl as ours
-from unirl_kernels.integrations import versions
 
 __all__ = ["verl"]
 
@@ -52,6 +52,29 @@ def test_patch_and_unpatch(verl: Verl) -> None:
     with ours.patch():
         assert all(verl.patched())
     assert not changed(before)
+
+
+def test_functions_of_split_vocabularies(verl: Verl, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where Megatron is installed, and back again."""
+    core = tmp_path / "megatron" / "core"
+    core.mkdir(parents=True)
+    for path in (core.parent / "__init__.py", core / "__init__.py", core / "parallel_state.py"):
+        path.touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    package = ModuleType("verl.utils.megatron")
+    package.__path__ = [str(Path(verl.logits.__file__ or "").parent / "megatron")]
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    try:
+        theirs = importlib.import_module("verl.utils.megatron.tensor_parallel")
+        before = {name: getattr(theirs, name) for name in ours.OF_SHARDS}
+        ours.patch()
+        assert all(getattr(theirs, name) is getattr(megatron, name) for name in before)
+        ours.unpatch()
+        assert all(getattr(theirs, name) is old for name, old in before.items())
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "megatron"]:
+            del sys.modules[name]
+        sys.modules.pop("verl.utils.megatron.tensor_parallel", None)
 
 
 def test_modules_that_have_imported_the_functions(verl: Verl, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,8 +66,8 @@ VECTORS_IN_FLIGHT = _SIZES["vectors_in_flight"]
 """Sweeps: 64 bytes per thread in flight, at 64 registers 64 KiB per multiprocessor."""
 
 L2_PERCENT = _SIZES["l2_percent"]
-"""What part of the L2 cache the rows in flight of ``two_sweep`` and their gradients may take: the second sweep of
-99 % of a row then finds it there if the cache keeps what was used last, of 75 % if half of the cache does so."""
+"""What part of the L2 cache the rows in flight of ``two_sweep`` and their gradients may take. The second sweep then
+finds 95 % of a row there, and 76 % if half of the cache holds the same as the other half."""
 
 SWEEP_WARPS = {2: 32, 4: 48, 8: 16}
 """Warps of ``two_sweep`` that share a multiprocessor, by the bytes of a logit: at 64, 40 and 90 registers."""

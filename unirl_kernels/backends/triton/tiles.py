@@ -107,7 +107,10 @@ def _load_shifted(
     MASKED: tl.constexpr,
     TILE: tl.constexpr,
 ) -> tl.tensor:
-    """``load`` from any address: lane i takes granules i and i + 1, and of these 32 bytes the 16 of its vector."""
+    """``load`` from any address: lane i takes granules i and i + 1, and of these 32 bytes the 16 of its vector.
+
+    Reads up to 15 bytes beyond either end of the row, in aligned 16 bytes that hold a byte of it: never another page.
+    """
     BYTES: tl.constexpr = 16 // TILE.vector
     address = row.to(tl.uint64)
     beyond = address % 16
