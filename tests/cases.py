@@ -78,8 +78,8 @@ class Shape:
 
     @property
     def n_logits(self) -> int:
-        places = sum(self.lengths) if self.packed else len(self.lengths) * max(*self.lengths, 1)
-        return places * self.vocab
+        positions = sum(self.lengths) if self.packed else len(self.lengths) * max(*self.lengths, 1)
+        return positions * self.vocab
 
     def __str__(self) -> str:
         return self.name
@@ -115,12 +115,12 @@ SHAPES = [
 
 
 def make_logits(shape: Shape, target: Tensor) -> Tensor:
-    """Logits as a trained model gives them: most places spread out, some sure of their target."""
+    """Logits as a trained model gives them: most positions spread out, some sure of their target."""
     vocab = shape.vocab
     extra = {"contiguous": (0, 0), "sliced": (1, 0), "padded": (0, 3)}[shape.strides]
-    *outer, places = target.shape
-    logits = torch.randn(*outer, places + extra[0], vocab + extra[1]) * 2
-    logits = logits[..., :places, :vocab]
+    *outer, positions = target.shape
+    logits = torch.randn(*outer, positions + extra[0], vocab + extra[1]) * 2
+    logits = logits[..., :positions, :vocab]
     index = target.clamp(min=0).unsqueeze(-1)
     bonus = torch.randint(0, 8, (*target.shape, 1)).float()
     if shape.fill == "certain":
@@ -133,7 +133,7 @@ def make_logits(shape: Shape, target: Tensor) -> Tensor:
     if shape.strides == "contiguous":
         return logits.to(shape.dtype)
     base = logits if logits._base is None else logits._base
-    return base.to(shape.dtype)[..., :places, :vocab]
+    return base.to(shape.dtype)[..., :positions, :vocab]
 
 
 def make_target(shape: Shape) -> tuple[Tensor, Tensor | None]:
@@ -144,7 +144,7 @@ def make_target(shape: Shape) -> tuple[Tensor, Tensor | None]:
     longest = max(*shape.lengths, 1)
     target = torch.randint(0, shape.vocab, (len(shape.lengths), longest))
     for row, length in zip(target, shape.lengths, strict=True):
-        # Prompts stand in front, padding behind: both kinds of ignored places.
+        # Prompts stand in front, padding behind: both kinds of ignored positions.
         ahead = (longest - length) // 2
         row[:ahead] = uk.IGNORE
         row[ahead + length :] = uk.IGNORE
@@ -159,7 +159,7 @@ def make_case(shape: Shape, loss: LossCase, device: str = "cpu", seed: int = 0) 
     logp = oracle.log_probs(logits.double(), target).float()
     old_logp = logp + 0.3 * torch.randn(logp.shape)
     ref_logp = logp + 0.2 * torch.randn(logp.shape)
-    # Whatever stands at ignored places must not matter.
+    # Whatever stands at ignored positions must not matter.
     old_logp[target == uk.IGNORE] = float("nan")
     ref_logp[target == uk.IGNORE] = float("inf")
     n = len(shape.lengths)

@@ -15,20 +15,20 @@ import pytest
 
 from tests.backends.cuda.emulated import emulated
 from tests.backends.cuda.emulator.build import load
-from tests.places import DEVICES, PLACES, Place
+from tests.runners import DEVICES, RUNNERS, Runner
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """``slow_interpreted`` becomes ``slow`` where Triton's interpreter runs the kernels."""
     for item in items:
-        place = getattr(item, "callspec", None) and item.callspec.params.get("place")  # type: ignore[attr-defined]
-        if item.get_closest_marker("slow_interpreted") and place.interpreted:
+        runner = getattr(item, "callspec", None) and item.callspec.params.get("runner")  # type: ignore[attr-defined]
+        if item.get_closest_marker("slow_interpreted") and runner.interpreted:
             item.add_marker("slow")
 
 
-@pytest.fixture(params=PLACES, ids=str)
-def place(request: pytest.FixtureRequest) -> Place:
+@pytest.fixture(params=RUNNERS, ids=str)
+def runner(request: pytest.FixtureRequest) -> Runner:
     """Every backend with every kernel on every device of this machine; a missing one is an error, not a skip."""
     return request.param
 
@@ -41,9 +41,9 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True)
 def _emulated(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The CUDA backend runs on the CPU in tests of a place that says so."""
-    place = getattr(request.node, "callspec", None) and request.node.callspec.params.get("place")
-    if not (isinstance(place, Place) and place.emulated):
+    """The CUDA backend runs on the CPU in tests of a runner that says so."""
+    runner = getattr(request.node, "callspec", None) and request.node.callspec.params.get("runner")
+    if not (isinstance(runner, Runner) and runner.emulated):
         yield
         return
     kernels = load("kernels")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import unirl_kernels as uk
 from tests.cases import BY_NAME, LossCase, Shape, make_target
-from tests.places import PLACES, Place
+from tests.runners import RUNNERS, Runner
 from unirl_kernels.backends import COMPOSED, choose, load
 from unirl_kernels.objectives import Tokens
 from unirl_kernels.testing import oracle
@@ -28,7 +28,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOSSES = [BY_NAME[name] for name in ("sft", "rft", "online_rft", "dpo", "ppo", "grpo", "dpo_mean", "grpo_token_mean")]
 
 
-NATIVE = [place for place in PLACES if not place.interpreted]
+NATIVE = [runner for runner in RUNNERS if not runner.interpreted]
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,10 +110,10 @@ CHUNKED = (3, 5)
 """Tokens per chunk: one that no pair fits, one that every pair and sequence fits."""
 
 
-def of(places: list[Place], losses: list[LossCase | CustomCase]) -> pytest.MarkDecorator:
-    """Every loss on every place; objectives that look beyond single tokens are composed."""
-    found = [(p, loss) for p in places for loss in losses if p.kernel == COMPOSED or loss.make().scope == "token"]
-    return pytest.mark.parametrize(("place", "loss"), found, ids=str)
+def of(runners: list[Runner], losses: list[LossCase | CustomCase]) -> pytest.MarkDecorator:
+    """Every loss on every runner; objectives that look beyond single tokens are composed."""
+    found = [(p, loss) for p in runners for loss in losses if p.kernel == COMPOSED or loss.make().scope == "token"]
+    return pytest.mark.parametrize(("runner", "loss"), found, ids=str)
 
 
 def make_head(
@@ -160,8 +160,8 @@ def budget(head: LinearHead, tokens: int | None, backend: str) -> int | None:
     return tokens * load(backend).matmuls(head.weight, head.hidden.dtype).row_bytes
 
 
-def plan_of(place: Place, head: LinearHead, tokens: int | None) -> uk.Plan:
-    return replace(place.plan(), max_chunk_bytes=budget(head, tokens, place.backend))
+def plan_of(runner: Runner, head: LinearHead, tokens: int | None) -> uk.Plan:
+    return replace(runner.plan(), max_chunk_bytes=budget(head, tokens, runner.backend))
 
 
 def chosen_plan(head: LinearHead, tokens: int | None) -> uk.Plan:

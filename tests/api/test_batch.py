@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import unirl_kernels as uk
-from tests.places import Place
+from tests.runners import Runner
 
 T = torch.zeros(4, 128, dtype=torch.int64)
 PACKED = torch.zeros(10, dtype=torch.int64)
@@ -178,16 +178,16 @@ def test_bad_input(case: str) -> None:
 
 
 @pytest.mark.parametrize("bad", [5, -1, -101, 2**40])
-def test_target_outside_the_vocabulary(bad: int, place: Place) -> None:
+def test_target_outside_the_vocabulary(bad: int, runner: Runner) -> None:
     """IndexError on the CPU; on an accelerator NaN in that row's loss and gradient, never out of bounds."""
-    target = torch.tensor([1, bad, 2], device=place.device)
-    leaf = torch.randn(3, 5, device=place.device).requires_grad_()
-    batch = uk.Batch(target, cu_seqlens=torch.tensor([0, 3], dtype=torch.int32, device=place.device))
-    if place.device == "cpu":
+    target = torch.tensor([1, bad, 2], device=runner.device)
+    leaf = torch.randn(3, 5, device=runner.device).requires_grad_()
+    batch = uk.Batch(target, cu_seqlens=torch.tensor([0, 3], dtype=torch.int32, device=runner.device))
+    if runner.device == "cpu":
         with pytest.raises(IndexError, match=rf"target must lie in \[0, 5\) or be -100, got {bad} at \(1,\)"):
-            uk.fused_loss(leaf, batch, uk.sft(), plan=place.plan())
+            uk.fused_loss(leaf, batch, uk.sft(), plan=runner.plan())
         return
-    out = uk.fused_loss(leaf, batch, uk.sft(), plan=place.plan())
+    out = uk.fused_loss(leaf, batch, uk.sft(), plan=runner.plan())
     (d_logits,) = torch.autograd.grad(out.loss, leaf)
     assert torch.isnan(out.loss)
     assert torch.isnan(d_logits[1]).all()
@@ -202,12 +202,12 @@ def test_shift_targets() -> None:
     assert uk.shift_targets(ids, mask).tolist() == [[i, 7, 8, i], [4, 3, i, i]]
 
 
-def test_shifted_targets_spare_the_slice(place: Place) -> None:
-    """The loss of unsliced logits is the loss of logits[:, :-1] against ids[:, 1:]; the last place gets no gradient."""
-    ids = torch.randint(0, 31, (2, 6), device=place.device)
-    leaf = torch.randn(2, 6, 31, device=place.device).requires_grad_()
-    whole = uk.fused_loss(leaf, uk.Batch(uk.shift_targets(ids)), uk.sft(), plan=place.plan())
-    sliced = uk.fused_loss(leaf[:, :-1], uk.Batch(ids[:, 1:].contiguous()), uk.sft(), plan=place.plan())
+def test_shifted_targets_spare_the_slice(runner: Runner) -> None:
+    """The loss of unsliced logits is the loss of logits[:, :-1] against ids[:, 1:]; the last one gets none."""
+    ids = torch.randint(0, 31, (2, 6), device=runner.device)
+    leaf = torch.randn(2, 6, 31, device=runner.device).requires_grad_()
+    whole = uk.fused_loss(leaf, uk.Batch(uk.shift_targets(ids)), uk.sft(), plan=runner.plan())
+    sliced = uk.fused_loss(leaf[:, :-1], uk.Batch(ids[:, 1:].contiguous()), uk.sft(), plan=runner.plan())
     torch.testing.assert_close(whole.loss, sliced.loss)
     gradients = [torch.autograd.grad(out.loss, leaf)[0] for out in (whole, sliced)]
     torch.testing.assert_close(*gradients)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import unirl_kernels as uk
-from tests.places import Place
+from tests.runners import Runner
 from unirl_kernels.backends import COMPOSED
 from unirl_kernels.head.statistics import TOKENS_OF_TILE
 from unirl_kernels.testing.budgets import violations
@@ -58,24 +58,24 @@ def measured(statistics: Callable[[Tensor], Sequence[Tensor]], x: Tensor) -> Mea
     return [*(value.detach() for value in values), *gradients]
 
 
-def one_pass(x: Tensor, target: Tensor, temperature: float, place: Place) -> Measured:
+def one_pass(x: Tensor, target: Tensor, temperature: float, runner: Runner) -> Measured:
     """By a loss for each statistic."""
     batch, readout = uk.Batch(target.unsqueeze(0)), uk.Readout(temperature)
     gradients: list[Tensor] = []
     for name in NAMES[:3]:
         leaf = x.detach().clone().requires_grad_()
         loss = uk.Loss(lambda t, name=name: getattr(t, name), uk.TokenMean(1))
-        out = uk.fused_loss(leaf.unsqueeze(0), batch, loss, readout=readout, plan=place.plan())
+        out = uk.fused_loss(leaf.unsqueeze(0), batch, loss, readout=readout, plan=runner.plan())
         gradients.append(torch.autograd.grad(out.loss, leaf)[0])
     return [out.logp.squeeze(0), out.entropy.squeeze(0), out.lse.squeeze(0), *gradients]
 
 
-def check(got: Measured, eager: Measured, truth: Measured, dtype: torch.dtype, place: Place | None = None) -> None:
+def check(got: Measured, eager: Measured, truth: Measured, dtype: torch.dtype, runner: Runner | None = None) -> None:
     for name, g, p, t in zip(NAMES, got, eager, truth, strict=True):
         ulps = 8.0
         if name.startswith("d_") and dtype == torch.bfloat16:
             # Rounded in the same direction but for what is near a tie: kernels find it to a small part of a last place.
-            p, ulps = p.to(dtype), 8.0 if place is not None and place.interpreted else 1 / 16
+            p, ulps = p.to(dtype), 8.0 if runner is not None and runner.interpreted else 1 / 16
         assert not (problems := violations(g.cpu(), p, t, ulps=ulps)), f"{name}: {problems}"
 
 
@@ -90,20 +90,20 @@ def case(scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("scale", SCALES)
-def test_statistics_and_gradients(scale: float, temperature: float, dtype: torch.dtype, place: Place) -> None:
-    if place.interpreted and (scale, temperature, dtype) not in (
+def test_statistics_and_gradients(scale: float, temperature: float, dtype: torch.dtype, runner: Runner) -> None:
+    if runner.interpreted and (scale, temperature, dtype) not in (
         (1.0, 0.001, torch.float32),
         (1e30, 1.0, torch.float32),
     ):
         pytest.skip("two of the cases show it; a row is slow under the interpreter")
-    x, target = (y[: 2 if place.interpreted else T] for y in case(scale, dtype))
-    if place.kernel == COMPOSED:
-        how: dict[str, Any] = {"readout": uk.Readout(temperature), "plan": place.plan()}
-        got = measured(lambda x: uk.token_stats(x, target.to(place.device), **how), x.to(place.device))
+    x, target = (y[: 2 if runner.interpreted else T] for y in case(scale, dtype))
+    if runner.kernel == COMPOSED:
+        how: dict[str, Any] = {"readout": uk.Readout(temperature), "plan": runner.plan()}
+        got = measured(lambda x: uk.token_stats(x, target.to(runner.device), **how), x.to(runner.device))
     else:
-        got = one_pass(x.to(place.device), target.to(place.device), temperature, place)
+        got = one_pass(x.to(runner.device), target.to(runner.device), temperature, runner)
     eager = measured(lambda x: plain(x, target, temperature), x.float())
-    check(got, eager, exact(x, target, temperature), dtype, place)
+    check(got, eager, exact(x, target, temperature), dtype, runner)
 
 
 def linear_head(scale: float, offset: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,23 +119,23 @@ def linear_head(scale: float, offset: float) -> tuple[Tensor, Tensor, Tensor]:
     ("scale", "offset", "temperature"),
     [(1.0, 0.0, 0.001), (1.0, 0.0, 100.0), (1.0, 1024.0, 1.0), (1.0, -1e5, 1.0), (1e4, 0.0, 1.0), (1e30, 0.0, 10.0)],
 )
-def test_linear_heads(scale: float, offset: float, temperature: float, tile: int, place: Place) -> None:
+def test_linear_heads(scale: float, offset: float, temperature: float, tile: int, runner: Runner) -> None:
     """Rows in one tile and in four, which merge; the backward makes the logits again."""
-    if place.kernel != COMPOSED:
+    if runner.kernel != COMPOSED:
         pytest.skip("statistics are the same for every one-pass kernel")
-    if place.interpreted and (tile == V or offset != 1024.0):
+    if runner.interpreted and (tile == V or offset != 1024.0):
         pytest.skip("one of the cases shows it; a row is slow under the interpreter")
     hidden, weight, bias = linear_head(scale, offset)
     x = torch.nn.functional.linear(hidden, weight, bias)
     assert torch.equal(x.double(), torch.nn.functional.linear(*(y.double() for y in (hidden, weight, bias))))
     target = torch.randint(0, V, (T,))
     target[::2] = x[::2].argmax(-1)
-    plan = uk.Plan(place.backend, max_chunk_bytes=4 * max(tile * TOKENS_OF_TILE, V))
+    plan = uk.Plan(runner.backend, max_chunk_bytes=4 * max(tile * TOKENS_OF_TILE, V))
     how: dict[str, Any] = {"readout": uk.Readout(temperature), "plan": plan}
-    operands = [y.to(place.device) for y in (hidden, weight, bias)]
+    operands = [y.to(runner.device) for y in (hidden, weight, bias)]
 
     def statistics(bias: Tensor) -> Sequence[Tensor]:
-        return uk.linear_token_stats(*operands[:2], target.to(place.device), bias=bias, **how)
+        return uk.linear_token_stats(*operands[:2], target.to(runner.device), bias=bias, **how)
 
     # The gradient of a bias is that of the logits, summed over tokens.
     truth, eager = exact(x, target, temperature), measured(lambda x: plain(x, target, temperature), x)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import unirl_kernels as uk
 from tests.linear import NATIVE
-from tests.places import Place
+from tests.runners import Runner
 from unirl_kernels.backends import COMPOSED, load
 
 V, D = 13, 6
@@ -21,7 +21,7 @@ BATCH = uk.Batch(TARGET, torch.tensor([1.0, -0.5]), None, torch.full((2, 3), -3.
 WEIGHT = torch.randn(V, D, generator=torch.Generator().manual_seed(0))
 SCOPES = {"token": uk.grpo(), "pair": uk.dpo()}
 
-of_places = pytest.mark.parametrize("place", NATIVE, ids=str)
+of_places = pytest.mark.parametrize("runner", NATIVE, ids=str)
 of_losses = pytest.mark.parametrize("loss", SCOPES.values(), ids=SCOPES)
 
 
@@ -41,14 +41,14 @@ STATISTICS: dict[str, Callable[[Tensor, uk.Plan], Any]] = {
 @of_places
 @pytest.mark.parametrize("statistic", ["logp", "entropy", "lse"])
 @pytest.mark.parametrize("name", STATISTICS)
-def test_statistics_may_be_written_into(name: str, statistic: str, place: Place) -> None:
+def test_statistics_may_be_written_into(name: str, statistic: str, runner: Runner) -> None:
     """As those of log_softmax and gather: trainers write zeros where a mask is False."""
     if "observations" in name:
-        place.need_observations()
+        runner.need_observations()
     x = torch.randn(2, 3, D if name.startswith("head") else V)
 
     def written(x: Tensor) -> Tensor:
-        found = STATISTICS[name](x, uk.Plan(place.backend))
+        found = STATISTICS[name](x, uk.Plan(runner.backend))
         for value in found[3:]:
             value.zero_()
         value = getattr(found, statistic)
@@ -57,7 +57,7 @@ def test_statistics_may_be_written_into(name: str, statistic: str, place: Place)
         return value.sum()
 
     def masked(x: Tensor) -> Tensor:
-        return 2 * (getattr(STATISTICS[name](x, uk.Plan(place.backend)), statistic) * MASK).sum()
+        return 2 * (getattr(STATISTICS[name](x, uk.Plan(runner.backend)), statistic) * MASK).sum()
 
     torch.testing.assert_close(gradient(x, written), gradient(x, masked))
 
@@ -66,9 +66,9 @@ def test_statistics_may_be_written_into(name: str, statistic: str, place: Place)
 @of_losses
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("linear", [False, True], ids=["logits", "head"])
-def test_outputs_may_be_written_into(linear: bool, dtype: torch.dtype, loss: uk.Loss, place: Place) -> None:
+def test_outputs_may_be_written_into(linear: bool, dtype: torch.dtype, loss: uk.Loss, runner: Runner) -> None:
     x, weight = torch.randn(2, 3, D if linear else V).to(dtype), WEIGHT.to(dtype)
-    plan = uk.Plan(place.backend, None if loss.scope == "pair" else place.kernel)
+    plan = uk.Plan(runner.backend, None if loss.scope == "pair" else runner.kernel)
 
     def output(x: Tensor) -> uk.LossOutput:
         if linear:
@@ -85,9 +85,9 @@ def test_outputs_may_be_written_into(linear: bool, dtype: torch.dtype, loss: uk.
     assert torch.equal(gradient(x, written), gradient(x, lambda x: 2 * output(x).loss))
 
 
-def failing(place: Place, name: str, error: BaseException, after: bool) -> Any:
+def failing(runner: Runner, name: str, error: BaseException, after: bool) -> Any:
     """A backend's function that raises, before or after its work."""
-    own = getattr(load(place.backend), name)
+    own = getattr(load(runner.backend), name)
 
     def function(*args: Any) -> Any:
         if after:
@@ -97,14 +97,14 @@ def failing(place: Place, name: str, error: BaseException, after: bool) -> Any:
     return function
 
 
-KERNELS = [place for place in NATIVE if place.backend in ("cpu", "eager") and place.kernel != COMPOSED]
+KERNELS = [runner for runner in NATIVE if runner.backend in ("cpu", "eager") and runner.kernel != COMPOSED]
 
 
-@pytest.mark.parametrize("place", KERNELS, ids=str)
+@pytest.mark.parametrize("runner", KERNELS, ids=str)
 @of_losses
-def test_logits_are_whole_when_the_call_raises(loss: uk.Loss, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_are_whole_when_the_call_raises(loss: uk.Loss, runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     """And empty when it is interrupted: what has been written by then is a gradient."""
-    plan = uk.Plan(place.backend, overwrite_logits=True)
+    plan = uk.Plan(runner.backend, overwrite_logits=True)
     name = "fused_loss" if loss.scope == "token" else "token_stats_backward"
     leaf = torch.randn(2, 4, V, requires_grad=True)
     expected = torch.autograd.grad(uk.fused_loss((leaf * 1)[:, 1:], BATCH, loss, plan=plan).loss, leaf)
@@ -115,7 +115,7 @@ def test_logits_are_whole_when_the_call_raises(loss: uk.Loss, place: Place, monk
         return torch.autograd.grad(uk.fused_loss(part, BATCH, loss, plan=plan).loss, leaf)
 
     with monkeypatch.context() as patched:
-        patched.setattr(load(place.backend), name, failing(place, name, MemoryError("none left"), after=False))
+        patched.setattr(load(runner.backend), name, failing(runner, name, MemoryError("none left"), after=False))
         with pytest.raises(MemoryError, match="none left"):
             run()
     assert torch.equal(whole, leaf)
@@ -124,7 +124,7 @@ def test_logits_are_whole_when_the_call_raises(loss: uk.Loss, place: Place, monk
     whole = leaf * 1
     part = whole[:, 1:]
     with monkeypatch.context() as patched:
-        patched.setattr(load(place.backend), name, failing(place, name, KeyboardInterrupt(), after=True))
+        patched.setattr(load(runner.backend), name, failing(runner, name, KeyboardInterrupt(), after=True))
         with pytest.raises(KeyboardInterrupt):
             run()
     assert whole.numel() == part.numel() == 0

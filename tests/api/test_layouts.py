@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import unirl_kernels as uk
-from tests.places import Place
+from tests.runners import Runner
 from unirl_kernels.backends import COMPOSED
 
 B, L, V, D = 2, 3, 16, 8
@@ -83,26 +83,26 @@ def with_gradients(values: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[T
     return [x.detach().reshape(-1) for x in (*values, *gradients)]
 
 
-def losses(case: Case, place: Place) -> list[Tensor]:
+def losses(case: Case, runner: Runner) -> list[Tensor]:
     hidden, weight, bias, batch, readout = case
     found: list[Tensor] = []
     for name, loss in LOSSES.items():
-        if (name == "dpo" and place.kernel != COMPOSED) or (name != "own" and place.interpreted):
+        if (name == "dpo" and runner.kernel != COMPOSED) or (name != "own" and runner.interpreted):
             continue
         logits = torch.nn.functional.linear(hidden, weight, bias).detach().requires_grad_()
-        out = uk.fused_loss(logits, batch, loss, readout=readout, plan=place.plan())
+        out = uk.fused_loss(logits, batch, loss, readout=readout, plan=runner.plan())
         found += [*with_gradients([out.loss], [logits]), *out.terms, *out.metrics.values()]
         leaves = [x.detach().requires_grad_() for x in (hidden, weight, bias)]
         for tokens in (B * L, B * L // 2):
-            plan = uk.Plan(place.backend, place.kernel, max_chunk_bytes=4 * V * tokens)
+            plan = uk.Plan(runner.backend, runner.kernel, max_chunk_bytes=4 * V * tokens)
             out = uk.fused_linear_loss(*leaves[:2], batch, loss, bias=leaves[2], readout=readout, plan=plan)
             found += with_gradients([out.loss], leaves)
     return found
 
 
-def statistics(case: Case, place: Place) -> list[Tensor]:
+def statistics(case: Case, runner: Runner) -> list[Tensor]:
     hidden, weight, bias, batch, readout = case
-    how: dict[str, Any] = {"readout": readout, "plan": uk.Plan(place.backend)}
+    how: dict[str, Any] = {"readout": readout, "plan": uk.Plan(runner.backend)}
     logits = torch.nn.functional.linear(hidden, weight, bias).detach().requires_grad_()
     leaves = [x.detach().requires_grad_() for x in (hidden, weight, bias)]
     return [
@@ -113,16 +113,16 @@ def statistics(case: Case, place: Place) -> list[Tensor]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-def test_layouts(packed: bool, layout: str, place: Place) -> None:
-    if place.interpreted and (layout != "strided" or not packed):
+def test_layouts(packed: bool, layout: str, runner: Runner) -> None:
+    if runner.interpreted and (layout != "strided" or not packed):
         pytest.skip("one layout shows it; a row is slow under the interpreter")
-    of = statistics if place.kernel == COMPOSED and place.interpreted else lambda *a: losses(*a) + statistics(*a)
-    expected = of(make(torch.Tensor.contiguous, packed, place.device), place)
-    for got, wanted in zip(of(make(LAYOUTS[layout], packed, place.device), place), expected, strict=True):
+    of = statistics if runner.kernel == COMPOSED and runner.interpreted else lambda *a: losses(*a) + statistics(*a)
+    expected = of(make(torch.Tensor.contiguous, packed, runner.device), runner)
+    for got, wanted in zip(of(make(LAYOUTS[layout], packed, runner.device), runner), expected, strict=True):
         torch.testing.assert_close(got, wanted)
 
 
-def test_tensors_that_repeat_one_element(place: Place) -> None:
+def test_tensors_that_repeat_one_element(runner: Runner) -> None:
     """Expanded ones: one hidden state, one target and one advantage for all."""
     hidden, weight = torch.randn(D), torch.randn(V, D)
     target, advantage = torch.tensor(3), torch.tensor(0.5)
@@ -130,9 +130,9 @@ def test_tensors_that_repeat_one_element(place: Place) -> None:
 
     def loss(expand: Callable[[Tensor], Tensor]) -> Tensor:
         tokens = (hidden.expand(B, L, D), target.expand(B, L), advantage.expand(B), old_logp.expand(B, L))
-        x, *fields = (expand(y).to(place.device) for y in tokens)
+        x, *fields = (expand(y).to(runner.device) for y in tokens)
         batch = uk.Batch(*fields)
-        return uk.fused_linear_loss(x, weight.to(place.device), batch, uk.ppo(), plan=place.plan()).loss
+        return uk.fused_linear_loss(x, weight.to(runner.device), batch, uk.ppo(), plan=runner.plan()).loss
 
     torch.testing.assert_close(loss(lambda x: x), loss(torch.Tensor.contiguous))
 

@@ -77,7 +77,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "bias of D": ({"bias": torch.zeros(D)}, ValueError, f"bias must have shape ({V},), got ({D},)"),
     "bias of two dimensions": ({"bias": torch.zeros(1, V)}, ValueError, f"bias must have shape ({V},), got (1, {V})"),
-    "hidden of other places": (
+    "hidden of other positions": (
         {"hidden": torch.zeros(2, 4, D)},
         ValueError,
         f"hidden must have shape (2, 3, D), got (2, 4, {D})",
@@ -199,7 +199,7 @@ def test_autocast_does_not_mix_fp64() -> None:
 def test_target_outside_the_vocabulary(
     function: Callable[..., Tensor], word: int, tokens: int | None, gradient: bool
 ) -> None:
-    """Named by its place in the caller's tensor, however chunks are cut and whatever is ignored before it."""
+    """Named by its position in the caller's tensor, however chunks are cut and whatever is ignored before it."""
     target = torch.tensor([[0, uk.IGNORE, 1], [uk.IGNORE, 2, word]])
     plan = uk.Plan("cpu", max_chunk_bytes=None if tokens is None else tokens * 4 * V)
     values = arguments(target=target, plan=plan)

@@ -12,7 +12,7 @@ from torch import Tensor
 import unirl_kernels as uk
 from tests.cases import BY_NAME, SHAPES, Shape, make_case
 from tests.observed import check
-from tests.places import Place
+from tests.runners import Runner
 from unirl_kernels.backends import COMPOSED, ReadoutArgs, load
 from unirl_kernels.testing import oracle
 
@@ -43,16 +43,16 @@ TIES = {
 
 
 @pytest.fixture
-def place(place: Place) -> Place:
-    if place.kernel != COMPOSED:
+def runner(runner: Runner) -> Runner:
+    if runner.kernel != COMPOSED:
         pytest.skip("observations are the same for every one-pass kernel")
-    place.need_observations()
-    return place
+    runner.need_observations()
+    return runner
 
 
-def observe(logits: Tensor, target: Tensor, place: Place, **readout: Any) -> uk.TokenObservations:
-    given = (logits.to(place.device), target.to(place.device))
-    return uk.token_observations(*given, readout=uk.Readout(**readout), plan=place.plan())
+def observe(logits: Tensor, target: Tensor, runner: Runner, **readout: Any) -> uk.TokenObservations:
+    given = (logits.to(runner.device), target.to(runner.device))
+    return uk.token_observations(*given, readout=uk.Readout(**readout), plan=runner.plan())
 
 
 def hold(found: uk.TokenObservations, logits: Tensor, target: Tensor, **readout: Any) -> None:
@@ -61,87 +61,87 @@ def hold(found: uk.TokenObservations, logits: Tensor, target: Tensor, **readout:
     check(found, logits, target, *z, readout.get("scale", 1.0))
 
 
-def compare(shape: Shape, place: Place, **readout: Any) -> None:
-    logits, batch = make_case(shape, BY_NAME["sft"], place.device)
-    hold(observe(logits, batch.target, place, **readout), logits, batch.target, **readout)
+def compare(shape: Shape, runner: Runner, **readout: Any) -> None:
+    logits, batch = make_case(shape, BY_NAME["sft"], runner.device)
+    hold(observe(logits, batch.target, runner, **readout), logits, batch.target, **readout)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_observations(shape: Shape, place: Place) -> None:
-    if not place.takes(shape):
+def test_observations(shape: Shape, runner: Runner) -> None:
+    if not runner.takes(shape):
         pytest.skip(f"{shape.n_logits} logits are too many for Triton's interpreter")
-    compare(shape, place)
+    compare(shape, runner)
 
 
 @pytest.mark.parametrize("readout", READOUTS)
 @pytest.mark.parametrize("shape", ["small", "bf16", "row_padding", "masked"])
-def test_readouts(readout: str, shape: str, place: Place) -> None:
+def test_readouts(readout: str, shape: str, runner: Runner) -> None:
     if shape == "masked" and "scale" in READOUTS[readout]:
         pytest.skip("-inf is then the most probable word")
-    compare(BY_SHAPE[shape], place, **READOUTS[readout])
+    compare(BY_SHAPE[shape], runner, **READOUTS[readout])
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("shape", ["small", "packed"])
-def test_temperature_per_token(shape: str, softcap: float | None, place: Place) -> None:
-    _, batch = make_case(BY_SHAPE[shape], BY_NAME["sft"], place.device)
-    temperature = (0.5 + torch.rand(batch.target.shape)).to(place.device)
-    compare(BY_SHAPE[shape], place, softcap=softcap, temperature=temperature)
+def test_temperature_per_token(shape: str, softcap: float | None, runner: Runner) -> None:
+    _, batch = make_case(BY_SHAPE[shape], BY_NAME["sft"], runner.device)
+    temperature = (0.5 + torch.rand(batch.target.shape)).to(runner.device)
+    compare(BY_SHAPE[shape], runner, softcap=softcap, temperature=temperature)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("scale", [1.0, -0.5])
-def test_the_first_maximum_wins(scale: float, dtype: torch.dtype, place: Place) -> None:
-    if place.interpreted and (dtype == torch.bfloat16) != (scale == 1.0):
+def test_the_first_maximum_wins(scale: float, dtype: torch.dtype, runner: Runner) -> None:
+    if runner.interpreted and (dtype == torch.bfloat16) != (scale == 1.0):
         pytest.skip("a row is slow under the interpreter")
     vocab = 8203
     logits = -scale * torch.rand(1, len(TIES), vocab).to(dtype)
     for row, columns in zip(logits[0], TIES.values(), strict=True):
         row[list(columns)] = 3 * scale
-    found = observe(logits, torch.zeros(1, len(TIES), dtype=torch.int64), place, scale=scale)
+    found = observe(logits, torch.zeros(1, len(TIES), dtype=torch.int64), runner, scale=scale)
     got = dict(zip(TIES, found.argmax[0].tolist(), strict=True))
     assert got == {name: columns[0] for name, columns in TIES.items()}
 
 
 @pytest.mark.parametrize("vocab", [1, 101, 8203])
-def test_equal_logits(vocab: int, place: Place) -> None:
-    found = observe(torch.full((2, vocab), -7.25), torch.zeros(2, dtype=torch.int64), place, temperature=2.0)
+def test_equal_logits(vocab: int, runner: Runner) -> None:
+    found = observe(torch.full((2, vocab), -7.25), torch.zeros(2, dtype=torch.int64), runner, temperature=2.0)
     assert found.argmax.tolist() == [0, 0]
     assert found.mean_logit.tolist() == pytest.approx([-3.625] * 2, rel=1e-6)
-    expected = -torch.log(torch.full((2,), float(vocab))).to(place.device)
+    expected = -torch.log(torch.full((2,), float(vocab))).to(runner.device)
     torch.testing.assert_close(found.log_sum_sq_probs, expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("scale", [1.0, -1.0])
-def test_a_softcap_hides_no_maximum(scale: float, place: Place) -> None:
+def test_a_softcap_hides_no_maximum(scale: float, runner: Runner) -> None:
     """tanh is 1 in fp32 for both, and z increases all the same."""
     logits = torch.randn(1, 300)
     logits[0, [20, 200]] = scale * torch.tensor([90.0, 90.5])
-    found = observe(logits, torch.tensor([7]), place, softcap=2.0, scale=scale)
+    found = observe(logits, torch.tensor([7]), runner, softcap=2.0, scale=scale)
     assert found.argmax.item() == 200
 
 
-def test_masked_words(place: Place) -> None:
+def test_masked_words(runner: Runner) -> None:
     """They bring the mean to -inf unless a softcap bounds them, and are the argmax only where nothing else is."""
     logits = torch.full((4, 2100), -torch.inf)
     logits[0, 2077], logits[1, ::2], logits[2, :5] = -3.0, 0.5, torch.arange(5.0)
     target = torch.tensor([2077, 0, 4, 9])
-    found = observe(logits, target, place)
+    found = observe(logits, target, runner)
     assert found.argmax.tolist() == [2077, 0, 4, 0]
     assert found.mean_logit.isneginf().all()
     truth = torch.tensor([0.0, -1050.0]), torch.arange(5.0).log_softmax(0).mul(2).logsumexp(0)
-    expected = torch.stack([truth[0][0], -torch.log(-truth[0][1]), truth[1]]).to(place.device)
+    expected = torch.stack([truth[0][0], -torch.log(-truth[0][1]), truth[1]]).to(runner.device)
     torch.testing.assert_close(found.log_sum_sq_probs[:3], expected, rtol=1e-6, atol=1e-6)
-    capped = observe(logits, target, place, softcap=5.0)
+    capped = observe(logits, target, runner, softcap=5.0)
     assert capped.argmax.tolist() == [2077, 0, 4, 0]
-    torch.testing.assert_close(capped.mean_logit, torch.tanh(logits.to(place.device) / 5).mul(5).mean(-1))
+    torch.testing.assert_close(capped.mean_logit, torch.tanh(logits.to(runner.device) / 5).mul(5).mean(-1))
 
 
-def test_rows_without_a_distribution_have_no_argmax(place: Place) -> None:
+def test_rows_without_a_distribution_have_no_argmax(runner: Runner) -> None:
     logits = torch.randn(4, 600)
     logits[1, 17], logits[2, 599] = torch.nan, torch.inf
     target = torch.tensor([1, 2, 3, 4])
-    found, clean = observe(logits, target, place), observe(logits[[0, 3]], target[[0, 3]], place)
+    found, clean = observe(logits, target, runner), observe(logits[[0, 3]], target[[0, 3]], runner)
     assert found.argmax[1:3].tolist() == [-1, -1]
     assert found.log_sum_sq_probs[1:3].isnan().all()
     assert not found.mean_logit[1:3].isfinite().any()
@@ -149,24 +149,24 @@ def test_rows_without_a_distribution_have_no_argmax(place: Place) -> None:
         assert torch.equal(x[[0, 3]], y)
 
 
-def test_ignored_rows_are_not_read(place: Place) -> None:
+def test_ignored_rows_are_not_read(runner: Runner) -> None:
     logits = torch.randn(4, 65)
     logits[1:3] = torch.nan
     target = torch.tensor([3, uk.IGNORE, uk.IGNORE, 4])
-    found = observe(logits, target, place)
+    found = observe(logits, target, runner)
     assert found.argmax[1:3].tolist() == [-1, -1]
     for x in found[:-1]:
         assert not x[1:3].any()
         assert x[[0, 3]].isfinite().all()
 
 
-def test_targets_that_are_no_words(place: Place) -> None:
+def test_targets_that_are_no_words(runner: Runner) -> None:
     logits, target = torch.randn(1, 3, 65), torch.tensor([[3, 65, -1]])
-    if place.device == "cpu":
+    if runner.device == "cpu":
         with pytest.raises(IndexError, match=r"target must lie in \[0, 65\) or be -100, got 65 at \(1,\)"):
-            observe(logits, target, place)
+            observe(logits, target, runner)
     readout = ReadoutArgs(1.0, None, 1.0, None)
-    rows = load(place.backend).token_observations(logits.to(place.device), target.to(place.device), readout)
+    rows = load(runner.backend).token_observations(logits.to(runner.device), target.to(runner.device), readout)
     assert rows.observations.argmax[0, 1:].tolist() == [-1, -1]
     for x in (*rows.stats, *rows.moments, *rows.observations[:-1]):
         assert x[0, 1:].isnan().all()
@@ -175,11 +175,11 @@ def test_targets_that_are_no_words(place: Place) -> None:
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("shape", ["small", "bf16"])
-def test_statistics_and_gradients_are_those_of_token_stats(shape: str, overwrite: bool, place: Place) -> None:
-    logits, batch = make_case(BY_SHAPE[shape], BY_NAME["sft"], place.device)
-    if place.interpreted and (shape == "bf16") != overwrite:
+def test_statistics_and_gradients_are_those_of_token_stats(shape: str, overwrite: bool, runner: Runner) -> None:
+    logits, batch = make_case(BY_SHAPE[shape], BY_NAME["sft"], runner.device)
+    if runner.interpreted and (shape == "bf16") != overwrite:
         pytest.skip("two of the four cases show it; a row is slow under the interpreter")
-    weights = torch.randn(3, *batch.target.shape, device=place.device)
+    weights = torch.randn(3, *batch.target.shape, device=runner.device)
     results = []
     for measure in (uk.token_stats, uk.token_observations):
         leaf = logits.detach().requires_grad_()
@@ -187,7 +187,7 @@ def test_statistics_and_gradients_are_those_of_token_stats(shape: str, overwrite
         address = computed.data_ptr()
         seen: list[int] = []
         computed.register_hook(lambda g, seen=seen: seen.append(g.data_ptr()))
-        found = measure(computed, batch.target, plan=place.plan(overwrite_logits=overwrite))
+        found = measure(computed, batch.target, plan=runner.plan(overwrite_logits=overwrite))
         stats = (found.logp, found.entropy, found.lse)
         assert [x.requires_grad for x in found] == [True] * 3 + [False] * (len(found) - 3)
         sum((x * w).sum() for x, w in zip(stats, weights, strict=True)).backward()
@@ -198,17 +198,17 @@ def test_statistics_and_gradients_are_those_of_token_stats(shape: str, overwrite
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_bits_depend_on_the_row_alone(dtype: torch.dtype, place: Place) -> None:
-    if place.backend == "eager":
+def test_bits_depend_on_the_row_alone(dtype: torch.dtype, runner: Runner) -> None:
+    if runner.backend == "eager":
         pytest.skip("torch chooses how to add by the shape of the whole tensor")
-    if place.interpreted and dtype == torch.float32:
+    if runner.interpreted and dtype == torch.float32:
         pytest.skip("a row is slow under the interpreter")
-    logits = (torch.randn(4, 5003) * 3).to(dtype).to(place.device)
-    target = torch.randint(0, 5003, (4,), device=place.device)
-    shifted = torch.empty(4 * 5003 + 1, dtype=dtype, device=place.device)[1:].view(4, 5003).copy_(logits)
-    whole = observe(logits, target, place)
+    logits = (torch.randn(4, 5003) * 3).to(dtype).to(runner.device)
+    target = torch.randint(0, 5003, (4,), device=runner.device)
+    shifted = torch.empty(4 * 5003 + 1, dtype=dtype, device=runner.device)[1:].view(4, 5003).copy_(logits)
+    whole = observe(logits, target, runner)
     for rows, x in ((slice(0, 4), logits), (slice(2, 3), logits), (slice(1, 3), logits), (slice(0, 4), shifted)):
-        for a, b in zip(whole, observe(x[rows], target[rows], place), strict=True):
+        for a, b in zip(whole, observe(x[rows], target[rows], runner), strict=True):
             assert torch.equal(a[rows], b)
 
 

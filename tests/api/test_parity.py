@@ -8,7 +8,7 @@ import torch
 import unirl_kernels as uk
 from tests.cases import BY_NAME, LOSSES, SHAPES, LossCase, Shape, make_case
 from tests.parity import check, fused
-from tests.places import PLACES, Place
+from tests.runners import RUNNERS, Runner
 from unirl_kernels.program import evaluate
 from unirl_kernels.testing import oracle
 
@@ -16,64 +16,64 @@ EVERY_LOSS_ON = [shape for shape in SHAPES if shape.name in ("small", "packed")]
 EVERY_SHAPE_WITH = [BY_NAME[name] for name in ("sft", "grpo", "dpo")]
 
 
-def cases(place: Place) -> list[tuple[LossCase, Shape]]:
+def cases(runner: Runner) -> list[tuple[LossCase, Shape]]:
     """Every loss on a shape of each layout, every shape with a loss of each kind; fewer under the interpreter."""
-    on, used = (EVERY_LOSS_ON[:1], EVERY_SHAPE_WITH[1:]) if place.interpreted else (EVERY_LOSS_ON, EVERY_SHAPE_WITH)
+    on, used = (EVERY_LOSS_ON[:1], EVERY_SHAPE_WITH[1:]) if runner.interpreted else (EVERY_LOSS_ON, EVERY_SHAPE_WITH)
     pairs = [(loss, shape) for loss in LOSSES for shape in on]
     pairs += [(loss, shape) for shape in SHAPES if shape not in on for loss in used]
-    return [(loss, shape) for loss, shape in pairs if place.runs(loss) and place.takes(shape)]
+    return [(loss, shape) for loss, shape in pairs if runner.runs(loss) and runner.takes(shape)]
 
 
-def parametrized(*triples: tuple[Place, LossCase, Shape]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize(("place", "loss", "shape"), triples, ids=str)
+def parametrized(*triples: tuple[Runner, LossCase, Shape]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(("runner", "loss", "shape"), triples, ids=str)
 
 
-def run(place: Place, loss: LossCase, shape: Shape, **choices: bool) -> None:
-    logits, batch = make_case(shape, loss, place.device)
-    check(fused(logits, batch, loss.make(), place.plan(**choices)), logits, batch, loss, place.interpreted)
+def run(runner: Runner, loss: LossCase, shape: Shape, **choices: bool) -> None:
+    logits, batch = make_case(shape, loss, runner.device)
+    check(fused(logits, batch, loss.make(), runner.plan(**choices)), logits, batch, loss, runner.interpreted)
 
 
-@parametrized(*((place, *case) for place in PLACES for case in cases(place)))
-def test_loss_and_gradient(place: Place, loss: LossCase, shape: Shape) -> None:
-    run(place, loss, shape)
+@parametrized(*((runner, *case) for runner in RUNNERS for case in cases(runner)))
+def test_loss_and_gradient(runner: Runner, loss: LossCase, shape: Shape) -> None:
+    run(runner, loss, shape)
 
 
 SMALL_SHAPES = [shape for shape in SHAPES if shape.n_logits < 10_000]
 
 
 @parametrized(
-    *((place, BY_NAME["grpo"], s) for place in PLACES for s in SMALL_SHAPES[:: 4 if place.interpreted else 1])
+    *((runner, BY_NAME["grpo"], s) for runner in RUNNERS for s in SMALL_SHAPES[:: 4 if runner.interpreted else 1])
 )
-def test_overwriting_the_logits(place: Place, loss: LossCase, shape: Shape) -> None:
-    run(place, loss, shape, overwrite_logits=True)
+def test_overwriting_the_logits(runner: Runner, loss: LossCase, shape: Shape) -> None:
+    run(runner, loss, shape, overwrite_logits=True)
 
 
-@parametrized(*((place, loss, SHAPES[0]) for place in PLACES for loss in LOSSES if place.runs(loss)))
-def test_on_policy(place: Place, loss: LossCase, shape: Shape) -> None:
+@parametrized(*((runner, loss, SHAPES[0]) for runner in RUNNERS for loss in LOSSES if runner.runs(loss)))
+def test_on_policy(runner: Runner, loss: LossCase, shape: Shape) -> None:
     """Without old_logp the ratio is 1 and its gradient is not lost."""
-    logits, batch = make_case(shape, loss, place.device)
+    logits, batch = make_case(shape, loss, runner.device)
     batch = uk.Batch(batch.target, batch.advantage, None, batch.ref_logp)
-    check(fused(logits, batch, loss.make(), place.plan()), logits, batch, loss, place.interpreted)
+    check(fused(logits, batch, loss.make(), runner.plan()), logits, batch, loss, runner.interpreted)
 
 
-def test_advantage_per_token(place: Place) -> None:
+def test_advantage_per_token(runner: Runner) -> None:
     loss = BY_NAME["ppo"]
     for shape in EVERY_LOSS_ON:
-        logits, batch = make_case(shape, loss, place.device)
-        advantage = torch.randn(batch.target.shape).to(place.device)
+        logits, batch = make_case(shape, loss, runner.device)
+        advantage = torch.randn(batch.target.shape).to(runner.device)
         batch = uk.Batch(batch.target, advantage, batch.old_logp, batch.ref_logp, batch.cu_seqlens)
-        check(fused(logits, batch, loss.make(), place.plan()), logits, batch, loss, place.interpreted)
+        check(fused(logits, batch, loss.make(), runner.plan()), logits, batch, loss, runner.interpreted)
 
 
 @pytest.mark.parametrize("loss", ["sft", "ppo"])
-def test_target_that_is_masked(loss: str, place: Place) -> None:
+def test_target_that_is_masked(loss: str, runner: Runner) -> None:
     """Probability 0: an infinite loss or a ratio of 0, and the gradient of log_softmax and gather."""
     case = BY_NAME[loss]
-    logits, batch = make_case(SHAPES[0], case, place.device)
+    logits, batch = make_case(SHAPES[0], case, runner.device)
     first = tuple(batch.valid.nonzero()[0].tolist())
     logits[(*first, batch.target[first])] = float("-inf")
-    got = fused(logits, batch, case.make(), place.plan())
-    check(got, logits, batch, case, place.interpreted)
+    got = fused(logits, batch, case.make(), runner.plan())
+    check(got, logits, batch, case, runner.interpreted)
     assert bool(got.loss.isinf()) == (loss == "sft")
     assert bool(got.d_logits[first].any()) == (loss == "sft")
 

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from tests.backends.triton.rows import OBJECTIVES, READOUTS, make_program, make_rows
-from tests.places import PLACES, Place
+from tests.runners import RUNNERS, Runner
 from unirl_kernels.backends import COMPOSED, RowGradients, load
 from unirl_kernels.batch import IGNORE
 from unirl_kernels.program import trace
 
-KERNELS = [place for place in PLACES if place.backend != "cpu" and place.kernel != COMPOSED]
+KERNELS = [runner for runner in RUNNERS if runner.backend != "cpu" and runner.kernel != COMPOSED]
 """The CPU's products take gradients in fp32."""
 
 LAYOUTS = {
@@ -24,7 +24,7 @@ LAYOUTS = {
 }
 """V, distance between rows and start of the first."""
 
-of_kernels = pytest.mark.parametrize("place", KERNELS, ids=str)
+of_kernels = pytest.mark.parametrize("runner", KERNELS, ids=str)
 of_layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 
@@ -35,9 +35,9 @@ def memory(layout: str, dtype: torch.dtype, device: str) -> Tensor:
     return whole.as_strided((1, 3, vocab), (3 * stride, stride, 1), start)
 
 
-def check(place: Place, rounded: Tensor, exact: Tensor) -> None:
+def check(runner: Runner, rounded: Tensor, exact: Tensor) -> None:
     """One is the other, rounded, and nothing beside it was written."""
-    if place.interpreted:  # which rounds towards zero
+    if runner.interpreted:  # which rounds towards zero
         exact = (exact.contiguous().view(torch.int32) & -(2**16)).view(torch.float32)
     assert exact.any()
     assert torch.equal(rounded, exact.to(torch.bfloat16))
@@ -51,25 +51,25 @@ def check(place: Place, rounded: Tensor, exact: Tensor) -> None:
     ("objective", "readout"), [("kl", "plain"), ("entropy", "softcap"), ("entropy", "temperature")]
 )
 @of_kernels
-def test_one_pass(place: Place, objective: str, readout: str, layout: str) -> None:
+def test_one_pass(runner: Runner, objective: str, readout: str, layout: str) -> None:
     rows = make_rows(LAYOUTS[layout][0], shape=(1, 3))
-    logits = memory(layout, torch.float32, place.device).copy_(rows.logits)
-    target = rows.target.to(place.device).index_fill(1, torch.tensor([1], device=place.device), IGNORE)
+    logits = memory(layout, torch.float32, runner.device).copy_(rows.logits)
+    target = rows.target.to(runner.device).index_fill(1, torch.tensor([1], device=runner.device), IGNORE)
     program = make_program(trace([OBJECTIVES[objective]]), rows.fields, logits)
-    written = [memory(layout, dtype, place.device) for dtype in (torch.bfloat16, torch.float32)]
+    written = [memory(layout, dtype, runner.device) for dtype in (torch.bfloat16, torch.float32)]
     for d_logits in written:
-        load(place.backend).fused_loss(logits, target, READOUTS[readout], program, d_logits, place.kernel)
-    check(place, *written)
+        load(runner.backend).fused_loss(logits, target, READOUTS[readout], program, d_logits, runner.kernel)
+    check(runner, *written)
 
 
 @of_layouts
-@pytest.mark.parametrize("place", [p for p in KERNELS if p.kernel == load(p.backend).KERNELS[0]], ids=str)
-def test_of_statistics(place: Place, layout: str) -> None:
-    rows, backend, readout = make_rows(LAYOUTS[layout][0], shape=(1, 3)), load(place.backend), READOUTS["temperature"]
-    logits, target = memory(layout, torch.float32, place.device).copy_(rows.logits), rows.target.to(place.device)
+@pytest.mark.parametrize("runner", [p for p in KERNELS if p.kernel == load(p.backend).KERNELS[0]], ids=str)
+def test_of_statistics(runner: Runner, layout: str) -> None:
+    rows, backend, readout = make_rows(LAYOUTS[layout][0], shape=(1, 3)), load(runner.backend), READOUTS["temperature"]
+    logits, target = memory(layout, torch.float32, runner.device).copy_(rows.logits), rows.target.to(runner.device)
     moments = backend.token_stats(logits, target, readout).moments
-    gradients = RowGradients(*(torch.randn(1, 3, device=place.device) for _ in range(3)))
-    written = [memory(layout, dtype, place.device) for dtype in (torch.bfloat16, torch.float32)]
+    gradients = RowGradients(*(torch.randn(1, 3, device=runner.device) for _ in range(3)))
+    written = [memory(layout, dtype, runner.device) for dtype in (torch.bfloat16, torch.float32)]
     for d_logits in written:
         backend.token_stats_backward(logits, target, readout, moments, gradients, d_logits)
-    check(place, *written)
+    check(runner, *written)

@@ -81,7 +81,7 @@ def test_heads_pass_the_gate(mode: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("loss", oracle.LOSSES)
 def test_truth_is_the_oracle(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gate computes loss and gradients from chunks of the logits, here of five places."""
+    """The gate computes loss and gradients from chunks of the logits, here of five positions."""
     monkeypatch.setattr("benchmarks.linear.inputs.CHUNK_BYTES", 5 * 101 * 8)
     inputs = LINEAR.make(replace(SMALL, loss=loss))
     truth = LinearTruth(inputs)

@@ -117,7 +117,7 @@ WRONGS = {
     "logp in bf16": (_in_bf16, "logp"),
     "gradient 0.1 % too long": (_scaled, "gradient"),
     "a NaN": (_not_a_number, "logp"),
-    "gradient at an ignored place": (_at_padding, "gradient: an ignored row is not zero"),
+    "gradient at an ignored position": (_at_padding, "gradient: an ignored row is not zero"),
 }
 
 

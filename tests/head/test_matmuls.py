@@ -29,7 +29,7 @@ from tests.linear import (
     leaves_of,
     make_head,
 )
-from tests.places import PLACES, Place
+from tests.runners import RUNNERS, Runner
 from unirl_kernels.backends import COMPOSED, ReadoutArgs, load
 from unirl_kernels.backends import matmuls as matmuls_module
 from unirl_kernels.backends.matmuls import Halved, Mixed, Widened
@@ -40,9 +40,9 @@ from unirl_kernels.operators.linear import Wanted
 
 CPU = torch.device("cpu")
 MIB = 2**20
-BACKENDS = [place for place in NATIVE if place.kernel == COMPOSED]
+BACKENDS = [runner for runner in NATIVE if runner.kernel == COMPOSED]
 """Matmuls are the same for every kernel."""
-of_backends = pytest.mark.parametrize("place", BACKENDS, ids=str)
+of_backends = pytest.mark.parametrize("runner", BACKENDS, ids=str)
 
 VALID, WORDS = 8, 37
 """Of ``RAGGED`` and ``PACKED``; the other tokens are ignored."""
@@ -52,12 +52,12 @@ VALID, WORDS = 8, 37
 @pytest.mark.parametrize("frozen", [(), ("weight",), ("hidden",), ("bias",), ("hidden", "bias"), ("weight", "bias")])
 @pytest.mark.parametrize("tokens", [1, 3, None])
 def test_one_pass_takes_three_matmuls_and_fewer_where_something_is_frozen(
-    place: Place, frozen: Sequence[str], tokens: int | None, monkeypatch: pytest.MonkeyPatch
+    runner: Runner, frozen: Sequence[str], tokens: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    head = make_head(RAGGED, BY_NAME["grpo"], device=place.device)
+    head = make_head(RAGGED, BY_NAME["grpo"], device=runner.device)
     everything = fused(head, uk.grpo())
-    plan = uk.Plan(place.backend, max_chunk_bytes=budget(head, tokens, place.backend))
-    with counted(monkeypatch, place.backend) as count:
+    plan = uk.Plan(runner.backend, max_chunk_bytes=budget(head, tokens, runner.backend))
+    with counted(monkeypatch, runner.backend) as count:
         got = fused(head, uk.grpo(), plan, frozen=frozen)
     assert count.matmuls(VALID * WORDS) == {
         "logits": 1,
@@ -74,12 +74,12 @@ def test_one_pass_takes_three_matmuls_and_fewer_where_something_is_frozen(
 @pytest.mark.parametrize(("tokens", "forwards"), [(None, 1), (5, 1), (4, 2), (1, 2)])
 @pytest.mark.parametrize("frozen", [(), ("weight",), ("hidden",)])
 def test_pairs_that_fit_a_chunk_take_three_matmuls_and_others_four(
-    place: Place, tokens: int | None, forwards: int, frozen: Sequence[str], monkeypatch: pytest.MonkeyPatch
+    runner: Runner, tokens: int | None, forwards: int, frozen: Sequence[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The longest pair has 5 tokens."""
-    head = make_head(PACKED, BY_NAME["dpo"], device=place.device)
-    plan = uk.Plan(place.backend, max_chunk_bytes=budget(head, tokens, place.backend))
-    with counted(monkeypatch, place.backend) as count:
+    head = make_head(PACKED, BY_NAME["dpo"], device=runner.device)
+    plan = uk.Plan(runner.backend, max_chunk_bytes=budget(head, tokens, runner.backend))
+    with counted(monkeypatch, runner.backend) as count:
         fused(head, uk.dpo(), plan, frozen=frozen)
     assert count.matmuls(VALID * WORDS) == {
         "logits": forwards,
@@ -90,28 +90,32 @@ def test_pairs_that_fit_a_chunk_take_three_matmuls_and_others_four(
 
 @of_backends
 @pytest.mark.parametrize(("tokens", "forwards"), [(4, 1), (3, 2)])
-def test_sequences_that_fit_a_chunk(place: Place, tokens: int, forwards: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    head = make_head(RAGGED, SEQUENCE_SCOPE, device=place.device)
-    with counted(monkeypatch, place.backend) as count:
-        fused(head, SEQUENCE_SCOPE.make(), uk.Plan(place.backend, max_chunk_bytes=budget(head, tokens, place.backend)))
+def test_sequences_that_fit_a_chunk(
+    runner: Runner, tokens: int, forwards: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = make_head(RAGGED, SEQUENCE_SCOPE, device=runner.device)
+    with counted(monkeypatch, runner.backend) as count:
+        fused(
+            head, SEQUENCE_SCOPE.make(), uk.Plan(runner.backend, max_chunk_bytes=budget(head, tokens, runner.backend))
+        )
     assert count.matmuls(VALID * WORDS) == {"logits": forwards, "d_hidden": 1, "add_d_weight": 1}
 
 
 @of_backends
 @pytest.mark.parametrize("name", ["grpo", "dpo"])
 def test_nothing_but_the_logits_where_no_gradient_is_wanted(
-    place: Place, name: str, monkeypatch: pytest.MonkeyPatch
+    runner: Runner, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    head = make_head(RAGGED, BY_NAME[name], device=place.device)
+    head = make_head(RAGGED, BY_NAME[name], device=runner.device)
     hidden, weight, bias = leaves_of(head)
     expected = fused(head, BY_NAME[name].make()).loss
 
     def loss() -> Tensor:
         return uk.fused_linear_loss(
-            hidden, weight, head.batch, BY_NAME[name].make(), bias=bias, plan=uk.Plan(place.backend)
+            hidden, weight, head.batch, BY_NAME[name].make(), bias=bias, plan=uk.Plan(runner.backend)
         ).loss
 
-    with counted(monkeypatch, place.backend) as count:
+    with counted(monkeypatch, runner.backend) as count:
         with torch.no_grad():
             values = [loss()]
         with torch.inference_mode():
@@ -128,12 +132,12 @@ def test_nothing_but_the_logits_where_no_gradient_is_wanted(
 @of_backends
 @pytest.mark.parametrize("frozen", [(), ("weight", "bias"), ("hidden",)])
 def test_statistics_take_one_product_and_their_gradients_what_is_wanted(
-    place: Place, frozen: Sequence[str], monkeypatch: pytest.MonkeyPatch
+    runner: Runner, frozen: Sequence[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    head = make_head(RAGGED, BY_NAME["sft"], device=place.device)
+    head = make_head(RAGGED, BY_NAME["sft"], device=runner.device)
     hidden, weight, bias = leaves = leaves_of(head, frozen)
-    plan = uk.Plan(place.backend, max_chunk_bytes=budget(head, 3, place.backend))
-    with counted(monkeypatch, place.backend) as count:
+    plan = uk.Plan(runner.backend, max_chunk_bytes=budget(head, 3, runner.backend))
+    with counted(monkeypatch, runner.backend) as count:
         stats = uk.linear_token_stats(hidden, weight, head.batch.target, bias=bias, plan=plan)
         assert count.matmuls(VALID * WORDS) == {"logits": 1, "d_hidden": 0, "add_d_weight": 0}
         gradients_of(stats.logp.sum(), leaves)
@@ -145,16 +149,16 @@ def test_statistics_take_one_product_and_their_gradients_what_is_wanted(
 
 
 @of_backends
-def test_ignored_tokens_are_not_multiplied(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    with counted(monkeypatch, place.backend) as count:
-        fused(make_head(NOTHING, BY_NAME["grpo"], device=place.device), uk.grpo(), uk.Plan(place.backend))
+def test_ignored_tokens_are_not_multiplied(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    with counted(monkeypatch, runner.backend) as count:
+        fused(make_head(NOTHING, BY_NAME["grpo"], device=runner.device), uk.grpo(), uk.Plan(runner.backend))
     assert count.matmuls(1) == {"logits": 0, "d_hidden": 0, "add_d_weight": 0}
 
 
 @of_backends
-def test_gradients_that_nobody_wants_have_no_memory(place: Place) -> None:
-    head = make_head(PACKED, BY_NAME["sft"], device=place.device)
-    operands = Head(*head.operands, torch.float32, place.backend)
+def test_gradients_that_nobody_wants_have_no_memory(runner: Runner) -> None:
+    head = make_head(PACKED, BY_NAME["sft"], device=runner.device)
+    operands = Head(*head.operands, torch.float32, runner.backend)
     gradients = sweep(operands, [], lambda logits, d_logits, k: None, Wanted(False, False, False))
     assert [x.numel() for x in gradients] == [0, 0, 0]
 
@@ -225,14 +229,14 @@ def test_matmuls_into_fp32(bias: torch.dtype | None) -> None:
 
 @pytest.mark.usefixtures("_mixed_matmuls_on_the_cpu")
 @pytest.mark.parametrize("name", ["grpo", "dpo"])
-@pytest.mark.parametrize("place", [p for p in PLACES if p.kernel == COMPOSED and p.backend != "cpu"], ids=str)
+@pytest.mark.parametrize("runner", [p for p in RUNNERS if p.kernel == COMPOSED and p.backend != "cpu"], ids=str)
 def test_matmuls_into_fp32_round_the_gradient_and_nothing_else(
-    place: Place, name: str, monkeypatch: pytest.MonkeyPatch
+    runner: Runner, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A head on them: loss, logp and entropy within the fp32 budget; gradients as if d_logits were rounded once."""
     loss = BY_NAME[name]
-    head = make_head(RAGGED, loss, torch.bfloat16, place.device)
-    plan = uk.Plan(place.backend, max_chunk_bytes=5 * Mixed(head.weight).row_bytes)
+    head = make_head(RAGGED, loss, torch.bfloat16, runner.device)
+    plan = uk.Plan(runner.backend, max_chunk_bytes=5 * Mixed(head.weight).row_bytes)
 
     class RoundedOnce(Wrapped):
         gradient_bytes = 2
@@ -246,9 +250,9 @@ def test_matmuls_into_fp32_round_the_gradient_and_nothing_else(
         def add_d_weight(self, d_logits: Tensor, *args: Any, **kwargs: Any) -> None:
             self.matmuls.add_d_weight(d_logits.float(), *args, **kwargs)
 
-    with changed_matmuls(monkeypatch, place.backend, lambda _: Mixed(head.weight)):
+    with changed_matmuls(monkeypatch, runner.backend, lambda _: Mixed(head.weight)):
         got = fused(head, loss.make(), plan)
-    with changed_matmuls(monkeypatch, place.backend, lambda _: RoundedOnce(Widened(head.weight, torch.bfloat16))):
+    with changed_matmuls(monkeypatch, runner.backend, lambda _: RoundedOnce(Widened(head.weight, torch.bfloat16))):
         expected = fused(head, loss.make(), plan)
     check(got._replace(d_hidden=None, d_weight=None, d_bias=None), head, loss)
     for a, b in zip(got[1:4], expected[1:4], strict=True):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import unirl_kernels as uk
 from tests.observed import check
-from tests.places import Place
+from tests.runners import Runner
 from unirl_kernels.backends import COMPOSED
 from unirl_kernels.head.statistics import TOKENS_OF_TILE
 from unirl_kernels.testing import oracle
@@ -25,41 +25,41 @@ READOUTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-def place(place: Place) -> Place:
-    if place.kernel != COMPOSED:
+def runner(runner: Runner) -> Runner:
+    if runner.kernel != COMPOSED:
         pytest.skip("observations are the same for every one-pass kernel")
-    place.need_observations()
-    return place
+    runner.need_observations()
+    return runner
 
 
-def tile_of(place: Place) -> int:
+def tile_of(runner: Runner) -> int:
     """Columns of a tile: the first and the last one of several, or of three, for the interpreter is slow."""
-    return 30 if place.interpreted else 7
+    return 30 if runner.interpreted else 7
 
 
-def plan_of(place: Place, width: int | None = None) -> uk.Plan:
-    return uk.Plan(backend=place.backend, max_chunk_bytes=4 * TOKENS_OF_TILE * (width or tile_of(place)))
+def plan_of(runner: Runner, width: int | None = None) -> uk.Plan:
+    return uk.Plan(backend=runner.backend, max_chunk_bytes=4 * TOKENS_OF_TILE * (width or tile_of(runner)))
 
 
-def head_of(place: Place) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def head_of(runner: Runner) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Hidden states, weight, bias and targets; small integers, so that logits are exact and their maxima tie."""
-    n = 3 if place.interpreted else 9
+    n = 3 if runner.interpreted else 9
     hidden, weight, bias = (torch.randint(-2, 3, shape).float() for shape in ((n, D), (VOCAB, D), (VOCAB,)))
     target = torch.randint(0, VOCAB, (n,))
     target[1] = uk.IGNORE
     hidden[1] = torch.nan
-    return tuple(x.to(place.device) for x in (hidden, weight, bias, target))
+    return tuple(x.to(runner.device) for x in (hidden, weight, bias, target))
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("readout", READOUTS)
-def test_tiles_give_what_the_logits_give(readout: str, width: int, place: Place) -> None:
-    if place.interpreted and (readout, width) != ("softcap", 30):
+def test_tiles_give_what_the_logits_give(readout: str, width: int, runner: Runner) -> None:
+    if runner.interpreted and (readout, width) != ("softcap", 30):
         pytest.skip("one case shows it; a kernel is slow under the interpreter")
-    hidden, weight, bias, target = head_of(place)
+    hidden, weight, bias, target = head_of(runner)
     how = READOUTS[readout]
     found = uk.linear_token_observations(
-        hidden, weight, target, bias=bias, readout=uk.Readout(**how), plan=plan_of(place, width)
+        hidden, weight, target, bias=bias, readout=uk.Readout(**how), plan=plan_of(runner, width)
     )
     logits = torch.nan_to_num(hidden) @ weight.t() + bias
     tied = (logits == logits.amax(-1, keepdim=True)).sum(-1) > 1
@@ -67,26 +67,26 @@ def test_tiles_give_what_the_logits_give(readout: str, width: int, place: Place)
     z = (oracle.apply_readout(logits.double(), **how), oracle.apply_readout(logits, **how))
     check(found, logits, target, *z, how.get("scale", 1.0))
     stats = uk.linear_token_stats(
-        hidden, weight, target, bias=bias, readout=uk.Readout(**how), plan=plan_of(place, width)
+        hidden, weight, target, bias=bias, readout=uk.Readout(**how), plan=plan_of(runner, width)
     )
     for x, y in zip(stats, found, strict=False):
         assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_real_numbers(dtype: torch.dtype, place: Place) -> None:
+def test_real_numbers(dtype: torch.dtype, runner: Runner) -> None:
     hidden, weight = torch.randn(2, 3, 16).to(dtype), (torch.randn(VOCAB, 16) * 2).to(dtype)
     target = torch.randint(0, VOCAB, (2, 3))
-    hidden, weight, target = (x.to(place.device) for x in (hidden, weight, target))
-    found = uk.linear_token_observations(hidden, weight, target, plan=plan_of(place))
+    hidden, weight, target = (x.to(runner.device) for x in (hidden, weight, target))
+    found = uk.linear_token_observations(hidden, weight, target, plan=plan_of(runner))
     logits = hidden.double() @ weight.double().t()
     check(found, logits, target, logits, logits.to(torch.promote_types(dtype, torch.float32)))
 
 
 @pytest.mark.parametrize("how", [{"softcap": 2.0}, {"temperature": 3.0}, {"softcap": 2.0, "scale": -1.0}], ids=str)
-def test_rounding_hides_no_maximum(how: dict[str, Any], place: Place) -> None:
+def test_rounding_hides_no_maximum(how: dict[str, Any], runner: Runner) -> None:
     """z in fp32 is the same for both words, which lie in different tiles."""
-    if place.interpreted and len(how) == 1:
+    if runner.interpreted and len(how) == 1:
         pytest.skip("one case shows it; a kernel is slow under the interpreter")
     near, far = (torch.tensor(90.0), torch.tensor(90.5)) if "softcap" in how else (torch.tensor(16.0), None)
     far = torch.nextafter(near, torch.tensor(torch.inf)) if far is None else far
@@ -94,18 +94,18 @@ def test_rounding_hides_no_maximum(how: dict[str, Any], place: Place) -> None:
     weight[2, 0], weight[50, 0] = near, far
     weight *= how.get("scale", 1.0)
     hidden, target = torch.ones(2, 1), torch.tensor([3, 4])
-    args = (x.to(place.device) for x in (hidden, weight, target))
-    found = uk.linear_token_observations(*args, readout=uk.Readout(**how), plan=plan_of(place))
+    args = (x.to(runner.device) for x in (hidden, weight, target))
+    found = uk.linear_token_observations(*args, readout=uk.Readout(**how), plan=plan_of(runner))
     assert found.argmax.tolist() == [50, 50]
 
 
-def test_words_that_cannot_come(place: Place) -> None:
+def test_words_that_cannot_come(runner: Runner) -> None:
     """Whole tiles of -inf, the first and the last: no share, no argmax; the mean is -inf."""
-    hidden, weight, _, target = head_of(place)
-    bias = torch.full((VOCAB,), -torch.inf, device=place.device)
+    hidden, weight, _, target = head_of(runner)
+    bias = torch.full((VOCAB,), -torch.inf, device=runner.device)
     bias[31:34] = 0
     target = torch.where(target == uk.IGNORE, target, 32)
-    found = uk.linear_token_observations(hidden, weight, target, bias=bias, plan=plan_of(place))
+    found = uk.linear_token_observations(hidden, weight, target, bias=bias, plan=plan_of(runner))
     used = target != uk.IGNORE
     few = (hidden @ weight[31:34].t())[used]
     assert torch.equal(found.argmax[used], 31 + few.argmax(-1))
@@ -115,39 +115,39 @@ def test_words_that_cannot_come(place: Place) -> None:
     assert not found.mean_logit[~used].any()
 
 
-def test_a_row_that_is_broken_in_one_tile(place: Place) -> None:
-    hidden, weight, bias, target = head_of(place)
+def test_a_row_that_is_broken_in_one_tile(runner: Runner) -> None:
+    hidden, weight, bias, target = head_of(runner)
     for column in (2, VOCAB - 1):
         spoilt = bias.clone()
         spoilt[column] = torch.nan
-        found = uk.linear_token_observations(hidden, weight, target, bias=spoilt, plan=plan_of(place))
+        found = uk.linear_token_observations(hidden, weight, target, bias=spoilt, plan=plan_of(runner))
         assert (found.argmax == -1).all()
 
 
-def test_targets_that_are_no_words(place: Place) -> None:
-    hidden, weight, bias, target = head_of(place)
+def test_targets_that_are_no_words(runner: Runner) -> None:
+    hidden, weight, bias, target = head_of(runner)
     target[0] = VOCAB
-    if place.device == "cpu":
+    if runner.device == "cpu":
         with pytest.raises(IndexError, match=rf"target must lie in \[0, {VOCAB}\)"):
-            uk.linear_token_observations(hidden, weight, target, bias=bias, plan=plan_of(place))
+            uk.linear_token_observations(hidden, weight, target, bias=bias, plan=plan_of(runner))
     else:
-        found = uk.linear_token_observations(hidden, weight, target, bias=bias, plan=plan_of(place))
+        found = uk.linear_token_observations(hidden, weight, target, bias=bias, plan=plan_of(runner))
         assert found.argmax[0].item() == -1
         assert all(x[0].isnan() for x in found[:-1])
 
 
-def arguments(place: Place) -> tuple[Any, ...]:
-    hidden, weight, bias, target = head_of(place)
+def arguments(runner: Runner) -> tuple[Any, ...]:
+    hidden, weight, bias, target = head_of(runner)
     leaves = (torch.nan_to_num(x).requires_grad_() for x in (hidden, weight, bias))
     return *leaves, target
 
 
-def test_gradients_are_those_of_linear_token_stats(place: Place) -> None:
-    hidden, weight, bias, target = arguments(place)
-    weights = torch.randn(3, *target.shape, device=place.device)
+def test_gradients_are_those_of_linear_token_stats(runner: Runner) -> None:
+    hidden, weight, bias, target = arguments(runner)
+    weights = torch.randn(3, *target.shape, device=runner.device)
     results = []
     for measure in (uk.linear_token_stats, uk.linear_token_observations):
-        found = measure(hidden, weight, target, bias=bias, plan=plan_of(place))
+        found = measure(hidden, weight, target, bias=bias, plan=plan_of(runner))
         assert [x.requires_grad for x in found] == [True] * 3 + [False] * (len(found) - 3)
         value = sum((x * w).sum() for x, w in zip(found, weights, strict=False))
         results.append(torch.autograd.grad(value, (hidden, weight, bias)))
@@ -156,13 +156,13 @@ def test_gradients_are_those_of_linear_token_stats(place: Place) -> None:
 
 
 @pytest.mark.slow_interpreted
-def test_compiles_without_a_graph_break(place: Place) -> None:
+def test_compiles_without_a_graph_break(runner: Runner) -> None:
     torch.compiler.reset()
-    hidden, weight, bias, target = arguments(place)
+    hidden, weight, bias, target = arguments(runner)
 
     def f(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        found = uk.linear_token_observations(h, w, target, bias=b, plan=plan_of(place))
-        top = uk.token_observations(h @ w.t() + b, target, plan=place.plan())
+        found = uk.linear_token_observations(h, w, target, bias=b, plan=plan_of(runner))
+        top = uk.token_observations(h @ w.t() + b, target, plan=runner.plan())
         agree = (found.argmax == top.argmax).float() + found.mean_logit - top.log_sum_sq_probs
         return (found.logp - 0.1 * top.entropy + agree.detach()).sum()
 

@@ -28,7 +28,7 @@ from tests.linear import (
     of,
     plan_of,
 )
-from tests.places import PLACES, Place
+from tests.runners import RUNNERS, Runner
 from unirl_kernels.backends import COMPOSED, load
 from unirl_kernels.head import by_units
 from unirl_kernels.objectives import Tokens
@@ -39,7 +39,7 @@ CHUNKS = (1, 2, 3, 4, 5, 7, None)
 one (4); pairs of 3 and 5 tokens, too long for a chunk (1 to 4), each in one of its own (5, 7), both in one (None)."""
 
 ALL = [*LOSSES, SEQUENCE_SCOPE]
-INTERPRETED = [place for place in PLACES if place.interpreted]
+INTERPRETED = [runner for runner in RUNNERS if runner.interpreted]
 READOUTS = {
     "temperature": {"temperature": 0.7},
     "softcap": {"softcap": 5.0},
@@ -49,7 +49,7 @@ READOUTS = {
 
 
 def run(
-    place: Place,
+    runner: Runner,
     loss: LossCase | CustomCase,
     shape: Shape,
     tokens: int | None,
@@ -58,25 +58,25 @@ def run(
     bias: bool = True,
     **readout: float | Tensor,
 ) -> None:
-    head = make_head(shape, loss, dtype, place.device, bias=bias)
-    got = fused(head, loss.make(), plan_of(place, head, tokens), uk.Readout(**readout))
+    head = make_head(shape, loss, dtype, runner.device, bias=bias)
+    got = fused(head, loss.make(), plan_of(runner, head, tokens), uk.Readout(**readout))
     check(got, head, loss, **readout)
 
 
 @pytest.mark.parametrize("shape", [RAGGED, PACKED], ids=str)
 @of(NATIVE, ALL)
-def test_loss_and_gradients(place: Place, loss: LossCase | CustomCase, shape: Shape) -> None:
+def test_loss_and_gradients(runner: Runner, loss: LossCase | CustomCase, shape: Shape) -> None:
     for tokens in CHUNKS:
-        run(place, loss, shape, tokens)
-    run(place, loss, shape, 3, bias=False)
+        run(runner, loss, shape, tokens)
+    run(runner, loss, shape, 3, bias=False)
 
 
-@pytest.mark.parametrize("place", INTERPRETED, ids=str)
-def test_under_the_interpreter(place: Place) -> None:
-    if place.kernel != COMPOSED:
-        run(place, BY_NAME["grpo"], RAGGED, 3)
+@pytest.mark.parametrize("runner", INTERPRETED, ids=str)
+def test_under_the_interpreter(runner: Runner) -> None:
+    if runner.kernel != COMPOSED:
+        run(runner, BY_NAME["grpo"], RAGGED, 3)
         return
-    run(place, BY_NAME["dpo"], PACKED, 5, torch.bfloat16)
+    run(runner, BY_NAME["dpo"], PACKED, 5, torch.bfloat16)
 
 
 def test_chunks_end_where_they_are_said_to() -> None:
@@ -102,27 +102,27 @@ def test_chunks_end_where_they_are_said_to() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @of(NATIVE, [BY_NAME[name] for name in ("sft", "grpo", "dpo")])
-def test_16_bit_operands(place: Place, loss: LossCase, dtype: torch.dtype) -> None:
+def test_16_bit_operands(runner: Runner, loss: LossCase, dtype: torch.dtype) -> None:
     for shape, tokens in ((RAGGED, 3), (PACKED, None), (RAGGED, 5)):
-        run(place, loss, shape, tokens, dtype)
+        run(runner, loss, shape, tokens, dtype)
 
 
 @pytest.mark.parametrize("readout", READOUTS)
-@pytest.mark.parametrize("place", NATIVE, ids=str)
-def test_readouts(place: Place, readout: str) -> None:
-    loss = BY_NAME["dpo"] if place.kernel == COMPOSED else BY_NAME["grpo"]
+@pytest.mark.parametrize("runner", NATIVE, ids=str)
+def test_readouts(runner: Runner, readout: str) -> None:
+    loss = BY_NAME["dpo"] if runner.kernel == COMPOSED else BY_NAME["grpo"]
     for tokens in (3, 5):
-        run(place, loss, RAGGED, tokens, **READOUTS[readout])
+        run(runner, loss, RAGGED, tokens, **READOUTS[readout])
 
 
 @pytest.mark.parametrize("shape", [RAGGED, PACKED], ids=str)
-@pytest.mark.parametrize("place", NATIVE, ids=str)
-def test_temperature_per_token(place: Place, shape: Shape) -> None:
-    loss = BY_NAME["dpo"] if place.kernel == COMPOSED else BY_NAME["grpo"]
+@pytest.mark.parametrize("runner", NATIVE, ids=str)
+def test_temperature_per_token(runner: Runner, shape: Shape) -> None:
+    loss = BY_NAME["dpo"] if runner.kernel == COMPOSED else BY_NAME["grpo"]
     target = make_head(shape, loss).batch.target
-    temperature = (0.5 + torch.rand(target.shape)).to(place.device)
+    temperature = (0.5 + torch.rand(target.shape)).to(runner.device)
     for tokens in (3, 5, None):
-        run(place, loss, shape, tokens, temperature=temperature, softcap=8.0)
+        run(runner, loss, shape, tokens, temperature=temperature, softcap=8.0)
 
 
 def entropy_and_lse(t: Tokens) -> Tensor:
@@ -148,29 +148,29 @@ def test_an_objective_that_only_runs_composed(tokens: int | None) -> None:
     head = make_head(RAGGED, case)
     with pytest.raises(uk.UnsupportedOperation):
         fused(head, loss)
-    for place in NATIVE:
-        if place.kernel == COMPOSED and not place.emulated:
-            head = make_head(RAGGED, case, device=place.device)
-            check(fused(head, loss, plan_of(place, head, tokens)), head, case)
+    for runner in NATIVE:
+        if runner.kernel == COMPOSED and not runner.emulated:
+            head = make_head(RAGGED, case, device=runner.device)
+            check(fused(head, loss, plan_of(runner, head, tokens)), head, case)
 
 
-@pytest.mark.parametrize("place", NATIVE, ids=str)
-def test_on_policy_and_advantages_per_token(place: Place) -> None:
+@pytest.mark.parametrize("runner", NATIVE, ids=str)
+def test_on_policy_and_advantages_per_token(runner: Runner) -> None:
     loss = BY_NAME["grpo"]
-    head = make_head(PACKED, loss, device=place.device)
-    of = given(head.batch) | {"old_logp": None, "advantage": torch.randn(head.batch.target.shape).to(place.device)}
+    head = make_head(PACKED, loss, device=runner.device)
+    of = given(head.batch) | {"old_logp": None, "advantage": torch.randn(head.batch.target.shape).to(runner.device)}
     batch = uk.Batch(**of)
     head = LinearHead(head.hidden, head.weight, head.bias, batch)
     for tokens in (1, 3, None):
-        check(fused(head, loss.make(), plan_of(place, head, tokens)), head, loss)
+        check(fused(head, loss.make(), plan_of(runner, head, tokens)), head, loss)
 
 
-@of(PLACES, [BY_NAME["grpo"], BY_NAME["dpo"], SEQUENCE_SCOPE])
-def test_nothing_but_ignored_tokens(place: Place, loss: LossCase | CustomCase) -> None:
+@of(RUNNERS, [BY_NAME["grpo"], BY_NAME["dpo"], SEQUENCE_SCOPE])
+def test_nothing_but_ignored_tokens(runner: Runner, loss: LossCase | CustomCase) -> None:
     """Loss 0, of DPO log 2; gradients of exactly zero; hidden states of garbage are not read."""
-    head = make_head(NOTHING, loss, device=place.device)
+    head = make_head(NOTHING, loss, device=runner.device)
     for tokens in (1, None):
-        got = fused(head, loss.make(), plan_of(place, head, tokens))
+        got = fused(head, loss.make(), plan_of(runner, head, tokens))
         assert got.loss.item() == pytest.approx(math.log(2) if loss.name == "dpo" else 0.0, rel=1e-6)
         for gradient, operand in zip(got[1:4], head.operands, strict=True):
             assert gradient.shape == operand.shape
@@ -178,12 +178,12 @@ def test_nothing_but_ignored_tokens(place: Place, loss: LossCase | CustomCase) -
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0)], ids=str)
-@pytest.mark.parametrize("place", PLACES, ids=str)
-def test_no_places_at_all(place: Place, shape: tuple[int, int]) -> None:
-    on = {"device": place.device}
+@pytest.mark.parametrize("runner", RUNNERS, ids=str)
+def test_no_places_at_all(runner: Runner, shape: tuple[int, int]) -> None:
+    on = {"device": runner.device}
     batch = uk.Batch(torch.empty(shape, dtype=torch.int64, **on))
     head = LinearHead(torch.empty(*shape, 4, **on), torch.randn(7, 4, **on), torch.randn(7, **on), batch)
-    got = fused(head, uk.sft(), place.plan())
+    got = fused(head, uk.sft(), runner.plan())
     assert got.loss.item() == 0
     assert [x.shape for x in got[1:4]] == [x.shape for x in head.operands]
     assert not any(x.any() for x in got[1:4])
@@ -206,18 +206,18 @@ def test_not_a_number_of_a_valid_token_is_visible() -> None:
 
 
 @of(NATIVE, [BY_NAME["grpo"], BY_NAME["dpo"]])
-def test_gradcheck(place: Place, loss: LossCase) -> None:
+def test_gradcheck(runner: Runner, loss: LossCase) -> None:
     """fp64 heads run the same kernels in fp64: analytic against numeric gradients, chunks of all sizes."""
-    place.need(torch.float64)
+    runner.need(torch.float64)
     target = torch.tensor([[0, uk.IGNORE, 4], [2, 3, uk.IGNORE]])
     # Finite differences would move old_logp, too, if it were None.
     fields = (target, torch.tensor([1.0, -0.5]), -2 * torch.rand(2, 3), -2 * torch.rand(2, 3))
-    batch = uk.Batch(*(x.to(place.device) for x in fields))
-    wide = {"dtype": torch.float64, "device": place.device}
+    batch = uk.Batch(*(x.to(runner.device) for x in fields))
+    wide = {"dtype": torch.float64, "device": runner.device}
     operands = [torch.randn(*shape, **wide).requires_grad_() for shape in ((2, 3, 3), (5, 3), (5,))]
-    row_bytes = load(place.backend).matmuls(operands[1], torch.float64).row_bytes
+    row_bytes = load(runner.backend).matmuls(operands[1], torch.float64).row_bytes
     for tokens in (1, 3, 4):
-        plan = uk.Plan(place.backend, place.kernel, max_chunk_bytes=tokens * row_bytes)
+        plan = uk.Plan(runner.backend, runner.kernel, max_chunk_bytes=tokens * row_bytes)
 
         def value(hidden: Tensor, weight: Tensor, bias: Tensor, plan: uk.Plan = plan) -> Tensor:
             readout = uk.Readout(temperature=1.3, softcap=5.0)

@@ -27,15 +27,15 @@ from tests.linear import (
     logits_of,
     make_head,
 )
-from tests.places import PLACES, Place
+from tests.runners import RUNNERS, Runner
 from unirl_kernels.backends import COMPOSED, load
 from unirl_kernels.testing import oracle
 from unirl_kernels.testing.budgets import condition_of, violations
 
-BACKENDS = [place for place in PLACES if place.kernel == COMPOSED]
+BACKENDS = [runner for runner in RUNNERS if runner.kernel == COMPOSED]
 """Statistics are the same for every one-pass kernel."""
 
-NATIVE = [place for place in BACKENDS if not place.interpreted]
+NATIVE = [runner for runner in BACKENDS if not runner.interpreted]
 TILES = {"one": (1024, None), "two": (8, 4), "ten": (8, 1), "word_by_word": (1024, 1), "few_tokens": (3, 1)}
 """Tokens of a tile, and tokens whose whole rows would fit its memory."""
 
@@ -45,10 +45,10 @@ READOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def plan_of(head: LinearHead, place: Place, tiles: str, monkeypatch: pytest.MonkeyPatch) -> uk.Plan:
+def plan_of(head: LinearHead, runner: Runner, tiles: str, monkeypatch: pytest.MonkeyPatch) -> uk.Plan:
     tokens, rows = TILES[tiles]
     monkeypatch.setattr("unirl_kernels.head.statistics.TOKENS_OF_TILE", tokens)
-    return uk.Plan(place.backend, max_chunk_bytes=budget(head, rows, place.backend))
+    return uk.Plan(runner.backend, max_chunk_bytes=budget(head, rows, runner.backend))
 
 
 def stats_of(head: LinearHead, plan: uk.Plan, readout: uk.Readout = uk.Readout()) -> uk.TokenStats:
@@ -57,7 +57,7 @@ def stats_of(head: LinearHead, plan: uk.Plan, readout: uk.Readout = uk.Readout()
 
 
 def by_oracle(head: LinearHead, readout: dict[str, Any], factors: torch.dtype = torch.float32) -> uk.TokenStats:
-    """In the dtype of the head, zero at ignored places."""
+    """In the dtype of the head, zero at ignored positions."""
     z, target = oracle.apply_readout(logits_of(*head.operands, factors), **readout), head.batch.target
     values = (oracle.log_probs(z, target), oracle.entropy(z), torch.logsumexp(z, -1))
     return uk.TokenStats(*(torch.where(target != uk.IGNORE, x, 0) for x in values))
@@ -92,23 +92,23 @@ def compare(head: LinearHead, plan: uk.Plan, **readout: Any) -> None:
 
 
 @pytest.mark.parametrize("tiles", TILES)
-@pytest.mark.parametrize("place", NATIVE, ids=str)
-def test_statistics_and_gradients(place: Place, tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("runner", NATIVE, ids=str)
+def test_statistics_and_gradients(runner: Runner, tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for shape in (RAGGED, PACKED):
         for dtype in DTYPES:
             for readout in READOUTS.values():
-                head = make_head(shape, BY_NAME["sft"], dtype, place.device)
-                compare(head, plan_of(head, place, tiles, monkeypatch), **readout)
-    head = make_head(RAGGED, BY_NAME["sft"], device=place.device, bias=False)
-    temperature = (0.5 + torch.rand(head.batch.target.shape)).to(place.device)
-    compare(head, plan_of(head, place, tiles, monkeypatch), temperature=temperature)
+                head = make_head(shape, BY_NAME["sft"], dtype, runner.device)
+                compare(head, plan_of(head, runner, tiles, monkeypatch), **readout)
+    head = make_head(RAGGED, BY_NAME["sft"], device=runner.device, bias=False)
+    temperature = (0.5 + torch.rand(head.batch.target.shape)).to(runner.device)
+    compare(head, plan_of(head, runner, tiles, monkeypatch), temperature=temperature)
 
 
 def test_under_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in BACKENDS:
-        if place.interpreted:
-            head = make_head(RAGGED, BY_NAME["sft"], torch.bfloat16, place.device)
-            compare(head, plan_of(head, place, "two", monkeypatch), temperature=0.7)
+    for runner in BACKENDS:
+        if runner.interpreted:
+            head = make_head(RAGGED, BY_NAME["sft"], torch.bfloat16, runner.device)
+            compare(head, plan_of(head, runner, "two", monkeypatch), temperature=0.7)
 
 
 def test_tiles_are_as_wide_as_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,10 +121,10 @@ def test_tiles_are_as_wide_as_said(monkeypatch: pytest.MonkeyPatch) -> None:
         return matmuls(weight, dtype)
 
     head = make_head(RAGGED, BY_NAME["sft"])
-    place = next(p for p in NATIVE if p.backend == "cpu")
+    runner = next(p for p in NATIVE if p.backend == "cpu")
     widths = {}
     for tiles in TILES:
-        plan = plan_of(head, place, tiles, monkeypatch)
+        plan = plan_of(head, runner, tiles, monkeypatch)
         with monkeypatch.context() as patch:
             patch.setattr(load("cpu"), "matmuls", spy)
             seen.clear()
@@ -141,44 +141,44 @@ def test_tiles_are_as_wide_as_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("tiles", TILES)
-@pytest.mark.parametrize("place", NATIVE, ids=str)
-def test_targets_in_every_tile(place: Place, tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    head = make_head(RAGGED, BY_NAME["sft"], device=place.device)
-    hidden = torch.randn(1, *head.weight.shape).to(place.device)
-    target = torch.arange(len(head.weight), device=place.device).unsqueeze(0)
+@pytest.mark.parametrize("runner", NATIVE, ids=str)
+def test_targets_in_every_tile(runner: Runner, tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = make_head(RAGGED, BY_NAME["sft"], device=runner.device)
+    hidden = torch.randn(1, *head.weight.shape).to(runner.device)
+    target = torch.arange(len(head.weight), device=runner.device).unsqueeze(0)
     head = LinearHead(hidden, head.weight, head.bias, uk.Batch(target))
-    compare(head, plan_of(head, place, tiles, monkeypatch))
+    compare(head, plan_of(head, runner, tiles, monkeypatch))
 
 
 @pytest.mark.parametrize("shift", [1e3, -1e3])
 @pytest.mark.parametrize("tiles", TILES)
-@pytest.mark.parametrize("place", NATIVE, ids=str)
-def test_huge_logits(place: Place, tiles: str, shift: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("runner", NATIVE, ids=str)
+def test_huge_logits(runner: Runner, tiles: str, shift: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Added to all words, and to those of the first tile alone: the others' share underflows."""
     for words in (slice(None), slice(0, 4)):
-        head = make_head(RAGGED, BY_NAME["sft"], device=place.device)
+        head = make_head(RAGGED, BY_NAME["sft"], device=runner.device)
         head.bias[words] += shift
-        compare(head, plan_of(head, place, tiles, monkeypatch))
+        compare(head, plan_of(head, runner, tiles, monkeypatch))
 
 
 @pytest.mark.parametrize("tiles", TILES)
-@pytest.mark.parametrize("place", NATIVE, ids=str)
-def test_equal_logits(place: Place, tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("runner", NATIVE, ids=str)
+def test_equal_logits(runner: Runner, tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The uniform distribution: logp -log V, entropy log V, lse log V + the value."""
-    head = make_head(RAGGED, BY_NAME["sft"], device=place.device)
+    head = make_head(RAGGED, BY_NAME["sft"], device=runner.device)
     head = LinearHead(head.hidden, torch.zeros_like(head.weight), torch.full_like(head.bias, -3.0), head.batch)
-    stats = stats_of(head, plan_of(head, place, tiles, monkeypatch))
+    stats = stats_of(head, plan_of(head, runner, tiles, monkeypatch))
     uniform = math.log(37)
     for x, expected in zip(stats, (-uniform, uniform, uniform - 3), strict=True):
         torch.testing.assert_close(x, expected * head.batch.valid.float(), rtol=3e-6, atol=0)
 
 
-@pytest.mark.parametrize("place", BACKENDS, ids=str)
-def test_one_word(place: Place) -> None:
+@pytest.mark.parametrize("runner", BACKENDS, ids=str)
+def test_one_word(runner: Runner) -> None:
     shape = replace(RAGGED, vocab=1)
-    head = make_head(shape, BY_NAME["sft"], device=place.device)
-    ones = torch.ones(3, 4, 4, device=place.device)
-    stats, gradients = with_gradients(head, lambda x: stats_of(x, uk.Plan(place.backend)), ones)
+    head = make_head(shape, BY_NAME["sft"], device=runner.device)
+    ones = torch.ones(3, 4, 4, device=runner.device)
+    stats, gradients = with_gradients(head, lambda x: stats_of(x, uk.Plan(runner.backend)), ones)
     assert not stats.logp.any()
     assert not stats.entropy.any()
     logits = (head.used.hidden @ head.weight.t() + head.bias).squeeze(-1)
@@ -200,27 +200,27 @@ WORDS_OF_TILE = {"one": 37, "two": 18, "ten": 4, "word_by_word": 1, "few_tokens"
 
 def masked_cases() -> list[object]:
     cases = []
-    for place in BACKENDS:
+    for runner in BACKENDS:
         for tiles in WORDS_OF_TILE:
             for mask in MASKS:
                 # One case shows it under the interpreter, where a row is slow.
-                if not place.interpreted or (tiles, mask) == ("two", "first_tiles"):
-                    cases.append(pytest.param(place, tiles, mask, id=f"{place}-{tiles}-{mask}"))
+                if not runner.interpreted or (tiles, mask) == ("two", "first_tiles"):
+                    cases.append(pytest.param(runner, tiles, mask, id=f"{runner}-{tiles}-{mask}"))
     return cases
 
 
-@pytest.mark.parametrize(("place", "tiles", "mask"), masked_cases())
-def test_masked_words(place: Place, tiles: str, mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("runner", "tiles", "mask"), masked_cases())
+def test_masked_words(runner: Runner, tiles: str, mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bias of -inf is as if the words did not exist, whole tiles of them included."""
-    kept = torch.tensor(MASKS[mask], device=place.device)
-    few = torch.randint(0, len(kept), (2, 3)).to(place.device)
-    everything = make_head(RAGGED, BY_NAME["sft"], device=place.device)
-    hidden, weights = torch.randn(2, 3, 12).to(place.device), torch.randn(3, 2, 3).to(place.device)
+    kept = torch.tensor(MASKS[mask], device=runner.device)
+    few = torch.randint(0, len(kept), (2, 3)).to(runner.device)
+    everything = make_head(RAGGED, BY_NAME["sft"], device=runner.device)
+    hidden, weights = torch.randn(2, 3, 12).to(runner.device), torch.randn(3, 2, 3).to(runner.device)
     small = LinearHead(hidden, everything.weight[kept], everything.bias[kept], uk.Batch(few))
     large = masked(LinearHead(hidden, everything.weight, everything.bias, uk.Batch(kept[few])), kept)
-    stats, gradients = with_gradients(large, lambda x: stats_of(x, plan_of(large, place, tiles, monkeypatch)), weights)
+    stats, gradients = with_gradients(large, lambda x: stats_of(x, plan_of(large, runner, tiles, monkeypatch)), weights)
     monkeypatch.undo()
-    few_stats, few_gradients = with_gradients(small, lambda x: stats_of(x, uk.Plan(place.backend)), weights)
+    few_stats, few_gradients = with_gradients(small, lambda x: stats_of(x, uk.Plan(runner.backend)), weights)
     for a, b in zip(stats, few_stats, strict=True):
         torch.testing.assert_close(a, b, rtol=4e-6, atol=4e-6)
     torch.testing.assert_close(gradients.d_hidden, few_gradients.d_hidden, rtol=1e-5, atol=4e-6)
@@ -232,20 +232,20 @@ def test_masked_words(place: Place, tiles: str, mask: str, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("tiles", TILES)
-@pytest.mark.parametrize("place", NATIVE, ids=str)
-def test_target_of_probability_zero(place: Place, tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    head = make_head(RAGGED, BY_NAME["sft"], device=place.device)
+@pytest.mark.parametrize("runner", NATIVE, ids=str)
+def test_target_of_probability_zero(runner: Runner, tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = make_head(RAGGED, BY_NAME["sft"], device=runner.device)
     alone = {"two": (0, 20), "ten": (0, 20), "one": (0, 20, 36), "few_tokens": (0, 20), "word_by_word": ()}
     for word in alone[tiles]:
-        check_impossible(head, word, (word,), plan_of(head, place, tiles, monkeypatch))
+        check_impossible(head, word, (word,), plan_of(head, runner, tiles, monkeypatch))
 
 
 @pytest.mark.parametrize("tiles", ["ten", "word_by_word", "two"])
-@pytest.mark.parametrize("place", NATIVE, ids=str)
-def test_target_in_a_tile_of_probability_zero(place: Place, tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    head = make_head(RAGGED, BY_NAME["sft"], device=place.device)
-    check_impossible(head, 36, (36,), plan_of(head, place, tiles, monkeypatch))
-    check_impossible(head, 3, range(20), plan_of(head, place, tiles, monkeypatch))
+@pytest.mark.parametrize("runner", NATIVE, ids=str)
+def test_target_in_a_tile_of_probability_zero(runner: Runner, tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = make_head(RAGGED, BY_NAME["sft"], device=runner.device)
+    check_impossible(head, 36, (36,), plan_of(head, runner, tiles, monkeypatch))
+    check_impossible(head, 3, range(20), plan_of(head, runner, tiles, monkeypatch))
 
 
 def check_impossible(head: LinearHead, target: int, words: Sequence[int], plan: uk.Plan) -> None:
@@ -263,32 +263,32 @@ def check_impossible(head: LinearHead, target: int, words: Sequence[int], plan: 
 
 @pytest.mark.parametrize("tiles", TILES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("place", NATIVE, ids=str)
+@pytest.mark.parametrize("runner", NATIVE, ids=str)
 def test_a_row_without_a_distribution_says_so(
-    place: Place, value: float, tiles: str, monkeypatch: pytest.MonkeyPatch
+    runner: Runner, value: float, tiles: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """NaN or +inf in one hidden state, in whatever tile it is met, is NaN in its row and in no other."""
-    head = make_head(RAGGED, BY_NAME["sft"], device=place.device)
+    head = make_head(RAGGED, BY_NAME["sft"], device=runner.device)
     hidden = head.hidden.clone()
     hidden[3, 2] = 0
     hidden[3, 2, 0] = value
     weight = head.weight.abs()
-    stats = stats_of(LinearHead(hidden, weight, head.bias, head.batch), plan_of(head, place, tiles, monkeypatch))
+    stats = stats_of(LinearHead(hidden, weight, head.bias, head.batch), plan_of(head, runner, tiles, monkeypatch))
     for x in stats[:2]:
         assert x[3, 2].isnan()
         assert x.isnan().sum() == 1
 
 
 @pytest.mark.parametrize("readout", READOUTS)
-@pytest.mark.parametrize("place", NATIVE, ids=str)
-def test_gradcheck(place: Place, readout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("runner", NATIVE, ids=str)
+def test_gradcheck(runner: Runner, readout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """fp64: analytic against numeric gradients of logp, entropy and lse."""
-    place.need(torch.float64)
-    wide = {"dtype": torch.float64, "device": place.device}
+    runner.need(torch.float64)
+    wide = {"dtype": torch.float64, "device": runner.device}
     operands = [torch.randn(*shape, **wide).requires_grad_() for shape in ((1, 3, 3), (5, 3), (5,))]
-    batch = uk.Batch(torch.tensor([[0, uk.IGNORE, 4]], device=place.device))
+    batch = uk.Batch(torch.tensor([[0, uk.IGNORE, 4]], device=runner.device))
     head = LinearHead(*operands, batch)
-    plan = plan_of(head, place, "ten", monkeypatch)
+    plan = plan_of(head, runner, "ten", monkeypatch)
 
     def statistics(*leaves: Tensor) -> tuple[Tensor, ...]:
         return tuple(stats_of(LinearHead(*leaves, batch), plan, uk.Readout(**READOUTS[readout])))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import unirl_kernels as uk
 from tests.cases import BY_NAME, LOSSES, SHAPES, LossCase, make_case
-from tests.places import Place
+from tests.runners import Runner
 from unirl_kernels.objectives import Clip, Tokens
 from unirl_kernels.testing import oracle
 
@@ -103,17 +103,17 @@ def test_scaling_the_advantage_scales_the_gradient() -> None:
 
 @pytest.mark.slow_interpreted
 @pytest.mark.parametrize("loss", LOSSES, ids=str)
-def test_gradcheck(loss: LossCase, place: Place) -> None:
-    if not place.runs(loss) or (place.interpreted and loss.name not in ("grpo", "dpo")):
+def test_gradcheck(loss: LossCase, runner: Runner) -> None:
+    if not runner.runs(loss) or (runner.interpreted and loss.name not in ("grpo", "dpo")):
         pytest.skip("not for this kernel, or hundreds of evaluations under the interpreter")
-    place.need(torch.float64)
-    target = torch.tensor([[0, uk.IGNORE], [4, 3]], device=place.device)
-    fields = -torch.rand(2, 2, 2, dtype=torch.float64, device=place.device) - 1.0
-    advantage = torch.tensor([1.0, 0.0 if loss.verdicts else -0.7], dtype=torch.float64, device=place.device)
+    runner.need(torch.float64)
+    target = torch.tensor([[0, uk.IGNORE], [4, 3]], device=runner.device)
+    fields = -torch.rand(2, 2, 2, dtype=torch.float64, device=runner.device) - 1.0
+    advantage = torch.tensor([1.0, 0.0 if loss.verdicts else -0.7], dtype=torch.float64, device=runner.device)
     batch = uk.Batch(target, advantage, *fields)
-    logits = torch.randn(2, 2, 5, dtype=torch.float64, device=place.device).requires_grad_()
+    logits = torch.randn(2, 2, 5, dtype=torch.float64, device=runner.device).requires_grad_()
     made = loss.make()
-    assert torch.autograd.gradcheck(lambda x: uk.fused_loss(x, batch, made, plan=place.plan()).loss, logits)
+    assert torch.autograd.gradcheck(lambda x: uk.fused_loss(x, batch, made, plan=runner.plan()).loss, logits)
 
 
 def test_metrics() -> None:
@@ -147,13 +147,13 @@ def own_objective() -> object:
     return namespace["sapo_with_entropy"]
 
 
-def test_own_objective_runs_in_one_pass(place: Place) -> None:
+def test_own_objective_runs_in_one_pass(runner: Runner) -> None:
     """Defined outside the package; the entropy's gradient included, every kernel agrees with autograd in fp64."""
     loss = uk.Loss(own_objective(), uk.TokenMean())
-    logits, batch = make_case(SMALL, BY_NAME["ppo"], place.device)
+    logits, batch = make_case(SMALL, BY_NAME["ppo"], runner.device)
     batch = uk.Batch(batch.target, batch.advantage, batch.old_logp)
     leaf = logits.clone().requires_grad_()
-    out = uk.fused_loss(leaf, batch, loss, plan=place.plan())
+    out = uk.fused_loss(leaf, batch, loss, plan=runner.plan())
     (d_logits,) = torch.autograd.grad(out.loss, leaf)
 
     exact = logits.double().requires_grad_()
@@ -166,7 +166,7 @@ def test_own_objective_runs_in_one_pass(place: Place) -> None:
     torch.testing.assert_close(d_logits.double(), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_own_objective_of_sequence_scope(place: Place) -> None:
+def test_own_objective_of_sequence_scope(runner: Runner) -> None:
     """GSPO's sequence-level ratio: two passes, by declaring a scope."""
 
     @dataclass(frozen=True)
@@ -178,13 +178,13 @@ def test_own_objective_of_sequence_scope(place: Place) -> None:
             return -torch.minimum(ratio * t.advantage, ratio.clamp(0.9, 1.1) * t.advantage)
 
     for shape in SHAPES[:2]:
-        logits, batch = make_case(shape, BY_NAME["ppo"], place.device)
+        logits, batch = make_case(shape, BY_NAME["ppo"], runner.device)
         leaf = logits.clone().requires_grad_()
-        plan = uk.Plan(backend=place.backend)
+        plan = uk.Plan(backend=runner.backend)
         (d_logits,) = torch.autograd.grad(uk.fused_loss(leaf, batch, uk.Loss(SequenceRatio()), plan=plan).loss, leaf)
         exact = logits.double().requires_grad_()
         logp = oracle.log_probs(exact, batch.target).reshape(-1)
-        value = torch.zeros((), dtype=torch.float64, device=place.device)
+        value = torch.zeros((), dtype=torch.float64, device=runner.device)
         for i, o in enumerate(oracle.sequences(batch)):
             if len(o):
                 s = torch.exp((logp[o] - batch.old_logp.reshape(-1)[o].double()).mean())
@@ -301,14 +301,14 @@ def test_a_tensor_that_learns_gets_its_gradient_or_an_error() -> None:
         lambda t: t.logp * torch.tensor([2.0]),
     ],
 )
-def test_the_loss_is_the_same_with_and_without_a_gradient(objective: object, place: Place) -> None:
+def test_the_loss_is_the_same_with_and_without_a_gradient(objective: object, runner: Runner) -> None:
     """Whatever the dtype that the objective returns: integers, truth values, Python numbers."""
-    if place.interpreted:
+    if runner.interpreted:
         pytest.skip("the same program as elsewhere")
-    logits, batch = make_case(SMALL, BY_NAME["ppo"], place.device)
+    logits, batch = make_case(SMALL, BY_NAME["ppo"], runner.device)
     loss = uk.Loss(objective)
-    trained = uk.fused_loss(logits.clone().requires_grad_(), batch, loss, plan=place.plan()).loss
-    evaluated = uk.fused_loss(logits, batch, loss, plan=place.plan()).loss
+    trained = uk.fused_loss(logits.clone().requires_grad_(), batch, loss, plan=runner.plan()).loss
+    evaluated = uk.fused_loss(logits, batch, loss, plan=runner.plan()).loss
     assert evaluated.dtype == trained.dtype
     torch.testing.assert_close(evaluated, trained.detach())
 
@@ -333,17 +333,17 @@ def test_what_an_objective_must_return() -> None:
 
 
 @pytest.mark.parametrize("count", [torch.tensor(0), torch.tensor(0.0), torch.tensor(7)])
-def test_ignored_tokens_weigh_nothing_whatever_the_count(count: Tensor, place: Place) -> None:
-    if place.interpreted:
+def test_ignored_tokens_weigh_nothing_whatever_the_count(count: Tensor, runner: Runner) -> None:
+    if runner.interpreted:
         pytest.skip("weights are the same everywhere")
-    target = torch.full((2, 3), uk.IGNORE, device=place.device)
-    batch, loss = uk.Batch(target), uk.Loss(uk.sft().objective, uk.TokenMean(count.to(place.device)))
+    target = torch.full((2, 3), uk.IGNORE, device=runner.device)
+    batch, loss = uk.Batch(target), uk.Loss(uk.sft().objective, uk.TokenMean(count.to(runner.device)))
     weights = loss.aggregation.weights(batch)
     assert weights.dtype == torch.float64
     assert not weights.any()
     for requires_grad in (True, False):
-        logits = torch.randn(2, 3, 5, device=place.device).requires_grad_(requires_grad)
-        assert uk.fused_loss(logits, batch, loss, plan=place.plan()).loss.item() == 0
+        logits = torch.randn(2, 3, 5, device=runner.device).requires_grad_(requires_grad)
+        assert uk.fused_loss(logits, batch, loss, plan=runner.plan()).loss.item() == 0
     batch.target[0, 0] = 1
     assert uk.TokenMean(torch.tensor(7)).weights(batch)[0, 0].item() == 1 / 7
 
@@ -372,14 +372,14 @@ def test_the_way_out_works() -> None:
     torch.testing.assert_close(out.loss, expected.float())
 
 
-def test_a_missing_field_is_an_error(place: Place) -> None:
-    logits, batch = make_case(SMALL, BY_NAME["grpo"], place.device)
+def test_a_missing_field_is_an_error(runner: Runner) -> None:
+    logits, batch = make_case(SMALL, BY_NAME["grpo"], runner.device)
     for requires_grad in (True, False):
         leaf = logits.clone().requires_grad_(requires_grad)
         with pytest.raises(ValueError, match=r"reads t\.ref_logp, but batch\.ref_logp is None"):
-            uk.fused_loss(leaf, uk.Batch(batch.target, batch.advantage), uk.grpo(), plan=place.plan())
+            uk.fused_loss(leaf, uk.Batch(batch.target, batch.advantage), uk.grpo(), plan=runner.plan())
         with pytest.raises(ValueError, match=r"reads t\.advantage, but batch\.advantage is None"):
-            uk.fused_loss(leaf, uk.Batch(batch.target), uk.ppo(), plan=place.plan())
+            uk.fused_loss(leaf, uk.Batch(batch.target), uk.ppo(), plan=runner.plan())
 
 
 def test_losses_are_printable_values() -> None:

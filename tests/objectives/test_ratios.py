@@ -9,7 +9,7 @@ import torch
 
 import unirl_kernels as uk
 from tests.objectives.hand import tokens
-from tests.places import Place
+from tests.runners import Runner
 from unirl_kernels.objectives import (
     ASPO,
     CISPO,
@@ -47,25 +47,25 @@ OF_SEQUENCES = [GSPO(), GSPOToken(), SequenceSAPO(), RLOO(), GMPO()]
 
 @pytest.mark.parametrize("objective", [*OF_TOKENS, *OF_SEQUENCES], ids=lambda x: type(x).__name__)
 @pytest.mark.parametrize("distance", [100.0, -100.0])
-def test_no_advantage_no_loss(objective: Objective, distance: float, place: Place) -> None:
+def test_no_advantage_no_loss(objective: Objective, distance: float, runner: Runner) -> None:
     """A stale token whose ratio is e^100 or e^-100, its advantage 0: a group of equal rewards."""
-    if place.interpreted and (not isinstance(objective, (Clip, SPO)) or distance < 0):
+    if runner.interpreted and (not isinstance(objective, (Clip, SPO)) or distance < 0):
         pytest.skip("the program is what other backends run")
-    if place.kernel != "composed" and objective in OF_SEQUENCES:
+    if runner.kernel != "composed" and objective in OF_SEQUENCES:
         pytest.skip("composed only")
-    logits = torch.randn(2, 2, 7, device=place.device)
+    logits = torch.randn(2, 2, 7, device=runner.device)
     logits[..., 0] += min(distance, 0)
-    target = torch.zeros(2, 2, dtype=torch.int64, device=place.device)
+    target = torch.zeros(2, 2, dtype=torch.int64, device=runner.device)
     logp = torch.log_softmax(logits, -1)[..., 0]
-    batch = uk.Batch(target, advantage=torch.zeros(2, device=place.device), old_logp=(logp - distance).clamp(max=0))
+    batch = uk.Batch(target, advantage=torch.zeros(2, device=runner.device), old_logp=(logp - distance).clamp(max=0))
     for dtype in (torch.float32, torch.float16):
         leaf = logits.to(dtype).requires_grad_()
-        out = uk.fused_loss(leaf, batch, uk.Loss(objective), plan=place.plan())
+        out = uk.fused_loss(leaf, batch, uk.Loss(objective), plan=runner.plan())
         (d_logits,) = torch.autograd.grad(out.loss, leaf)
         assert out.loss.item() == 0
         assert not d_logits.any()
         assert all(x.isfinite() for x in out.metrics.values())
-        assert uk.fused_loss(leaf.detach(), batch, uk.Loss(objective), plan=place.plan()).loss.item() == 0
+        assert uk.fused_loss(leaf.detach(), batch, uk.Loss(objective), plan=runner.plan()).loss.item() == 0
 
 
 def test_linear_heads_too() -> None:

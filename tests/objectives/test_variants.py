@@ -92,7 +92,7 @@ def batch_of(row: Row, data: Data, packed: bool) -> uk.Batch:
 
 
 def fused(data: Data, batch: uk.Batch, loss: uk.Loss, plan: uk.Plan, wanted: bool = True) -> Result:
-    logits = data.place(data.logits, batch.cu_seqlens is not None, float("nan")).requires_grad_(wanted)
+    logits = data.laid_out(data.logits, batch.cu_seqlens is not None, float("nan")).requires_grad_(wanted)
     out = uk.fused_loss(logits, batch, loss, plan=plan)
     if not wanted:
         return Result(out.loss, ())
@@ -102,7 +102,7 @@ def fused(data: Data, batch: uk.Batch, loss: uk.Loss, plan: uk.Plan, wanted: boo
 
 
 def fused_head(data: Data, batch: uk.Batch, loss: uk.Loss, plan: uk.Plan, wanted: bool = True) -> Result:
-    hidden = data.place(data.hidden, batch.cu_seqlens is not None, float("nan")).requires_grad_(wanted)
+    hidden = data.laid_out(data.hidden, batch.cu_seqlens is not None, float("nan")).requires_grad_(wanted)
     weight = data.weight.clone().requires_grad_(wanted)
     out = uk.fused_linear_loss(hidden, weight, batch, loss, plan=plan)
     if not wanted:
@@ -216,7 +216,7 @@ def test_a_field_that_learns_gets_its_gradient() -> None:
     for answer, z in zip(seen, log_z.double(), strict=True):
         answer.fields["log_z"] = z
     (expected,) = torch.autograd.grad(row.oracle(seen), log_z)
-    logits, hidden = (data.place(x, True, 0.0).requires_grad_() for x in (data.logits, data.hidden))
+    logits, hidden = (data.laid_out(x, True, 0.0).requires_grad_() for x in (data.logits, data.hidden))
     for out in (
         uk.fused_loss(logits, batch, row.loss()),
         uk.fused_linear_loss(hidden, data.weight, batch, row.loss(), plan=chunk(data, 3)),

@@ -28,22 +28,22 @@ from tests.linear import (
     of,
     plan_of,
 )
-from tests.places import Place
+from tests.runners import Runner
 from unirl_kernels.api.rows import program_args
 from unirl_kernels.backends import COMPOSED, ReadoutArgs, RowGradients
 from unirl_kernels.operators import linear
 
-of_native = pytest.mark.parametrize("place", NATIVE, ids=str)
+of_native = pytest.mark.parametrize("runner", NATIVE, ids=str)
 
 
-def operator_arguments(place: Place, head: LinearHead) -> dict[str, tuple[object, ...]]:
+def operator_arguments(runner: Runner, head: LinearHead) -> dict[str, tuple[object, ...]]:
     hidden, weight, bias = leaves_of(head)
     operands = linear.HeadArgs(*(None if x is None else x.detach() for x in (hidden.reshape(-1, WIDTH), weight, bias)))
     target = head.batch.target
     row = torch.randn(target.shape).to(target.device)
     readout = ReadoutArgs(1.0, None, 1.0, None)
     program = program_args(uk.grpo(), head.batch, torch.float32)
-    sweep = linear.SweepArgs(head.hidden.dtype, budget(head, 3, place.backend), place.backend)
+    sweep = linear.SweepArgs(head.hidden.dtype, budget(head, 3, runner.backend), runner.backend)
     wanted = linear.Wanted(True, True, True)
     moments = linear.linear_token_stats(operands, target, readout, sweep).moments
     gradients = RowGradients(row, None, row)
@@ -51,7 +51,7 @@ def operator_arguments(place: Place, head: LinearHead) -> dict[str, tuple[object
         "linear_token_stats": (operands, target, readout, sweep),
         "linear_token_observations": (operands, target, readout, sweep),
         "linear_token_stats_backward": (operands, target, readout, moments, gradients, sweep, wanted),
-        "fused_linear_loss": (operands, target, readout, program, place.kernel, sweep, wanted),
+        "fused_linear_loss": (operands, target, readout, program, runner.kernel, sweep, wanted),
     }
 
 
@@ -61,34 +61,34 @@ def operator_arguments(place: Place, head: LinearHead) -> dict[str, tuple[object
 )
 def test_opcheck(name: str) -> None:
     """One fake serves every backend."""
-    arguments = operator_arguments(Place("cpu", "rows", "cpu"), make_head(RAGGED, BY_NAME["grpo"], torch.bfloat16))
+    arguments = operator_arguments(Runner("cpu", "rows", "cpu"), make_head(RAGGED, BY_NAME["grpo"], torch.bfloat16))
     operator = getattr(linear, name)
     torch.library.opcheck(getattr(torch.ops.unirl, name).default, operator.flat(arguments[name]))
 
 
 def test_the_bare_operator_refuses_a_gradient() -> None:
-    place, head = Place("cpu", "rows", "cpu"), make_head(RAGGED, BY_NAME["grpo"])
-    operands, *rest = operator_arguments(place, head)["linear_token_stats"]
+    runner, head = Runner("cpu", "rows", "cpu"), make_head(RAGGED, BY_NAME["grpo"])
+    operands, *rest = operator_arguments(runner, head)["linear_token_stats"]
     leaf = operands._replace(hidden=operands.hidden.requires_grad_())
     with pytest.raises(RuntimeError, match="linear_token_stats has no gradient of its own"):
         linear.linear_token_stats(leaf, *rest)
 
 
 def cut(head: LinearHead, length: int) -> LinearHead:
-    """Its first places."""
+    """Its first positions."""
     whole = head.batch
     target, old_logp, ref_logp = (x[:, :length].clone() for x in (whole.target, whole.old_logp, whole.ref_logp))
     batch = uk.Batch(target, whole.advantage, old_logp, ref_logp)
     return LinearHead(head.hidden[:, :length].clone(), head.weight, head.bias, batch)
 
 
-@of([place for place in NATIVE if place.backend == "cpu"], SCOPES[:2])
-def test_compiles_without_a_graph_break(place: Place, loss: LossCase) -> None:
+@of([runner for runner in NATIVE if runner.backend == "cpu"], SCOPES[:2])
+def test_compiles_without_a_graph_break(runner: Runner, loss: LossCase) -> None:
     """Batch built inside, metrics read inside; a new coefficient compiles nothing, new lengths once for all."""
     torch.compiler.reset()
     makers = {"grpo": lambda k: uk.grpo(beta=0.04 + k / 100), "dpo": lambda k: uk.dpo(beta=0.1)}
     head = make_head(RAGGED, loss)
-    plan = plan_of(place, head, 3)
+    plan = plan_of(runner, head, 3)
     graphs = []
 
     def count(graph: torch.fx.GraphModule, inputs: object) -> object:
@@ -111,7 +111,7 @@ def test_compiles_without_a_graph_break(place: Place, loss: LossCase) -> None:
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b)
         # An objective that runs as plain PyTorch shows torch.compile its numbers; it generalises after the second.
-        assert len(graphs) <= compilations + (place.kernel == COMPOSED)
+        assert len(graphs) <= compilations + (runner.kernel == COMPOSED)
 
 
 def test_compiles_with_inductor(device: str) -> None:
@@ -133,12 +133,12 @@ def test_compiles_with_inductor(device: str) -> None:
 
 
 @of(NATIVE, SCOPES)
-def test_autocast(place: Place, loss: LossCase | CustomCase) -> None:
+def test_autocast(runner: Runner, loss: LossCase | CustomCase) -> None:
     """fp32 parameters, operands rounded to bf16: within the budget of fp32 on the rounded operands; the bias is not."""
-    head = make_head(RAGGED, loss, device=place.device)
+    head = make_head(RAGGED, loss, device=runner.device)
     for tokens in (*CHUNKED, None):
-        with torch.autocast(place.device, torch.bfloat16):
-            got = fused(head, loss.make(), plan_of(place, head, tokens))
+        with torch.autocast(runner.device, torch.bfloat16):
+            got = fused(head, loss.make(), plan_of(runner, head, tokens))
         rounded = LinearHead(head.hidden.bfloat16().float(), head.weight.bfloat16().float(), head.bias, head.batch)
         check(got, rounded, loss, factors=torch.bfloat16)
 
@@ -181,16 +181,16 @@ def test_activation_checkpointing(loss: LossCase | CustomCase, reentrant: bool, 
 
 
 @of_native
-def test_outputs_are_detached_float32_and_those_of_the_formed_logits(place: Place) -> None:
+def test_outputs_are_detached_float32_and_those_of_the_formed_logits(runner: Runner) -> None:
     for shape in (RAGGED, PACKED):
-        head = make_head(shape, BY_NAME["dpo"], device=place.device)
-        loss = uk.dpo() if place.kernel == COMPOSED else uk.grpo()
+        head = make_head(shape, BY_NAME["dpo"], device=runner.device)
+        loss = uk.dpo() if runner.kernel == COMPOSED else uk.grpo()
         hidden, weight, bias = head.used.operands
         expected = uk.fused_loss(hidden @ weight.t() + bias, head.batch, loss)
         for dtype in (torch.float32, torch.bfloat16):
             leaf = hidden.to(dtype).requires_grad_()
             for tokens in CHUNKED:
-                plan = plan_of(place, head, tokens)
+                plan = plan_of(runner, head, tokens)
                 out = uk.fused_linear_loss(leaf, weight.to(dtype), head.batch, loss, bias=bias.to(dtype), plan=plan)
                 assert out.loss.dtype == out.logp.dtype == out.entropy.dtype == torch.float32
                 assert out.loss.requires_grad

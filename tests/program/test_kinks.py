@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import huber_loss, relu
 
 import unirl_kernels as uk
-from tests.places import PLACES, Place
+from tests.runners import RUNNERS, Runner
 from unirl_kernels.backends import COMPOSED
 from unirl_kernels.program import evaluate, kinks, trace, weight_name
 
@@ -64,8 +64,8 @@ def test_programs_have_the_derivatives_of_autograd(name: str) -> None:
         torch.testing.assert_close(got, want, rtol=0, atol=1e-14, equal_nan=True)
 
 
-@pytest.mark.parametrize("place", [place for place in PLACES if place.kernel != COMPOSED], ids=str)
-def test_one_pass_is_composed_at_kinks(place: Place) -> None:
+@pytest.mark.parametrize("runner", [runner for runner in RUNNERS if runner.kernel != COMPOSED], ids=str)
+def test_one_pass_is_composed_at_kinks(runner: Runner) -> None:
     """Fields stand at the kinks exactly, whatever rounding does to log-probabilities."""
     x, y, z = _points(torch.float32)[:, None, ::9]
 
@@ -75,13 +75,13 @@ def test_one_pass_is_composed_at_kinks(place: Place) -> None:
         names = ("clamp by numbers", "clamp by tensors", "clamp by a tensor from below", "minimum", "relu")
         return sum(10.0**-i * KINKS[name](*at) for i, name in enumerate(names))
 
-    n, device = x.shape[-1], place.device
+    n, device = x.shape[-1], runner.device
     fields = {"x": x.to(device), "y": y.to(device), "z": z.to(device)}
     batch = uk.Batch((torch.arange(n, device=device) % 8)[None], fields=fields)
     logits, gradients = torch.randn(1, n, 8, device=device), []
-    for kernel in (place.kernel, COMPOSED):
+    for kernel in (runner.kernel, COMPOSED):
         leaf = logits.clone().requires_grad_()
-        plan = uk.Plan(backend=place.backend, kernel=kernel)
+        plan = uk.Plan(backend=runner.backend, kernel=kernel)
         uk.fused_loss(leaf, batch, uk.Loss(objective, uk.TokenMean()), plan=plan).loss.backward()
         gradients.append(leaf.grad)
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)

@@ -10,30 +10,30 @@ import torch
 from torch import Tensor
 
 import unirl_kernels as uk
-from tests.places import PLACES, Place
+from tests.runners import RUNNERS, Runner
 from unirl_kernels.backends import COMPOSED
 from unirl_kernels.testing import oracle
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-of_every_backend = pytest.mark.parametrize("place", [p for p in PLACES if p.kernel == COMPOSED], ids=str)
+of_every_backend = pytest.mark.parametrize("runner", [p for p in RUNNERS if p.kernel == COMPOSED], ids=str)
 """Statistics are the same for every one-pass kernel."""
 
 EPS = torch.finfo(torch.float32).eps
 
 
-def statistics(logits: Tensor, target: Tensor, place: Place, **readout: Any) -> tuple[Tensor, uk.TokenStats]:
+def statistics(logits: Tensor, target: Tensor, runner: Runner, **readout: Any) -> tuple[Tensor, uk.TokenStats]:
     """A leaf with these logits, and the statistics of its rows."""
-    leaf = logits.to(place.device).requires_grad_()
-    plan = uk.Plan(place.backend)
-    return leaf, uk.token_stats(leaf, target.to(place.device), readout=uk.Readout(**readout), plan=plan)
+    leaf = logits.to(runner.device).requires_grad_()
+    plan = uk.Plan(runner.backend)
+    return leaf, uk.token_stats(leaf, target.to(runner.device), readout=uk.Readout(**readout), plan=plan)
 
 
-def one_token(logits: Tensor, place: Place, **fields: float | Tensor) -> tuple[Tensor, uk.Batch]:
+def one_token(logits: Tensor, runner: Runner, **fields: float | Tensor) -> tuple[Tensor, uk.Batch]:
     """[T, V] logits as T sequences of one token, whose target is column 0; a field for all or for each."""
     shape = (len(logits), 1)
     values = {name: torch.as_tensor(x).float().view(-1, 1).expand(shape).contiguous() for name, x in fields.items()}
     values["target"] = torch.zeros(shape, dtype=torch.int64)
-    return logits.unsqueeze(1).to(place.device), uk.Batch(**{name: x.to(place.device) for name, x in values.items()})
+    return logits.unsqueeze(1).to(runner.device), uk.Batch(**{name: x.to(runner.device) for name, x in values.items()})
 
 
 def gradient(logits: Tensor, batch: uk.Batch, loss: uk.Loss, plan: uk.Plan = uk.Plan(), **readout: Any) -> Tensor:

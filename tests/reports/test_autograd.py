@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import unirl_kernels as uk
-from tests.places import Place
 from tests.reports.calls import close, exact, head_of, one_token, packed
+from tests.runners import Runner
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_second_backward_is_right_or_refused(overwrite: bool, place: Place) -> None:
+def test_a_second_backward_is_right_or_refused(overwrite: bool, runner: Runner) -> None:
     """A gradient that was scaled in place is scaled again: https://github.com/Dao-AILab/quack/pull/209"""
-    logits, batch = one_token(torch.randn(2, 33), place, advantage=1.0)
+    logits, batch = one_token(torch.randn(2, 33), runner, advantage=1.0)
     leaf = logits.clone().requires_grad_()
-    value = 3 * uk.fused_loss(leaf * 1, batch, uk.ppo(), plan=place.plan(overwrite_logits=overwrite)).loss
+    value = 3 * uk.fused_loss(leaf * 1, batch, uk.ppo(), plan=runner.plan(overwrite_logits=overwrite)).loss
     (first,) = torch.autograd.grad(value, leaf, retain_graph=True)
     first = first.clone()
     try:
@@ -41,48 +41,48 @@ def test_a_second_backward_of_a_head() -> None:
     torch.testing.assert_close(found[1] / -2, found[2])
 
 
-def test_a_leaf_is_never_overwritten(place: Place) -> None:
+def test_a_leaf_is_never_overwritten(runner: Runner) -> None:
     """An in-place default destroys a leaf's data: https://github.com/linkedin/Liger-Kernel/issues/343"""
-    logits, batch = one_token(torch.randn(2, 33), place, advantage=1.0)
+    logits, batch = one_token(torch.randn(2, 33), runner, advantage=1.0)
     leaf = logits.clone().requires_grad_()
-    uk.fused_loss(leaf, batch, uk.ppo(), plan=place.plan()).loss.backward()
+    uk.fused_loss(leaf, batch, uk.ppo(), plan=runner.plan()).loss.backward()
     assert torch.equal(leaf.detach(), logits)
     with pytest.raises(ValueError, match="leaf"):
-        uk.fused_loss(leaf, batch, uk.ppo(), plan=place.plan(overwrite_logits=True))
+        uk.fused_loss(leaf, batch, uk.ppo(), plan=runner.plan(overwrite_logits=True))
     assert torch.equal(leaf.detach(), logits)
 
 
-def test_what_saved_the_logits_still_has_them(place: Place) -> None:
+def test_what_saved_the_logits_still_has_them(runner: Runner) -> None:
     """Logits that were overwritten without a word are what softmax or tanh saved for its own backward:
     https://github.com/linkedin/Liger-Kernel/pull/1251, https://github.com/linkedin/Liger-Kernel/pull/273
     """
-    logits, batch = one_token(torch.randn(2, 33), place)
+    logits, batch = one_token(torch.randn(2, 33), runner)
     leaf = logits.clone().requires_grad_()
-    (found,) = torch.autograd.grad(uk.fused_loss(torch.tanh(leaf), batch, uk.sft(), plan=place.plan()).loss, leaf)
+    (found,) = torch.autograd.grad(uk.fused_loss(torch.tanh(leaf), batch, uk.sft(), plan=runner.plan()).loss, leaf)
     double = logits.double().requires_grad_()
     log_p = torch.log_softmax(torch.tanh(double), -1)[..., 0]
     (expected,) = torch.autograd.grad(-log_p.mean(), double)
     close(found, expected)
 
 
-def test_two_losses_of_the_same_logits(place: Place) -> None:
+def test_two_losses_of_the_same_logits(runner: Runner) -> None:
     """The first backward wrote its gradient where the second loss has its logits:
     https://github.com/unslothai/unsloth/issues/5002
     """
-    logits, batch = one_token(torch.randn(2, 33), place)
+    logits, batch = one_token(torch.randn(2, 33), runner)
     leaf = logits.clone().requires_grad_()
     computed = leaf * 1
-    both = uk.fused_loss(computed, batch, uk.sft(), plan=place.plan()).loss + (computed**2).sum()
+    both = uk.fused_loss(computed, batch, uk.sft(), plan=runner.plan()).loss + (computed**2).sum()
     (found,) = torch.autograd.grad(both, leaf)
     close(found, -exact(logits, batch.target)[2] / 2 + 2 * logits.double().cpu(), size=4)
 
 
-def test_overwritten_logits_are_not_read_for_metrics(place: Place) -> None:
+def test_overwritten_logits_are_not_read_for_metrics(runner: Runner) -> None:
     """Metrics were computed from logits that held a gradient by then: https://github.com/unslothai/unsloth/issues/5002"""
-    logits, batch = one_token(torch.randn(2, 33), place)
+    logits, batch = one_token(torch.randn(2, 33), runner)
     computed = logits.clone().requires_grad_() * 1
-    out = uk.fused_loss(computed, batch, uk.sft(), plan=place.plan(overwrite_logits=True))
-    if place.kernel == "composed":  # the gradient is made in the backward
+    out = uk.fused_loss(computed, batch, uk.sft(), plan=runner.plan(overwrite_logits=True))
+    if runner.kernel == "composed":  # the gradient is made in the backward
         out.loss.backward()
     assert computed.numel() == 0
     close(out.logp, exact(logits, batch.target)[0])

@@ -6,18 +6,18 @@ import pytest
 import torch
 
 import unirl_kernels as uk
-from tests.places import Place
 from tests.reports.calls import close, exact, gradient, head_of, of_every_backend, one_token, packed, statistics
+from tests.runners import Runner
 from unirl_kernels.testing import oracle
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 255, 257, 1187, 2049, 9496])
-def test_no_column_is_left_out(vocab: int, place: Place) -> None:
+def test_no_column_is_left_out(vocab: int, runner: Runner) -> None:
     """A kernel for multiples of 256 is wrong for the others: https://github.com/verl-project/verl/issues/2899. Here
     the last columns weigh as much as the first; 9496 is Qwen's vocabulary over 16 GPUs.
     """
-    logits, batch = one_token(torch.zeros(1, vocab), place, advantage=1.0)
-    found = gradient(logits, batch, uk.ppo(), place.plan()).cpu().view(-1)
+    logits, batch = one_token(torch.zeros(1, vocab), runner, advantage=1.0)
+    found = gradient(logits, batch, uk.ppo(), runner.plan()).cpu().view(-1)
     expected = torch.full((vocab,), 1 / vocab)
     expected[0] -= 1
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9)
@@ -25,26 +25,26 @@ def test_no_column_is_left_out(vocab: int, place: Place) -> None:
 
 @of_every_backend
 @pytest.mark.parametrize("vocab", [1, 7, 130, 1000])
-def test_columns_beyond_the_vocabulary_count_nothing(vocab: int, place: Place) -> None:
+def test_columns_beyond_the_vocabulary_count_nothing(vocab: int, runner: Runner) -> None:
     """A tile's columns beyond the end were logits of 0, which shows where all others are far below:
     https://github.com/verl-project/verl/pull/5349
     """
     row = torch.full((1, 1, vocab), -40.0)
-    _, stats = statistics(row, torch.zeros(1, 1, dtype=torch.int64), place)
+    _, stats = statistics(row, torch.zeros(1, 1, dtype=torch.int64), runner)
     expected = -torch.tensor(float(vocab)).log()
     close(stats.logp.view(()), expected, size=1)
     close(stats.entropy.view(()), -expected, size=1)
 
 
-def test_a_sequence_of_more_than_65535_tokens(place: Place) -> None:
+def test_a_sequence_of_more_than_65535_tokens(runner: Runner) -> None:
     """A grid's second dimension ends there: https://github.com/linkedin/Liger-Kernel/pull/1294"""
-    if place.interpreted or place.emulated:
+    if runner.interpreted or runner.emulated:
         pytest.skip("65537 rows take the interpreter half an hour, the emulator two minutes")
     logits = torch.randn(1, 65537, 3)
     batch = uk.Batch(torch.randint(0, 3, (1, 65537)), torch.tensor([1.0]))
-    batch = uk.Batch(batch.target.to(place.device), batch.advantage.to(place.device))
-    found = gradient(logits.to(place.device), batch, uk.ppo(), place.plan())
-    expected = oracle.gradient("ppo", logits.to(place.device).double(), batch)
+    batch = uk.Batch(batch.target.to(runner.device), batch.advantage.to(runner.device))
+    found = gradient(logits.to(runner.device), batch, uk.ppo(), runner.plan())
+    expected = oracle.gradient("ppo", logits.to(runner.device).double(), batch)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-10)
 
 
@@ -68,12 +68,12 @@ def test_a_row_beyond_two_to_the_31_elements(backend: str) -> None:
 
 
 @of_every_backend
-def test_transposed_logits(place: Place) -> None:
+def test_transposed_logits(runner: Runner) -> None:
     """[S, B, V] turned to [B, S, V] has stride 1 in the last dimension and another row stride than V:
     https://github.com/NVIDIA/TransformerEngine/issues/2734
     """
     logits, target = torch.randn(4, 2, 8), torch.randint(0, 8, (2, 4))
-    leaf, stats = statistics(logits.transpose(0, 1), target, place)
+    leaf, stats = statistics(logits.transpose(0, 1), target, runner)
     logp, _, slope = exact(logits.transpose(0, 1), target)
     close(stats.logp, logp)
     close(torch.autograd.grad(stats.logp.sum(), leaf)[0], slope)
@@ -81,8 +81,8 @@ def test_transposed_logits(place: Place) -> None:
 
 @of_every_backend
 @pytest.mark.parametrize("layout", ["sliced", "padded", "expanded", "unaligned"])
-def test_logits_of_other_strides(layout: str, place: Place) -> None:
-    """Slices and expanded rows are refused or read at the wrong places: https://github.com/unslothai/unsloth/pull/10713,
+def test_logits_of_other_strides(layout: str, runner: Runner) -> None:
+    """Slices and expanded rows are refused or read at the wrong positions: https://github.com/unslothai/unsloth/pull/10713,
     https://github.com/NVIDIA-NeMo/Automodel/pull/3854
     """
     target = torch.randint(0, 33, (2, 3))
@@ -92,35 +92,35 @@ def test_logits_of_other_strides(layout: str, place: Place) -> None:
         "expanded": torch.randn(1, 1, 33).expand(2, 3, 33),
         "unaligned": torch.randn(2 * 3 * 33 + 1)[1:].view(2, 3, 33),
     }[layout]
-    leaf, stats = statistics(logits, target, place)
+    leaf, stats = statistics(logits, target, runner)
     logp, _, slope = exact(logits, target)
     close(stats.logp, logp)
     close(torch.autograd.grad(stats.logp.sum(), leaf)[0], slope)
 
 
 @of_every_backend
-def test_a_strided_target(place: Place) -> None:
+def test_a_strided_target(runner: Runner) -> None:
     """Targets with a stride were read as if they had none: https://github.com/pytorch/pytorch/issues/67167,
     https://github.com/pytorch/pytorch/issues/72120
     """
     logits, target = torch.randn(2, 3, 33), torch.randint(0, 33, (2, 6))[:, ::2]
-    _, stats = statistics(logits, target, place)
+    _, stats = statistics(logits, target, runner)
     close(stats.logp, exact(logits, target)[0])
 
 
 @of_every_backend
 @pytest.mark.parametrize("layout", ["expanded", "transposed"])
-def test_upstream_gradients_of_any_strides(layout: str, place: Place) -> None:
+def test_upstream_gradients_of_any_strides(layout: str, runner: Runner) -> None:
     """A (B, 1) upstream gradient that is indexed as if it were (B, L) is read beyond its end: the luspo loss of
     https://github.com/linkedin/Liger-Kernel/blob/main/src/liger_kernel/ops/grpo_loss.py
     """
     logits, target = torch.randn(2, 3, 33), torch.randint(0, 33, (2, 3))
-    one_each = torch.tensor([[2.0], [-3.0]], device=place.device)
+    one_each = torch.tensor([[2.0], [-3.0]], device=runner.device)
     upstream = one_each.expand(2, 3) if layout == "expanded" else one_each.expand(2, 3).t().contiguous().t()
     assert not upstream.is_contiguous()
     found = []
     for d_logp in (upstream, upstream.contiguous()):
-        leaf, stats = statistics(logits, target, place)
+        leaf, stats = statistics(logits, target, runner)
         found.append(torch.autograd.grad((stats.logp, stats.entropy), leaf, (d_logp, d_logp))[0])
     assert torch.equal(*found)
     assert found[0][1].abs().sum() > found[0][0].abs().sum() > 0

@@ -8,37 +8,37 @@ import pytest
 import torch
 
 import unirl_kernels as uk
-from tests.places import Place
 from tests.reports.calls import close, exact, gradient, head_of, of_every_backend, packed, statistics
+from tests.runners import Runner
 
 NOTHING = torch.full((2, 3), uk.IGNORE)
 
 
 @of_every_backend
-def test_upstream_gradients_at_padding_are_ignored(place: Place) -> None:
+def test_upstream_gradients_at_padding_are_ignored(runner: Runner) -> None:
     """The sum of upstream gradients over a sequence took the padding's, too: loss of sequence level in
     https://github.com/linkedin/Liger-Kernel/blob/main/src/liger_kernel/ops/grpo_loss.py
     """
     logits, target = torch.randn(2, 3, 33), torch.randint(0, 33, (2, 3))
     target[0, 2] = target[1, 0] = uk.IGNORE
-    used = (target != uk.IGNORE).to(place.device)
+    used = (target != uk.IGNORE).to(runner.device)
     found = []
     for upstream in (used.float(), torch.where(used, 1.0, 1e30), torch.where(used, 1.0, math.nan)):
-        leaf, stats = statistics(logits, target, place)
+        leaf, stats = statistics(logits, target, runner)
         found.append(torch.autograd.grad(stats.logp, leaf, upstream)[0])
     assert not found[0][~used].any()
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
 
 
-def test_nothing_to_learn_from_is_zero(place: Place) -> None:
+def test_nothing_to_learn_from_is_zero(runner: Runner) -> None:
     """A mean over no tokens is 0 / 0: https://github.com/pytorch/pytorch/issues/116349,
     https://github.com/unslothai/unsloth/pull/7677, https://github.com/NVIDIA-NeMo/Automodel/pull/3797
     """
-    logits = torch.randn(2, 3, 9, device=place.device, requires_grad=True)
+    logits = torch.randn(2, 3, 9, device=runner.device, requires_grad=True)
     for aggregation in (uk.SequenceMean(), uk.TokenMean(), uk.FixedLength(7), uk.SequenceMean(empty="skip")):
         loss = uk.Loss(uk.sft().objective, aggregation)
-        out = uk.fused_loss(logits * 1, uk.Batch(NOTHING.to(place.device)), loss, plan=place.plan())
+        out = uk.fused_loss(logits * 1, uk.Batch(NOTHING.to(runner.device)), loss, plan=runner.plan())
         (d_logits,) = torch.autograd.grad(out.loss, logits)
         assert out.loss.item() == 0
         assert not d_logits.any()
@@ -54,7 +54,7 @@ def test_a_count_of_all_ranks_that_is_zero() -> None:
 
 
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30])
-def test_garbage_under_the_mask_does_not_reach_the_loss(garbage: float, place: Place) -> None:
+def test_garbage_under_the_mask_does_not_reach_the_loss(garbage: float, runner: Runner) -> None:
     """NaN times a mask of 0 is NaN: https://github.com/verl-project/verl/pull/6349"""
     logits, target = torch.randn(2, 3, 9), torch.randint(0, 9, (2, 3))
     fields = {"advantage": torch.randn(2, 3), "old_logp": -torch.rand(2, 3), "ref_logp": -torch.rand(2, 3)}
@@ -63,8 +63,8 @@ def test_garbage_under_the_mask_does_not_reach_the_loss(garbage: float, place: P
     dirty_logits = logits.clone().index_fill_(1, torch.tensor(2), garbage)
     found = []
     for x, given in ((logits, fields), (dirty_logits, dirty)):
-        batch = uk.Batch(target.to(place.device), **{name: value.to(place.device) for name, value in given.items()})
-        found.append(gradient(x.to(place.device), batch, uk.grpo(), place.plan()))
+        batch = uk.Batch(target.to(runner.device), **{name: value.to(runner.device) for name, value in given.items()})
+        found.append(gradient(x.to(runner.device), batch, uk.grpo(), runner.plan()))
     assert torch.equal(*found)
     assert not found[1][:, -1].any()
 

@@ -6,22 +6,22 @@ import pytest
 import torch
 
 import unirl_kernels as uk
-from tests.places import Place
 from tests.reports.calls import head_of, of_every_backend, packed, statistics
+from tests.runners import Runner
 
 
 @of_every_backend
 @pytest.mark.parametrize("bad", [-1, -4, 9])
-def test_a_target_outside_the_vocabulary(bad: int, place: Place) -> None:
+def test_a_target_outside_the_vocabulary(bad: int, runner: Runner) -> None:
     """It was trained on as if it were ignored, or as another token: https://github.com/pytorch/torchtitan/pull/4297,
     https://github.com/pytorch/pytorch/issues/12670, https://github.com/pytorch/pytorch/issues/135546
     """
     target = torch.tensor([[1, 2, 3], [4, bad, 5]])
-    if place.device == "cpu":
+    if runner.device == "cpu":
         with pytest.raises(IndexError, match=r"target must lie in \[0, 9\)"):
-            statistics(torch.randn(2, 3, 9), target, place)
+            statistics(torch.randn(2, 3, 9), target, runner)
     else:
-        _, stats = statistics(torch.randn(2, 3, 9), target, place)
+        _, stats = statistics(torch.randn(2, 3, 9), target, runner)
         assert stats.logp.isnan().sum() == 1
 
 

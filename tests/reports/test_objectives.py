@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import unirl_kernels as uk
-from tests.places import Place
 from tests.reports.calls import close, exact, gradient, one_token
+from tests.runners import Runner
 from unirl_kernels.testing import oracle
 
 
@@ -28,7 +28,7 @@ COEFFICIENTS = {
 
 
 @pytest.mark.parametrize("name", COEFFICIENTS)
-def test_every_side_of_the_clip(name: str, place: Place) -> None:
+def test_every_side_of_the_clip(name: str, runner: Runner) -> None:
     """With delta below 1 + high the backward took the wrong branch for a negative advantage:
     https://github.com/linkedin/Liger-Kernel/blob/main/src/liger_kernel/ops/grpo_loss.py
     """
@@ -36,15 +36,15 @@ def test_every_side_of_the_clip(name: str, place: Place) -> None:
     for advantage, coefficients in COEFFICIENTS[name].items():
         rows = torch.randn(len(RATIOS), 17)
         old_logp = torch.log_softmax(rows, -1)[:, 0] - torch.tensor(RATIOS).log()
-        logits, batch = one_token(rows, place, advantage=advantage, old_logp=old_logp)
+        logits, batch = one_token(rows, runner, advantage=advantage, old_logp=old_logp)
         one_hot = torch.nn.functional.one_hot(torch.zeros(len(RATIOS), dtype=torch.int64), 17)
         gc = torch.tensor(coefficients, dtype=torch.float64).unsqueeze(-1)
         expected = gc * (torch.softmax(rows.double(), -1) - one_hot) / len(RATIOS)
-        found = gradient(logits, batch, loss, place.plan()).double().cpu().squeeze(1)
+        found = gradient(logits, batch, loss, runner.plan()).double().cpu().squeeze(1)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_ratio_used_twice_is_differentiated_twice(place: Place) -> None:
+def test_a_ratio_used_twice_is_differentiated_twice(runner: Runner) -> None:
     """The gradient through the ratio that the corrected KL shares with the surrogate was forgotten:
     https://github.com/linkedin/Liger-Kernel/blob/main/src/liger_kernel/ops/grpo_loss.py
     """
@@ -53,43 +53,43 @@ def test_a_ratio_used_twice_is_differentiated_twice(place: Place) -> None:
         ratio, gap = torch.exp(t.logp - t.old_logp), t.ref_logp - t.logp
         return -ratio * t.advantage + ratio * (torch.exp(gap) - gap - 1)
 
-    logits, batch = one_token(torch.randn(1, 17), place, advantage=0.7, old_logp=-3.0, ref_logp=-2.0)
+    logits, batch = one_token(torch.randn(1, 17), runner, advantage=0.7, old_logp=-3.0, ref_logp=-2.0)
     leaf = logits.double().requires_grad_()
     fields = {"old_logp": batch.old_logp, "ref_logp": batch.ref_logp, "advantage": batch.advantage}
     t = type("t", (), {"logp": oracle.log_probs(leaf, batch.target), **fields})
     (expected,) = torch.autograd.grad(corrected(t).sum(), leaf)
-    found = gradient(logits, batch, uk.Loss(corrected), place.plan())
+    found = gradient(logits, batch, uk.Loss(corrected), runner.plan())
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_an_entropy_bonus_has_a_gradient(place: Place) -> None:
+def test_an_entropy_bonus_has_a_gradient(runner: Runner) -> None:
     """The bonus was made of entropies without a gradient: it moved the loss and nothing else:
     https://github.com/huggingface/trl/pull/5595, https://github.com/huggingface/trl/pull/6140
     """
-    logits, batch = one_token(torch.tensor([[2.0, 0.0, -1.0]]), place)
-    found = gradient(logits, batch, uk.Loss(lambda t: -t.entropy), place.plan())
+    logits, batch = one_token(torch.tensor([[2.0, 0.0, -1.0]]), runner)
+    found = gradient(logits, batch, uk.Loss(lambda t: -t.entropy), runner.plan())
     leaf = logits.double().requires_grad_()
     (expected,) = torch.autograd.grad(-oracle.entropy(leaf).sum(), leaf)
     close(found, expected)
     assert expected.abs().max() > 0.1
 
 
-def test_on_policy_the_ratio_is_one_and_has_a_gradient(place: Place) -> None:
+def test_on_policy_the_ratio_is_one_and_has_a_gradient(runner: Runner) -> None:
     """Where old log-probabilities are the policy's own, exp(logp - logp) is 1 and its gradient must not vanish:
     https://github.com/huggingface/trl/issues/2752
     """
-    logits, batch = one_token(torch.randn(1, 9), place, advantage=2.0)
+    logits, batch = one_token(torch.randn(1, 9), runner, advantage=2.0)
     leaf = logits.clone().requires_grad_()
-    out = uk.fused_loss(leaf * 1, batch, uk.ppo(), plan=place.plan())
+    out = uk.fused_loss(leaf * 1, batch, uk.ppo(), plan=runner.plan())
     (d_logits,) = torch.autograd.grad(out.loss, leaf)
     assert out.loss.item() == pytest.approx(-2)
     close(d_logits, -2 * exact(logits, batch.target)[2], size=2)
 
 
-def test_the_sign_of_the_kl_penalty(place: Place) -> None:
+def test_the_sign_of_the_kl_penalty(runner: Runner) -> None:
     """log pi_ref - log pi and its negative are taken for one another: https://github.com/Liuziyu77/Visual-RFT/issues/40"""
-    logits, batch = one_token(torch.zeros(1, 2), place, advantage=0.0, ref_logp=-0.1)
-    d_logits = gradient(logits, batch, uk.grpo(beta=1.0), place.plan()).flatten()
+    logits, batch = one_token(torch.zeros(1, 2), runner, advantage=0.0, ref_logp=-0.1)
+    d_logits = gradient(logits, batch, uk.grpo(beta=1.0), runner.plan()).flatten()
     # The reference finds the token more probable than the policy does: the penalty raises it.
     assert d_logits[0] < 0 < d_logits[1]
     gap = -0.1 - torch.tensor(0.5).log()

@@ -43,7 +43,7 @@ class Data:
         """A batch with some of the fields, ``name`` or ``name:source``; NaN, which must not matter, where ignored."""
         given = {name.split(":")[0]: self.field(name.split(":")[-1], packed) for name in names}
         known = {name: given.pop(name) for name in ("advantage", "old_logp", "ref_logp") if name in given}
-        target = self.place(self.target, packed, uk.IGNORE)
+        target = self.laid_out(self.target, packed, uk.IGNORE)
         ends = None
         if packed:
             sizes = [n + ahead(s) for s, n in enumerate(self.lengths)]
@@ -54,9 +54,9 @@ class Data:
         if name in self.of_sequences:
             return self.of_sequences[name]
         x = self.of_tokens[name]
-        return self.place(x, packed, float("nan") if x.is_floating_point() else 1)
+        return self.laid_out(x, packed, float("nan") if x.is_floating_point() else 1)
 
-    def place(self, x: Tensor, packed: bool, fill: float) -> Tensor:
+    def laid_out(self, x: Tensor, packed: bool, fill: float) -> Tensor:
         """[n, ...] in a layout, with ``fill`` at ignored positions: prompts in front, padding behind."""
         longest = max(n + ahead(s) for s, n in enumerate(self.lengths))
         rows, start = [], 0

@@ -16,7 +16,7 @@ N_GOLD = RAGGED[4] + RAGGED[5]
 
 
 def plackett_luce(group: list[Answer]) -> Tensor:
-    """The product over places of the probability that the best of the rest stands there."""
+    """The product over positions of the probability that the best of the rest stands there."""
     ordered = sorted(group, key=lambda o: o.rank)
     return -sum(torch.log_softmax(torch.stack([B * R(o) for o in ordered[i:]]), 0)[0] for i in range(len(ordered)))
 

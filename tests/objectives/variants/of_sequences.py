@@ -1,4 +1,4 @@
-"""Rows 92 to 121: ratios of sequences, places in a sequence, groups, the whole batch."""
+"""Rows 92 to 121: ratios of sequences, positions in a sequence, groups, the whole batch."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ INTERPRETED_LOGITS = 350_000
 
 
 @dataclass(frozen=True)
-class Place:
+class Runner:
     backend: str
     kernel: str
     device: str
@@ -57,15 +57,15 @@ class Place:
             pytest.skip("has no kernel for observations, and says so")
 
 
-def _kernels(backend: str, device: str) -> list[Place]:
-    return [Place(backend, kernel, device) for kernel in (*load(backend).KERNELS, COMPOSED)]
+def _kernels(backend: str, device: str) -> list[Runner]:
+    return [Runner(backend, kernel, device) for kernel in (*load(backend).KERNELS, COMPOSED)]
 
 
 DEVICES = ["cpu"] if INTERPRETED else ["cpu", "cuda"]
-PLACES = [*_kernels("eager", "cpu"), *_kernels("cpu", "cpu"), *_kernels("triton", "cpu" if INTERPRETED else "cuda")]
+RUNNERS = [*_kernels("eager", "cpu"), *_kernels("cpu", "cpu"), *_kernels("triton", "cpu" if INTERPRETED else "cuda")]
 if INTERPRETED:
-    PLACES += _kernels("cuda", "cpu")
+    RUNNERS += _kernels("cuda", "cpu")
 else:
-    PLACES += _kernels("eager", "cuda")
+    RUNNERS += _kernels("eager", "cuda")
     if unavailable("cuda", torch.device("cuda")) is None:
-        PLACES += _kernels("cuda", "cuda")
+        RUNNERS += _kernels("cuda", "cuda")
