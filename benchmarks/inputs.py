@@ -33,7 +33,7 @@ class Inputs:
         work: what it was made for.
         operands: what is differentiated: logits, or hidden states and the head's weight; not to be written.
         batch: targets, advantages of both signs, old and reference policies a realistic distance away.
-        d_logp, d_entropy: [B, L] float32, upstream gradients for statistics; 0 at ignored places.
+        d_logp, d_entropy: [B, L] float32, upstream gradients for statistics; 0 at ignored positions.
     """
 
     work: Work
@@ -49,7 +49,7 @@ class Inputs:
         Args:
             work: the work.
             operands: of its level.
-            target: [B, L], the last place of each sequence ignored.
+            target: [B, L], the last position of each sequence ignored.
             logp: [B, L] float32, log-probabilities of the targets.
             draw: generator and device of random numbers.
         """
@@ -64,7 +64,7 @@ class Inputs:
 
     @cached_property
     def index(self) -> Tensor:
-        """[B, L]: targets for those who cannot take ``IGNORE``; any word stands at ignored places."""
+        """[B, L]: targets for those who cannot take ``IGNORE``; any target stands at ignored positions."""
         return self.batch.target.clamp(min=0)
 
     @cached_property
@@ -89,6 +89,6 @@ def random_numbers(work: Work) -> dict[str, Any]:
 
 
 def ignore_last(work: Work, target: Tensor) -> None:
-    """Mark the last place of each sequence, as ``shift_targets`` does; one of a single place keeps it."""
+    """Mark the last position of each sequence, as ``shift_targets`` does; one of a single position keeps it."""
     if work.length > 1:
         target[:, -1] = uk.IGNORE

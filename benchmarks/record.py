@@ -61,7 +61,7 @@ def key(name: str, kernel: str, overwrites: bool) -> str:
 @dataclass(frozen=True)
 class Run:
     """All providers on one piece of work, and what bounds it: memory traffic and the time of copying the logits, or
-    operations and the time of the bare matrix products.
+    operations and the time of the bare matmuls.
 
     Args:
         work: the work.
@@ -72,8 +72,8 @@ class Run:
         floor_bytes: on logits, memory traffic that no kernel can do without.
         copy: seconds of ``copy_`` of the logits, which reads and writes ``work.logits_bytes`` each.
         sum: seconds of the sum of the logits.
-        flops: on linear heads, what counts as done: the operations of the matrix products.
-        products: seconds of the bare products.
+        flops: on linear heads, what counts as done: the operations of the matmuls.
+        matmuls: seconds of the bare matmuls.
     """
 
     work: Work
@@ -85,13 +85,13 @@ class Run:
     copy: Timing | None = None
     sum: Timing | None = None
     flops: int | None = None
-    products: Timing | None = None
+    matmuls: Timing | None = None
 
     @property
     def floor_seconds(self) -> float:
-        """The time of the products, or of the floor's traffic at the bandwidth of ``copy_``."""
-        if self.products is not None:
-            return self.products.median
+        """The time of the matmuls, or of the floor's traffic at the bandwidth of ``copy_``."""
+        if self.matmuls is not None:
+            return self.matmuls.median
         assert self.floor_bytes is not None
         return self.floor_bytes / self.copy_bandwidth
 
@@ -158,7 +158,7 @@ class Record:
 
 def _run(content: dict[str, Any]) -> Run:
     rows = [Row(**row | {"reasons": tuple(row["reasons"]), "time": _timing(row["time"])}) for row in content["rows"]]
-    times = {name: _timing(content.get(name)) for name in ("copy", "sum", "products")}
+    times = {name: _timing(content.get(name)) for name in ("copy", "sum", "matmuls")}
     return Run(**content | times | {"work": Work(**content["work"]), "rows": rows})
 
 

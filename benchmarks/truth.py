@@ -57,7 +57,7 @@ class Truth(ABC):
     Args:
         inputs: the work.
         logp: [B, L], log-probabilities by dtype.
-        rows: [n], the flat places whose entropy and gradient are checked.
+        rows: [n], the flat positions whose entropy and gradient are checked.
         lse: size of what a log-probability is computed from, at least 1.
     """
 
@@ -106,7 +106,7 @@ class Truth(ABC):
 
     @cached_property
     def loss(self) -> dict[torch.dtype, Tensor]:
-        """The loss of the whole batch: that of two words of which the target has the probability it has here."""
+        """The loss of the whole batch: that of two columns of which the target has the probability it has here."""
         if self.inputs.work.own:
             return {dtype: self.inputs.loss(logp).detach() for dtype, logp in self.logp.items()}
         algorithm, target = self.inputs.work.loss, torch.where(self.inputs.used, 0, uk.IGNORE)
@@ -119,12 +119,12 @@ class Truth(ABC):
         return losses
 
     def d_logits(self, logits: Tensor, rows: Tensor | slice, of_entropy: bool) -> Tensor:
-        """[n, V]: gradient of the logits of some places; in the modes of statistics from the upstream gradient of the
-        log-probabilities and, where ``of_entropy``, of the entropy.
+        """[n, V]: gradient of the logits of some positions; in the modes of statistics from the upstream gradient of
+        the log-probabilities and, where ``of_entropy``, of the entropy.
 
         Args:
             logits: [n, V], of a dtype in ``logp``.
-            rows: which places, flat.
+            rows: which positions, flat.
             of_entropy: as for ``check_gradients``.
         """
         leaf, target = logits.detach().requires_grad_(), self.inputs.batch.target.flatten()[rows]

@@ -13,7 +13,7 @@ def cells(run: Run, row: Row) -> list[str]:
         row.name,
         row.kernel,
         *timed(row),
-        *([BLANK] * 2 if row.time is None else _against_products(run, row.time)),
+        *([BLANK] * 2 if row.time is None else _against_matmuls(run, row.time)),
         faster(run, row),
         megabytes(extra_bytes(run, row)),
         *(error(x) for x in (row.loss_error, row.logp_error, row.d_hidden_error, row.d_weight_error)),
@@ -21,13 +21,13 @@ def cells(run: Run, row: Row) -> list[str]:
 
 
 def baselines(run: Run) -> list[list[str]]:
-    """The bare products."""
-    assert run.products is not None
+    """The bare matmuls."""
+    assert run.matmuls is not None
     name = "mm, three times" if run.work.has_gradient else "mm"
-    return [["torch", name, *timing(run.products), *_against_products(run, run.products), *[BLANK] * 6]]
+    return [["torch", name, *timing(run.matmuls), *_against_matmuls(run, run.matmuls), *[BLANK] * 6]]
 
 
-def _against_products(run: Run, time: Timing) -> list[str]:
+def _against_matmuls(run: Run, time: Timing) -> list[str]:
     assert run.flops is not None
     return [f"{time.median / run.floor_seconds:.2f}", three_digits(run.flops / time.median / 1e9)]
 
@@ -41,7 +41,7 @@ COLUMNS = Columns(
     right=(
         "time, ms",
         "p20 – p80",
-        "× products",
+        "× matmuls",
         "Gflop/s",
         "× eager",
         "extra memory, MB",
@@ -50,8 +50,8 @@ COLUMNS = Columns(
         "d_hidden error",
         "d_weight error",
     ),
-    caption="time: median; × products: of the time of the bare matrix products of these shapes in this run; Gflop/s: "
-    "of these products' operations, whatever a provider computes beyond them; extra memory: peak on top of inputs and "
+    caption="time: median; × matmuls: of the time of the bare matmuls of these shapes in this run; Gflop/s: "
+    "of these matmuls' operations, whatever a provider computes beyond them; extra memory: peak on top of inputs and "
     "gradients, in a fresh process; errors against fp64: logp largest, nats; the others relative, of gradients L2",
     cells=cells,
     baselines=baselines,

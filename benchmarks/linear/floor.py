@@ -1,4 +1,4 @@
-"""What bounds work on a linear head: its matrix products."""
+"""What bounds work on a linear head: its matmuls."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 from benchmarks.buffers import Ring
 from benchmarks.work import DTYPES, Work
 
-PRODUCTS_OF_GRADIENTS = 3
+MATMULS_OF_GRADIENTS = 3
 """Logits and two gradients. Statistics whose logits are not kept make them twice; that counts once all the same."""
 
 
 def floor(work: Work) -> dict[str, int]:
-    """What counts as done, by whoever does it: 2 T D V operations for each product."""
+    """What counts as done, by whoever does it: 2 T D V operations for each matmul."""
     assert work.hidden is not None
-    products = PRODUCTS_OF_GRADIENTS if work.has_gradient else 1
-    return {"flops": products * 2 * work.tokens * work.hidden * work.vocab}
+    matmuls = MATMULS_OF_GRADIENTS if work.has_gradient else 1
+    return {"flops": matmuls * 2 * work.tokens * work.hidden * work.vocab}
 
 
 def gradient_bytes(work: Work) -> int:
@@ -28,11 +28,11 @@ def gradient_bytes(work: Work) -> int:
 
 
 def baselines(work: Work, rings: Sequence[Ring]) -> dict[str, Callable[[], object]]:
-    """The bare products, in the dtype of the operands, into memory that is there already."""
-    return {"products": Products(work, rings)}
+    """The bare matmuls, in the dtype of the operands, into memory that is there already."""
+    return {"matmuls": BareMatmuls(work, rings)}
 
 
-class Products:
+class BareMatmuls:
     """logits = h W^T, and with gradients d W and d^T h, where any matrix of the logits' shape passes for d.
 
     Args:

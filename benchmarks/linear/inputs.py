@@ -34,21 +34,21 @@ def make(work: Work) -> Inputs:
     hidden = hidden.to(dtype)
     ignore_last(work, target)
     logp = target.new_empty(target.shape, dtype=torch.float32)
-    for places, logits in chunks(hidden, weight, torch.float32):
-        logp.view(-1)[places] = oracle.log_probs(logits, target.flatten()[places])
+    for positions, logits in chunks(hidden, weight, torch.float32):
+        logp.view(-1)[positions] = oracle.log_probs(logits, target.flatten()[positions])
     return Inputs.around(work, (hidden, weight), target, logp, draw)
 
 
 def chunks(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Logits, [n, V], in ``dtype`` arithmetic, of a slice of the flat places at a time.
+    """Logits, [n, V], in ``dtype`` arithmetic, of a slice of the flat positions at a time.
 
     Args:
         hidden: [B, L, D].
         weight: [V, D].
-        dtype: of the products and their operands.
+        dtype: of the matmuls and their operands.
     """
     rows, weight = hidden.flatten(0, -2), weight.to(dtype)
     at_once = max(1, CHUNK_BYTES // (weight.shape[0] * dtype.itemsize))
     for start in range(0, len(rows), at_once):
-        places = slice(start, min(start + at_once, len(rows)))
-        yield places, rows[places].to(dtype) @ weight.t()
+        positions = slice(start, min(start + at_once, len(rows)))
+        yield positions, rows[positions].to(dtype) @ weight.t()

@@ -113,7 +113,7 @@ def liger_grpo(inputs: Inputs) -> Function:
 
 
 def trl(inputs: Inputs) -> Function:
-    """As ``add_fused_lm_head`` calls it: the places that count on a GPU, all places elsewhere."""
+    """As ``add_fused_lm_head`` calls it: the positions that count on a GPU, all positions elsewhere."""
     utils = needs("trl.trainer.utils", "trl")
     chunked, used, fused = utils._ChunkedLogProbFunction, inputs.used, inputs.work.mode == FUSED
     compact = torch.device(inputs.work.device).type == "cuda"

@@ -33,19 +33,19 @@ class LinearTruth(Truth):
         target = inputs.batch.target.flatten()
         logp, largest = {}, 1.0
         for dtype in (EXACT, PLAIN):
-            of_places = target.new_zeros(target.shape, dtype=dtype)
-            for places, logits in chunks(self.hidden, self.weight, dtype):
-                index = target[places].clamp(min=0)
+            of_positions = target.new_zeros(target.shape, dtype=dtype)
+            for positions, logits in chunks(self.hidden, self.weight, dtype):
+                index = target[positions].clamp(min=0)
                 of_targets = oracle.log_probs(logits, index)
                 lse = logits.gather(-1, index.unsqueeze(-1)).squeeze(-1) - of_targets
                 largest = max(largest, lse.abs().max().item())
-                of_places[places] = torch.where(target[places] != uk.IGNORE, of_targets, 0)
-            logp[dtype] = of_places.view(inputs.batch.target.shape)
+                of_positions[positions] = torch.where(target[positions] != uk.IGNORE, of_targets, 0)
+            logp[dtype] = of_positions.view(inputs.batch.target.shape)
         super().__init__(inputs, logp, torch.arange(target.numel(), device=target.device), largest)
         vocab, d = self.weight.shape
         n = min(vocab, -(-CHECKED_BYTES // (8 * d)))
         spread = torch.linspace(0, vocab - 1, n, dtype=torch.float64, device=target.device)
-        self.words = torch.cat([spread.round().long(), inputs.index.flatten()]).unique()
+        self.columns = torch.cat([spread.round().long(), inputs.index.flatten()]).unique()
         self._gradients: dict[bool, list[tuple[Tensor, Tensor]]] = {}
 
     @cached_property
@@ -61,16 +61,16 @@ class LinearTruth(Truth):
             arithmetic = [(EXACT, EXACT), (PLAIN, PLAIN)]
             if self.hidden.dtype != PLAIN:
                 arithmetic.append((PLAIN, self.hidden.dtype))
-            self._gradients[of_entropy] = [self._products(of_entropy, *dtypes) for dtypes in arithmetic]
+            self._gradients[of_entropy] = [self._matmuls(of_entropy, *dtypes) for dtypes in arithmetic]
         gradients_of = self._gradients[of_entropy]
-        d_hidden, d_weight = gradients[0].flatten(0, -2), gradients[1][self.words]
+        d_hidden, d_weight = gradients[0].flatten(0, -2), gradients[1][self.columns]
         for i, (name, got) in enumerate((("d_hidden", d_hidden), ("d_weight", d_weight))):
             self.hold_gradient(check, name, got, *(both[i] for both in gradients_of))
         if bool(d_hidden[self.checked_target == uk.IGNORE].any()):
             check.problems.append("d_hidden: an ignored token is not zero")
 
-    def _products(self, of_entropy: bool, dtype: torch.dtype, factors: torch.dtype) -> tuple[Tensor, Tensor]:
-        """[T, D] and [words, D]: gradients of hidden states and of the checked rows of the weight.
+    def _matmuls(self, of_entropy: bool, dtype: torch.dtype, factors: torch.dtype) -> tuple[Tensor, Tensor]:
+        """[T, D] and [columns, D]: gradients of hidden states and of the checked rows of the weight.
 
         Args:
             of_entropy: as for ``check_gradients``.
@@ -78,9 +78,9 @@ class LinearTruth(Truth):
             factors: of what is multiplied; 16-bit ones as such, as on a GPU, or widened.
         """
         rows, weight = self.hidden.flatten(0, 1), self.weight.to(dtype)
-        d_hidden, d_weight = torch.zeros_like(rows, dtype=dtype), torch.zeros_like(weight[self.words])
-        for places, logits in chunks(self.hidden, weight, dtype):
-            d_logits = self.d_logits(logits, places, of_entropy).to(factors).to(dtype)
-            d_hidden[places] = d_logits @ weight
-            d_weight.addmm_(d_logits[:, self.words].t(), rows[places].to(dtype))
+        d_hidden, d_weight = torch.zeros_like(rows, dtype=dtype), torch.zeros_like(weight[self.columns])
+        for positions, logits in chunks(self.hidden, weight, dtype):
+            d_logits = self.d_logits(logits, positions, of_entropy).to(factors).to(dtype)
+            d_hidden[positions] = d_logits @ weight
+            d_weight.addmm_(d_logits[:, self.columns].t(), rows[positions].to(dtype))
         return d_hidden, d_weight

@@ -101,7 +101,7 @@ def liger_cross_entropy(inputs: Inputs) -> Function:
 
 def _needs_ignored_last(inputs: Inputs) -> None:
     if inputs.work.length < 2:
-        raise Skipped("needs sequences of at least two places, of which it ignores the last")
+        raise Skipped("needs sequences of at least two positions, of which it ignores the last")
 
 
 def liger_grpo(overwrites: bool) -> Bind:

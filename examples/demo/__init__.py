@@ -2,7 +2,7 @@
 GRPO steps.
 
 options     what the command line takes
-head        the model's last layer as a matrix product, and how it reads its logits out
+head        the model's last layer as a matmul, and how it reads its logits out
 model       loads the model; its hidden states, logits, log-probabilities and losses on sequences
 questions   arithmetic with a verifier
 sampling    completions of a policy

@@ -1,4 +1,4 @@
-"""The head of a language model as a matrix product: its weight, its bias, and how it reads its logits out."""
+"""The head of a language model as a matmul: its weight, its bias, and how it reads its logits out."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class LinearHead:
     Args:
         weight: [V, D].
         bias: [V] or None.
-        readout: what the model does to the product; no temperature.
-        dtype: of the products' operands; bf16 through autocast.
+        readout: what the model does to the logits; no temperature.
+        dtype: of the matmuls' operands; bf16 through autocast.
     """
 
     weight: Tensor
@@ -59,7 +59,7 @@ class LinearHead:
         return linear(hidden, self.weight, bias)
 
     def read_out(self, raw_logits: Tensor) -> Tensor:
-        """What the model makes of the product."""
+        """What the model makes of the logits."""
         softcap, scale = self.readout.softcap, self.readout.scale
         if softcap is None and scale == 1:
             return raw_logits  # nobody would pay for copies that change nothing
@@ -73,7 +73,7 @@ class LinearHead:
 
 
 def head_of(network: Any, readout: uk.Readout, dtype: torch.dtype) -> LinearHead:
-    """The head of transformers' model, for products with operands of ``dtype``."""
+    """The head of transformers' model, for matmuls with operands of ``dtype``."""
     layer = network.get_output_embeddings()
     return LinearHead(layer.weight, getattr(layer, "bias", None), readout, dtype)
 

@@ -63,7 +63,7 @@ def on_logits(source: Source, logits: Tensor, plan: uk.Plan) -> Ways:
 def on_hidden(source: Source, hidden: Tensor, head: LinearHead, plan: uk.Plan) -> Ways:
     """The loss of a source and the gradients of hidden states and the head's weight, ``HIDDEN_GRAD, WEIGHT_GRAD``.
 
-    The truth is that of the products' operands: in bf16 the model's function is one of rounded weights. The plain way
+    The truth is that of the matmuls' operands: in bf16 the model's function is one of rounded weights. The plain way
     multiplies them in fp32, and rounds the logits' gradient and the results to bf16, as every backward in bf16 does.
 
     Args:

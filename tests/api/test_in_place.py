@@ -21,7 +21,7 @@ BATCH = uk.Batch(TARGET, torch.tensor([1.0, -0.5]), None, torch.full((2, 3), -3.
 WEIGHT = torch.randn(V, D, generator=torch.Generator().manual_seed(0))
 SCOPES = {"token": uk.grpo(), "pair": uk.dpo()}
 
-of_places = pytest.mark.parametrize("runner", NATIVE, ids=str)
+on_native = pytest.mark.parametrize("runner", NATIVE, ids=str)
 of_losses = pytest.mark.parametrize("loss", SCOPES.values(), ids=SCOPES)
 
 
@@ -38,7 +38,7 @@ STATISTICS: dict[str, Callable[[Tensor, uk.Plan], Any]] = {
 }
 
 
-@of_places
+@on_native
 @pytest.mark.parametrize("statistic", ["logp", "entropy", "lse"])
 @pytest.mark.parametrize("name", STATISTICS)
 def test_statistics_may_be_written_into(name: str, statistic: str, runner: Runner) -> None:
@@ -62,7 +62,7 @@ def test_statistics_may_be_written_into(name: str, statistic: str, runner: Runne
     torch.testing.assert_close(gradient(x, written), gradient(x, masked))
 
 
-@of_places
+@on_native
 @of_losses
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("linear", [False, True], ids=["logits", "head"])

@@ -1,4 +1,4 @@
-"""Gradients in bf16 of logits in fp32, as products of 16-bit operands take them: those in fp32, rounded once."""
+"""Gradients in bf16 of logits in fp32, as matmuls of 16-bit operands take them: those in fp32, rounded once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from unirl_kernels.batch import IGNORE
 from unirl_kernels.program import trace
 
 KERNELS = [runner for runner in RUNNERS if runner.backend != "cpu" and runner.kernel != COMPOSED]
-"""The CPU's products take gradients in fp32."""
+"""The CPU's matmuls take gradients in fp32."""
 
 LAYOUTS = {
     "vectors": (4104, 4104, 0),

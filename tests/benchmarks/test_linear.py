@@ -15,7 +15,7 @@ from benchmarks.__main__ import main
 from benchmarks.buffers import Ring
 from benchmarks.inputs import Inputs, Values
 from benchmarks.levels import LINEAR
-from benchmarks.linear.floor import Products
+from benchmarks.linear.floor import BareMatmuls
 from benchmarks.linear.model import DEVICES, SHAPES, before, predict
 from benchmarks.linear.model import chosen as chosen_sizes
 from benchmarks.linear.truth import LinearTruth
@@ -195,20 +195,20 @@ def test_logits_look_like_a_trained_models() -> None:
 
 
 def test_operations_by_hand() -> None:
-    """64 tokens, 24 numbers each, 101 words: three products, or one."""
+    """64 tokens, 24 numbers each, 101 words: three matmuls, or one."""
     flops = {mode: LINEAR.floor(replace(SMALL, mode=mode))["flops"] for mode in LINEAR_MODES}
-    product = 2 * 64 * 24 * 101
-    assert flops == {FUSED: 3 * product, STATS: product, FORWARD_BACKWARD: 3 * product}
+    matmul = 2 * 64 * 24 * 101
+    assert flops == {FUSED: 3 * matmul, STATS: matmul, FORWARD_BACKWARD: 3 * matmul}
 
 
 @pytest.mark.parametrize("mode", LINEAR_MODES)
-def test_products_are_those_of_the_head(mode: str) -> None:
+def test_matmuls_are_those_of_the_head(mode: str) -> None:
     work = replace(SMALL, mode=mode)
     hidden, weight = operands = LINEAR.make(work).operands
-    products = Products(work, [Ring(x) for x in operands])
-    products()
-    assert products._outputs is not None
-    logits, d_hidden, d_weight = products._outputs
+    matmuls = BareMatmuls(work, [Ring(x) for x in operands])
+    matmuls()
+    assert matmuls._outputs is not None
+    logits, d_hidden, d_weight = matmuls._outputs
     expected = hidden.flatten(0, 1) @ weight.t()
     torch.testing.assert_close(logits, expected)
     if work.has_gradient:
@@ -231,7 +231,7 @@ def test_command_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
     size = ["--device", "cpu", "--tokens", "64", "--hidden", "24", "--vocab", "101", "--rounds", "2", "--no-memory"]
     assert main([*size, "--kernels", "cpu", "--peers", "eager", "--out", str(out)]) == 0
     shown = capsys.readouterr().out
-    assert "× products" in shown
+    assert "× matmuls" in shown
     assert "64 × 24 × 101 bf16" in shown
     (run,) = Record.load(out).runs
     assert run.work == Work(tokens=64, vocab=101, hidden=24)
@@ -260,17 +260,17 @@ def test_bad_options_get_one_line(options: str, capsys: pytest.CaptureFixture[st
 
 
 def made_up_run(work: Work = SMALL) -> Run:
-    """Products at 1 Gflop/s; ours in twice their time, eager in four times."""
+    """BareMatmuls at 1 Gflop/s; ours in twice their time, eager in four times."""
     flops = LINEAR.floor(work)["flops"]
     gradients = 4 * (work.tokens + work.vocab) * (work.hidden or 0)
     errors = {"loss_error": 1e-7, "d_hidden_error": 2e-7, "d_weight_error": 3e-7}
-    products, ours, eager = (Timing(*[n * flops / 1e9] * 3) for n in (1, 2, 4))
+    matmuls, ours, eager = (Timing(*[n * flops / 1e9] * 3) for n in (1, 2, 4))
     rows = [
         Row(OURS, "cpu/rows", False, OK, (), ours, gradients + 5_000_000, 1e-6, **errors),
         Row("eager", "F.linear", False, OK, (), eager, gradients // 2, 1e-5, **errors),
         Row("trl", "chunked", False, WRONG, ("d_weight: too far",), None, None, 0.1),
     ]
-    return Run(work, 7, 0, rows, {}, flops=flops, products=products)
+    return Run(work, 7, 0, rows, {}, flops=flops, matmuls=matmuls)
 
 
 def test_figures_by_hand() -> None:

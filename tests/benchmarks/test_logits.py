@@ -333,5 +333,5 @@ def test_committed_results_are_right() -> None:
             ours = [row for row in run.rows if row.name == OURS]
             assert ours, file
             assert {row.status for row in ours} == {OK}, file
-            if run.work.hidden is None:  # else the products have rounded the logits; the budget knows
+            if run.work.hidden is None:  # else the matmuls have rounded the logits; the budget knows
                 assert all((row.logp_error or 0) <= 2e-6 for row in ours), file

@@ -57,7 +57,7 @@ def test_heads_of_models_are_found_out(name: str, settings: dict[str, Any], read
 
 
 @pytest.mark.parametrize("change", ["one logit", "scale", "decoder"])
-def test_a_head_that_is_more_than_a_product_is_refused(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_that_is_more_than_a_matmul_is_refused(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     network = _network("Llama")
     if change == "decoder":
         monkeypatch.setattr(type(network), "get_decoder", lambda self: self)

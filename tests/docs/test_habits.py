@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +69,19 @@ def test_commands_that_documents_name_exist() -> None:
     for name in ("CONTRIBUTING.md", "README.md", ".github/pull_request_template.md"):
         named = re.findall(r"`make ([\w-]+)", (ROOT / name).read_text())
         assert set(named) <= targets, name
+
+
+MADE = {"docs/latest.md", "docs/installs.md"}
+"""Written by commands."""
+
+
+def test_markdown_is_at_most_100_columns_wide() -> None:
+    """But for tables, code, and what cannot be broken: a code span or a link."""
+    found = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True)
+    if found.returncode:
+        pytest.skip("no checkout")
+    for name in set(found.stdout.split()) - MADE:
+        text = re.sub(r"^ *```.*?^ *```", "", (ROOT / name).read_text(), flags=re.MULTILINE | re.DOTALL)
+        for line in text.splitlines():
+            prose = re.sub(r"`[^`]*`|\([^) ]*\)", "", line)
+            assert len(prose) <= 100 or line.lstrip().startswith(("|", "<")) or line.startswith("    "), (name, line)
