@@ -249,7 +249,7 @@ BAD = {
     "--hidden 24 --sweep": "--sweep is about logits: not with --hidden",
     "--hidden 24 --overwrite": "--overwrite is about logits: not with --hidden",
     "--chunk-bytes 1000": "--chunk-bytes is about linear heads: give --hidden",
-    "--hidden 24 --peers quack": "--peers must be among all, none, cce, compile, eager",
+    "--hidden 24 --peers nobody": "--peers must be among all, none, cce, compile, eager",
     "--hidden 24 --kernels cpu/composed": "--kernels must be among all, none, cpu, cpu/rows",
 }
 

@@ -228,7 +228,7 @@ def test_command_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
 BAD = {
     "--kernels warp": "--kernels must be among all, none, cpu",
     "--peers nobody": "--peers must be among all, none, compile",
-    "--loss dpo --tokens 65": "--tokens must form two equal sequences for dpo, got 65",
+    "--loss dpo --tokens 65": "--tokens must form two equal sequences for pairs, got 65",
     "--device nowhere": "--device nowhere is not available",
     "--device meta": "--device must be of cpu, cuda, got meta",
     "--out /proc/x/y.json": "cannot write to --out /proc/x/y.json",

@@ -62,7 +62,7 @@ def test_examples_run(page: str) -> None:
             assert run(example, keep=True) == ""
             names = example.globs
         else:
-            assert language == "sh"
+            assert language in ("sh", "text")
 
 
 def test_variables_of_the_environment_are_named() -> None:
