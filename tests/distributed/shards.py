@@ -16,6 +16,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import unirl_kernels as uk
 from tests.cases import BY_NAME
+from tests.distributed import agreement as disagreements
 from tests.distributed import dtensors, megatron, sequences, split_heads, tiles
 from tests.distributed.split import (
     CASES,
@@ -97,7 +98,7 @@ def check_traffic() -> None:
         out = uk.fused_loss(x, batch, uk.grpo(), shard=shard_of(widths, RANK))
     with Traffic() as backward:
         out.loss.backward()
-    assert forward.sent == [("all_gather_into_tensor", 96), ("all_gather_into_tensor", 16 * batch.target.numel())]
+    assert forward.sent == [("all_gather_into_tensor", 144), ("all_gather_into_tensor", 16 * batch.target.numel())]
     assert backward.sent == []
     values = [torch.zeros(1, *batch.target.shape)] * 4
     unchecked = ShardArgs(0, 1, VOCAB, shard_of(widths, RANK).ranks, False, Tiles(VOCAB, 1))
@@ -136,7 +137,7 @@ def check_accelerators() -> None:
     expected = uk.token_stats(x, y, shard=shard)
     exchange = ("all_gather_into_tensor", 16 * y.numel() + 8)
     with changed(agreement, "reading_waits", lambda target: True):
-        for compared in ([("all_gather_into_tensor", 96)], []):
+        for compared in ([("all_gather_into_tensor", 144)], []):
             with Traffic() as traffic:
                 found = uk.token_stats(x, y, shard=shard)
             assert traffic.sent == [*compared, exchange]
@@ -247,6 +248,7 @@ def main(rank: int, file: str, world: int) -> None:
     split_heads.check_compiled()
     split_heads.check_bad_input()
     split_heads.check_faults_are_seen()
+    disagreements.check_all()
     sequences.check_all()
     dtensors.check_all()
     megatron.check_all()
