@@ -92,12 +92,12 @@ def global_batch(batch: Batch, group: ProcessGroup) -> Batch:
     if batch.ranks is not None:
         raise ValueError("batch must hold whole sequences, got one with a sequence_group")
     fields = {name: _of_all(x, ranks) for name, x in _tensors(batch).items()}
-    given = {name: fields.pop(name, None) for name in FIELDS}
+    advantage, old_logp, ref_logp = (fields.pop(name, None) for name in FIELDS)
     ends = batch.cu_seqlens
     if ends is not None:
         later = torch.arange(ranks.size, device=ends.device).to(ends.dtype)[:, None] * batch.target.numel()
         ends = torch.cat([ends[:1], (all_gather(ends, ranks)[:, 1:] + later).flatten()])
-    return Batch(_of_all(batch.target, ranks), **given, cu_seqlens=ends, fields=fields, pairs=batch.pairs)
+    return Batch(_of_all(batch.target, ranks), advantage, old_logp, ref_logp, ends, fields, batch.pairs)
 
 
 def _tensors(batch: Batch) -> dict[str, Tensor]:

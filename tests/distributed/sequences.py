@@ -123,6 +123,36 @@ def check_counts() -> None:
         assert uk.global_count(batch, group, of) == world * n
 
 
+def lone_part(per_token: bool, sure: bool) -> uk.Batch:
+    """Two sequences; the last rank has two tokens, both of the second one, as all have unless one is sure."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    n = 3 if sure and rank < world - 1 else 2
+    ends = torch.tensor([0, n - 2, n])
+    advantage = torch.arange(n if per_token else 2) + 1.0
+    fields = {"extra": advantage.double(), "step": torch.tensor(3)}
+    values = (torch.zeros(n, dtype=torch.int64), advantage, torch.zeros(n), None, ends, fields)
+    return uk.Batch(*values, sequence_group=dist.group.WORLD)
+
+
+def check_as_many_tokens_as_sequences() -> None:
+    """The other ranks' shapes tell what a field has a value for."""
+    last = dist.get_rank() == dist.get_world_size() - 1
+    for per_token in (False, True):
+        batch = lone_part(per_token, sure=True)
+        expected = [1.0, 2, 3][: 2 + (not last)] if per_token else [2.0, 2] if last else [1.0, 2, 2]
+        for name in ("advantage", "extra"):
+            assert batch.per_token_field(name).tolist() == expected
+        assert batch.per_token_field("old_logp").tolist() == [0] * len(expected)
+    text = "advantage is ambiguous: on all ranks of sequence_group target has as many tokens as sequences, some of them"
+    with pytest.raises(ValueError, match=text):
+        lone_part(per_token=False, sure=False)
+    if dist.get_world_size() < 3:
+        return
+    text = "advantage must have a value per sequence or per token on all ranks of sequence_group, got one per sequence"
+    with pytest.raises(ValueError, match=text):
+        lone_part(per_token=dist.get_rank() == 1, sure=True)
+
+
 def check_bad_input() -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     group, last = dist.group.WORLD, world - 1
@@ -149,4 +179,5 @@ def check_all() -> None:
     check_sequences()
     check_fault_is_seen()
     check_counts()
+    check_as_many_tokens_as_sequences()
     check_bad_input()

@@ -14,7 +14,6 @@ from torch import Tensor
 from unirl_kernels.batch import Batch
 from unirl_kernels.objectives import Loss
 from unirl_kernels.operators.shards import target_hash
-from unirl_kernels.program import UnsupportedOperation
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 DEPTH = 8
@@ -60,7 +59,7 @@ def _program(loss: Loss, values: bool) -> list[str] | None:
         return None
     try:
         traced = [loss.traced(), loss.traced(on_policy=True)]
-    except UnsupportedOperation:
+    except TypeError:  # UnsupportedOperation: it has none
         return None
     params = [tuple(map(float, one.params)) if values else len(one.params) for one in traced]
     return [f"program={hash_of([one.text])}, parameters {own}" for one, own in zip(traced, params, strict=True)]
