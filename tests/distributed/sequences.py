@@ -71,6 +71,22 @@ def part_of(batch: uk.Batch, at: Tensor, ends: Tensor) -> uk.Batch:
     return uk.Batch(*values, None, batch.fields, sequence_group=dist.group.WORLD)
 
 
+def allowed(logits: Tensor, batch: uk.Batch, loss: uk.Loss) -> float:
+    """Twice what eager fp32 is away from fp64 on whole sequences, and 4 ulp, in the digits of fp64."""
+
+    def found(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        x = logits.clone().to(dtype).requires_grad_()
+        value = uk.fused_loss(x, batch, loss, plan=uk.Plan(backend="eager", kernel="composed")).loss
+        value.backward()
+        assert x.grad is not None
+        return value.detach().double(), x.grad.double()
+
+    (value, gradient), (expected, truth) = found(torch.float32), found(torch.float64)
+    error = max(float((value / expected - 1).abs()), float((gradient - truth).abs().max() / truth.abs().max()))
+    single, double = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
+    return 2 * error * double / single + 4 * double
+
+
 def difference(logits: Tensor, batch: uk.Batch, loss: uk.Loss, head: bool) -> float:
     """How far loss and gradient of the parts are from those of whole sequences, relative to the latter."""
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -99,17 +115,18 @@ def check_sequences() -> None:
     for shape in SHAPES:
         logits, batch = whole(shape)
         for loss in LOSSES:
+            most = allowed(logits, batch, loss)
             for head in (False, True):
                 far = difference(logits, batch, loss, head)
-                assert far < 1e-12, f"{shape} {loss} {'head' if head else 'logits'}: {far}"
+                assert far <= most, f"{shape} {loss} {'head' if head else 'logits'}: {far} > {most}"
 
 
 def check_fault_is_seen() -> None:
     """A sum over the group whose gradient stays on its rank."""
     logits, batch = whole(SHAPES[0])
     with changed(SumOverGroup, "backward", staticmethod(lambda ctx, d: (d, None))):
-        assert difference(logits, batch, uk.Loss(SequenceRatio()), head=False) > 1e-3
-        assert difference(logits, batch, uk.dpo(), head=False) > 1e-3
+        for loss in (uk.Loss(SequenceRatio()), uk.dpo()):
+            assert difference(logits, batch, loss, head=False) > allowed(logits, batch, loss)
 
 
 def check_counts() -> None:

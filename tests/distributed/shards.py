@@ -36,6 +36,7 @@ from unirl_kernels.api import agreement
 from unirl_kernels.backends import unavailable
 from unirl_kernels.operators import shards
 from unirl_kernels.operators.shards import ShardArgs, Tiles
+from unirl_kernels.testing.budgets import violations
 
 RANK: int
 WORLD: int
@@ -87,6 +88,34 @@ def check_statistics() -> None:
             eps = torch.finfo(logits.dtype).eps * 64
             close = {"rtol": eps, "atol": eps}
             torch.testing.assert_close(part.grad, columns_of(x.grad, widths, RANK, 0), **close)
+
+
+def check_label_smoothing() -> None:
+    """A value that needs the sum of all logits: a mean over a rank's own columns, or over padding, is another one."""
+    case, epsilon = CASES[0], 0.1
+    logits, batch = make(case, BY_NAME["sft"])
+    used = batch.target != uk.IGNORE
+    flat = (logits.flatten(0, 1), batch.target.flatten())
+    how = {"ignore_index": uk.IGNORE, "label_smoothing": epsilon, "reduction": "none"}
+    plain = torch.nn.functional.cross_entropy(*flat, **how)
+    truth = torch.nn.functional.cross_entropy(flat[0].double(), flat[1], **how)
+    weight = torch.randn(8, VOCAB)
+    hidden = torch.linalg.lstsq(weight.double().t(), flat[0].double().t()).solution.t().float()
+    of_head = torch.nn.functional.cross_entropy(hidden @ weight, flat[1], **how)
+    of_head_truth = torch.nn.functional.cross_entropy(hidden.double() @ weight.double(), flat[1], **how)
+    for widths in WIDTHS[WORLD]:
+        shard = shard_of(widths, RANK)
+        rows = columns_of(weight.t(), widths, RANK, dim=0)
+        for seen, naive, exact in (
+            (uk.token_observations(columns_of(logits, widths, RANK), batch.target, shard=shard), plain, truth),
+            (
+                uk.linear_token_observations(hidden.view(*used.shape, 8), rows, batch.target, shard=shard),
+                of_head,
+                of_head_truth,
+            ),
+        ):
+            smooth = (epsilon - 1) * seen.logp + epsilon * (seen.lse - seen.mean_logit)
+            assert not violations(smooth.flatten(), naive, exact, condition=10)
 
 
 def check_traffic() -> None:
@@ -237,6 +266,7 @@ def main(rank: int, file: str, world: int) -> None:
     check_losses()
     check_triton()
     check_statistics()
+    check_label_smoothing()
     check_traffic()
     check_accelerators()
     check_bad_input()
