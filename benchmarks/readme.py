@@ -6,6 +6,7 @@ NAME is a saved record, its path below the folder of results without ``.json``.
 from __future__ import annotations
 
 import re
+import textwrap
 from pathlib import Path
 
 from benchmarks.record import Record, title
@@ -13,6 +14,9 @@ from benchmarks.table import QUIET, markdown
 from unirl_kernels.cli import CommandFailed
 
 MARKED = re.compile(r"(?P<open><!-- bench:(?P<name>\S+) -->\n).*?(?P<close><!-- /bench -->)", re.DOTALL)
+
+WIDTH = 100
+"""Columns of a line that is no table."""
 
 
 def renew(document: Path, results: Path) -> int:
@@ -58,4 +62,5 @@ def section(file: Path) -> str:
     made = f"{machine}; torch {record.versions['torch']}; {record.date[:10]}, commit {record.commit[:10]}{changed}"
     busiest = max(run.elsewhere or 0 for run in record.runs)
     others = f"; other processes took up to {100 * busiest:.0f} % of the processors' time" if busiest > QUIET else ""
-    return "\n".join([*tables, f"{made}. Medians of {record.runs[0].rounds} interleaved rounds{others}.\n"])
+    made = textwrap.fill(f"{made}. Medians of {record.runs[0].rounds} interleaved rounds{others}.", WIDTH)
+    return "\n".join([*tables, f"{made}\n"])

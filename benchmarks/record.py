@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.measure import Timing
 from benchmarks.work import FUSED, Work
+from unirl_kernels.cli import CommandFailed
 
 SCHEMA = 1
 
@@ -51,6 +52,13 @@ class Row:
     def key(self) -> str:
         """Names it among all rows of a run."""
         return key(self.name, self.kernel, self.overwrites)
+
+
+def save(content: Mapping[str, Any], path: Path) -> None:
+    """Write what was measured as JSON."""
+    unfinished = path.with_name(f"{path.name}.part")
+    unfinished.write_text(json.dumps({"schema": SCHEMA, **content}, indent=1, allow_nan=False) + "\n")
+    unfinished.replace(path)  # whoever interrupts this keeps the file that was there
 
 
 def key(name: str, kernel: str, overwrites: bool) -> str:
@@ -134,10 +142,7 @@ class Record:
     runs: Sequence[Run]
 
     def save(self, path: Path) -> None:
-        text = json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, allow_nan=False) + "\n"
-        unfinished = path.with_name(f"{path.name}.part")
-        unfinished.write_text(text)
-        unfinished.replace(path)  # whoever interrupts this keeps the file that was there
+        save(asdict(self), path)
 
     @staticmethod
     def load(path: Path) -> Record:
@@ -154,6 +159,24 @@ class Record:
             return Record(**content | {"runs": [_run(run) for run in content["runs"]]})
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path.name} is not a record of the bench: {error}") from error
+
+
+def make_writable(out: Path | None) -> None:
+    """Make the folder of a record.
+
+    Raises:
+        CommandFailed: when it cannot be written there.
+    """
+    if out is None:
+        return
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("a") as file:
+            empty = file.tell() == 0
+        if empty:  # a record comes with the first timings, and nothing without them
+            out.unlink()
+    except OSError as error:
+        raise CommandFailed(f"cannot write to --out {out}: {error.strerror}") from error
 
 
 def _run(content: dict[str, Any]) -> Run:

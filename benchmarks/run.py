@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -16,7 +15,7 @@ from benchmarks.measurement import Measurement
 from benchmarks.outcome import record_of, wrong_kernels
 from benchmarks.own import own
 from benchmarks.providers import OURS, Provider
-from benchmarks.record import Run, size
+from benchmarks.record import Run, make_writable, size
 from benchmarks.selection import chosen
 from benchmarks.table import remarks, terminal
 from benchmarks.terminal import Stages, open_console
@@ -39,7 +38,7 @@ def run_bench(options: argparse.Namespace) -> int:
     rounds = options.rounds or ROUNDS[device.type]
     works = [(work, _providers(work, options)) for work in _works(options, device)]
     answerable = {OURS} | {provider.name for _, providers in works for provider in providers if provider.source}
-    _make_writable(options.out)
+    make_writable(options.out)
     console = open_console()
     runs: list[Run] = []
     for work, providers in works:
@@ -86,19 +85,6 @@ def _providers(work: Work, options: argparse.Namespace) -> list[Provider]:
         return [*users, *chosen(work, options.kernels, options.peers, overwrite)]
     except ValueError as error:
         raise CommandFailed(str(error)) from error
-
-
-def _make_writable(out: Path | None) -> None:
-    if out is None:
-        return
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("a") as file:
-            empty = file.tell() == 0
-        if empty:  # a record comes with the first timings, and nothing without them
-            out.unlink()
-    except OSError as error:
-        raise CommandFailed(f"cannot write to --out {out}: {error.strerror}") from error
 
 
 def measured(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 import unirl_kernels as uk
-from benchmarks.measure import interleaved_times
+from benchmarks import hardware
+from benchmarks.measure import Timing, interleaved_times
+from benchmarks.record import make_writable, save
 from benchmarks.work import DTYPES
 
 SIZE = (512, 49152)
@@ -35,26 +38,31 @@ class Setting(NamedTuple):
 
 
 def run_split(options: argparse.Namespace) -> int:
-    """Time GRPO with its gradient on each rank, and print the slowest rank's medians."""
+    """Time GRPO with its gradient on each rank, print the slowest rank's medians, and save them."""
     if options.device not in (None, "cpu"):
         raise ValueError(f"--tp must run on the cpu, got --device {options.device}")
+    make_writable(options.out)
     with tempfile.TemporaryDirectory() as folder:
         tokens, vocab = options.tokens or SIZE[0], options.vocab or SIZE[1]
         rounds = options.rounds or ROUNDS
         setting = Setting(options.tp, tokens, vocab, options.hidden, options.dtype, rounds, options.seed)
-        arguments = (setting, str(Path(folder) / "store"))
+        arguments = (setting, str(Path(folder) / "store"), options.out)
         torch.multiprocessing.spawn(_rank, args=arguments, nprocs=options.tp)  # type: ignore[attr-defined,no-untyped-call]
     return 0
 
 
-def _rank(rank: int, setting: Setting, store: str) -> None:
+def _rank(rank: int, setting: Setting, store: str, out: Path | None) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=setting.tp)
     calls = _calls(setting, rank)
     times = interleaved_times(calls, torch.device("cpu"), rounds=setting.rounds, warmup=3, after_call=dist.barrier)
-    medians = torch.tensor([times[name].median for name in calls])
-    dist.all_reduce(medians, dist.ReduceOp.MAX)
+    slowest = torch.tensor([[times[name].median, times[name].p20, times[name].p80] for name in calls])
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    medians = slowest[:, 0]
     if rank == 0:
+        if out is not None:
+            found = {name: Timing(*row) for name, row in zip(calls, slowest.tolist(), strict=True)}
+            save(_record(setting, found), out)
         tokens, vocab = setting.tokens, setting.vocab
         hidden = f" × {setting.hidden}" if setting.hidden else ""
         print(f"grpo, {tokens}{hidden} × {vocab} {setting.dtype} over {setting.tp} processes of one thread")
@@ -62,6 +70,20 @@ def _rank(rank: int, setting: Setting, store: str) -> None:
             print(f"{1e3 * median:9.2f} ms  {medians[0].item() / median:5.2f}  {name}")
         print("The second column is the time of the split call over that of the row.")
     dist.destroy_process_group()
+
+
+def _record(setting: Setting, times: Mapping[str, Timing]) -> dict[str, object]:
+    """What was measured, and on what; seconds of the slowest rank."""
+    commit, dirty = hardware.commit()
+    return {
+        "date": hardware.now(),
+        "commit": commit,
+        "dirty": dirty,
+        "versions": hardware.versions(),
+        "hardware": hardware.hardware(torch.device("cpu")),
+        "split": setting._asdict(),
+        "times": {name: asdict(time) for name, time in times.items()},
+    }
 
 
 def _calls(setting: Setting, rank: int) -> dict[str, Callable[[], object]]:

@@ -16,7 +16,7 @@ from unirl_kernels.api import (
     token_stats,
 )
 from unirl_kernels.batch import IGNORE, Batch, shift_targets
-from unirl_kernels.counts import global_count
+from unirl_kernels.counts import global_batch, global_count
 from unirl_kernels.explain import explain
 from unirl_kernels.integrations.heads import HeadParameters, head_parameters
 from unirl_kernels.objectives import FixedLength, GroupMean, Loss, PairMean, SequenceMean, TokenMean, Weighted
@@ -51,6 +51,7 @@ __all__ = [
     "explain",
     "fused_linear_loss",
     "fused_loss",
+    "global_batch",
     "global_count",
     "group_advantages",
     "grpo",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from unirl_kernels.collectives import Group, all_gather, group_of
+from unirl_kernels.collectives import Group, all_gather, all_texts, group_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -95,7 +95,8 @@ class Batch:
         """Check the batch, and exchange the lengths of its sequences with the other ranks.
 
         Raises:
-            ValueError: when the ranks have other numbers of sequences, on every rank.
+            ValueError: when the ranks have other numbers of sequences, or a field has a value per sequence on one rank
+                and per token on another, on every rank.
             RuntimeError: when another rank refuses its batch.
         """
         on_cpu = not isinstance(self.target, Tensor) or _readable(self.target)
@@ -103,10 +104,12 @@ class Batch:
             self._check()
         except Exception:
             if on_cpu:
-                all_gather(torch.tensor(-1), ranks)
+                all_gather(torch.tensor([-1, 0]), ranks)
             raise
         if on_cpu:
-            everyone = all_gather(torch.tensor(self.n_sequences), ranks).tolist()
+            readings = {name: self._reading(x) for name, x in self._values().items()}
+            doubt = "either" in readings.values()
+            everyone, doubts = all_gather(torch.tensor([self.n_sequences, doubt]), ranks).T.tolist()
             if -1 in everyone:
                 raise RuntimeError(f"sequence_group: rank {everyone.index(-1)} refuses its batch; its error says why")
             for rank, n in enumerate(everyone):
@@ -115,6 +118,9 @@ class Batch:
                         "batch must hold a part of every sequence on all ranks of sequence_group, got "
                         f"{everyone[0]} sequences on rank 0 and {n} on rank {rank}"
                     )
+            if any(doubts):
+                spread = _of_sequences(readings, ranks)
+                object.__setattr__(self, "_of_sequences", self._of_sequences | spread)
         object.__setattr__(self, "ranks", ranks)
         object.__setattr__(self, "_lengths", all_gather(self.own_lengths, ranks))
 
@@ -153,9 +159,21 @@ class Batch:
                 what = "an argument of Batch" if name in FIELDS else "an attribute of the tokens"
                 raise ValueError(f"fields must not use a name that is taken, got {name!r}, {what}")
             self._check_field(f"fields[{name!r}]", value, ((), of_sequences, shape))
-        values = {name: getattr(self, name) for name in FIELDS} | dict(self.fields)
-        spread = {name for name, x in values.items() if x is not None and x.shape == of_sequences != shape}
+        spread = {name for name, x in self._values().items() if x.shape == of_sequences != shape}
         object.__setattr__(self, "_of_sequences", frozenset(spread))
+
+    def _values(self) -> dict[str, Tensor]:
+        """The fields that there are."""
+        values = {name: getattr(self, name) for name in FIELDS} | dict(self.fields)
+        return {name: x for name, x in values.items() if x is not None}
+
+    def _reading(self, x: Tensor) -> str:
+        """What a field has a value for, as its shape tells; ``same`` where each sequence is one token."""
+        shapes = {"sequence": (self.n_sequences,), "token": tuple(self.target.shape)}
+        fits = [reading for reading, shape in shapes.items() if tuple(x.shape) == shape]
+        if len(fits) < 2:
+            return fits[0] if fits else "all"
+        return "either" if self.cu_seqlens is not None and bool((self.cu_seqlens.diff() != 1).any()) else "same"
 
     def _check_field(self, name: str, value: object, shapes: Sequence[tuple[int, ...]]) -> None:
         if not isinstance(value, Tensor):
@@ -171,7 +189,7 @@ class Batch:
         ends = self.cu_seqlens
         if ends is None or value.shape != self.target.shape or self.n_sequences != self.target.numel():
             return
-        if len(shapes) > 1 and _readable(ends) and bool((ends.diff() != 1).any()):
+        if self.sequence_group is None and len(shapes) > 1 and _readable(ends) and bool((ends.diff() != 1).any()):
             raise ValueError(
                 f"{name} is ambiguous: target has {self.n_sequences} tokens in as many sequences, some of them empty; "
                 "leave out the empty sequences"
@@ -337,6 +355,37 @@ class Batch:
         advantage, old_logp, ref_logp = (taken.pop(name, None) for name in FIELDS)
         ends = torch.tensor([0, end - begin], device=self.target.device)
         return Batch(self.target.reshape(-1)[begin:end], advantage, old_logp, ref_logp, ends, taken)
+
+
+def _of_sequences(readings: Mapping[str, str], ranks: Group) -> frozenset[str]:
+    """Fields with a value per sequence: a rank with as many tokens as sequences goes by the shapes on the others.
+
+    Args:
+        readings: by field, what ``Batch._reading`` finds on this rank.
+        ranks: that have parts of the same sequences.
+
+    Raises:
+        ValueError: when no rank tells, or two disagree; on every rank.
+    """
+    told = all_texts("\n".join(f"{name} {reading}" for name, reading in readings.items()), ranks, torch.device("cpu"))
+    everyone = [dict(line.split(" ") for line in text.splitlines()) for text in told]
+    spread = set()
+    for name in sorted({name for own in everyone for name in own} - {"old_logp", "ref_logp"}):
+        found = [own.get(name, "all") for own in everyone]
+        sure = {reading for reading in found if reading in ("sequence", "token")}
+        if len(sure) > 1:
+            raise ValueError(
+                f"{name} must have a value per sequence or per token on all ranks of sequence_group, got one per "
+                f"sequence on rank {found.index('sequence')} and one per token on rank {found.index('token')}"
+            )
+        if not sure and "either" in found:
+            raise ValueError(
+                f"{name} is ambiguous: on all ranks of sequence_group target has as many tokens as sequences, some of "
+                "them empty; give target as [B, L]"
+            )
+        if sure == {"sequence"}:
+            spread.add(name)
+    return frozenset(spread)
 
 
 def has_values(x: Tensor) -> bool:

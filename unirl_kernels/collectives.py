@@ -52,6 +52,14 @@ def all_gather(x: Tensor, group: Group) -> Tensor:
     return operators.wait_tensor(found).view(group.size, *x.shape)  # type: ignore[no-any-return]
 
 
+def all_texts(own: str, group: Group, device: torch.device) -> list[str]:
+    """The text of each rank; waits for the device."""
+    encoded = own.encode()
+    longest = int(all_gather(torch.tensor(len(encoded), device=device), group).max())
+    padded = torch.tensor(list(encoded.ljust(longest)), dtype=torch.uint8, device=device)
+    return [bytes(text.tolist()).decode().rstrip(" ") for text in all_gather(padded, group)]
+
+
 def start_all_reduce(x: Tensor, group: Group) -> Tensor:
     """The sum of the ranks' x, which is there after ``wait``."""
     return _operators().all_reduce(x.contiguous(), "sum", group.name)  # type: ignore[no-any-return]
@@ -103,13 +111,16 @@ class SumGradient(torch.autograd.Function):
 
 
 class Gathered(torch.autograd.Function):
-    """[n m, ...] of the ranks' x, [m, ...], in another dtype; in that the gradient of x is summed over the ranks."""
+    """[n m, ...] of the ranks' x, [m, ...], in another dtype; in that the gradient of x is summed over the ranks, and
+    multiplied by a factor.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
-        ctx.group, ctx.dtype = group, x.dtype
+    def forward(ctx: Any, x: Tensor, group: Group, dtype: torch.dtype, factor: int) -> Tensor:
+        ctx.group, ctx.dtype, ctx.factor = group, x.dtype, factor
         return all_gather(x.contiguous(), group).flatten(0, 1).to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return reduce_scatter(gradients[0], ctx.group).to(ctx.dtype), None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        found = reduce_scatter(gradients[0], ctx.group)
+        return (found if ctx.factor == 1 else found * ctx.factor).to(ctx.dtype), None, None, None

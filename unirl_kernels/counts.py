@@ -1,4 +1,4 @@
-"""Counts over ranks, for aggregations under data parallelism."""
+"""Counts and batches of all ranks, for data parallelism."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from unirl_kernels.batch import Batch
-from unirl_kernels.collectives import all_reduce, group_of
+from unirl_kernels.batch import FIELDS, Batch
+from unirl_kernels.collectives import Group, all_gather, all_reduce, all_texts, group_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -52,3 +52,67 @@ def global_count(batch: Batch, group: ProcessGroup, of: Literal["tokens", "seque
         n = batch.n_sequences if of == "sequences" else batch.n_pairs
         own = torch.full((), n / parts, dtype=torch.float64, device=batch.target.device)
     return all_reduce(own, ranks)
+
+
+def global_batch(batch: Batch, group: ProcessGroup) -> Batch:
+    """The batches of all ranks as one, in the order of ranks: for ``VocabShard.of_fsdp``.
+
+    Targets, fields and lengths are gathered; a 0-dim field is taken as it is. Waits for the device once.
+
+    Args:
+        batch: of this rank; of the same shapes and dtypes on all ranks.
+        group: the ranks.
+
+    Returns:
+        A batch of n times as many sequences, [n B, L] or [n T]. Losses of pairs need ``pairs="interleaved"``.
+
+    Raises:
+        TypeError: when ``batch`` is not a ``Batch``, or ``group`` not a process group.
+        ValueError: when shapes or dtypes differ, on every rank, or sequences are split over a ``sequence_group``.
+
+    Examples:
+        >>> import torch.distributed as dist
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> uk.global_batch(uk.Batch(torch.tensor([[5, 7]])), dist.group.WORLD).target
+        tensor([[5, 7]])
+        >>> dist.destroy_process_group()
+    """
+    ranks = group_of("group", group)
+    known = isinstance(batch, Batch)
+    device = batch.target.device if known else torch.device("cpu")
+    everyone = all_texts(_shapes(batch) if known else "no batch", ranks, device)
+    if not known:
+        raise TypeError(f"batch must be a Batch, got {type(batch).__name__}")
+    for rank, text in enumerate(everyone):
+        if text != everyone[0]:
+            raise ValueError(
+                f"batch must have the same shapes and dtypes on all ranks, got {everyone[0]} on rank 0 and {text} on "
+                f"rank {rank}"
+            )
+    if batch.ranks is not None:
+        raise ValueError("batch must hold whole sequences, got one with a sequence_group")
+    fields = {name: _of_all(x, ranks) for name, x in _tensors(batch).items()}
+    advantage, old_logp, ref_logp = (fields.pop(name, None) for name in FIELDS)
+    ends = batch.cu_seqlens
+    if ends is not None:
+        later = torch.arange(ranks.size, device=ends.device).to(ends.dtype)[:, None] * batch.target.numel()
+        ends = torch.cat([ends[:1], (all_gather(ends, ranks)[:, 1:] + later).flatten()])
+    return Batch(_of_all(batch.target, ranks), advantage, old_logp, ref_logp, ends, fields, batch.pairs)
+
+
+def _tensors(batch: Batch) -> dict[str, Tensor]:
+    named = {name: getattr(batch, name) for name in FIELDS} | dict(sorted(batch.fields.items()))
+    return {name: x for name, x in named.items() if x is not None}
+
+
+def _shapes(batch: Batch) -> str:
+    named = {"target": batch.target, **_tensors(batch)}
+    if batch.cu_seqlens is not None:
+        named["cu_seqlens"] = batch.cu_seqlens
+    shapes = [f"{name} {str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}" for name, x in named.items()]
+    split = "" if batch.ranks is None else ", sequence_group"
+    return f"{', '.join(shapes)}, pairs {batch.pairs!r}{split}"
+
+
+def _of_all(x: Tensor, ranks: Group) -> Tensor:
+    return all_gather(x.contiguous(), ranks).flatten(0, 1) if x.dim() else x

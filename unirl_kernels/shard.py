@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
 
 from unirl_kernels.collectives import Group, group_of
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.distributed import ProcessGroup
 
 
@@ -28,7 +31,8 @@ class VocabShard:
             summed over the group in float32. ``"partial"``: the same, but the gradient is this rank's part of the sum,
             for who sums it himself (Megatron's copy_to and gather_from regions). ``"split"``: each rank has an equal
             part of the tokens, in the order of ranks: [B, L / n, D] or [T / n, D] for a target of all tokens (sequence
-            parallelism). They are gathered once, and their gradient is reduced and scattered.
+            parallelism). They are gathered once, and their gradient is reduced and scattered. ``"fsdp"``: each rank has
+            other sequences, as ``of_fsdp`` says.
         tiles: how many equal parts of the vocabulary are exchanged and merged in their order, instead of one per rank:
             log-probabilities then have the same bits on any number of ranks that divides ``tiles``, 1 included. Every
             shard starts at a tile, a multiple of ceil(V / tiles). A rank holds 16 tiles bytes per token for it. Heads
@@ -54,7 +58,7 @@ class VocabShard:
     group: ProcessGroup
     start: int
     vocab: int
-    hidden: Literal["whole", "partial", "split"] = "whole"
+    hidden: Literal["whole", "partial", "split", "fsdp"] = "whole"
     tiles: int | None = None
     # No field of the dataclass: it follows from the group.
     ranks: ClassVar[Group]
@@ -69,11 +73,59 @@ class VocabShard:
                 raise TypeError(f"{name} must be an int, got {type(value).__name__}")
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        if self.hidden not in ("whole", "partial", "split"):
-            raise ValueError(f"hidden must be 'whole', 'partial' or 'split', got {self.hidden!r}")
+        if self.hidden not in ("whole", "partial", "split", "fsdp"):
+            raise ValueError(f"hidden must be 'whole', 'partial', 'split' or 'fsdp', got {self.hidden!r}")
 
         if self.tiles is not None and self.start < self.vocab and self.start % self.tile:
             raise ValueError(f"start must be a multiple of the {self.tile} columns of a tile, got {self.start}")
+
+    @classmethod
+    def of_fsdp(cls, weight: Tensor, model: torch.nn.Module) -> VocabShard:
+        """The shard of a head's weight that FSDP2 has sharded, for a loss that does not gather the weight.
+
+        Hidden states are gathered instead, and their gradient is reduced and scattered. Give the head
+        ``weight.to_local()``, hidden states [B, L, D] or [T, D] of this rank's sequences, and
+        ``global_batch(batch, group)``, the batch of all ranks. All ranks have as many tokens.
+
+        Gradients are those of the mean over ranks, as FSDP2 has them, if the loss is the mean of the ranks' losses (any
+        aggregation of all sequences or tokens without a ``count``): the gradient of the shard is complete, and that of
+        hidden is n times the loss's, since FSDP2 divides by the n ranks what comes of it.
+
+        Args:
+            weight: [V, D], the parameter as ``fully_shard`` keeps it: a DTensor of placement ``Shard(0)`` on a mesh of
+                one dimension. The head needs a ``fully_shard`` of its own; else FSDP2 gathers it with the others.
+            model: the whole model, which must hold the weight once: where it is tied to an embedding, FSDP2 gathers it
+                and reduces a gradient of its own.
+
+        Raises:
+            TypeError: when ``weight`` is not a DTensor, or ``model`` not a module.
+            ValueError: when the placement is another one, or ``model`` holds the weight twice or not at all.
+        """
+        if type(weight).__name__ != "DTensor":
+            raise TypeError(
+                f"weight must be a DTensor, as fully_shard keeps it, got {type(weight).__name__}: FSDP2 has gathered "
+                "it, or not sharded it; give the head a fully_shard of its own"
+            )
+        if not isinstance(model, torch.nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        names = [name for name, x in model.named_parameters(remove_duplicate=False) if x is weight]
+        if len(names) != 1:
+            got = f"one that is tied: {', '.join(names)}" if names else "one that model does not hold"
+            raise ValueError(f"weight must be a parameter of the head alone, got {got}")
+        kept: Any = weight
+        if [(type(x).__name__, getattr(x, "dim", None)) for x in kept.placements] != [("Shard", 0)]:
+            raise ValueError(
+                f"weight must be Shard(0) on a mesh of one dimension, got {kept.placements}; replicas of shards, and "
+                "shards of shards, need gradients that FSDP2 reduces"
+            )
+        mesh, vocab = kept.device_mesh, weight.shape[0]
+        start = -(-vocab // mesh.size()) * mesh.get_local_rank()
+        return cls(mesh.get_group(), min(start, vocab), vocab, hidden="fsdp")
+
+    @property
+    def parts(self) -> int:
+        """Over how many ranks hidden states are split."""
+        return self.ranks.size if self.hidden in ("split", "fsdp") else 1
 
     @property
     def tile(self) -> int:

@@ -98,10 +98,10 @@ def test_truth_is_the_oracle(loss: str, monkeypatch: pytest.MonkeyPatch) -> None
 def test_of_a_large_weight_targets_and_a_sample_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.linear.truth.CHECKED_BYTES", 11 * SMALL.vocab * 8)
     inputs = LINEAR.make(replace(SMALL, vocab=2000))
-    words = LinearTruth(inputs).words
+    columns = LinearTruth(inputs).columns
     targets = inputs.index.unique()
-    assert set(targets.tolist()) | {0, 1999} <= set(words.tolist())
-    assert 0 < len(words) - len(targets) <= -(-11 * 101 // 24)
+    assert set(targets.tolist()) | {0, 1999} <= set(columns.tolist())
+    assert 0 < len(columns) - len(targets) <= -(-11 * 101 // 24)
 
 
 def _longer(values: Values) -> Values:

@@ -71,6 +71,22 @@ def part_of(batch: uk.Batch, at: Tensor, ends: Tensor) -> uk.Batch:
     return uk.Batch(*values, None, batch.fields, sequence_group=dist.group.WORLD)
 
 
+def allowed(logits: Tensor, batch: uk.Batch, loss: uk.Loss) -> float:
+    """Twice what eager fp32 is away from fp64 on whole sequences, and 4 ulp, in the digits of fp64."""
+
+    def found(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        x = logits.clone().to(dtype).requires_grad_()
+        value = uk.fused_loss(x, batch, loss, plan=uk.Plan(backend="eager", kernel="composed")).loss
+        value.backward()
+        assert x.grad is not None
+        return value.detach().double(), x.grad.double()
+
+    (value, gradient), (expected, truth) = found(torch.float32), found(torch.float64)
+    error = max(float((value / expected - 1).abs()), float((gradient - truth).abs().max() / truth.abs().max()))
+    single, double = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
+    return 2 * error * double / single + 4 * double
+
+
 def difference(logits: Tensor, batch: uk.Batch, loss: uk.Loss, head: bool) -> float:
     """How far loss and gradient of the parts are from those of whole sequences, relative to the latter."""
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -99,17 +115,18 @@ def check_sequences() -> None:
     for shape in SHAPES:
         logits, batch = whole(shape)
         for loss in LOSSES:
+            most = allowed(logits, batch, loss)
             for head in (False, True):
                 far = difference(logits, batch, loss, head)
-                assert far < 1e-12, f"{shape} {loss} {'head' if head else 'logits'}: {far}"
+                assert far <= most, f"{shape} {loss} {'head' if head else 'logits'}: {far} > {most}"
 
 
 def check_fault_is_seen() -> None:
     """A sum over the group whose gradient stays on its rank."""
     logits, batch = whole(SHAPES[0])
     with changed(SumOverGroup, "backward", staticmethod(lambda ctx, d: (d, None))):
-        assert difference(logits, batch, uk.Loss(SequenceRatio()), head=False) > 1e-3
-        assert difference(logits, batch, uk.dpo(), head=False) > 1e-3
+        for loss in (uk.Loss(SequenceRatio()), uk.dpo()):
+            assert difference(logits, batch, loss, head=False) > allowed(logits, batch, loss)
 
 
 def check_counts() -> None:
@@ -121,6 +138,36 @@ def check_counts() -> None:
     for of, n in (("tokens", int(batch.valid.sum())), ("sequences", 4), ("pairs", 2)):
         assert uk.global_count(part, group, of) == n
         assert uk.global_count(batch, group, of) == world * n
+
+
+def lone_part(per_token: bool, sure: bool) -> uk.Batch:
+    """Two sequences; the last rank has two tokens, both of the second one, as all have unless one is sure."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    n = 3 if sure and rank < world - 1 else 2
+    ends = torch.tensor([0, n - 2, n])
+    advantage = torch.arange(n if per_token else 2) + 1.0
+    fields = {"extra": advantage.double(), "step": torch.tensor(3)}
+    values = (torch.zeros(n, dtype=torch.int64), advantage, torch.zeros(n), None, ends, fields)
+    return uk.Batch(*values, sequence_group=dist.group.WORLD)
+
+
+def check_as_many_tokens_as_sequences() -> None:
+    """The other ranks' shapes tell what a field has a value for."""
+    last = dist.get_rank() == dist.get_world_size() - 1
+    for per_token in (False, True):
+        batch = lone_part(per_token, sure=True)
+        expected = [1.0, 2, 3][: 2 + (not last)] if per_token else [2.0, 2] if last else [1.0, 2, 2]
+        for name in ("advantage", "extra"):
+            assert batch.per_token_field(name).tolist() == expected
+        assert batch.per_token_field("old_logp").tolist() == [0] * len(expected)
+    text = "advantage is ambiguous: on all ranks of sequence_group target has as many tokens as sequences, some of them"
+    with pytest.raises(ValueError, match=text):
+        lone_part(per_token=False, sure=False)
+    if dist.get_world_size() < 3:
+        return
+    text = "advantage must have a value per sequence or per token on all ranks of sequence_group, got one per sequence"
+    with pytest.raises(ValueError, match=text):
+        lone_part(per_token=dist.get_rank() == 1, sure=True)
 
 
 def check_bad_input() -> None:
@@ -149,4 +196,5 @@ def check_all() -> None:
     check_sequences()
     check_fault_is_seen()
     check_counts()
+    check_as_many_tokens_as_sequences()
     check_bad_input()

@@ -16,6 +16,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import unirl_kernels as uk
 from tests.cases import BY_NAME
+from tests.distributed import agreement as disagreements
 from tests.distributed import dtensors, megatron, sequences, split_heads, tiles
 from tests.distributed.split import (
     CASES,
@@ -35,6 +36,7 @@ from unirl_kernels.api import agreement
 from unirl_kernels.backends import unavailable
 from unirl_kernels.operators import shards
 from unirl_kernels.operators.shards import ShardArgs, Tiles
+from unirl_kernels.testing.budgets import violations
 
 RANK: int
 WORLD: int
@@ -88,6 +90,34 @@ def check_statistics() -> None:
             torch.testing.assert_close(part.grad, columns_of(x.grad, widths, RANK, 0), **close)
 
 
+def check_label_smoothing() -> None:
+    """A value that needs the sum of all logits: a mean over a rank's own columns, or over padding, is another one."""
+    case, epsilon = CASES[0], 0.1
+    logits, batch = make(case, BY_NAME["sft"])
+    used = batch.target != uk.IGNORE
+    flat = (logits.flatten(0, 1), batch.target.flatten())
+    how = {"ignore_index": uk.IGNORE, "label_smoothing": epsilon, "reduction": "none"}
+    plain = torch.nn.functional.cross_entropy(*flat, **how)
+    truth = torch.nn.functional.cross_entropy(flat[0].double(), flat[1], **how)
+    weight = torch.randn(8, VOCAB)
+    hidden = torch.linalg.lstsq(weight.double().t(), flat[0].double().t()).solution.t().float()
+    of_head = torch.nn.functional.cross_entropy(hidden @ weight, flat[1], **how)
+    of_head_truth = torch.nn.functional.cross_entropy(hidden.double() @ weight.double(), flat[1], **how)
+    for widths in WIDTHS[WORLD]:
+        shard = shard_of(widths, RANK)
+        rows = columns_of(weight.t(), widths, RANK, dim=0)
+        for seen, naive, exact in (
+            (uk.token_observations(columns_of(logits, widths, RANK), batch.target, shard=shard), plain, truth),
+            (
+                uk.linear_token_observations(hidden.view(*used.shape, 8), rows, batch.target, shard=shard),
+                of_head,
+                of_head_truth,
+            ),
+        ):
+            smooth = (epsilon - 1) * seen.logp + epsilon * (seen.lse - seen.mean_logit)
+            assert not violations(smooth.flatten(), naive, exact, condition=10)
+
+
 def check_traffic() -> None:
     """One exchange of 16 bytes per token, one of a few numbers per call; none in the backward, none without a shard."""
     logits, batch = make(CASES[0], BY_NAME["grpo"])
@@ -97,7 +127,7 @@ def check_traffic() -> None:
         out = uk.fused_loss(x, batch, uk.grpo(), shard=shard_of(widths, RANK))
     with Traffic() as backward:
         out.loss.backward()
-    assert forward.sent == [("all_gather_into_tensor", 96), ("all_gather_into_tensor", 16 * batch.target.numel())]
+    assert forward.sent == [("all_gather_into_tensor", 144), ("all_gather_into_tensor", 16 * batch.target.numel())]
     assert backward.sent == []
     values = [torch.zeros(1, *batch.target.shape)] * 4
     unchecked = ShardArgs(0, 1, VOCAB, shard_of(widths, RANK).ranks, False, Tiles(VOCAB, 1))
@@ -136,7 +166,7 @@ def check_accelerators() -> None:
     expected = uk.token_stats(x, y, shard=shard)
     exchange = ("all_gather_into_tensor", 16 * y.numel() + 8)
     with changed(agreement, "reading_waits", lambda target: True):
-        for compared in ([("all_gather_into_tensor", 96)], []):
+        for compared in ([("all_gather_into_tensor", 144)], []):
             with Traffic() as traffic:
                 found = uk.token_stats(x, y, shard=shard)
             assert traffic.sent == [*compared, exchange]
@@ -236,6 +266,7 @@ def main(rank: int, file: str, world: int) -> None:
     check_losses()
     check_triton()
     check_statistics()
+    check_label_smoothing()
     check_traffic()
     check_accelerators()
     check_bad_input()
@@ -247,6 +278,7 @@ def main(rank: int, file: str, world: int) -> None:
     split_heads.check_compiled()
     split_heads.check_bad_input()
     split_heads.check_faults_are_seen()
+    disagreements.check_all()
     sequences.check_all()
     dtensors.check_all()
     megatron.check_all()

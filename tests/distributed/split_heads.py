@@ -127,7 +127,7 @@ def check_traffic() -> None:
         chunks = -(-n // (tokens or n))
         of_chunk = [("all_gather_into_tensor", 16 * n // chunks)]
         of_chunk += [("all_reduce", 4 * WIDTH * n // chunks)] if hidden == "whole" else []
-        expected = [("all_gather_into_tensor", 96), *of_chunk * chunks]
+        expected = [("all_gather_into_tensor", 144), *of_chunk * chunks]
         if hidden == "split":
             expected.insert(1, ("all_gather_into_tensor", head.hidden.nbytes // world))
             expected.append(("reduce_scatter_tensor", head.hidden.nbytes))

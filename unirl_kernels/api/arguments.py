@@ -93,15 +93,17 @@ def check_positions(name: str, value: Tensor, target: Tensor, last: str) -> None
         raise ValueError(f"{name} must have shape ({expected}, {last}), got {shape}{hint}")
 
 
-def _check_part(name: str, value: Tensor, target: Tensor, parts: int) -> None:
-    """Raise a ``ValueError`` unless a value has an equal part of target's last dimension, and one dimension more."""
+def _check_part(name: str, value: Tensor, target: Tensor, parts: int, dim: int) -> None:
+    """Raise a ``ValueError`` unless a value has an equal part of target's dimension dim, and one dimension more."""
     if target.dim() not in (1, 2):
         raise ValueError(f"target must have shape [B, L] or [T], got {tuple(target.shape)}")
-    *outer, tokens = target.shape
-    if tokens % parts:
-        raise ValueError(f"target must have a multiple of {parts} tokens for hidden that is split, got {tokens}")
-    if value.dim() != target.dim() + 1 or tuple(value.shape[:-1]) != (*outer, tokens // parts):
-        expected = ", ".join(map(str, (*outer, tokens // parts)))
+    shape = list(target.shape)
+    if shape[dim] % parts:
+        unit = "sequences" if dim == 0 and target.dim() == 2 else "tokens"
+        raise ValueError(f"target must have a multiple of {parts} {unit} for hidden that is split, got {shape[dim]}")
+    shape[dim] //= parts
+    if value.dim() != target.dim() + 1 or list(value.shape[:-1]) != shape:
+        expected = ", ".join(map(str, shape))
         raise ValueError(f"{name} must have shape ({expected}, D) on each of {parts} ranks, got {tuple(value.shape)}")
 
 
@@ -146,8 +148,10 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tens
         raise ValueError(f"weight must have at least one row and column, got shape {tuple(weight.shape)}")
 
 
-def check_shard_of_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, parts: int = 1) -> None:
-    """As ``check_head``, but a shard may have no rows, and hidden may be one of several equal parts of the tokens."""
+def check_shard_of_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, parts: int = 1, dim: int = -1
+) -> None:
+    """As ``check_head``, but a shard may have no rows, and hidden one of several equal parts of target along dim."""
     check_dtype("target", target, torch.int64)
     check_memory("target", target)
     for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
@@ -156,7 +160,7 @@ def check_shard_of_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, tar
     if parts == 1:
         check_positions("hidden", hidden, target, "D")
     else:
-        _check_part("hidden", hidden, target, parts)
+        _check_part("hidden", hidden, target, parts, dim)
     d = hidden.shape[-1]
     if weight.dim() != 2 or weight.shape[1] != d:
         hint = "; it looks transposed" if weight.dim() == 2 and weight.shape[0] == d else ""

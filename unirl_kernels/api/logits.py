@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from unirl_kernels.api.agreement import LossArgs
 from unirl_kernels.api.arguments import check_kinds, check_logits, check_overwritable, kernel_of
 from unirl_kernels.api.dtensors import shard_of_logits
 from unirl_kernels.api.outputs import LossOutput, TokenObservations, TokenStats
@@ -171,11 +172,12 @@ def fused_loss(
         >>> logits.grad[0, 0]  # -2 (1[j = 3] - 1/4)
         tensor([ 0.5000,  0.5000,  0.5000, -1.5000])
     """
-    check_kinds(batch=batch, loss=loss, readout=readout, plan=plan)
     logits, shard = shard_of_logits(logits, shard)
     if shard is not None:
-        found = measured_shard(shards.shard_moments, logits, batch.target, readout, plan, shard, batch, loss)
+        of_loss = LossArgs(batch, loss)
+        found = measured_shard(shards.shard_moments, logits, of_loss.target, readout, plan, shard, of_loss)
         return _composed(TokenStats(*found), batch, loss)
+    check_kinds(batch=batch, loss=loss, readout=readout, plan=plan)
     check_logits(logits, batch.target)
     choice = kernel_of(loss, plan, logits.device, logits.dtype, logits.shape[-1])
     # A gradient in fp16 has to wait for the upstream one, which holds the loss scale: 1e-8 would be 0.

@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unirl_kernels.api.agreement import Brought, agreed
+from unirl_kernels.api.agreement import Brought, LossArgs, agreed
 from unirl_kernels.api.arguments import check_input, check_kinds, check_overwritable, check_shard_of_logits
 from unirl_kernels.api.rows import as_rows, readout_args, row_dtype
 from unirl_kernels.backends import COMPOSED, ReadoutArgs, choose
 from unirl_kernels.batch import Batch
-from unirl_kernels.objectives import Loss
 from unirl_kernels.operators.declare import Operator
 from unirl_kernels.operators.linear_shards import linear_shard_moments
 from unirl_kernels.operators.shards import SplitStatistics, shard_moments
@@ -45,30 +44,37 @@ def measured_shard(
     readout: Readout,
     plan: Plan,
     shard: VocabShard,
-    batch: Batch | None = None,
-    loss: Loss | None = None,
+    of_loss: LossArgs | None = None,
 ) -> list[Tensor]:
     """What an operator of ``operators/shards.py`` finds in each row, in target's shape."""
     check_shard(shard)
+    batch = None if of_loss is None else of_loss.batch
 
     def check() -> Brought:
-        check_kinds(readout=readout, plan=plan)
+        check_kinds(**({} if of_loss is None else of_loss._asdict()), readout=readout, plan=plan)
         check_input("logits", logits)
         check_shard_of_logits(logits, target)
         choose(logits.device, plan.backend, plan.kernel)
         _readout(readout, logits, target, batch)
         if plan.overwrite_logits and _wants_gradient(logits):
             check_overwritable(logits)
-        if loss is not None:
+        if of_loss is not None:
             check_composed(plan, logits.device)
         check_tiles(shard, logits.shape[-1], operator)
         return Brought(logits.shape[-1])
 
-    of_shard, _ = agreed(shard, target, check)
+    arguments = compared(operator, of_loss, readout) | {"operand": getattr(logits, "dtype", None)}
+    of_shard, _ = agreed(shard, logits, target, check, arguments)
     backend, _ = choose(logits.device, plan.backend, plan.kernel)
     rows = (as_rows(target), _readout(readout, logits, target, batch), of_shard, backend, operator)
     found = SplitStatistics.apply(logits, *rows, plan.overwrite_logits and _wants_gradient(logits))
     return [x.view(target.shape) for x in found]
+
+
+def compared(operator: Operator, of_loss: LossArgs | None, readout: Readout) -> dict[str, object]:
+    """What logits and heads have to agree on alike."""
+    call = f"{operator.name} {'without' if of_loss is None else 'for'} a loss"
+    return {"call": call, "readout": readout} | ({} if of_loss is None else of_loss._asdict())
 
 
 def check_composed(plan: Plan, device: torch.device) -> None:

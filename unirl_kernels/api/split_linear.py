@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unirl_kernels.api.agreement import Brought, agreed
+from unirl_kernels.api.agreement import Brought, LossArgs, agreed
 from unirl_kernels.api.arguments import check_kinds, check_shard_of_head
 from unirl_kernels.api.outputs import LossOutput
 from unirl_kernels.api.rows import as_rows, readout_args, row_dtype, sweep_args
-from unirl_kernels.api.split import check_composed, check_shard, check_tiles
+from unirl_kernels.api.split import check_composed, check_shard, check_tiles, compared
 from unirl_kernels.backends import ReadoutArgs
 from unirl_kernels.batch import Batch, has_values
 from unirl_kernels.collectives import Gathered, SumGradient
@@ -58,7 +58,8 @@ def fused_shard(
     shard: VocabShard,
 ) -> LossOutput:
     """``fused_linear_loss`` of a shard: three matmuls if each unit of the loss fits a chunk of the widest shard."""
-    split = _agreed(linear_shard_moments, head, batch.target, readout, plan, shard, batch, loss)
+    of_loss = LossArgs(batch, loss)
+    split = _agreed(linear_shard_moments, head, of_loss.target, readout, plan, shard, of_loss)
     found = _in_chunks(split, batch, loss, shard)
     if found is None:
         stats = _measured(linear_shard_moments, split, batch.target, shard)
@@ -80,7 +81,7 @@ def _in_chunks(split: SplitHead, batch: Batch, loss: Loss, shard: VocabShard) ->
     if groups is None:
         return None
     head = split.head
-    if shard.hidden == "split":
+    if shard.parts > 1:
         head = head._replace(hidden=_gathered(head.hidden, shard))
     rows = SplitRows(split.sweep.backend, split.shard, shard.hidden == "whole")
     composition = Composition(batch, loss, groups, split.readout, rows)
@@ -90,7 +91,7 @@ def _in_chunks(split: SplitHead, batch: Batch, loss: Loss, shard: VocabShard) ->
 
 def _measured(operator: Operator, split: SplitHead, target: Tensor, shard: VocabShard) -> list[Tensor]:
     head = split.head
-    if shard.hidden == "split":
+    if shard.parts > 1:
         head = head._replace(hidden=_gathered(head.hidden, shard))
     elif shard.hidden == "whole" and head.hidden.requires_grad:
         head = head._replace(hidden=SumGradient.apply(head.hidden, shard.ranks, row_dtype(head.hidden.dtype)))
@@ -101,9 +102,12 @@ def _measured(operator: Operator, split: SplitHead, target: Tensor, shard: Vocab
 
 
 def _gathered(hidden: Tensor, shard: VocabShard) -> Tensor:
-    """[B, L, D] of the ranks' [B, L / n, D], or [T, D] of [T / n, D]."""
+    """[B, L, D] of the ranks' [B, L / n, D] or, with FSDP2, [B / n, L, D]; [T, D] of [T / n, D]."""
+    dtype = row_dtype(hidden.dtype)
+    if shard.hidden == "fsdp":
+        return Gathered.apply(hidden, shard.ranks, dtype, shard.ranks.size)  # type: ignore[no-any-return]
     by_position = hidden.movedim(-2, 0)
-    whole: Tensor = Gathered.apply(by_position, shard.ranks, row_dtype(hidden.dtype))
+    whole: Tensor = Gathered.apply(by_position, shard.ranks, dtype, 1)
     return whole.movedim(0, -2)
 
 
@@ -122,20 +126,21 @@ def _agreed(
     readout: Readout,
     plan: Plan,
     shard: VocabShard,
-    batch: Batch | None = None,
-    loss: Loss | None = None,
+    of_loss: LossArgs | None = None,
 ) -> SplitHead:
     """Check the arguments, compare them with those of the other ranks, and leave out the padding."""
     check_shard(shard)
     found: list[tuple[SweepArgs, ReadoutArgs]] = []
+    batch = None if of_loss is None else of_loss.batch
 
     def check() -> Brought:
-        check_kinds(readout=readout, plan=plan)
-        parts = shard.ranks.size if shard.hidden == "split" else 1
-        check_shard_of_head(*head, target, parts)
-        if loss is not None:
+        check_kinds(**({} if of_loss is None else of_loss._asdict()), readout=readout, plan=plan)
+        check_shard_of_head(*head, target, shard.parts, 0 if shard.hidden == "fsdp" else -1)
+        if of_loss is not None:
             check_composed(plan, head.hidden.device)
-            loss.check_scopes()
+            of_loss.loss.check_scopes()
+            if shard.hidden == "fsdp":
+                _check_pairs(of_loss)
         sweep = sweep_args(*head, plan)
         found.append((sweep, readout_args(readout, target, row_dtype(sweep.dtype), batch)))
         columns = head.weight.shape[0]
@@ -144,12 +149,27 @@ def _agreed(
         wants = sum(2**k * wanted for k, wanted in enumerate(_wanted(head)))
         return Brought(columns, row_bytes, wants, sweep.max_chunk_bytes)
 
-    of_shard, row_bytes = agreed(shard, target, check, waits=True)
+    arguments = compared(operator, of_loss, readout) | {"hidden": shard.hidden, "operand": _kind_of(head)}
+    of_shard, row_bytes = agreed(shard, head.hidden, target, check, arguments, waits=True)
     used = head
     if of_shard.columns < head.weight.shape[0]:
         bias = None if head.bias is None else head.bias[: of_shard.columns]
         used = head._replace(weight=head.weight[: of_shard.columns], bias=bias)
     return SplitHead(used, *found[0], of_shard, row_bytes)
+
+
+def _check_pairs(of_loss: LossArgs) -> None:
+    """Raise a ``ValueError`` for pairs in halves: the sequences of one rank follow those of another."""
+    if of_loss.loss.scope in ("pair", "batch") and of_loss.batch.pairs == "halves":
+        raise ValueError("batch.pairs must be 'interleaved' for a shard of FSDP2 and a loss of pairs, got 'halves'")
+
+
+def _kind_of(head: HeadArgs) -> str:
+    """Size and dtype of hidden states, which may be no tensors, and whether there is a bias."""
+    shape = getattr(head.hidden, "shape", None)
+    size = shape[-1] if shape else 0
+    bias = "without" if head.bias is None else "with"
+    return f"hidden of D = {size}, {getattr(head.hidden, 'dtype', None)}, {bias} a bias"
 
 
 def _row_bytes(head: HeadArgs, columns: int, sweep: SweepArgs) -> int:

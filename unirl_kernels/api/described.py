@@ -1,0 +1,119 @@
+"""Arguments as text that is the same on all ranks if, and only if, the arguments are."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unirl_kernels.batch import Batch
+from unirl_kernels.objectives import Loss
+from unirl_kernels.operators.shards import target_hash
+
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+DEPTH = 8
+"""Attributes of attributes beyond this are not compared."""
+
+
+def hash_of(lines: Iterable[str]) -> int:
+    """A number of 64 bits."""
+    digest = hashlib.blake2b("\n".join(lines).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def compared_lines(value: object, values: bool) -> list[str]:
+    """What has to be the same on all ranks.
+
+    Of a loss of token scope it is the program and its parameters: two functions that compute the same are equal.
+
+    Args:
+        value: an argument.
+        values: whether numbers and the values of tensors count, not only types, shapes and dtypes.
+    """
+    program = _program(value, values) if isinstance(value, Loss) else None
+    if program is None or not isinstance(value, Loss):
+        return shown_lines(value, values)
+    weights = [(term.aggregation, term.coefficient) for term in value.terms]
+    return [*program, *shown_lines(weights, values)]
+
+
+def shown_lines(value: object, values: bool) -> list[str]:
+    """A line ``path=value`` for each number, tensor and name that an argument is made of."""
+    if isinstance(value, Batch):  # targets have a hash of their own
+        names = [f.name for f in dataclasses.fields(value) if f.name != "target"]
+        return list(_lines("", {name: getattr(value, name) for name in names}, values, DEPTH))
+    if isinstance(value, Loss):
+        own = _program(value, values) or []
+        return [*_lines("", {"scope": value.scope, "terms": value.terms}, values, DEPTH), *own]
+    return list(_lines("", value, values, DEPTH))
+
+
+def _program(loss: Loss, values: bool) -> list[str] | None:
+    """Program and parameters of a loss; None where it has none."""
+    if loss.scope != "token":
+        return None
+    try:
+        traced = [loss.traced(), loss.traced(on_policy=True)]
+    except TypeError:  # UnsupportedOperation: it has none
+        return None
+    params = [tuple(map(float, one.params)) if values else len(one.params) for one in traced]
+    return [f"program={hash_of([one.text])}, parameters {own}" for one, own in zip(traced, params, strict=True)]
+
+
+def _lines(path: str, value: Any, values: bool, depth: int) -> Iterator[str]:
+    if isinstance(value, str | bool | torch.dtype | None):
+        yield f"{path}={value!r}"
+    elif isinstance(value, int | float):
+        yield f"{path}={value!r}" if values else f"{path}={type(value).__name__}"
+    elif isinstance(value, Tensor):
+        yield f"{path}={_tensor(value, values)}"
+    elif isinstance(value, torch.distributed.ProcessGroup):
+        yield f"{path}=group of {value.size()}"  # another one on each rank
+    else:
+        yield f"{path}={getattr(value, '__qualname__', type(value).__qualname__)}"
+        if depth:
+            for name, part in _parts(value):
+                yield from _lines(f"{path}{name}", part, values, depth - 1)
+
+
+def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+    """What a value is made of, by name. What begins with _ is what a class keeps for itself."""
+    if isinstance(value, Mapping):
+        yield from ((f".{key}", value[key]) for key in sorted(value, key=str))
+    elif isinstance(value, list | tuple):
+        yield from ((f"[{k}]", part) for k, part in enumerate(value))
+    elif isinstance(value, FunctionType):
+        yield "()", str(hash_of(_code(value.__code__)))
+        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+            yield f".{name}", cell.cell_contents
+        yield from ((f".default[{k}]", part) for k, part in enumerate(value.__defaults__ or ()))
+    elif dataclasses.is_dataclass(value):
+        yield from ((f".{f.name}", getattr(value, f.name)) for f in dataclasses.fields(value))
+    elif hasattr(value, "__dict__") and not isinstance(value, type):
+        yield from ((f".{name}", part) for name, part in sorted(vars(value).items()) if not name.startswith("_"))
+
+
+def _code(code: CodeType) -> Iterator[str]:
+    yield code.co_code.hex()
+    yield repr(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _code(constant)
+        elif isinstance(constant, str | int | float | None):
+            yield repr(constant)
+
+
+def _tensor(x: Tensor, values: bool) -> str:
+    text = f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
+    if x.requires_grad:
+        text += ", requires_grad"
+    if values and not x.dim():
+        return f"{text}, {x.item()}"
+    if values and x.dtype.itemsize in BITS:
+        return f"{text}, hash {int(target_hash(x.detach().contiguous().view(BITS[x.dtype.itemsize]))):x}"
+    return text
