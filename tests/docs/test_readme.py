@@ -150,17 +150,36 @@ def in_a_loop(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     assert not torch.equal(model.lm_head.weight, before)
 
 
+class Small(torch.nn.Module):
+    """Hidden states, and a head that is not called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = torch.nn.Embedding(7, 4), torch.nn.Linear(4, 7, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.embedding(ids)
+
+
 def over_ranks(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """In a group of one rank, whose weight is padded: the losses are those without padding."""
     import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         hidden, weight, target = torch.randn(2, 3, 4), torch.randn(10, 4), torch.randint(0, 7, (2, 3))
         batch = uk.Batch(target, torch.randn(2), ref_logp=-2 * torch.ones(2, 3))
         leaf = hidden.clone().requires_grad_()
+        mesh = dist.init_device_mesh("cpu", (1,))
+        model = Small()
+        fully_shard(model.head, mesh=mesh)
+        fully_shard(model, mesh=mesh)
         names = run(
             "Split over ranks",
+            model=model,
+            head=model.head,
+            input_ids=target,
             torch=torch,
             uk=uk,
             group=dist.group.WORLD,
@@ -179,6 +198,7 @@ def over_ranks(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         torch.testing.assert_close(names["out"].loss, expected.loss)
         torch.testing.assert_close(names["stats"].logp, expected.logp)
         torch.testing.assert_close(leaf.grad, plain.grad)
+        assert all(x.grad is not None and x.grad.full_tensor().any() for x in model.parameters())
     finally:
         dist.destroy_process_group()
 
