@@ -64,6 +64,25 @@ def test_programs_have_the_derivatives_of_autograd(name: str) -> None:
         torch.testing.assert_close(got, want, rtol=0, atol=1e-14, equal_nan=True)
 
 
+@pytest.mark.parametrize(
+    "objective",
+    [lambda x, y, z: x.clamp(min=y) * z, lambda x, y, z: x.clamp(max=y) * z, lambda x, y, z: x.clamp(y, z)],
+    ids=["from below", "from above", "on both sides"],
+)
+def test_bounds_may_be_infinite(objective: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    """A bound that is not there is none of the same value."""
+    inf = float("inf")
+    stats = torch.tensor(list(itertools.product((-1.0, 0.5), (-inf, 0.0, inf), (0.5, 1.0))), dtype=torch.float64).T
+    x, y, z = (v.clone().requires_grad_() for v in stats)
+    value = objective(x, y, z)
+    gradients = torch.autograd.grad(value.sum(), (x, y, z), allow_unused=True, materialize_grads=True)
+    traced = trace([lambda t: objective(t.logp, t.entropy, t.lse)])
+    fields, params = torch.ones(1, stats.shape[1]).double(), torch.tensor(traced.params, dtype=torch.float64)
+    found = evaluate(traced.program, stats.unbind(), fields, params)
+    for got, want in zip(found, (value.detach(), *gradients), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("runner", [runner for runner in RUNNERS if runner.kernel != COMPOSED], ids=str)
 def test_one_pass_is_composed_at_kinks(runner: Runner) -> None:
     """Fields stand at the kinks exactly, whatever rounding does to log-probabilities."""
