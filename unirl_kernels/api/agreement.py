@@ -128,7 +128,7 @@ def agreed(
         terms = _terms(shard, own, target, {k: compared_lines(v, values) for k, v in arguments.items()})
     except Exception:
         device = next((x.device for x in (operand, target) if isinstance(x, Tensor)), torch.device("cpu"))
-        _exchanged(shard, Terms(1, *[0] * 10), device)
+        _exchanged(shard, Terms(1, *[0] * (len(Terms._fields) - 1)), device)
         raise
     if values:
         row_bytes = _compared(shard, terms._replace(hash=int(target_hash(target))), target, arguments)

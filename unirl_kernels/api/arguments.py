@@ -125,6 +125,10 @@ def check_shard_of_logits(logits: Tensor, target: Tensor) -> None:
     check_device("target", target, logits.device, "logits")
 
 
+def wants_gradient(logits: Tensor) -> bool:
+    return torch.is_grad_enabled() and logits.requires_grad
+
+
 def check_overwritable(logits: Tensor) -> None:
     """Raise a ``ValueError`` for logits whose memory cannot take their gradient."""
     if logits.is_leaf or (logits._base is not None and logits._base.is_leaf):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from unirl_kernels.api.agreement import LossArgs
-from unirl_kernels.api.arguments import check_kinds, check_logits, check_overwritable, kernel_of
+from unirl_kernels.api.arguments import check_kinds, check_logits, check_overwritable, kernel_of, wants_gradient
 from unirl_kernels.api.dtensors import shard_of_logits
 from unirl_kernels.api.outputs import LossOutput, TokenObservations, TokenStats
 from unirl_kernels.api.rows import as_rows, program_args, readout_args, row_dtype
@@ -115,7 +115,7 @@ def _measured(operator: Operator, logits: Tensor, target: Tensor, readout: Reado
     check_logits(logits, target)
     backend, _ = choose(logits.device, plan.backend, plan.kernel)
     of_rows = (as_rows(target), readout_args(readout, target, row_dtype(logits.dtype)), backend, operator)
-    if not _wants_gradient(logits):
+    if not wants_gradient(logits):
         return [x.view(target.shape) for x in Statistics.without_gradient(logits, *of_rows)]
     if plan.overwrite_logits:
         check_overwritable(logits)
@@ -182,7 +182,7 @@ def fused_loss(
     choice = kernel_of(loss, plan, logits.device, logits.dtype, logits.shape[-1])
     # A gradient in fp16 has to wait for the upstream one, which holds the loss scale: 1e-8 would be 0.
     waits = logits.dtype == torch.float16 and plan.kernel is None
-    if choice.kernel != COMPOSED and _wants_gradient(logits) and not waits:
+    if choice.kernel != COMPOSED and wants_gradient(logits) and not waits:
         return _one_pass(logits, batch, loss, readout, plan, choice)
     stats = token_stats(logits, batch.target, readout=_spread(readout, batch), plan=_for_statistics(plan))
     return _composed(stats, batch, loss)
@@ -212,7 +212,3 @@ def _spread(readout: Readout, batch: Batch) -> Readout:
 
 def _for_statistics(plan: Plan) -> Plan:
     return Plan(plan.backend, None, plan.overwrite_logits)
-
-
-def _wants_gradient(logits: Tensor) -> bool:
-    return torch.is_grad_enabled() and logits.requires_grad

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from unirl_kernels.api.agreement import Brought, LossArgs, agreed
-from unirl_kernels.api.arguments import check_input, check_kinds, check_overwritable, check_shard_of_logits
+from unirl_kernels.api.arguments import check_kinds, check_overwritable, check_shard_of_logits, wants_gradient
 from unirl_kernels.api.rows import as_rows, readout_args, row_dtype
 from unirl_kernels.backends import COMPOSED, ReadoutArgs, choose
 from unirl_kernels.batch import Batch
@@ -52,11 +52,10 @@ def measured_shard(
 
     def check() -> Brought:
         check_kinds(**({} if of_loss is None else of_loss._asdict()), readout=readout, plan=plan)
-        check_input("logits", logits)
         check_shard_of_logits(logits, target)
         choose(logits.device, plan.backend, plan.kernel)
         _readout(readout, logits, target, batch)
-        if plan.overwrite_logits and _wants_gradient(logits):
+        if plan.overwrite_logits and wants_gradient(logits):
             check_overwritable(logits)
         if of_loss is not None:
             check_composed(plan, logits.device)
@@ -67,7 +66,7 @@ def measured_shard(
     of_shard, _ = agreed(shard, logits, target, check, arguments)
     backend, _ = choose(logits.device, plan.backend, plan.kernel)
     rows = (as_rows(target), _readout(readout, logits, target, batch), of_shard, backend, operator)
-    found = SplitStatistics.apply(logits, *rows, plan.overwrite_logits and _wants_gradient(logits))
+    found = SplitStatistics.apply(logits, *rows, plan.overwrite_logits and wants_gradient(logits))
     return [x.view(target.shape) for x in found]
 
 
@@ -86,7 +85,3 @@ def check_composed(plan: Plan, device: torch.device) -> None:
 
 def _readout(readout: Readout, logits: Tensor, target: Tensor, batch: Batch | None) -> ReadoutArgs:
     return readout_args(readout, target, row_dtype(logits.dtype), batch)
-
-
-def _wants_gradient(logits: Tensor) -> bool:
-    return torch.is_grad_enabled() and logits.requires_grad
