@@ -129,10 +129,8 @@ class Batch:
         if self.target.is_nested:
             raise TypeError("target must be a dense tensor, got a nested tensor: pack it, with cu_seqlens")
         check_memory("target", self.target)
+        check_layout(self.target)
         shape = tuple(self.target.shape)
-        if len(shape) not in (1, 2):
-            hint = "; fold its first dimensions into the batch: target.flatten(0, -2)" if len(shape) > 2 else ""
-            raise ValueError(f"target must have shape [B, L] or [T], got {shape}{hint}")
         if len(shape) == 1:
             self._check_packed()
         elif self.cu_seqlens is not None:
@@ -396,6 +394,13 @@ def has_values(x: Tensor) -> bool:
 def _readable(x: Tensor) -> bool:
     """Whether reading values costs nothing: on an accelerator it would wait for the device."""
     return x.device.type == "cpu" and has_values(x) and not torch.compiler.is_compiling()
+
+
+def check_layout(target: Tensor) -> None:
+    """Raise a ``ValueError`` unless targets are padded or packed."""
+    if target.dim() not in (1, 2):
+        hint = "; fold its first dimensions into the batch: target.flatten(0, -2)" if target.dim() > 2 else ""
+        raise ValueError(f"target must have shape [B, L] or [T], got {tuple(target.shape)}{hint}")
 
 
 def check_dtype(name: str, value: object, *dtypes: torch.dtype) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from unirl_kernels.backends import COMPOSED, Choice, choices_by_vocab, choose
-from unirl_kernels.batch import Batch, check_dtype, check_memory, has_values
+from unirl_kernels.batch import Batch, check_dtype, check_layout, check_memory, has_values
 from unirl_kernels.objectives import Loss
 from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout
@@ -78,9 +78,7 @@ def check_device(name: str, value: Tensor, device: torch.device, like: str) -> N
 
 def check_positions(name: str, value: Tensor, target: Tensor, last: str) -> None:
     """Raise a ``ValueError`` unless the shape is target's, and one dimension more, called ``last``."""
-    if target.dim() not in (1, 2):
-        hint = "; fold its first dimensions into the batch: target.flatten(0, -2)" if target.dim() > 2 else ""
-        raise ValueError(f"target must have shape [B, L] or [T], got {tuple(target.shape)}{hint}")
+    check_layout(target)
     if value.dim() != target.dim() + 1 or value.shape[:-1] != target.shape:
         expected = ", ".join(str(n) for n in target.shape)
         shape, hint = tuple(value.shape), ""
@@ -95,8 +93,7 @@ def check_positions(name: str, value: Tensor, target: Tensor, last: str) -> None
 
 def _check_part(name: str, value: Tensor, target: Tensor, parts: int, dim: int) -> None:
     """Raise a ``ValueError`` unless a value has an equal part of target's dimension dim, and one dimension more."""
-    if target.dim() not in (1, 2):
-        raise ValueError(f"target must have shape [B, L] or [T], got {tuple(target.shape)}")
+    check_layout(target)
     shape = list(target.shape)
     if shape[dim] % parts:
         unit = "sequences" if dim == 0 and target.dim() == 2 else "tokens"

@@ -9,7 +9,6 @@ from unirl_kernels.api.agreement import Brought, LossArgs, agreed
 from unirl_kernels.api.arguments import check_kinds, check_overwritable, check_shard_of_logits, wants_gradient
 from unirl_kernels.api.rows import as_rows, readout_args, row_dtype
 from unirl_kernels.backends import COMPOSED, ReadoutArgs, choose
-from unirl_kernels.batch import Batch
 from unirl_kernels.operators.declare import Operator
 from unirl_kernels.operators.linear_shards import linear_shard_moments
 from unirl_kernels.operators.shards import SplitStatistics, shard_moments
@@ -50,11 +49,13 @@ def measured_shard(
     check_shard(shard)
     batch = None if of_loss is None else of_loss.batch
 
+    found: list[tuple[str, ReadoutArgs]] = []
+
     def check() -> Brought:
         check_kinds(**({} if of_loss is None else of_loss._asdict()), readout=readout, plan=plan)
         check_shard_of_logits(logits, target)
-        choose(logits.device, plan.backend, plan.kernel)
-        _readout(readout, logits, target, batch)
+        of_readout = readout_args(readout, target, row_dtype(logits.dtype), batch)
+        found.append((choose(logits.device, plan.backend, plan.kernel).backend, of_readout))
         if plan.overwrite_logits and wants_gradient(logits):
             check_overwritable(logits)
         if of_loss is not None:
@@ -64,10 +65,10 @@ def measured_shard(
 
     arguments = compared(operator, of_loss, readout) | {"operand": getattr(logits, "dtype", None)}
     of_shard, _ = agreed(shard, logits, target, check, arguments)
-    backend, _ = choose(logits.device, plan.backend, plan.kernel)
-    rows = (as_rows(target), _readout(readout, logits, target, batch), of_shard, backend, operator)
-    found = SplitStatistics.apply(logits, *rows, plan.overwrite_logits and wants_gradient(logits))
-    return [x.view(target.shape) for x in found]
+    ((backend, of_readout),) = found
+    rows = (as_rows(target), of_readout, of_shard, backend, operator)
+    of_rows = SplitStatistics.apply(logits, *rows, plan.overwrite_logits and wants_gradient(logits))
+    return [x.view(target.shape) for x in of_rows]
 
 
 def compared(operator: Operator, of_loss: LossArgs | None, readout: Readout) -> dict[str, object]:
@@ -81,7 +82,3 @@ def check_composed(plan: Plan, device: torch.device) -> None:
     choose(device, plan.backend, plan.kernel)
     if plan.kernel not in (None, COMPOSED):
         raise ValueError(f"kernel must be None or {COMPOSED!r} for a split vocabulary, got {plan.kernel!r}")
-
-
-def _readout(readout: Readout, logits: Tensor, target: Tensor, batch: Batch | None) -> ReadoutArgs:
-    return readout_args(readout, target, row_dtype(logits.dtype), batch)
