@@ -56,6 +56,25 @@ UNIRL_ALWAYS_INLINE void store(void* to, Vector x) {
   *static_cast<typename Unaligned<Vector>::Type*>(to) = x;
 }
 
+// Past the caches, to memory that is aligned to a vector; fence() brings it before what is stored later.
+UNIRL_ALWAYS_INLINE void stream(void* to, U32 x) {
+#if defined(__x86_64__) && UNIRL_SIMD_BYTES == 64
+  _mm512_stream_si512((__m512i*)to, (__m512i)x);
+#elif defined(__x86_64__) && UNIRL_SIMD_BYTES == 32
+  _mm256_stream_si256((__m256i*)to, (__m256i)x);
+#elif defined(__x86_64__)
+  _mm_stream_si128((__m128i*)to, (__m128i)x);
+#else
+  store(to, x);
+#endif
+}
+
+UNIRL_ALWAYS_INLINE void fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 // a > b ? a : b. Where either is NaN: b.
 UNIRL_ALWAYS_INLINE F32 maximum(F32 a, F32 b) {
 #if defined(__x86_64__) && UNIRL_SIMD_BYTES == 64
@@ -103,6 +122,9 @@ struct Float32 {
   static UNIRL_ALWAYS_INLINE void store(Storage* x, const Block& block) {
     for (int k = 0; k < VECTORS; ++k) UNIRL_ISA::store(x + k * LANES, block.of[k]);
   }
+  static UNIRL_ALWAYS_INLINE void stream(Storage* x, const Block& block) {
+    for (int k = 0; k < VECTORS; ++k) UNIRL_ISA::stream(x + k * LANES, (U32)block.of[k]);
+  }
 };
 
 // Logits of even index in one vector, odd ones in the other: widening is one shift or one mask, narrowing needs no
@@ -126,10 +148,14 @@ struct BFloat16 {
   // each carries an error of 1e-7 already. NaNs stay: those of arithmetic, or that came in as bf16, have no low bits
   // set that could carry into the exponent.
   static UNIRL_ALWAYS_INLINE U32 rounded(F32 x) { return (U32)x + 0x8000u; }
+  static UNIRL_ALWAYS_INLINE U32 packed(const Block& block, int k) {
+    return (rounded(block.of[k]) >> 16) | (rounded(block.of[k + 1]) & 0xffff0000u);
+  }
   static UNIRL_ALWAYS_INLINE void store(Storage* x, const Block& block) {
-    for (int k = 0; k < VECTORS; k += 2) {
-      UNIRL_ISA::store(x + k * LANES, (rounded(block.of[k]) >> 16) | (rounded(block.of[k + 1]) & 0xffff0000u));
-    }
+    for (int k = 0; k < VECTORS; k += 2) UNIRL_ISA::store(x + k * LANES, packed(block, k));
+  }
+  static UNIRL_ALWAYS_INLINE void stream(Storage* x, const Block& block) {
+    for (int k = 0; k < VECTORS; k += 2) UNIRL_ISA::stream(x + k * LANES, packed(block, k));
   }
 };
 
@@ -146,6 +172,7 @@ struct Float16 {
   static UNIRL_ALWAYS_INLINE void store(Storage* x, const Block& block) {
     for (int k = 0; k < VECTORS; ++k) narrowed(x + k * LANES, block.of[k]);
   }
+  static UNIRL_ALWAYS_INLINE void stream(Storage* x, const Block& block) { store(x, block); }
 
 #if defined(__x86_64__) && UNIRL_SIMD_BYTES == 64
   static UNIRL_ALWAYS_INLINE F32 widened(const Storage* x) {
