@@ -18,6 +18,7 @@
 #endif
 
 #define UNIRL_ALWAYS_INLINE __attribute__((always_inline)) inline
+#define UNIRL_HALVES _Pragma("GCC unroll 4")
 
 namespace unirl::cpu::UNIRL_ISA {
 
@@ -88,10 +89,14 @@ UNIRL_ALWAYS_INLINE F32 maximum(F32 a, F32 b) {
 #endif
 }
 
+// By halves, here and below: in order, a row of few logits would wait for its lanes as long as for its exponentials.
 UNIRL_ALWAYS_INLINE float largest(F32 x) {
-  float top = x[0];
-  for (int i = 1; i < LANES; ++i) top = x[i] > top || top != top ? x[i] : top;
-  return top;
+  float top[LANES];
+  store(top, x);
+  UNIRL_HALVES for (int n = LANES / 2; n > 0; n /= 2) {
+    for (int i = 0; i < n; ++i) top[i] = top[i + n] > top[i] || top[i] != top[i] ? top[i + n] : top[i];
+  }
+  return top[0];
 }
 
 // Sum of the lanes in double: in fp32 a lane that holds 1 would swallow a tail of 1e-9 in the others.
@@ -104,9 +109,12 @@ UNIRL_ALWAYS_INLINE double sum(const Block& block) {
     wide += __builtin_convertvector(load<Half>(lanes), F64);
     wide += __builtin_convertvector(load<Half>(lanes + LANES / 2), F64);
   }
-  double total = 0;
-  for (int i = 0; i < LANES / 2; ++i) total += wide[i];
-  return total;
+  double totals[LANES / 2];
+  store(totals, wide);
+  UNIRL_HALVES for (int n = LANES / 4; n > 0; n /= 2) {
+    for (int i = 0; i < n; ++i) totals[i] += totals[i + n];
+  }
+  return totals[0];
 }
 
 struct Float32 {
