@@ -17,11 +17,6 @@ EXACT_INTEGERS = {torch.float32: 2**24, torch.float64: 2**53}
 """Up to here every integer is a number of the rows' dtype."""
 
 
-def row_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What is computed in: fp32, or fp64 for fp64."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def as_rows(per_token: Tensor) -> Tensor:
     """[B, L] contiguous, of either layout; the packed one is B = 1."""
     return (per_token if per_token.dim() == 2 else per_token.unsqueeze(0)).contiguous()

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends import Backend, load
+from unirl_kernels.backends import Backend, load, row_dtype
 from unirl_kernels.backends.matmuls import Matmuls, NoColumns
 from unirl_kernels.collectives import Group, start_all_reduce, wait
 from unirl_kernels.head.chunks import (
@@ -46,7 +46,7 @@ class Head:
 
     @property
     def row_dtype(self) -> torch.dtype:
-        return torch.promote_types(self.dtype, torch.float32)
+        return row_dtype(self.dtype)
 
     @property
     def kernels(self) -> Backend:

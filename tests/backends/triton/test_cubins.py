@@ -86,7 +86,9 @@ def test_sums_do_not_depend_on_where_a_row_lies(kernel: str, measured: dict[str,
 
 def test_one_kernel_for_all_batches() -> None:
     """No recompilation when tokens, lengths, strides, addresses or hyper-parameters change."""
-    for kernel, keys in json.loads(compiling("--keys")).items():
+    found = json.loads(compiling("--keys"))
+    assert len(found) == 6
+    for kernel, keys in found.items():
         assert len(keys) == 1, f"{kernel} would be compiled {len(keys)} times: {keys}"
 
 
