@@ -13,7 +13,8 @@ from unirl_kernels.api.outputs import LossOutput, TokenObservations, TokenStats
 from unirl_kernels.api.rows import as_rows, program_args, readout_args, sweep_args
 from unirl_kernels.api.split_linear import fused_shard, measured_shard
 from unirl_kernels.backends import COMPOSED, row_dtype
-from unirl_kernels.batch import Batch, has_values
+from unirl_kernels.batch import Batch
+from unirl_kernels.checks import has_values
 from unirl_kernels.head import ComposedLinear, Composition, Group, Head, Rows, by_units
 from unirl_kernels.objectives import Loss, Tokens
 from unirl_kernels.operators import linear

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unirl_kernels.api.arguments import check_device, name_of
 from unirl_kernels.backends import ProgramArgs, ReadoutArgs, choose
-from unirl_kernels.batch import Batch, check_memory
+from unirl_kernels.batch import Batch
+from unirl_kernels.checks import check_device, check_memory, name_of
 from unirl_kernels.objectives import Loss
 from unirl_kernels.operators.linear import SweepArgs
 from unirl_kernels.plan import Plan
@@ -89,7 +89,7 @@ def _exact(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     if bool(rounded.any()):
         raise ValueError(
             f"fields[{name!r}] must hold integers of at most {largest} in size in a one-pass kernel, which computes in "
-            f"{str(dtype).removeprefix('torch.')}, got {int(wide[rounded].flatten()[0])}"
+            f"{name_of(dtype)}, got {int(wide[rounded].flatten()[0])}"
         )
     return value.to(dtype)
 

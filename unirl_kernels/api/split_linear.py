@@ -13,7 +13,8 @@ from unirl_kernels.api.outputs import LossOutput
 from unirl_kernels.api.rows import as_rows, readout_args, sweep_args
 from unirl_kernels.api.split import check_composed, check_shard, check_tiles, compared
 from unirl_kernels.backends import ReadoutArgs, row_dtype
-from unirl_kernels.batch import Batch, has_values
+from unirl_kernels.batch import Batch
+from unirl_kernels.checks import has_values
 from unirl_kernels.collectives import Gathered, SumGradient
 from unirl_kernels.head import ComposedLinear, Composition, Head, Rows, by_units, rows_per_chunk
 from unirl_kernels.objectives import Loss, Tokens

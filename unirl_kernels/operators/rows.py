@@ -24,7 +24,8 @@ from unirl_kernels.backends import (
     row_dtype,
     rows_like,
 )
-from unirl_kernels.batch import IGNORE, has_values
+from unirl_kernels.batch import IGNORE
+from unirl_kernels.checks import has_values
 from unirl_kernels.operators.declare import operator
 
 

@@ -35,8 +35,8 @@ VOCABULARIES = {"vectors": 151936, "odd": 151669}
 LAUNCHED = {
     "statistics": "measure",
     "observations": "measure",
-    "two_sweep": "loss_kernel",
-    "split_row": "loss_kernel",
+    "two_sweep": "one_pass",
+    "split_row": "one_pass",
 }
 """What ``launch`` calls the kernels that do more than one thing."""
 
@@ -152,7 +152,7 @@ def tile_of(variant: Variant) -> Any:
     if variant.size == "held128":
         shape = geometry._fill(dtype, vocab, warp_size, 2, 128 * dtype.itemsize // geometry.VECTOR_BYTES)
     elif variant.size == "wide":
-        shape = geometry._fill(dtype, vocab, warp_size, geometry.WIDE_WARPS, geometry.VECTORS_IN_FLIGHT)
+        shape = geometry._fill(dtype, vocab, warp_size, geometry.SIZES.wide_warps, geometry.SIZES.vectors_in_flight)
     elif variant.kernel == "split_row":
         shape = geometry.slice_tile(dtype, vocab, variant.readout, warp_size)
     else:

@@ -17,7 +17,7 @@ from unirl_kernels.backends.triton import geometry, launch
 from unirl_kernels.program import trace
 
 BACKEND = make_backend(GPUTarget("cuda", 90, 32))
-KERNELS = ("measure", "backward", "loss_kernel", "scale")
+KERNELS = ("measure", "backward", "one_pass", "scale")
 
 
 class Recorder:

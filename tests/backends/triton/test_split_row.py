@@ -30,7 +30,7 @@ def one_program(rows: Rows, scratch: Tensor, results: Tensor) -> None:
     launch.rows_like = lambda target, dtype, n: list(results)
     geometry.programs = lambda *args, **kwargs: 1
     geometry.whole_row = lambda shape, vocab: shape
-    geometry.SPLIT_MAX_WARPS = 1
+    geometry.SIZES = geometry.SIZES._replace(split_max_warps=1)
     run(rows, "split_row", "entropy", PLAIN, rows.logits)
 
 

@@ -22,10 +22,10 @@ from unirl_kernels.backends import (
     rows_like,
 )
 from unirl_kernels.backends.triton import geometry
-from unirl_kernels.backends.triton.fused_loss import fused_loss as loss_kernel
 from unirl_kernels.backends.triton.gradient import backward
 from unirl_kernels.backends.triton.lowering import device_function
 from unirl_kernels.backends.triton.measure import measure
+from unirl_kernels.backends.triton.one_pass import one_pass
 from unirl_kernels.backends.triton.scale import scale
 from unirl_kernels.backends.triton.split_row import RECORD
 from unirl_kernels.program import parsed
@@ -112,7 +112,7 @@ def _two_sweep(arguments: tuple[Any, ...], constants: dict[str, Any], logits: Te
     device = geometry.device_of(logits.device)
     shape = _placed(geometry.two_sweep_tile(device, logits.dtype, logits.shape[-1], WARP_SIZE), logits, d_logits)
     rows = logits.shape[0] * logits.shape[1]
-    loss_kernel[rows,](*arguments, None, rows, **constants, SHAPE=shape, num_warps=shape.num_warps, **OPTIONS)
+    one_pass[rows,](*arguments, None, rows, **constants, SHAPE=shape, num_warps=shape.num_warps, **OPTIONS)
 
 
 def _split_row(arguments: tuple[Any, ...], constants: dict[str, Any], logits: Tensor, d_logits: Tensor) -> None:
@@ -128,11 +128,11 @@ def _split_row(arguments: tuple[Any, ...], constants: dict[str, Any], logits: Te
     if device.is_nvidia:
         plain = shape.aligned and not constants["ENTROPY"]
         options["maxnreg"] = geometry.held_registers(logits.dtype, device.capability, plain=plain)
-        options["launch_cooperative_grid"] = geometry.COOPERATIVE
+        options["launch_cooperative_grid"] = bool(geometry.SIZES.cooperative)
     registers, cooperative = options.get("maxnreg"), options.get("launch_cooperative_grid", False)
     programs = geometry.programs(shape, vocab, device.multiprocessors, registers, cooperative=cooperative)
     scratch = _scratch(rows * split.slices, logits.device)
-    loss_kernel[min(rows * split.slices, programs),](
+    one_pass[min(rows * split.slices, programs),](
         *arguments, scratch, rows, **constants, SHAPE=split, num_warps=shape.num_warps, **options
     )
 

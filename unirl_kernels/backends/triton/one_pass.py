@@ -11,7 +11,7 @@ from unirl_kernels.backends.triton.two_sweep import two_sweep
 
 
 @kernel
-def fused_loss(
+def one_pass(
     logits: tl.tensor,  # [B, L, V]
     d_logits: tl.tensor,  # [B, L, V]; may be logits
     target: tl.tensor,  # [B, L]
