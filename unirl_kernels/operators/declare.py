@@ -46,7 +46,7 @@ def _leaves(annotation: Any) -> Iterator[Any]:
         yield from _leaves(inner)
 
 
-def _flat(groups: Iterable[object]) -> list[Any]:
+def flat(groups: Iterable[object]) -> list[Any]:
     """Values, and groups of values, laid out flat."""
     values: list[Any] = []
     for group in groups:
@@ -110,10 +110,10 @@ class Operator:
     def _regrouped(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function as torch.library calls it."""
 
-        def run(*flat: object) -> Any:
-            values = iter(flat)
+        def run(*given: object) -> Any:
+            values = iter(given)
             result = function(*[build(values) for build in self._build_arguments])
-            return result if self._build_result is None else tuple(_flat(result))
+            return result if self._build_result is None else tuple(flat(result))
 
         return run
 
@@ -121,19 +121,19 @@ class Operator:
         """Decorator: the function that runs, on every device."""
         implemented = self._regrouped(function)
 
-        def run(*flat: object) -> Any:
-            if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in flat):
+        def run(*given: object) -> Any:
+            if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in given):
                 raise RuntimeError(
                     f"torch.ops.unirl.{self.name} has no gradient of its own: call the functions of unirl_kernels, "
                     "which have"
                 )
-            return implemented(*flat)
+            return implemented(*given)
 
         LIBRARY.impl(self.name, run, "CompositeExplicitAutograd")
         return function
 
     def __call__(self, *groups: object) -> Any:
-        result = self._call(*_flat(groups))
+        result = self._call(*flat(groups))
         return result if self._build_result is None else self._build_result(iter(result))
 
 
