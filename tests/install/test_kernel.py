@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 from types import ModuleType
@@ -169,7 +170,10 @@ uk = kernels.get_local_kernel(folder)
 loss_and_gradient(uk)
 print(uk.__name__)
 """
-    result = run(["-c", LOADER + code, str(kernel)], tmp_path, HF_HUB_OFFLINE="1")
+    (shown,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "hub.md").read_text(), flags=re.M | re.S)
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build" / "kernel").symlink_to(kernel)
+    result = run(["-c", LOADER + code + shown, str(kernel)], tmp_path, HF_HUB_OFFLINE="1")
     assert result.returncode == 0, result.stderr
     backends, name = result.stdout.splitlines()
     assert sorted(backends.split()) == ["cpu", "cuda"]
