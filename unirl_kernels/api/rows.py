@@ -101,7 +101,7 @@ def sweep_args(hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) 
 
 
 def _operand_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
-    """Of the matmuls' operands: autocast's where it is on, else that of hidden, which all must have."""
+    """The dtype of the matmuls' operands: that of autocast where it is on, else that of hidden, which all must have."""
     autocast = not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type)
     if autocast and torch.float64 not in (hidden.dtype, weight.dtype):
         return torch.get_autocast_dtype(hidden.device.type)

@@ -218,7 +218,8 @@ class Choice(NamedTuple):
 
 
 INSTEAD = {("triton", "split_row"): Choice("cuda", "cluster")}
-"""Of two kernels that read a row once, the one that is predicted to be faster, and that waits for no other program."""
+"""Kernels that another one replaces: both read a row once, and the other one is predicted to be faster and waits for no
+other program."""
 
 
 def choose(device: torch.device, backend: str | None, kernel: str | None) -> Choice:

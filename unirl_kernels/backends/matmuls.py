@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 SLICE_BYTES = 2**24
-"""Of the weight in fp32, where a device cannot multiply 16-bit operands into fp32."""
+"""Bytes of the part of the weight that is converted to fp32 at a time, where a device cannot multiply 16-bit operands
+into fp32."""
 
 SLICES_OF_HALVES_BYTES = 2**28
-"""Of the two halves of a part of the weight."""
+"""Bytes of the two bf16 halves of a part of the weight, which exist at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +121,7 @@ class Halved(Matmuls):
             _add_product(total[rows], (high.t(), low.t()), halves)
 
     def _slices(self) -> Iterator[slice]:
-        """Of the vocabulary, so that halves take little memory."""
+        """Parts of the vocabulary that are small enough for their halves to take little memory."""
         vocab, d = self.weight.shape
         step = max(128, SLICES_OF_HALVES_BYTES // (4 * d) // 128 * 128)
         for start in range(0, vocab, step):

@@ -31,7 +31,7 @@ TOKENS_OF_TILE = 1024
 
 KERNELS = {Measured: "token_stats", Observed: "token_observations"}
 GROUPS = (RowStats, RowMoments, RowObservations)
-"""Of what kernels find."""
+"""What kernels find, in the order of the fields of ``Observed``."""
 
 Found = TypeVar("Found", Measured, Observed)
 

@@ -76,7 +76,7 @@ def overwrite(logits: Tensor, write: Callable[[Tensor], Result]) -> Result:
 
 
 Whole = tuple[RowStats, RowMoments, tuple[Tensor, ...]]
-"""Statistics and moments of whole rows, and their observations where there are any."""
+"""Statistics and moments of whole rows, and observations where the operator makes them."""
 
 
 def measured(found: Measured | Observed) -> Whole:
@@ -109,7 +109,7 @@ class Statistics(torch.autograd.Function):
     def without_gradient(
         logits: Tensor, target: Tensor, readout: ReadoutArgs, backend: str, operator: Operator
     ) -> tuple[Tensor, ...]:
-        """The same where no gradient is wanted, for less of the host's time."""
+        """What ``apply`` returns where no gradient is wanted, in less of the host's time."""
         refuse_forward_mode(logits)
         stats, _, others = measured(operator(as_rows(logits), target, readout, backend))
         return *stats, *others

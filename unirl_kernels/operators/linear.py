@@ -66,7 +66,7 @@ class FusedHead(NamedTuple):
 
 
 def kept_dtype(x: Tensor) -> torch.dtype:
-    """Of the gradient of x until it has been multiplied by the loss scale."""
+    """The dtype that the gradient of x has until the loss scale has multiplied it."""
     return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 

@@ -29,7 +29,7 @@ class Sizes(NamedTuple):
 
     max_warps: int = 8
     wide_warps: int = 16
-    """Of ``two_sweep`` where that makes the rows in flight fit the L2 cache: half as many of them."""
+    """Warps of ``two_sweep`` where half as many rows in flight fit the L2 cache."""
     vectors_in_flight: int = 4
     """Sweeps: 64 bytes per thread in flight, at 64 registers 64 KiB per multiprocessor."""
     l2_percent: int = 50
@@ -43,7 +43,7 @@ class Sizes(NamedTuple):
     resident_warps: int = 16
     """Warps of ``split_row`` that share a multiprocessor. More would queue until the tickets are used up."""
     held_registers: int = 0
-    """Of a thread of ``split_row``; 0: those of ``held_registers``."""
+    """Registers of a thread of ``split_row``; 0: what the function ``held_registers`` says."""
     cooperative: int = 1
     """Whether ``split_row`` is launched so that the driver starts all of its programs or none."""
 

@@ -29,7 +29,7 @@ from unirl_kernels.backends.triton.tiles import is_below, lane_start, load, with
 
 
 class Seen(NamedTuple):
-    """Of the tiles that each lane has seen."""
+    """What each lane has seen of the row so far."""
 
     sums: Sums
     s2: tl.tensor  # relative to sums.top

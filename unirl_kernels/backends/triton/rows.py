@@ -45,9 +45,9 @@ class Readout(NamedTuple):
 
 
 class Readouts(NamedTuple):
-    """Of all rows."""
+    """What the readouts of all rows follow from."""
 
-    inner: tl.tensor  # as in ``Readout``
+    inner: tl.tensor  # du/dx at x = 0, as in ``Readout``
     factor: tl.tensor  # kappa, or kappa times the row's temperature
     row_temperature: tl.tensor  # [B, L], or None
 

@@ -24,7 +24,7 @@ FLOOR = tl.constexpr(-1e4)
 
 
 class Sums(NamedTuple):
-    """Of a lane, a slice or a row."""
+    """Sums over what a lane has seen, over a slice, or over a row."""
 
     top: tl.tensor  # max u, -inf where all of it is
     s: tl.tensor  # relative to top, as sz
@@ -78,7 +78,7 @@ def exponents(u: tl.tensor, top: tl.tensor, rate: tl.tensor) -> tuple[tl.tensor,
 
 @triton.jit
 def no_sums(LANES: tl.constexpr, COMPUTE: tl.constexpr) -> Sums:
-    """Of lanes that have seen nothing."""
+    """The sums of lanes that have seen nothing."""
     zero = tl.full((LANES,), 0.0, COMPUTE)
     return Sums(tl.full((LANES,), float("-inf"), COMPUTE), zero, zero)
 
