@@ -53,10 +53,10 @@ def heads(work: Work) -> tuple[Calls, Calls]:
 
     def head(way: str) -> Callable[[], object]:
         def call() -> object:
-            leaves = [ring.take().requires_grad_() for ring in rings]
+            hidden, weight = (ring.take().requires_grad_() for ring in rings)
             with cpu.forced_matmuls(way):
-                loss = uk.fused_linear_loss(*leaves, inputs.batch, work.recipe, plan=uk.Plan("cpu")).loss
-                return torch.autograd.grad(loss, leaves)
+                loss = uk.fused_linear_loss(hidden, weight, inputs.batch, work.recipe, plan=uk.Plan("cpu")).loss
+                return torch.autograd.grad(loss, (hidden, weight))
 
         return call
 
