@@ -140,7 +140,7 @@ def _rounds(found: list[dict[str, Sample]], rounds: int) -> Rounds:
 
 
 def _disturbance(samples: Mapping[str, Sample]) -> float:
-    """Of a round: that of the call that was held up most."""
+    """The disturbance of a round: that of the call that was held up most."""
     return max((sample.waited or 0.0 for sample in samples.values()), default=0.0)
 
 

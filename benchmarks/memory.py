@@ -36,8 +36,8 @@ KEEP_NOTHING = {"UNIRL_CPU_CACHE_BYTES": "0"}
 
 
 SMALL_BYTES = 2**26
-"""Of logits, and of a head's weight: up to here memory is measured while this process checks the providers. Larger
-work might not find the memory for both at once."""
+"""Up to this size of the logits, and of a head's weight, memory is measured while this process checks the providers.
+Larger work might not find the memory for both at once."""
 
 
 def peak_in_fresh_process(provider: Provider, work: Work) -> int:

@@ -30,7 +30,7 @@ def open_console() -> Console:
 
 
 def fitting(names: Sequence[str], lines: Sequence[Sequence[str]], dispensable: Sequence[str], width: int) -> list[int]:
-    """Which columns of a table fit a terminal, no word of a cell broken.
+    """Which columns of a table fit a terminal without breaking a word of a cell.
 
     Args:
         names: of the columns.

@@ -31,7 +31,7 @@ def _either(inputs: Inputs, with_entropy: Statistics, without: Callable[[Tensor]
 
 
 def _in_fp32(bind: Bind) -> Bind:
-    """The same on logits that are converted first, as autocast's caller gets them."""
+    """A peer that converts the logits to fp32 first, as whoever calls under autocast does."""
 
     def bind_converted(inputs: Inputs) -> Function:
         function = bind(inputs)
