@@ -46,6 +46,19 @@ def fitting(names: Sequence[str], lines: Sequence[Sequence[str]], dispensable: S
     return [k for k, name in enumerate(names) if name in widths]
 
 
+def widths(names: Sequence[str], lines: Sequence[Sequence[str]], fit: Sequence[int], width: int) -> list[int]:
+    """Of the columns that fit, as wide as their words at least; the first ones get the room that is left, so that their
+    cells take fewer lines. Without them rich cuts the table off at the right."""
+    cells = [[names[k], *(line[k] for line in lines)] for k in fit]
+    found = [_longest_word(column) for column in cells]
+    spare = width - 1 - sum(found) - CELL_FRAME * len(found)
+    for k, column in enumerate(cells):
+        more = min(max(map(len, column)) - found[k], max(0, spare))
+        found[k] += more
+        spare -= more
+    return found
+
+
 CELL_FRAME = 3
 """Columns that a cell's padding and rule take."""
 
