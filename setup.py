@@ -32,11 +32,19 @@ MODES = ("auto", "none", "cpu", "cuda")
 X86_UNITS = ("avx512.cpp", "avx2.cpp", "panels_avx512.cpp", "panels_avx512_bf16.cpp", "panels_avx2.cpp")
 """Units for x86 alone; each names its own instruction set in a pragma, so that all share one set of flags."""
 
-COMPILE = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+COMPILE = [
+    "-std=c++20",
+    "-O3",
+    "-g0",
+    "-fvisibility=hidden",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+]
 # GCC 12 takes the undefined values inside its own intrinsics for uses of uninitialised variables.
 COMPILE += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-# Compiled for OpenMP but not linked with it: the symbols are those of the runtime that torch has loaded for all, whatever
-# its file is called. A second runtime would have its own threads and ignore torch.set_num_threads.
+# Compiled for OpenMP but not linked with it: the symbols are those of the runtime that torch has loaded, for all to
+# see, whatever its file is called. A second one would have its own threads and ignore torch.set_num_threads.
 OPENMP = [] if platform.system() == "Darwin" else ["-fopenmp"]
 NVCC = ["-O3", "--expt-relaxed-constexpr", "-lineinfo"]
 
@@ -95,13 +103,13 @@ def toolkit_for(cuda: str | None, torch: str) -> Path:
     )
 
 
-class WithoutPybind(build_ext):
-    """Stands in where pybind11 is missing: a source distribution can be made, an extension cannot."""
+class Incomplete(build_ext):
+    """Stands in where something is missing: a source distribution can be made, an extension cannot."""
+
+    missing = ""
 
     def run(self) -> None:
-        raise SystemExit(
-            "pybind11 must be installed before the native extension is built (UNIRL_BUILD=none: without it)"
-        )
+        raise SystemExit(f"{self.missing} must be installed before the native extension is built")
 
 
 def sources(folder: str) -> list[str]:
@@ -115,12 +123,19 @@ def sources(folder: str) -> list[str]:
 def extension(mode: str) -> dict[str, Any]:
     """Arguments of ``setup`` for the native extensions."""
     headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))
-    native = setuptools.Extension("unirl_kernels._C", sources("cpu"), depends=headers, language="c++")
-    if importlib.util.find_spec("pybind11") is None:
-        return {"ext_modules": [native], "cmdclass": {"build_ext": WithoutPybind}}
+    folders = {"_C": "cpu", "_cuda": "cuda"} if mode == "cuda" else {"_C": "cpu"}
+    natives = [
+        setuptools.Extension(f"unirl_kernels.{name}", sources(folder), depends=headers, language="c++")
+        for name, folder in folders.items()
+    ]
+    for needed in ("pybind11", "torch") if mode == "cuda" else ("pybind11",):
+        if importlib.util.find_spec(needed) is None:
+            command = type("build_ext", (Incomplete,), {"missing": needed})
+            return {"ext_modules": natives, "cmdclass": {"build_ext": command}}
     import pybind11
     from pybind11.setup_helpers import ParallelCompile
 
+    native = natives[0]
     native.include_dirs = [pybind11.get_include()]
     native.extra_compile_args = COMPILE + OPENMP
     if mode == "cuda":

@@ -48,6 +48,13 @@ inline void require_storage(const Tensor& x, const char* name) {
           storage.needed, " bytes; its storage has ", storage.bytes);
 }
 
+inline void require_storages(const RowGradients& gradients) {
+  const auto& [d_logp, d_entropy, d_lse] = gradients;
+  if (d_logp) require_storage(*d_logp, "d_logp");
+  if (d_entropy) require_storage(*d_entropy, "d_entropy");
+  if (d_lse) require_storage(*d_lse, "d_lse");
+}
+
 // A tensor whose storage is not freed; sharded training frees the memory of parameters that keep their shape. A freed
 // storage is at address 0, and a tensor of it at its offset, which is smaller than any address that is not looked at.
 inline void require_memory(const Tensor& x, const char* name) {

@@ -83,6 +83,7 @@ void token_stats_backward(const Tensor& logits, const Tensor& target, int64_t ig
   const MomentColumns at = moments_of(moments, logits);
   const StatisticsColumns d = {column(d_logp, logits, "d_logp"), column(d_entropy, logits, "d_entropy"),
                                column(d_lse, logits, "d_lse")};
+  require_storages(gradients);
   const Matrix to = matrix(d_logits, logits, "d_logits");
   const WithoutGil no_gil;
   cpu::token_stats_backward(of, at, d, to);

@@ -97,6 +97,7 @@ void token_stats_backward(const Tensor& logits, const Tensor& target, int64_t ig
   const MomentColumns at = moments_of(moments, logits);
   const GradientColumns d = {column(d_logp, logits, "d_logp"), column(d_entropy, logits, "d_entropy"),
                              column(d_lse, logits, "d_lse")};
+  require_storages(gradients);
   const Matrix to = matrix(d_logits, logits, "d_logits");
   const OnDevice on(logits);
   check(cuda::token_stats_backward(of, at, d, to, on.stream));
@@ -130,13 +131,13 @@ void scale_(const Tensor& x, const Tensor& factor) {
 }  // namespace
 
 void cuda::bind(pybind11::module_& m) {
-  m.def("token_stats", &token_stats, py::arg("logits"), py::arg("target"), py::arg("ignore"), py::arg("readout"),
+  m.def("token_stats", &unirl::token_stats, py::arg("logits"), py::arg("target"), py::arg("ignore"), py::arg("readout"),
         py::arg("out"));
-  m.def("token_stats_backward", &token_stats_backward, py::arg("logits"), py::arg("target"), py::arg("ignore"),
+  m.def("token_stats_backward", &unirl::token_stats_backward, py::arg("logits"), py::arg("target"), py::arg("ignore"),
         py::arg("readout"), py::arg("moments"), py::arg("gradients"), py::arg("d_logits"));
-  m.def("fused_loss", &fused_loss, py::arg("logits"), py::arg("target"), py::arg("ignore"), py::arg("readout"),
+  m.def("fused_loss", &unirl::fused_loss, py::arg("logits"), py::arg("target"), py::arg("ignore"), py::arg("readout"),
         py::arg("program"), py::arg("d_logits"), py::arg("out"));
-  m.def("scale_", &scale_, py::arg("x"), py::arg("factor"));
+  m.def("scale_", &unirl::scale_, py::arg("x"), py::arg("factor"));
 }
 
 }  // namespace unirl

@@ -26,7 +26,8 @@ void plant(int fault) { emulator::planted_fault = fault; }
 }  // namespace
 
 PYBIND11_MODULE(UNIRL_EMULATOR, m) {
-  unirl::bind_cuda(m);
+  unirl::find_torch();
+  unirl::cuda::bind(m);
   m.def("schedule", &schedule, py::arg("order"), py::arg("seed") = 0,
         "Let threads go on in the order forward, backward or random.");
   m.def("cluster", &cluster, "Blocks of a cluster in the last launch.");
