@@ -12,6 +12,7 @@ OUT    ?= gpu-check
 STEPS  ?=
 WORKERS ?= 2
 PYTHONS ?= $(PYTHON)
+TORCHES ?=
 SECONDS ?= 600
 PY      = $(VENV)/bin/python
 PIP     = $(PY) -m pip install -q $(LOCK:%=-c %)
@@ -23,7 +24,7 @@ SOURCES = setup.py $(shell find csrc -type f)
 
 TRAINERS ?=
 
-.PHONY: setup lock latest installs demo docs test tests test-all test-trainers fuzz sanitize lint types bench bench-providers gpu-check clean
+.PHONY: setup lock latest installs wheel demo docs test tests test-all test-trainers fuzz sanitize lint types bench bench-providers gpu-check clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.built
@@ -58,6 +59,10 @@ latest:
 # README's install lines on each of PYTHONS, with the oldest and the newest torch; the outcome is docs/installs.md.
 installs:
 	$(PYTHON) .ci/installs.py $(PYTHONS)
+
+# One wheel, built without torch, with each torch of TORCHES, by default the oldest and the newest.
+wheel:
+	$(PYTHON) .ci/wheel.py $(TORCHES)
 
 demo: setup
 	$(PY) -m examples.demo $(ARGS)

@@ -16,6 +16,7 @@ PRINTED = {
     "lint": "F401 [*] `os` imported but unused\n --> a.py:1:8\nWould reformat: b.py\nFound 1 error.\n",
     "types": "a/b.py:7: error: Incompatible types  [arg-type]\nFound 1 error in 1 file (checked 118 source files)\n",
     "tests": "FAILED tests/test_a.py::test_b[x] - assert 1 == 2\n1 failed, 20 passed, 3 skipped in 61.20s (0:01:01)\n",
+    "wheel": "7 passed in 3.00s\nunirl_kernels-0.1.0-cp311-cp311-linux_x86_64.whl: every torch passed\n",
 }
 
 
