@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from unirl_kernels.backends import Observed, ReadoutArgs
-from unirl_kernels.backends.native import RowKernels, extension
+from unirl_kernels.backends.native import PACKAGE, RowKernels, extension
 from unirl_kernels.backends.torch_defaults import empty as empty
 from unirl_kernels.backends.torch_defaults import matmuls as matmuls
 from unirl_kernels.backends.torch_defaults import release_memory as release_memory
@@ -22,8 +22,8 @@ from unirl_kernels.backends.torch_defaults import release_memory as release_memo
 KERNELS = ("cluster",)
 
 BYTES_BY_DEFAULT = 8 * 76000
-"""Of a row in a cluster of 8, three blocks to a multiprocessor (``FAIR_SLICE`` of ``csrc/cuda/geometry.h``). A cluster
-of 16, which longer rows take, is not for every device."""
+"""Most bytes of a row in a cluster of 8 blocks, three blocks to a multiprocessor (``FAIR_SLICE`` of
+``csrc/cuda/geometry.h``). Longer rows take a cluster of 16, which not every device has."""
 
 MIN_CAPABILITY = (9, 0)
 
@@ -54,7 +54,7 @@ def _native() -> ModuleType:
     Raises:
         ImportError: when it is not built or does not load.
     """
-    if importlib.util.find_spec("unirl_kernels._cuda") is None:
+    if importlib.util.find_spec(f"{PACKAGE}._cuda") is None:
         raise ImportError("the native extension is built without CUDA (UNIRL_BUILD=cuda says why, see setup.py)")
     return extension("_cuda")
 
