@@ -120,8 +120,10 @@ def finish(folder: Path, backend: str) -> None:
 
 
 def compiled() -> tuple[Path, str] | None:
-    """The extension that this interpreter imports, and the name of its variant, by which the loader of the installed torch
-    finds it; None where it is not built."""
+    """The extension that this interpreter imports, and its variant's name, which has the torch of the loader.
+
+    None where it is not built.
+    """
     found = sorted(PACKAGE.glob(f"_C.{sys.implementation.cache_tag}-*.so"))
     if not found or platform.system() != "Linux":
         return None

@@ -7,7 +7,6 @@ import importlib.util
 from collections.abc import Callable
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from unirl_kernels.backends import (
