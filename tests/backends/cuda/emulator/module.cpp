@@ -4,6 +4,8 @@
 
 #include "machine/machine.h"
 
+namespace py = pybind11;
+
 namespace {
 
 void schedule(const std::string& order, uint64_t seed) {
