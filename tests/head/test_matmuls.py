@@ -34,7 +34,7 @@ from unirl_kernels.backends import COMPOSED, ReadoutArgs, load
 from unirl_kernels.backends import matmuls as matmuls_module
 from unirl_kernels.backends.matmuls import Halved, Mixed, Widened
 from unirl_kernels.head.sizes import Shape, sizes_of
-from unirl_kernels.head.statistics import measure_chunks
+from unirl_kernels.head.statistics import moments_in_chunks
 from unirl_kernels.head.sweep import Head, sweep
 from unirl_kernels.operators.linear import Wanted
 from unirl_kernels.operators.shards import Tiles
@@ -316,7 +316,7 @@ def test_a_shard_is_measured_in_the_chunks_of_its_gradient(monkeypatch: pytest.M
             self.matmuls.logits(hidden, bias, out)
 
     with changed_matmuls(monkeypatch, "eager", lambda _: Seen(Mixed(head.weight))):
-        measure_chunks(head, target, ReadoutArgs(1.0, None, 1.0, None), Tiles(40, 1), memory)
+        moments_in_chunks(head, target, ReadoutArgs(1.0, None, 1.0, None), Tiles(40, 1), memory)
         chunks, _ = head.chunks(target.reshape(-1), memory)
     assert sizes == [chunk.n for chunk in chunks]
     assert max(sizes) == 128

@@ -3,7 +3,7 @@
 from unirl_kernels.head import implementations
 from unirl_kernels.head.chunks import Group, by_units, rows_per_chunk
 from unirl_kernels.head.composed import ComposedLinear, Composition
-from unirl_kernels.head.rows import SplitRows, WholeRows
+from unirl_kernels.head.rows import Rows
 from unirl_kernels.head.sweep import Head
 
 __all__ = [
@@ -11,8 +11,7 @@ __all__ = [
     "Composition",
     "Group",
     "Head",
-    "SplitRows",
-    "WholeRows",
+    "Rows",
     "by_units",
     "implementations",
     "rows_per_chunk",

@@ -12,7 +12,8 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from unirl_kernels.batch import RESERVED, Batch, has_values
+from unirl_kernels.batch import RESERVED, Batch
+from unirl_kernels.checks import has_values
 from unirl_kernels.objectives.aggregate import Aggregation, FixedLength, GroupMean, PairMean, SequenceMean, TokenMean
 from unirl_kernels.objectives.arguments import Parameters
 from unirl_kernels.objectives.scopes import SCOPES, scope_fault, scope_of
@@ -358,7 +359,7 @@ def _written(term: Term) -> str:
 def _check_objective(objective: object) -> None:
     if not callable(objective):
         raise TypeError(f"objective must be callable, got {objective!r} ({type(objective).__name__})")
-    if getattr(objective, "__module__", None) == "unirl_kernels.objectives.recipes":
+    if getattr(objective, "__module__", None) == f"{__package__}.recipes":
         raise TypeError(
             f"objective must be an objective, got the recipe {name_of(objective)}, which makes a loss itself"
         )
