@@ -49,5 +49,5 @@ def __getattr__(name: str) -> Any:
     """What launches kernels is loaded, and Triton with it, at the first use."""
     if name not in LAUNCHED:
         raise AttributeError(name)
-    globals()[name] = getattr(importlib.import_module("unirl_kernels.backends.triton.launch"), name)
+    globals()[name] = getattr(importlib.import_module(f"{__name__}.launch"), name)
     return globals()[name]
