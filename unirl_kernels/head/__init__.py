@@ -2,8 +2,8 @@
 
 from unirl_kernels.head import implementations
 from unirl_kernels.head.chunks import Group, by_units, rows_per_chunk
-from unirl_kernels.head.composed import ComposedLinear, Composition
-from unirl_kernels.head.rows import SplitRows, WholeRows
+from unirl_kernels.head.composed import ComposedLinear, Composition, observations
+from unirl_kernels.head.rows import ObservedRows, SplitRows, WholeRows
 from unirl_kernels.head.sweep import Head
 
 __all__ = [
@@ -11,9 +11,11 @@ __all__ = [
     "Composition",
     "Group",
     "Head",
+    "ObservedRows",
     "SplitRows",
     "WholeRows",
     "by_units",
     "implementations",
+    "observations",
     "rows_per_chunk",
 ]
