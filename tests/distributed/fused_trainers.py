@@ -34,7 +34,7 @@ def main(rank: int, store: Path, name: str) -> None:
 
     def run(head: Any = nullcontext, prepare: Any = lambda _: None) -> Seen:
         unpatch()
-        options = {"ddp_backend": "gloo", "per_device_train_batch_size": 2}
+        options = {"ddp_backend": "gloo", "per_device_train_batch_size": 4 if "num_generations" in case.options else 2}
         seen = train(case, folder / "model", folder / "out", head, prepare, **options)
         for key, value in seen.after.items():  # DDP keeps them the same
             values = [torch.empty_like(value) for _ in range(WORLD)]
