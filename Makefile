@@ -23,7 +23,8 @@ SOURCES = setup.py $(shell find csrc -type f)
 
 TRAINERS ?=
 
-.PHONY: setup lock latest installs demo docs test tests test-all test-trainers fuzz sanitize lint types bench bench-providers gpu-check clean
+.PHONY: setup lock latest installs kernel dist demo docs test tests test-all test-trainers fuzz sanitize lint types bench
+.PHONY: bench-providers gpu-check clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.built
@@ -59,6 +60,20 @@ latest:
 # README's install lines on each of PYTHONS, with the oldest and the newest torch; the outcome is docs/installs.md.
 installs:
 	$(PYTHON) .ci/installs.py $(PYTHONS)
+
+# A kernel of Hugging Face's Hub, in build/kernel: python -c 'import kernels, pathlib;
+# print(kernels.get_local_kernel(pathlib.Path("build/kernel")))' loads it.
+kernel: setup
+	$(PY) kernel/layout.py build/kernel
+
+# What goes to PyPI, in dist/: the source distribution alone. A wheel is bound to the torch that it was built with, and
+# one without an extension would be taken by everybody.
+dist:
+	rm -rf dist build/dist
+	$(PYTHON) -m venv build/dist
+	build/dist/bin/python -m pip install -q build twine
+	UNIRL_BUILD=none build/dist/bin/python -m build --sdist --outdir dist
+	build/dist/bin/python -m twine check --strict dist/*
 
 demo: setup
 	$(PY) -m examples.demo $(ARGS)

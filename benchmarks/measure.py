@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks.disturbance import scheduled, share_waited
+
 Call = Callable[[], object]
 
 
@@ -33,10 +35,36 @@ class Timing:
 
 
 class Sample(NamedTuple):
-    """Seconds of one call, and on a CUDA device those until it returned."""
+    """Seconds of one call; on a CUDA device those until it returned; on a CPU the share of them that a thread waited
+    for a processor, see ``disturbance``."""
 
     seconds: float
     host: float | None = None
+    waited: float | None = None
+
+
+class Rounds(NamedTuple):
+    """What interleaved rounds found.
+
+    Args:
+        times: of each call.
+        counted: rounds that they are made of.
+        repeated: rounds that were run once more, because other processes had held a call up.
+        disturbed: rounds that count although one was held up. Both None where the system does not tell.
+    """
+
+    times: dict[str, Timing]
+    counted: int
+    repeated: int | None
+    disturbed: int | None
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during the rounds; ``rounds`` is what the complete ones found."""
+
+    def __init__(self, rounds: Rounds) -> None:
+        super().__init__()
+        self.rounds = rounds
 
 
 def interleaved_times(
@@ -47,36 +75,72 @@ def interleaved_times(
     warmup: int = 1,
     after_call: Call = lambda: None,
 ) -> dict[str, Timing]:
+    """``interleaved_rounds`` without repetitions: for each name the ``Timing``."""
+    return interleaved_rounds(calls, device, rounds=rounds, warmup=warmup, after_call=after_call).times
+
+
+def interleaved_rounds(
+    calls: Mapping[str, Call],
+    device: torch.device,
+    *,
+    rounds: int = 7,
+    most: int = 0,
+    warmup: int = 1,
+    after_call: Call = lambda: None,
+) -> Rounds:
     """Time several calls side by side: each round runs every call once, starting with another one each time.
 
-    A machine that slows down for a second slows all of them down. What a call returns is freed outside its time.
+    A machine that slows down for a second slows all of them down. What a call returns is freed outside its time. A
+    round in which other processes held a call up is repeated; of all rounds those count that were disturbed least,
+    whatever their times.
 
     Args:
         calls: what to time, by name.
         device: where the calls compute; on a CUDA device its own clock is read, and its L2 cache holds other data.
-        rounds: timed runs of each call, at least 2.
+        rounds: timed runs of each call that count, at least 2.
+        most: rounds in all, the repeated ones included; up to ``rounds`` nothing is repeated.
         warmup: runs of each call before the first timed one.
         after_call: called after every run, untimed; to show progress.
 
-    Returns:
-        For each name the ``Timing``.
-
     Raises:
         ValueError: when there are fewer than 2 rounds.
+        Interrupted: by Ctrl-C, once two rounds are complete.
     """
     if rounds < 2:
         raise ValueError(f"rounds must be at least 2, got {rounds}")
     clock = _cuda_seconds if device.type == "cuda" else _wall_seconds
-    samples: dict[str, list[Sample]] = {name: [] for name in calls}
+    found: list[dict[str, Sample]] = []
     names = list(calls)
-    for n in range(-warmup, rounds):
-        start = n % len(names)
-        for name in names[start:] + names[:start]:
-            elapsed = clock(calls[name], device)
+    try:
+        for n in range(-warmup, max(rounds, most)):
+            if sum(not _disturbance(samples) for samples in found) >= rounds:
+                break
+            start = n % len(names)
+            samples = {}
+            for name in names[start:] + names[:start]:
+                samples[name] = clock(calls[name], device)
+                after_call()
             if n >= 0:
-                samples[name].append(elapsed)
-            after_call()
-    return {name: _timing(of_call) for name, of_call in samples.items()}
+                found.append(samples)
+    except KeyboardInterrupt as stop:
+        if len(found) < 2:
+            raise
+        raise Interrupted(_rounds(found, rounds)) from stop
+    return _rounds(found, rounds)
+
+
+def _rounds(found: list[dict[str, Sample]], rounds: int) -> Rounds:
+    counted = sorted(found, key=_disturbance)[:rounds]
+    times = {name: _timing([samples[name] for samples in counted]) for name in found[0]}
+    if any(sample.waited is None for samples in found for sample in samples.values()):
+        return Rounds(times, len(counted), None, None)
+    disturbed = sum(_disturbance(samples) > 0 for samples in counted)
+    return Rounds(times, len(counted), len(found) - len(counted), disturbed)
+
+
+def _disturbance(samples: Mapping[str, Sample]) -> float:
+    """Of a round: that of the call that was held up most."""
+    return max((sample.waited or 0.0 for sample in samples.values()), default=0.0)
 
 
 def _timing(samples: list[Sample]) -> Timing:
@@ -87,11 +151,13 @@ def _timing(samples: list[Sample]) -> Timing:
 
 
 def _wall_seconds(call: Call, device: torch.device) -> Sample:
+    before = scheduled()
     start = time.perf_counter()
     result = call()
     elapsed = time.perf_counter() - start
+    after = scheduled()
     del result
-    return Sample(elapsed)
+    return Sample(elapsed, waited=None if before is None or after is None else share_waited(before, after, elapsed))
 
 
 HEAD_START_CYCLES = 4_000_000

@@ -13,14 +13,17 @@ from benchmarks.buffers import Ring
 from benchmarks.cases import Case
 from benchmarks.hardware import Elsewhere
 from benchmarks.levels import level_of
-from benchmarks.measure import interleaved_times
-from benchmarks.memory import peaks_in_fresh_processes
+from benchmarks.measure import Interrupted, Rounds, interleaved_rounds
+from benchmarks.memory import Peaks
 from benchmarks.providers import Provider, Skipped
 from benchmarks.record import FAILED, OK, WRONG, Row, Run
 from benchmarks.truth import Check, Truth
 from benchmarks.work import Work
 
 Step = Callable[[], object]
+
+MOST_ROUNDS = 2
+"""So many times the rounds that were asked for are run where other processes disturb them."""
 
 
 class Measurement:
@@ -71,8 +74,8 @@ class Measurement:
         row = Row(provider.name, provider.kernel, provider.overwrites, status, found.problems)
         return replace(row, **_errors(found))
 
-    def time(self, rounds: int, after_each: Step) -> Run:
-        """Time those that are right."""
+    def time(self, rounds: int, after_each: Step, keep: Callable[[Run], None] = lambda run: None) -> Run:
+        """Time those that are right. Where that is interrupted, ``keep`` gets what complete rounds found."""
         called: list[Case] = []
 
         def noted(case: Case) -> Callable[[], object]:
@@ -89,30 +92,40 @@ class Measurement:
 
         calls = {**self.baselines, **{key: noted(case) for key, case in self.cases.items()}}
         elsewhere = Elsewhere()
-        times = interleaved_times(calls, torch.device(self.work.device), rounds=rounds, after_call=after_call)
+        device = torch.device(self.work.device)
+        most = MOST_ROUNDS * rounds
+        try:
+            found = interleaved_rounds(calls, device, rounds=rounds, most=most, after_call=after_call)
+        except Interrupted as stop:
+            keep(self._run(stop.rounds, elsewhere))
+            raise
+        return self._run(found, elsewhere)
+
+    def _run(self, found: Rounds, elsewhere: Elsewhere) -> Run:
         for key in self.cases:
-            self.rows[key] = replace(self.rows[key], time=times[key])
+            self.rows[key] = replace(self.rows[key], time=found.times[key])
         share, rows = elsewhere.share(), list(self.rows.values())
-        floor: dict[str, Any] = {**self.level.floor(self.work), **{name: times[name] for name in self.baselines}}
-        return Run(self.work, rounds, share, rows, self.skipped, **floor)
+        more: dict[str, Any] = {**self.level.floor(self.work), **{name: found.times[name] for name in self.baselines}}
+        more |= {"repeated": found.repeated, "disturbed": found.disturbed}
+        return Run(self.work, found.counted, share, rows, self.skipped, **more)
 
     def calls(self, rounds: int) -> int:
-        """How often ``time`` calls ``after_each``."""
+        """How often ``time`` calls ``after_each`` where no round has to be repeated."""
         return (len(self.baselines) + len(self.cases)) * (1 + rounds)
 
-    def memory(self, run: Run, after_each: Step) -> Run:
-        """Measure the memory of those that are right, and add it to their rows. Frees what the work holds here."""
+    def memory(self, run: Run, peaks: Peaks, after_each: Step) -> Run:
+        """Add the memory of those that are right to their rows. Frees what the work holds here."""
         self.cases.clear()
         del self.rings, self.inputs, self.baselines
         if torch.device(self.work.device).type == "cuda":
             torch.cuda.empty_cache()
         providers = {provider.key: provider for provider in self.providers}
         right = [providers[row.key] for row in run.rows if row.status == OK]
-        peaks = peaks_in_fresh_processes(right, self.work)
+        found = peaks.of(right)
         rows = []
         for row in run.rows:
             if row.status == OK:
-                row = replace(row, peak_extra_bytes=next(peaks))
+                row = replace(row, peak_extra_bytes=next(found))
                 after_each()
             rows.append(row)
         return replace(run, rows=rows)

@@ -39,6 +39,7 @@ class Provider:
         bind: makes the function.
         overwrites: the gradient comes into the operand's memory.
         source: ``FILE.py:FUNCTION`` where it is the user's own, see ``own``; else empty.
+        modules: what it imports that takes long.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Provider:
     bind: Bind
     overwrites: bool = False
     source: str = ""
+    modules: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:

@@ -82,6 +82,7 @@ class Run:
         sum: seconds of the sum of the logits.
         flops: on linear heads, what counts as done: the operations of the matmuls.
         matmuls: seconds of the bare matmuls.
+        repeated, disturbed: see ``measure.Rounds``.
     """
 
     work: Work
@@ -94,6 +95,8 @@ class Run:
     sum: Timing | None = None
     flops: int | None = None
     matmuls: Timing | None = None
+    repeated: int | None = None
+    disturbed: int | None = None
 
     @property
     def floor_seconds(self) -> float:

@@ -12,6 +12,7 @@ from rich.console import Console
 from benchmarks.arguments import usable_device
 from benchmarks.defaults import ROUNDS, SIZE, SWEPT_SIZE, SWEPT_TOKENS, SWEPT_VOCABS
 from benchmarks.measurement import Measurement
+from benchmarks.memory import Peaks
 from benchmarks.outcome import record_of, wrong_kernels
 from benchmarks.own import own
 from benchmarks.providers import OURS, Provider
@@ -98,18 +99,28 @@ def measured(
     """Measure one piece of work, and show it; ``keep`` gets the times as soon as there are any, and again with the
     memory."""
     stages = Stages(console)
-    with stages.stage(f"Making inputs, {size(work)}"):
-        measurement = Measurement(work, providers)
-    with stages.stage("Checking against fp64", len(providers)) as after_each:
-        measurement.check(after_each)
-    with stages.stage("Timing", measurement.calls(rounds)) as after_each:
-        run = measurement.time(rounds, after_each)
-    keep(run)
-    if memory:
-        with stages.stage("Measuring memory", len(measurement.cases)) as after_each:
-            run = measurement.memory(run, after_each)
+    with Peaks(providers if memory else [], work) as peaks:
+        with stages.stage(f"Making inputs, {size(work)}"):
+            measurement = Measurement(work, providers)
+        with stages.stage("Checking against fp64", len(providers)) as after_each:
+            measurement.check(after_each)
+        if peaks.beside:
+            with stages.stage("Measuring memory", len(providers)) as after_each:
+                peaks.wait(after_each)
+        with stages.stage("Timing", measurement.calls(rounds)) as after_each:
+            run = measurement.time(rounds, after_each, keep)
         keep(run)
+        if memory:
+            run = _with_memory(measurement, run, peaks, stages)
+            keep(run)
     console.print(terminal(run, console.width))
     for remark in remarks(run):
         console.print(remark, style="dim", markup=False, highlight=False, soft_wrap=True)
     return run
+
+
+def _with_memory(measurement: Measurement, run: Run, peaks: Peaks, stages: Stages) -> Run:
+    if peaks.beside:
+        return measurement.memory(run, peaks, lambda: None)
+    with stages.stage("Measuring memory", len(measurement.cases)) as after_each:
+        return measurement.memory(run, peaks, after_each)

@@ -53,6 +53,9 @@ def remarks(run: Run) -> list[str]:
     hosts = [f"{row.key} {1e6 * row.time.host:.0f}" for row in run.rows if row.time is not None and row.time.host]
     if hosts:
         lines.append(f"host, µs per call: {', '.join(hosts)}")
+    if run.repeated:
+        left = f", and {run.disturbed} of the {run.rounds} that count were disturbed too" if run.disturbed else ""
+        lines.append(f"disturbed: other processes held calls up in {run.repeated} rounds; they were repeated{left}")
     if run.elsewhere is not None and run.elsewhere > QUIET:
         lines.append(f"noisy: other processes took {100 * run.elsewhere:.0f} % of the processors' time meanwhile")
     return lines

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.inputs import Inputs, Values
-from benchmarks.logits.peers import log_softmax
+from benchmarks.logits.peers import INDUCTOR, TRL, log_softmax
 from benchmarks.providers import Bind, Function, Provider, Skipped, needs, needs_gpu, needs_loss
 from benchmarks.work import FUSED
 
@@ -114,7 +114,7 @@ def liger_grpo(inputs: Inputs) -> Function:
 
 def trl(inputs: Inputs) -> Function:
     """As ``add_fused_lm_head`` calls it: the positions that count on a GPU, all positions elsewhere."""
-    utils = needs("trl.trainer.utils", "trl")
+    utils = needs(*TRL, "trl")
     chunked, used, fused = utils._ChunkedLogProbFunction, inputs.used, inputs.work.mode == FUSED
     compact = torch.device(inputs.work.device).type == "cuda"
     targets = inputs.batch.target[used] if compact else inputs.index.flatten()
@@ -150,12 +150,12 @@ def cut_cross_entropy(inputs: Inputs) -> Function:
 PEERS = [
     Provider("eager", "F.linear in fp32", whole_logits_in_fp32),
     Provider("eager", "F.linear", whole_logits),
-    Provider("compile", "F.linear in fp32", compiled(whole_logits_in_fp32)),
-    Provider("compile", "F.linear", compiled(whole_logits)),
+    Provider("compile", "F.linear in fp32", compiled(whole_logits_in_fp32), modules=INDUCTOR),
+    Provider("compile", "F.linear", compiled(whole_logits), modules=INDUCTOR),
     Provider("torch", "F.linear_cross_entropy", torch_linear_cross_entropy(chunked=False)),
     Provider("torch", "F.linear_cross_entropy, chunked", torch_linear_cross_entropy(chunked=True)),
-    Provider("trl", "_ChunkedLogProbFunction", trl),
-    Provider("trl", "_ChunkedLogProbFunction in fp32", trl_in_fp32),
+    Provider("trl", "_ChunkedLogProbFunction", trl, modules=TRL),
+    Provider("trl", "_ChunkedLogProbFunction in fp32", trl_in_fp32, modules=TRL),
     Provider("liger", "fused_linear_cross_entropy", liger_cross_entropy(1)),
     Provider("liger", "fused_linear_cross_entropy, larger chunks", liger_cross_entropy(16)),
     Provider("liger", "LigerFusedLinearGRPOLoss", liger_grpo),

@@ -19,6 +19,9 @@ from benchmarks.work import FUSED, STATS
 Statistics = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 """From logits, [B, L, V], to log-probability and, where there is one, entropy, [B, L], differentiable."""
 
+TRL = ("trl.trainer.utils",)
+INDUCTOR = ("torch._inductor.compile_fx",)
+
 
 def _either(inputs: Inputs, with_entropy: Statistics, without: Callable[[Tensor], Tensor]) -> Function:
     """Statistics as the mode asks for: a loss that no entropy goes into does not pay for one."""
@@ -71,7 +74,7 @@ def cross_entropy(inputs: Inputs) -> Function:
 
 
 def trl(inputs: Inputs) -> Function:
-    utils = needs("trl.trainer.utils", "trl")
+    utils = needs(*TRL, "trl")
     index, used = inputs.index, inputs.used
 
     def logp(logits: Tensor) -> Tensor:
@@ -190,11 +193,11 @@ def quack(overwrites: bool) -> Bind:
 PEERS = [
     Provider("eager", "log_softmax in fp32", _in_fp32(log_softmax)),
     Provider("eager", "log_softmax", _unconverted(log_softmax)),
-    Provider("compile", "log_softmax in fp32", compiled),
+    Provider("compile", "log_softmax in fp32", compiled, modules=INDUCTOR),
     Provider("torch", "F.cross_entropy in fp32", _in_fp32(cross_entropy)),
     Provider("torch", "F.cross_entropy", _unconverted(cross_entropy)),
-    Provider("trl", "selective_log_softmax in fp32", _in_fp32(trl)),
-    Provider("trl", "selective_log_softmax", _unconverted(trl)),
+    Provider("trl", "selective_log_softmax in fp32", _in_fp32(trl), modules=TRL),
+    Provider("trl", "selective_log_softmax", _unconverted(trl), modules=TRL),
     Provider("trl", "logprob_entropy", trl_head),
     Provider("liger", "LigerCrossEntropyLoss", liger_cross_entropy, overwrites=True),
     Provider("liger", "triton_grpo_loss", liger_grpo(False)),

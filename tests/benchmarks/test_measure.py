@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import pytest
 import torch
 
-from benchmarks.measure import interleaved_times, peak_extra_bytes
+from benchmarks.disturbance import Scheduled, scheduled, share_waited
+from benchmarks.measure import Sample, interleaved_rounds, interleaved_times, peak_extra_bytes
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -131,3 +135,58 @@ def test_memory_that_a_call_keeps_is_measured_again_when_it_is_freed_before() ->
 def test_without_a_peak_that_can_be_reset_the_figure_is_a_lower_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.measure._reset_peak", lambda: False)
     assert 0 <= peak_extra_bytes(lambda: torch.ones(16 * MIB, dtype=torch.uint8), CPU) <= 24 * MIB
+
+
+def test_disturbed_rounds_are_repeated_and_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two calls the second one waits half of its time, and takes long, in rounds 1, 2 and 4."""
+    rounds = iter([(0.0, 0.001), (0.5, 0.05), (0.5, 0.05), (0.0, 0.001), (0.5, 0.05), (0.0, 0.001), (0.0, 0.001)])
+
+    def measured(call: Callable[[], object], device: torch.device) -> Sample:
+        waited, seconds = next(rounds) if call() else (0.0, 0.001)
+        return Sample(seconds, waited=waited)
+
+    monkeypatch.setattr("benchmarks.measure._wall_seconds", measured)
+    calls = {"a": lambda: False, "b": lambda: True}
+    found = interleaved_rounds(calls, CPU, rounds=3, most=6, warmup=1)
+    assert found.times["b"].p80 == 0.001
+    assert (found.repeated, found.disturbed) == (3, 0)
+    assert next(rounds, None) is None
+
+
+def test_the_least_disturbed_count_where_all_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = iter([Sample(1.0, waited=0.4), Sample(2.0, waited=0.1), Sample(3.0, waited=0.3), Sample(4.0, waited=0.2)])
+    monkeypatch.setattr("benchmarks.measure._wall_seconds", lambda call, device: next(samples))
+    found = interleaved_rounds({"a": lambda: None}, CPU, rounds=2, most=4, warmup=0)
+    assert (found.times["a"].median, found.repeated, found.disturbed) == (3.0, 2, 2)
+
+
+@pytest.mark.skipif(scheduled() is None, reason="the system does not tell how long a thread waits for a processor")
+def test_a_process_on_the_same_core_disturbs() -> None:
+    allowed = os.sched_getaffinity(0)
+    core = min(allowed)
+    spin = f"import os; os.sched_setaffinity(0, [{core}]); print(flush=True)\nwhile True: pass"
+
+    def call() -> None:
+        end = time.perf_counter() + 0.05
+        while time.perf_counter() < end:
+            pass
+
+    with subprocess.Popen([sys.executable, "-c", spin], stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout is not None
+            other.stdout.readline()
+            os.sched_setaffinity(0, [core])
+            found = interleaved_rounds({"call": call}, CPU, rounds=3, most=5)
+        finally:
+            os.sched_setaffinity(0, allowed)
+            other.kill()
+    assert found.repeated == 2
+    assert found.disturbed
+
+
+def test_a_thread_beside_the_call_does_not_count() -> None:
+    """Of 10 ms the main thread ran 9 and waited 1, another one waited 2 and ran none, a third one waited 0.2."""
+    idle = dict.fromkeys("abc", Scheduled(1.0, 1.0))
+    after = {"a": Scheduled(1.009, 1.001), "b": Scheduled(1.0, 1.002), "c": Scheduled(1.0098, 1.0002)}
+    assert share_waited(idle, after, 0.01) == pytest.approx(0.1)
+    assert share_waited(idle, {"c": after["c"]}, 0.01) == 0

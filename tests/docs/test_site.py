@@ -33,6 +33,8 @@ def test_every_public_name_has_an_entry() -> None:
     assert [name for name in uk.__all__ if f"unirl_kernels.{name}" not in entries] == []
 
 
+OF_KERNELS = "hub.md"
+"""Its example needs a library and a build: tests/install/test_kernel.py runs it."""
 OF_TRAINERS = [f"trainers/{name}.md" for name in ("openrlhf", "llamafactory", "swift", "prime_rl")]
 """Pages whose examples need a trainer that has an environment of its own (``make test-trainers``)."""
 
@@ -48,7 +50,7 @@ def test_examples_of_trainers_name_what_exists(page: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", [name for name, text in PAGES.items() if FENCE.search(text) and name not in OF_TRAINERS]
+    "page", [name for name, text in PAGES.items() if FENCE.search(text) and name not in {*OF_TRAINERS, OF_KERNELS}]
 )
 def test_examples_run(page: str) -> None:
     """In their order, as in one session."""

@@ -23,7 +23,11 @@ def check_kinds(**values: object) -> None:
     kinds = {"batch": Batch, "loss": Loss, "readout": Readout, "plan": Plan}
     for name, value in values.items():
         if not isinstance(value, kinds[name]):
-            raise TypeError(f"{name} must be a {kinds[name].__name__}, got {type(value).__name__}")
+            kind, got = kinds[name], type(value)
+            if got.__name__ == kind.__name__:  # a kernel of the Hub beside the installed package, or two kernels
+                here, there = (x.__module__.split(".")[0] for x in (kind, got))
+                raise TypeError(f"{name} must be a {kind.__name__} of {here}, got one of {there}: they share no types")
+            raise TypeError(f"{name} must be a {kind.__name__}, got {got.__name__}")
 
 
 def check_input(name: str, value: object) -> Tensor:

@@ -161,10 +161,10 @@ class Backend(Protocol):
 
 
 MODULES = {
-    "cpu": "unirl_kernels.backends.cpu",
-    "triton": "unirl_kernels.backends.triton",
-    "cuda": "unirl_kernels.backends.cuda",
-    "eager": "unirl_kernels.backends.eager",
+    "cpu": f"{__name__}.cpu",
+    "triton": f"{__name__}.triton",
+    "cuda": f"{__name__}.cuda",
+    "eager": f"{__name__}.eager",
 }
 """Backends in the order of preference."""
 

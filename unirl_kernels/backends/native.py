@@ -26,6 +26,8 @@ from unirl_kernels.backends import (
 )
 from unirl_kernels.batch import IGNORE
 
+EXTENSION = f"{__name__.split('.')[0]}._C"
+
 
 def extension() -> ModuleType:
     """The native extension.
@@ -33,12 +35,12 @@ def extension() -> ModuleType:
     Raises:
         ImportError: when it is not built, was built with another torch, or does not load.
     """
-    found = importlib.util.find_spec("unirl_kernels._C")
+    found = importlib.util.find_spec(EXTENSION)
     if found is None or found.origin is None:
         raise ImportError("the native extension is not built")
     _check_torch(Path(found.origin))
     try:
-        return importlib.import_module("unirl_kernels._C")
+        return importlib.import_module(EXTENSION)
     except ImportError as error:
         raise ImportError(f"the native extension does not load ({error})") from error
 

@@ -358,7 +358,7 @@ def _written(term: Term) -> str:
 def _check_objective(objective: object) -> None:
     if not callable(objective):
         raise TypeError(f"objective must be callable, got {objective!r} ({type(objective).__name__})")
-    if getattr(objective, "__module__", None) == "unirl_kernels.objectives.recipes":
+    if getattr(objective, "__module__", None) == f"{__package__}.recipes":
         raise TypeError(
             f"objective must be an objective, got the recipe {name_of(objective)}, which makes a loss itself"
         )

@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LIBRARY = torch.library.Library("unirl", "DEF")
+PACKAGE = __name__.split(".")[0]
+NAMESPACE = "unirl" if PACKAGE == "unirl_kernels" else PACKAGE
+"""``kernels`` loads each of several versions under a name of its own: their operators may not meet in one namespace."""
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 SCHEMA_TYPES: dict[Any, str] = {
     Tensor: "Tensor",
@@ -96,11 +99,11 @@ class Operator:
         self._build_result = _builder(self._returns) if _is_group(self._returns) else None
         self._flatten_result = _flattener(self._returns) if _is_group(self._returns) else None
         LIBRARY.define(self._schema(mutates))
-        torch.library.register_fake(f"unirl::{self.name}", self._flat(fake), lib=LIBRARY)
+        torch.library.register_fake(f"{NAMESPACE}::{self.name}", self._flat(fake), lib=LIBRARY)
         if not mutates:
             # Python code at the autograd key would cost 20 us a call; the implementation refuses gradients itself.
             LIBRARY.impl(self.name, torch.library.fallthrough_kernel, "Autograd")
-        self._call = getattr(torch.ops.unirl, self.name).default
+        self._call = getattr(getattr(torch.ops, NAMESPACE), self.name).default
 
     def _schema(self, mutates: tuple[str, ...]) -> str:
         parameters = []
@@ -132,8 +135,8 @@ class Operator:
         def run(*flat: object) -> Any:
             if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in flat):
                 raise RuntimeError(
-                    f"torch.ops.unirl.{self.name} has no gradient of its own: call the functions of unirl_kernels, "
-                    "which have"
+                    f"torch.ops.{NAMESPACE}.{self.name} has no gradient of its own: call the functions of "
+                    "unirl_kernels, which have"
                 )
             return implemented(*flat)
 
