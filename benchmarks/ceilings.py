@@ -18,7 +18,7 @@ from benchmarks import hardware
 from benchmarks.measure import interleaved_times
 
 BYTES = 2**31
-"""Of the tensor that is copied and read: beyond every cache."""
+"""Size of the tensor that is copied and read: larger than every cache."""
 
 SHAPE = (4096, 4096, 131072)
 """T, D, V of a linear head."""

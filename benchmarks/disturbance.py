@@ -22,7 +22,7 @@ class Scheduled(NamedTuple):
 
 
 def scheduled() -> dict[str, Scheduled] | None:
-    """Of each thread of this process; None where the system does not tell (outside Linux)."""
+    """What the system says of each thread of this process; None where it does not tell (outside Linux)."""
     found = {}
     try:
         for task in TASKS.iterdir():

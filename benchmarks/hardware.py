@@ -23,7 +23,7 @@ COMPUTING = (":/unirl_kernels", ":/csrc", ":/setup.py", ":(top,glob)benchmarks/*
 
 
 def versions() -> dict[str, str]:
-    """Of Python, the package and what computes beneath it; a library that is not installed is left out."""
+    """Versions of Python, the package and the libraries that compute; one that is not installed is left out."""
     found = {"python": platform.python_version(), "torch": torch.__version__, "unirl_kernels": __version__}
     for library in ("triton", *PEERS):
         try:

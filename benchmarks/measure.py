@@ -110,10 +110,10 @@ def interleaved_rounds(
         raise ValueError(f"rounds must be at least 2, got {rounds}")
     clock = _cuda_seconds if device.type == "cuda" else _wall_seconds
     found: list[dict[str, Sample]] = []
-    names = list(calls)
+    names, undisturbed = list(calls), 0
     try:
         for n in range(-warmup, max(rounds, most)):
-            if sum(not _disturbance(samples) for samples in found) >= rounds:
+            if undisturbed == rounds:
                 break
             start = n % len(names)
             samples = {}
@@ -122,6 +122,7 @@ def interleaved_rounds(
                 after_call()
             if n >= 0:
                 found.append(samples)
+                undisturbed += not _disturbance(samples)
     except KeyboardInterrupt as stop:
         if len(found) < 2:
             raise
@@ -139,7 +140,7 @@ def _rounds(found: list[dict[str, Sample]], rounds: int) -> Rounds:
 
 
 def _disturbance(samples: Mapping[str, Sample]) -> float:
-    """Of a round: that of the call that was held up most."""
+    """The disturbance of a round: that of the call that was held up most."""
     return max((sample.waited or 0.0 for sample in samples.values()), default=0.0)
 
 

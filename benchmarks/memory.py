@@ -9,7 +9,6 @@ process that has imported everything forks for each provider: importing takes lo
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -27,7 +26,7 @@ from benchmarks.cases import Case
 from benchmarks.levels import level_of
 from benchmarks.measure import peak_extra_bytes
 from benchmarks.own import own
-from benchmarks.providers import Provider
+from benchmarks.providers import Provider, imported
 from benchmarks.selection import chosen
 from benchmarks.work import Work
 
@@ -37,8 +36,8 @@ KEEP_NOTHING = {"UNIRL_CPU_CACHE_BYTES": "0"}
 
 
 SMALL_BYTES = 2**26
-"""Of logits, and of a head's weight: up to here memory is measured while this process checks the providers. Larger
-work might not find the memory for both at once."""
+"""Up to this size of the logits, and of a head's weight, memory is measured while this process checks the providers.
+Larger work might not find the memory for both at once."""
 
 
 def peak_in_fresh_process(provider: Provider, work: Work) -> int:
@@ -171,7 +170,7 @@ def _in_fork(work: Work, key: str, source: str) -> str:
     if not source:
         for module in _provider(work, key, source).modules:
             with suppress(ImportError):  # whoever binds the provider says so
-                importlib.import_module(module)
+                imported(module)
     reader, writer = os.pipe()
     if (child := os.fork()) == 0:
         os.write(writer, _said(work, key, source).encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import warnings
@@ -55,12 +56,24 @@ class Provider:
         return key(self.name, self.kernel, self.overwrites)
 
 
-def needs(module: str, pip: str) -> ModuleType:
-    """Import a peer's module, or skip the peer."""
+def imported(module: str) -> ModuleType:
+    """Import a module without warnings, and without the garbage collector: it finds nothing in half-imported packages,
+    and takes 15 % of the time of TRL's and torch.compile's."""
+    collects = gc.isenabled()
+    gc.disable()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return importlib.import_module(module)
+    finally:
+        if collects:
+            gc.enable()
+
+
+def needs(module: str, pip: str) -> ModuleType:
+    """Import a peer's module, or skip the peer."""
+    try:
+        return imported(module)
     except ImportError as error:
         missing = (error.name or "").split(".")[0]
         if missing == module.split(".")[0]:

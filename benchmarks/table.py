@@ -21,7 +21,7 @@ def terminal(run: Run, width: int | None = None) -> Table:
     """For the terminal: ours in bold, the wrong in red. A narrow one goes without some columns, and is told which."""
     from rich.table import Table  # a machine that measures alone need not have it
 
-    from benchmarks.terminal import LOG_WIDTH, fitting
+    from benchmarks.terminal import LOG_WIDTH, fitting, widths
 
     columns = level_of(run.work).columns
     names = (*columns.left, *columns.right)
@@ -29,14 +29,14 @@ def terminal(run: Run, width: int | None = None) -> Table:
     for row in sorted(run.rows, key=_by_time):
         style = "bold red" if row.status != OK else "bold" if row.name == OURS else ""
         lines.append((columns.cells(run, row), style))
-    fit = fitting(names, [line for line, _ in lines], columns.dispensable, width or LOG_WIDTH)
+    texts, room = [line for line, _ in lines], width or LOG_WIDTH
+    fit = fitting(names, texts, columns.dispensable, room)
     left_out = ", ".join(name for k, name in enumerate(names) if k not in fit)
     caption = columns.caption if not left_out else f"{columns.caption}. No room for: {left_out}"
     shown = Table(title=title(run.work), title_justify="left", caption=caption, caption_justify="left")
-    for k in fit:
-        words = [word for text in (names[k], *(line[k] for line, _ in lines)) for word in text.split()]
+    for k, of_column in zip(fit, widths(names, texts, fit, room), strict=True):
         justify: JustifyMethod = "left" if k < len(columns.left) else "right"
-        shown.add_column(names[k], justify=justify, min_width=max(map(len, words)))
+        shown.add_column(names[k], justify=justify, width=of_column)
     for n, (line, style) in enumerate(lines):
         shown.add_row(*(line[k] for k in fit), style=style, end_section=n == len(lines) - len(run.rows) - 1)
     return shown

@@ -30,7 +30,7 @@ def open_console() -> Console:
 
 
 def fitting(names: Sequence[str], lines: Sequence[Sequence[str]], dispensable: Sequence[str], width: int) -> list[int]:
-    """Which columns of a table fit a terminal, no word of a cell broken.
+    """Which columns of a table fit a terminal without breaking a word of a cell.
 
     Args:
         names: of the columns.
@@ -44,6 +44,19 @@ def fitting(names: Sequence[str], lines: Sequence[Sequence[str]], dispensable: S
             break
         widths.pop(name, None)
     return [k for k, name in enumerate(names) if name in widths]
+
+
+def widths(names: Sequence[str], lines: Sequence[Sequence[str]], fit: Sequence[int], width: int) -> list[int]:
+    """Of the columns that fit, as wide as their words at least; the first ones get the room that is left, so that their
+    cells take fewer lines. Without them rich cuts the table off at the right."""
+    cells = [[names[k], *(line[k] for line in lines)] for k in fit]
+    found = [_longest_word(column) for column in cells]
+    spare = width - 1 - sum(found) - CELL_FRAME * len(found)
+    for k, column in enumerate(cells):
+        more = min(max(map(len, column)) - found[k], max(0, spare))
+        found[k] += more
+        spare -= more
+    return found
 
 
 CELL_FRAME = 3

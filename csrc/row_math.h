@@ -140,7 +140,7 @@ UNIRL_INLINE Observed<Real> merge(const Observed<Real>& a, const Observed<Real>&
   const Moments<Real>& first = a;
   const Moments<Real>& second = b;
   const Moments<Real> both = merge(first, second, kappa);
-  // As above: a part of -inf logits alone has no weight.
+  // A part that has no logits but -inf has no weight, as in merge.
   const Real w_a = a.s == 0 ? Real(0) : exp(2 * kappa * (a.m - both.m));
   const Real w_b = b.s == 0 ? Real(0) : exp(2 * kappa * (b.m - both.m));
   const bool later = b.top > a.top;

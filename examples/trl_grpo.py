@@ -95,7 +95,7 @@ def compare(model, given):
     prepare = release_memory if hidden.device.type == "cpu" else torch.cuda.empty_cache
     ways, labels = {"TRL's own head": head, "patched": patched}, given["labels"]
     times = interleaved_times(ways, hidden.device, rounds=3)
-    print(f"loss head, forward and backward: {(labels != -100).sum()} tokens of {labels.numel()}, {len(weight)} words")
+    print(f"loss head, forward and backward: {(labels != -100).sum()} tokens of {labels.numel()}, V = {len(weight)}")
     for name, way in ways.items():
         memory = peak_extra_bytes(way, hidden.device, prepare=prepare, repeats=2) / 2**20
         print(f"  {name:15} {times[name].median:7.3f} s  {memory:6.0f} MiB")

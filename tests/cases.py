@@ -74,7 +74,7 @@ class Shape:
     dtype: torch.dtype = torch.float32
     packed: bool = False
     strides: str = "contiguous"  # "sliced": logits[:, :-1] of longer rows; "padded": rows longer than V
-    fill: str = "peaked"  # "masked": -inf outside the top words; "certain": p_y within 1e-6 of 1
+    fill: str = "peaked"  # "masked": -inf outside the largest logits; "certain": p_y within 1e-6 of 1
 
     @property
     def n_logits(self) -> int:

@@ -15,19 +15,24 @@ from tests import ROOT
 PACKAGE = ROOT / "unirl_kernels"
 
 ARROWS = {
+    "checks": set(),
     "collectives": set(),
+    "split_sequences": {"collectives"},
     "shard": {"collectives"},
-    "batch": {"collectives"},
-    "counts": {"batch", "collectives"},
+    "batch": {"checks", "collectives", "split_sequences"},
+    "counts": {"batch", "checks", "collectives"},
     "plan": set(),
     "readout": set(),
     "testing": {"testing"},
     "program": {"program"},
-    "objectives": {"objectives", "program", "batch", "collectives"},
+    "objectives": {"objectives", "program", "batch", "checks", "collectives"},
     "backends": {"backends", "program", "batch"},
-    "operators": {"operators", "backends", "batch", "collectives"},
+    "operators": {"operators", "backends", "batch", "checks", "collectives"},
     "head": {"head", "operators", "objectives", "backends", "batch", "collectives"},
-    "api": {"api", "head", "operators", "backends", "objectives", "batch", "plan", "readout", "shard", "collectives"},
+    "api": {
+        *{"api", "head", "operators", "backends", "objectives"},
+        *{"batch", "checks", "plan", "readout", "shard", "collectives"},
+    },
     "integrations": {"integrations", "api", "objectives", "batch", "plan", "readout", "shard"},
     "explain": {"head", "objectives", "program", "backends", "batch", "plan"},
 }

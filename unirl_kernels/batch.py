@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from unirl_kernels.collectives import Group, all_gather, all_texts, group_of
+from unirl_kernels.checks import check_device, check_dtype, check_layout, check_memory, name_of, readable
+from unirl_kernels.collectives import Group, all_gather, group_of
+from unirl_kernels.split_sequences import agree, refuse
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -92,35 +94,18 @@ class Batch:
             self._join(group_of("sequence_group", self.sequence_group))
 
     def _join(self, ranks: Group) -> None:
-        """Check the batch, and exchange the lengths of its sequences with the other ranks.
-
-        Raises:
-            ValueError: when the ranks have other numbers of sequences, or a field has a value per sequence on one rank
-                and per token on another, on every rank.
-            RuntimeError: when another rank refuses its batch.
-        """
-        on_cpu = not isinstance(self.target, Tensor) or _readable(self.target)
+        """Check the batch, and exchange the lengths of its sequences with the other ranks."""
+        on_cpu = not isinstance(self.target, Tensor) or readable(self.target)
         try:
             self._check()
         except Exception:
             if on_cpu:
-                all_gather(torch.tensor([-1, 0]), ranks)
+                refuse(ranks)
             raise
         if on_cpu:
-            readings = {name: self._reading(x) for name, x in self._values().items()}
-            doubt = "either" in readings.values()
-            everyone, doubts = all_gather(torch.tensor([self.n_sequences, doubt]), ranks).T.tolist()
-            if -1 in everyone:
-                raise RuntimeError(f"sequence_group: rank {everyone.index(-1)} refuses its batch; its error says why")
-            for rank, n in enumerate(everyone):
-                if n != everyone[0]:
-                    raise ValueError(
-                        "batch must hold a part of every sequence on all ranks of sequence_group, got "
-                        f"{everyone[0]} sequences on rank 0 and {n} on rank {rank}"
-                    )
-            if any(doubts):
-                spread = _of_sequences(readings, ranks)
-                object.__setattr__(self, "_of_sequences", self._of_sequences | spread)
+            readings = {name: self._reading(x) for name, x in self.given().items()}
+            spread = self._of_sequences | agree(self.n_sequences, readings, ranks)
+            object.__setattr__(self, "_of_sequences", spread)
         object.__setattr__(self, "ranks", ranks)
         object.__setattr__(self, "_lengths", all_gather(self.own_lengths, ranks))
 
@@ -157,10 +142,10 @@ class Batch:
                 what = "an argument of Batch" if name in FIELDS else "an attribute of the tokens"
                 raise ValueError(f"fields must not use a name that is taken, got {name!r}, {what}")
             self._check_field(f"fields[{name!r}]", value, ((), of_sequences, shape))
-        spread = {name for name, x in self._values().items() if x.shape == of_sequences != shape}
+        spread = {name for name, x in self.given().items() if x.shape == of_sequences != shape}
         object.__setattr__(self, "_of_sequences", frozenset(spread))
 
-    def _values(self) -> dict[str, Tensor]:
+    def given(self) -> dict[str, Tensor]:
         """The fields that there are."""
         values = {name: getattr(self, name) for name in FIELDS} | dict(self.fields)
         return {name: x for name, x in values.items() if x is not None}
@@ -178,16 +163,15 @@ class Batch:
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
         check_memory(name, value)
         if value.dtype.is_complex:
-            raise TypeError(f"{name} must be real, integer or bool, got {str(value.dtype).removeprefix('torch.')}")
+            raise TypeError(f"{name} must be real, integer or bool, got {name_of(value.dtype)}")
         if tuple(value.shape) not in shapes:
             expected = " or ".join(dict.fromkeys(map(str, shapes)))
             raise ValueError(f"{name} must have shape {expected}, got {tuple(value.shape)}")
-        if value.device != self.target.device:
-            raise ValueError(f"{name} must be on {self.target.device} like target, got {value.device}")
+        check_device(name, value, self.target.device, "target")
         ends = self.cu_seqlens
         if ends is None or value.shape != self.target.shape or self.n_sequences != self.target.numel():
             return
-        if self.sequence_group is None and len(shapes) > 1 and _readable(ends) and bool((ends.diff() != 1).any()):
+        if self.sequence_group is None and len(shapes) > 1 and readable(ends) and bool((ends.diff() != 1).any()):
             raise ValueError(
                 f"{name} is ambiguous: target has {self.n_sequences} tokens in as many sequences, some of them empty; "
                 "leave out the empty sequences"
@@ -199,9 +183,8 @@ class Batch:
         check_dtype("cu_seqlens", self.cu_seqlens, torch.int32, torch.int64)
         if self.cu_seqlens.dim() != 1 or self.cu_seqlens.numel() < 2:
             raise ValueError(f"cu_seqlens must have shape [S + 1], S >= 1, got {tuple(self.cu_seqlens.shape)}")
-        if self.cu_seqlens.device != self.target.device:
-            raise ValueError(f"cu_seqlens must be on {self.target.device} like target, got {self.cu_seqlens.device}")
-        if _readable(self.cu_seqlens):
+        check_device("cu_seqlens", self.cu_seqlens, self.target.device, "target")
+        if readable(self.cu_seqlens):
             ends = self.cu_seqlens
             if ends[0] != 0 or ends[-1] != self.target.numel() or bool((ends.diff() < 0).any()):
                 raise ValueError(
@@ -321,15 +304,11 @@ class Batch:
             chosen: [n] int64.
         """
         positions, ends = self.positions_of(chosen)
+        fields = {name: self._taken(name, chosen, positions) for name in self.given()}
         part = object.__new__(Batch)
-        for name in ("advantage", "old_logp", "ref_logp"):
-            value = getattr(self, name)
-            object.__setattr__(part, name, None if value is None else self._taken(name, chosen, positions))
-        object.__setattr__(part, "fields", {name: self._taken(name, chosen, positions) for name in self.fields})
-        object.__setattr__(part, "target", self.target.reshape(-1)[positions])
-        object.__setattr__(part, "cu_seqlens", ends)
-        object.__setattr__(part, "pairs", self.pairs)
-        object.__setattr__(part, "_of_sequences", self._of_sequences)
+        vars(part).update({name: fields.pop(name, None) for name in FIELDS})
+        vars(part).update(target=self.target.reshape(-1)[positions], cu_seqlens=ends, fields=fields, pairs=self.pairs)
+        vars(part).update(_of_sequences=self._of_sequences)
         return part
 
     def _taken(self, name: str, sequences: Tensor, positions: Tensor) -> Tensor:
@@ -348,78 +327,10 @@ class Batch:
 
     def tokens(self, begin: int, end: int) -> Batch:
         """The flat positions from begin to end as one packed sequence; every field has a value per token."""
-        given = [name for name in FIELDS if getattr(self, name) is not None]
-        taken = {name: self.per_token_field(name).reshape(-1)[begin:end] for name in (*given, *self.fields)}
+        taken = {name: self.per_token_field(name).reshape(-1)[begin:end] for name in self.given()}
         advantage, old_logp, ref_logp = (taken.pop(name, None) for name in FIELDS)
         ends = torch.tensor([0, end - begin], device=self.target.device)
         return Batch(self.target.reshape(-1)[begin:end], advantage, old_logp, ref_logp, ends, taken)
-
-
-def _of_sequences(readings: Mapping[str, str], ranks: Group) -> frozenset[str]:
-    """Fields with a value per sequence: a rank with as many tokens as sequences goes by the shapes on the others.
-
-    Args:
-        readings: by field, what ``Batch._reading`` finds on this rank.
-        ranks: that have parts of the same sequences.
-
-    Raises:
-        ValueError: when no rank tells, or two disagree; on every rank.
-    """
-    told = all_texts("\n".join(f"{name} {reading}" for name, reading in readings.items()), ranks, torch.device("cpu"))
-    everyone = [dict(line.split(" ") for line in text.splitlines()) for text in told]
-    spread = set()
-    for name in sorted({name for own in everyone for name in own} - {"old_logp", "ref_logp"}):
-        found = [own.get(name, "all") for own in everyone]
-        sure = {reading for reading in found if reading in ("sequence", "token")}
-        if len(sure) > 1:
-            raise ValueError(
-                f"{name} must have a value per sequence or per token on all ranks of sequence_group, got one per "
-                f"sequence on rank {found.index('sequence')} and one per token on rank {found.index('token')}"
-            )
-        if not sure and "either" in found:
-            raise ValueError(
-                f"{name} is ambiguous: on all ranks of sequence_group target has as many tokens as sequences, some of "
-                "them empty; give target as [B, L]"
-            )
-        if sure == {"sequence"}:
-            spread.add(name)
-    return frozenset(spread)
-
-
-def has_values(x: Tensor) -> bool:
-    """Whether a tensor has values: not one on the meta device, nor one of FakeTensorMode, which is about shapes."""
-    return not x.is_meta and type(x).__name__ != "FakeTensor"
-
-
-def _readable(x: Tensor) -> bool:
-    """Whether reading values costs nothing: on an accelerator it would wait for the device."""
-    return x.device.type == "cpu" and has_values(x) and not torch.compiler.is_compiling()
-
-
-def check_layout(target: Tensor) -> None:
-    """Raise a ``ValueError`` unless targets are padded or packed."""
-    if target.dim() not in (1, 2):
-        hint = "; fold its first dimensions into the batch: target.flatten(0, -2)" if target.dim() > 2 else ""
-        raise ValueError(f"target must have shape [B, L] or [T], got {tuple(target.shape)}{hint}")
-
-
-def check_dtype(name: str, value: object, *dtypes: torch.dtype) -> None:
-    """Raise a ``TypeError`` that names the argument unless it is a tensor of one of the dtypes."""
-    expected = str(dtypes[0]).removeprefix("torch.")
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a {expected} tensor, got {type(value).__name__}")
-    if value.dtype not in dtypes:
-        raise TypeError(f"{name} must be {expected}, got {str(value.dtype).removeprefix('torch.')}")
-
-
-def check_memory(name: str, value: Tensor) -> None:
-    """Raise a ``ValueError`` for a plain tensor whose memory is freed: PyTorch's operations would read there."""
-    if type(value) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling() or not has_values(value):
-        return
-    if torch._C._functorch.is_functorch_wrapped_tensor(value):
-        return
-    if value.numel() and value.untyped_storage().nbytes() < value.itemsize:
-        raise ValueError(f"{name} must have memory, got a tensor of shape {tuple(value.shape)} whose storage is freed")
 
 
 def shift_targets(input_ids: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from unirl_kernels.batch import FIELDS, Batch
+from unirl_kernels.checks import name_of
 from unirl_kernels.collectives import Group, all_gather, all_reduce, all_texts, group_of
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def global_batch(batch: Batch, group: ProcessGroup) -> Batch:
             )
     if batch.ranks is not None:
         raise ValueError("batch must hold whole sequences, got one with a sequence_group")
-    fields = {name: _of_all(x, ranks) for name, x in _tensors(batch).items()}
+    fields = {name: _of_all(x, ranks) for name, x in sorted(batch.given().items())}
     advantage, old_logp, ref_logp = (fields.pop(name, None) for name in FIELDS)
     ends = batch.cu_seqlens
     if ends is not None:
@@ -100,16 +101,11 @@ def global_batch(batch: Batch, group: ProcessGroup) -> Batch:
     return Batch(_of_all(batch.target, ranks), advantage, old_logp, ref_logp, ends, fields, batch.pairs)
 
 
-def _tensors(batch: Batch) -> dict[str, Tensor]:
-    named = {name: getattr(batch, name) for name in FIELDS} | dict(sorted(batch.fields.items()))
-    return {name: x for name, x in named.items() if x is not None}
-
-
 def _shapes(batch: Batch) -> str:
-    named = {"target": batch.target, **_tensors(batch)}
+    named = {"target": batch.target, **dict(sorted(batch.given().items()))}
     if batch.cu_seqlens is not None:
         named["cu_seqlens"] = batch.cu_seqlens
-    shapes = [f"{name} {str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}" for name, x in named.items()]
+    shapes = [f"{name} {name_of(x.dtype)} {tuple(x.shape)}" for name, x in named.items()]
     split = "" if batch.ranks is None else ", sequence_group"
     return f"{', '.join(shapes)}, pairs {batch.pairs!r}{split}"
 

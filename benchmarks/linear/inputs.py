@@ -14,7 +14,7 @@ from unirl_kernels.testing import oracle
 SPREAD = 2
 """Standard deviation of the logits but for the target's."""
 CHUNK_BYTES = 2**28
-"""Of logits at a time: each chunk reads the whole weight, so that small ones cost time."""
+"""Logits that exist at a time: each chunk reads the whole weight, so that small chunks cost time."""
 
 
 def make(work: Work) -> Inputs:

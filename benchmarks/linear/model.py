@@ -15,7 +15,7 @@ from unirl_kernels.head.chunks import DEFAULT_CHUNK_BYTES_OF_ACCELERATORS
 from unirl_kernels.head.sizes import TILE, Shape, Sizes, sizes_of, waves
 
 ROW_KERNEL = 0.9
-"""Of the bandwidth of a copy, predicted."""
+"""The part of a copy's bandwidth that row kernels are predicted to reach."""
 
 
 class Device(NamedTuple):

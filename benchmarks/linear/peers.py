@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.inputs import Inputs, Values
 from benchmarks.logits.peers import INDUCTOR, TRL, log_softmax
-from benchmarks.providers import Bind, Function, Provider, Skipped, needs, needs_gpu, needs_loss
+from benchmarks.providers import Bind, Function, Provider, Skipped, imported, needs, needs_gpu, needs_loss
 from benchmarks.work import FUSED
 
 
@@ -38,6 +38,7 @@ def whole_logits_in_fp32(inputs: Inputs) -> Function:
 def compiled(bind: Bind) -> Bind:
     def bind_compiled(inputs: Inputs) -> Function:
         function = bind(inputs)
+        imported(*INDUCTOR)
         torch.compiler.reset()
         return torch.compile(function, fullgraph=True)
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.inputs import Inputs, Values
-from benchmarks.providers import Bind, Function, Provider, Skipped, needs, needs_gpu, needs_loss
+from benchmarks.providers import Bind, Function, Provider, Skipped, imported, needs, needs_gpu, needs_loss
 from benchmarks.work import FUSED, STATS
 
 Statistics = Callable[[Tensor], tuple[Tensor, Tensor | None]]
@@ -31,7 +31,7 @@ def _either(inputs: Inputs, with_entropy: Statistics, without: Callable[[Tensor]
 
 
 def _in_fp32(bind: Bind) -> Bind:
-    """The same on logits that are converted first, as autocast's caller gets them."""
+    """A peer that converts the logits to fp32 first, as whoever calls under autocast does."""
 
     def bind_converted(inputs: Inputs) -> Function:
         function = bind(inputs)
@@ -63,6 +63,7 @@ def log_softmax(inputs: Inputs) -> Function:
 
 
 def compiled(inputs: Inputs) -> Function:
+    imported(*INDUCTOR)
     torch.compiler.reset()
     return torch.compile(_in_fp32(log_softmax)(inputs), fullgraph=True)
 

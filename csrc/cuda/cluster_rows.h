@@ -271,7 +271,7 @@ __global__ void __launch_bounds__(THREADS, CAPPED ? CAPPED_BLOCKS_PER_SM : BLOCK
   const int begin = rank * width;
   const int n = max(0, min(width, static_cast<int>(rows.vocab) - begin));
   const int64_t y = rows.target[row];
-  // The same for all blocks of the cluster, so that none waits for a peer that has gone.
+  // All blocks of the cluster take the same branch, so that none waits for a block that has ended.
   if (!is_read(y, rows.vocab)) {
     const float value = y == rows.ignore ? 0.0f : NAN;
     if (leads) step.absent(row, value);

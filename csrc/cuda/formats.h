@@ -26,8 +26,8 @@ struct Float32 {
   }
 };
 
-// What the two formats of 16 bits have in common. Pair: of two logits in 32 bits with two floats.
-template <class Self, class Type>
+// What the two formats of 16 bits have in common. Pair: of two logits in 32 bits.
+template <class Self, class Type, bool BRAIN>
 struct Half {
   typedef Type Storage;
   static constexpr int N = 8;
@@ -40,42 +40,75 @@ struct Half {
     }
   }
   static __device__ __forceinline__ uint4 pack(const float (&x)[N]) {
-    return {Self::pack_pair(x[0], x[1]), Self::pack_pair(x[2], x[3]), Self::pack_pair(x[4], x[5]),
-            Self::pack_pair(x[6], x[7])};
+    return {pack_pair(x[0], x[1]), pack_pair(x[2], x[3]), pack_pair(x[4], x[5]), pack_pair(x[6], x[7])};
+  }
+  static __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
+    uint32_t pair;
+    if (BRAIN) {
+      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    } else {
+      asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    }
+    return pair;
+  }
+  // The smaller and the larger ones of two pairs; NaN where one of two is.
+  static __device__ __forceinline__ uint32_t smaller(uint32_t a, uint32_t b) {
+    uint32_t pair;
+    if (BRAIN) {
+      asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+    } else {
+      asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+    }
+    return pair;
+  }
+  static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
+    uint32_t pair;
+    if (BRAIN) {
+      asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+    } else {
+      asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+    }
+    return pair;
   }
 };
 
-struct BFloat16 : Half<BFloat16, __nv_bfloat16> {
+struct BFloat16 : Half<BFloat16, __nv_bfloat16, true> {
   static __device__ __forceinline__ float widen(Storage x) { return __bfloat162float(x); }
   static __device__ __forceinline__ Storage narrow(float x) { return __float2bfloat16_rn(x); }
   static __device__ __forceinline__ float2 unpack_pair(uint32_t bits) {
     return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)};
   }
-  static __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
-    uint32_t bits;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
-    return bits;
-  }
+  static constexpr uint32_t INFINITIES = 0x7f807f80u;
 };
 
-struct Float16 : Half<Float16, __half> {
+struct Float16 : Half<Float16, __half, false> {
   static __device__ __forceinline__ float widen(Storage x) { return __half2float(x); }
   static __device__ __forceinline__ Storage narrow(float x) { return __float2half_rn(x); }
   static __device__ __forceinline__ float2 unpack_pair(uint32_t bits) {
     const float low = __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
     return {low, __half2float(__ushort_as_half(static_cast<unsigned short>(bits >> 16)))};
   }
-  static __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
-    uint32_t bits;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
-    return bits;
-  }
+  static constexpr uint32_t INFINITIES = 0x7c007c00u;
 };
 
 // The largest logits so far, or with SMALLEST the smallest: of a format of 16 bits two at a time, as they lie in memory.
 // NaN where one of them is.
 template <class Format, bool SMALLEST>
-struct Extreme;
+struct Extreme {
+  typedef uint32_t Type;
+  static __device__ __forceinline__ Type none() {
+    return SMALLEST ? Format::INFINITIES : Format::INFINITIES | 0x80008000u;
+  }
+  static __device__ __forceinline__ Type two(Type a, Type b) {
+    return SMALLEST ? Format::smaller(a, b) : Format::larger(a, b);
+  }
+  static __device__ __forceinline__ Type of(Type found, const uint4& vector) {
+    return two(found, two(two(vector.x, vector.y), two(vector.z, vector.w)));
+  }
+  static __device__ __forceinline__ float reduced(Type found) {
+    return Format::unpack_pair(two(found, found >> 16)).x;
+  }
+};
 
 template <bool SMALLEST>
 struct Extreme<Float32, SMALLEST> {
@@ -95,46 +128,6 @@ struct Extreme<Float32, SMALLEST> {
     return two(found, two(low, two(__uint_as_float(vector.z), __uint_as_float(vector.w))));
   }
   static __device__ __forceinline__ float reduced(Type found) { return found; }
-};
-
-// two(a, b) is what an instruction makes of pairs.
-template <class Format, class Self>
-struct ExtremeOfPairs {
-  typedef uint32_t Type;
-  static __device__ __forceinline__ Type of(Type found, const uint4& vector) {
-    return Self::two(found, Self::two(Self::two(vector.x, vector.y), Self::two(vector.z, vector.w)));
-  }
-  static __device__ __forceinline__ float reduced(Type found) {
-    return Format::unpack_pair(Self::two(found, found >> 16)).x;
-  }
-};
-
-template <bool SMALLEST>
-struct Extreme<BFloat16, SMALLEST> : ExtremeOfPairs<BFloat16, Extreme<BFloat16, SMALLEST>> {
-  static __device__ __forceinline__ uint32_t none() { return SMALLEST ? 0x7f807f80u : 0xff80ff80u; }
-  static __device__ __forceinline__ uint32_t two(uint32_t a, uint32_t b) {
-    uint32_t result;
-    if (SMALLEST) {
-      asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
-    } else {
-      asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
-    }
-    return result;
-  }
-};
-
-template <bool SMALLEST>
-struct Extreme<Float16, SMALLEST> : ExtremeOfPairs<Float16, Extreme<Float16, SMALLEST>> {
-  static __device__ __forceinline__ uint32_t none() { return SMALLEST ? 0x7c007c00u : 0xfc00fc00u; }
-  static __device__ __forceinline__ uint32_t two(uint32_t a, uint32_t b) {
-    uint32_t result;
-    if (SMALLEST) {
-      asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
-    } else {
-      asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
-    }
-    return result;
-  }
 };
 
 }  // namespace unirl::cuda

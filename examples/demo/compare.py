@@ -145,7 +145,7 @@ def _error(x: Tensor, truth: Tensor) -> Error:
 
 
 def _at_tokens(gradients: Gradients, batch: uk.Batch) -> Gradients:
-    """Of gradients that have rows for tokens, those of the valid ones; NaN when another is not exactly zero."""
+    """Gradients with the rows of valid tokens alone, where there is a row per token; NaN if another row is not zero."""
 
     def kept(gradient: Tensor) -> Tensor:
         if gradient.shape[:-1] != batch.target.shape:

@@ -12,7 +12,7 @@ from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.terminal import LOG_WIDTH, fitting
+from benchmarks.terminal import LOG_WIDTH, fitting, widths
 from examples.demo.compare import FUSED, NAIVE, Check, Row
 from examples.demo.train import Step
 from examples.demo.ways import GRAD, HIDDEN_GRAD, WEIGHT_GRAD
@@ -125,10 +125,9 @@ def _table(title: str, caption: str, rows: Sequence[Row], width: int) -> Table:
     plain = [[Text.from_markup(cell).plain for cell in line] for line in lines]
     fit = fitting(named, plain, ("data source", "equation", "tokens"), width)
     shown = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
-    for k in fit:
-        words = [word for text in (named[k], *(line[k] for line in plain)) for word in text.split()]
+    for k, of_column in zip(fit, widths(named, plain, fit, width), strict=True):
         justify: JustifyMethod = "left" if k < WORDS_FIRST else "right"
-        shown.add_column(named[k], justify=justify, min_width=max(map(len, words)), style="bold" if k == 0 else "")
+        shown.add_column(named[k], justify=justify, width=of_column, style="bold" if k == 0 else "")
     for line in lines:
         shown.add_row(*(line[k] for k in fit))
     return shown

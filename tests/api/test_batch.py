@@ -119,7 +119,7 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         ValueError,
         "logits must be contiguous in the last dimension",
     ),
-    "no words": (lambda: uk.token_stats(LOGITS[..., :0], T), ValueError, "logits must have at least one column"),
+    "no columns": (lambda: uk.token_stats(LOGITS[..., :0], T), ValueError, "logits must have at least one column"),
     "temperatures of other tokens": (
         lambda: uk.token_stats(LOGITS, T, readout=uk.Readout(temperature=torch.ones(5))),
         ValueError,

@@ -1,4 +1,4 @@
-"""What linear heads refuse, in which words."""
+"""What linear heads refuse, and what the error says."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         f"weight must have shape (V, {D}) for hidden of D = {D}, got ({D},)",
     ),
-    "no words": (
+    "no columns": (
         {"weight": torch.zeros(0, D)},
         ValueError,
         f"weight must have at least one row and column, got shape (0, {D})",
@@ -193,21 +193,21 @@ def test_autocast_does_not_mix_fp64() -> None:
 
 
 @of_functions
-@pytest.mark.parametrize("word", [V, -1, -101])
+@pytest.mark.parametrize("outside", [V, -1, -101])
 @pytest.mark.parametrize("tokens", [1, 3, 4, None])
 @pytest.mark.parametrize("gradient", [False, True])
 def test_target_outside_the_vocabulary(
-    function: Callable[..., Tensor], word: int, tokens: int | None, gradient: bool
+    function: Callable[..., Tensor], outside: int, tokens: int | None, gradient: bool
 ) -> None:
     """Named by its position in the caller's tensor, however chunks are cut and whatever is ignored before it."""
-    target = torch.tensor([[0, uk.IGNORE, 1], [uk.IGNORE, 2, word]])
+    target = torch.tensor([[0, uk.IGNORE, 1], [uk.IGNORE, 2, outside]])
     plan = uk.Plan("cpu", max_chunk_bytes=None if tokens is None else tokens * 4 * V)
     values = arguments(target=target, plan=plan)
     values["hidden"].requires_grad_(gradient)
     refused(
         lambda: function(**values),
         IndexError,
-        f"target must lie in [0, {V}) or be {uk.IGNORE}, got {word} at (1, 2)",
+        f"target must lie in [0, {V}) or be {uk.IGNORE}, got {outside} at (1, 2)",
     )
 
 

@@ -77,7 +77,7 @@ def test_observations(shape: Shape, runner: Runner) -> None:
 @pytest.mark.parametrize("shape", ["small", "bf16", "row_padding", "masked"])
 def test_readouts(readout: str, shape: str, runner: Runner) -> None:
     if shape == "masked" and "scale" in READOUTS[readout]:
-        pytest.skip("-inf is then the most probable word")
+        pytest.skip("-inf is then the largest z")
     compare(BY_SHAPE[shape], runner, **READOUTS[readout])
 
 

@@ -90,7 +90,7 @@ def test_temperature_per_token(shape: str, softcap: float | None, runner: Runner
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_masked_words(dtype: torch.dtype, runner: Runner) -> None:
-    """-inf logits are as if the words did not exist: same statistics, same gradients, exact zeros at the words."""
+    """-inf logits are as if their columns did not exist: same statistics, same gradients, exact zeros there."""
     kept = torch.arange(3, 300, 7)
     few = (torch.randn(4, len(kept)) * 3).to(dtype)
     logits = torch.full((4, 515), float("-inf"), dtype=dtype)

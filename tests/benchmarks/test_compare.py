@@ -109,6 +109,7 @@ def test_eighty_columns_show_whole_words(name: str) -> None:
     console.print(terminal(run, 80))
     text = console.export_text()
     assert "…" not in text
+    assert all(line.rstrip()[-1] == line[0] for line in text.splitlines() if line[0] in "│┃")  # nothing is cut off
     assert "No room for:" in " ".join(text.split())
     for shown in run.rows:
         if shown.time is not None:

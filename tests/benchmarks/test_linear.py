@@ -195,7 +195,7 @@ def test_logits_look_like_a_trained_models() -> None:
 
 
 def test_operations_by_hand() -> None:
-    """64 tokens, 24 numbers each, 101 words: three matmuls, or one."""
+    """64 tokens, 24 numbers each, 101 columns: three matmuls, or one."""
     flops = {mode: LINEAR.floor(replace(SMALL, mode=mode))["flops"] for mode in LINEAR_MODES}
     matmul = 2 * 64 * 24 * 101
     assert flops == {FUSED: 3 * matmul, STATS: matmul, FORWARD_BACKWARD: 3 * matmul}

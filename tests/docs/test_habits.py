@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import subprocess
@@ -85,3 +86,38 @@ def test_markdown_is_at_most_100_columns_wide() -> None:
         for line in text.splitlines():
             prose = re.sub(r"`[^`]*`|\([^) ]*\)", "", line)
             assert len(prose) <= 100 or line.lstrip().startswith(("|", "<")) or line.startswith("    "), (name, line)
+
+
+MOST_LINES = 60
+MOST_PARAMETERS = 25
+FOLDERS = ("unirl_kernels", "benchmarks", "examples")
+
+
+def functions() -> list[tuple[str, ast.FunctionDef]]:
+    """Every function of the package and its tools, and where it stands."""
+    found = []
+    for path in sorted(p for folder in FOLDERS for p in (ROOT / folder).rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        of_file = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        found += [(f"{path.relative_to(ROOT)}:{node.lineno}", node) for node in of_file]
+    return found
+
+
+def lines_of(function: ast.FunctionDef) -> int:
+    """Without the docstring, which a public function has to have."""
+    first = function.body[0]
+    documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    skipped = (first.end_lineno or 0) - first.lineno + 1 if documented else 0
+    return (function.end_lineno or 0) - function.lineno + 1 - skipped
+
+
+def test_functions_are_short() -> None:
+    found = {where: lines_of(function) for where, function in functions()}
+    assert len(found) > 500
+    assert not {where: n for where, n in found.items() if n > MOST_LINES}
+
+
+def test_kernels_take_few_parameters() -> None:
+    kernels = [(where, node) for where, node in functions() if "kernel" in map(ast.unparse, node.decorator_list)]
+    assert len(kernels) >= 4
+    assert not {where: len(node.args.args) for where, node in kernels if len(node.args.args) > MOST_PARAMETERS}

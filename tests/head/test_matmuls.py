@@ -34,7 +34,7 @@ from unirl_kernels.backends import COMPOSED, ReadoutArgs, load
 from unirl_kernels.backends import matmuls as matmuls_module
 from unirl_kernels.backends.matmuls import Halved, Mixed, Widened
 from unirl_kernels.head.sizes import Shape, sizes_of
-from unirl_kernels.head.statistics import measure_chunks
+from unirl_kernels.head.statistics import moments_in_chunks
 from unirl_kernels.head.sweep import Head, sweep
 from unirl_kernels.operators.linear import Wanted
 from unirl_kernels.operators.shards import Tiles
@@ -45,8 +45,8 @@ BACKENDS = [runner for runner in NATIVE if runner.kernel == COMPOSED]
 """Matmuls are the same for every kernel."""
 of_backends = pytest.mark.parametrize("runner", BACKENDS, ids=str)
 
-VALID, WORDS = 8, 37
-"""Of ``RAGGED`` and ``PACKED``; the other tokens are ignored."""
+VALID, VOCAB = 8, 37
+"""Valid tokens and vocabulary of ``RAGGED`` and ``PACKED``; the other tokens are ignored."""
 
 
 @of_backends
@@ -60,7 +60,7 @@ def test_one_pass_takes_three_matmuls_and_fewer_where_something_is_frozen(
     plan = uk.Plan(runner.backend, max_chunk_bytes=budget(head, tokens, runner.backend))
     with counted(monkeypatch, runner.backend) as count:
         got = fused(head, uk.grpo(), plan, frozen=frozen)
-    assert count.matmuls(VALID * WORDS) == {
+    assert count.matmuls(VALID * VOCAB) == {
         "logits": 1,
         "d_hidden": "hidden" not in frozen,
         "add_d_weight": "weight" not in frozen,
@@ -82,7 +82,7 @@ def test_pairs_that_fit_a_chunk_take_three_matmuls_and_others_four(
     plan = uk.Plan(runner.backend, max_chunk_bytes=budget(head, tokens, runner.backend))
     with counted(monkeypatch, runner.backend) as count:
         fused(head, uk.dpo(), plan, frozen=frozen)
-    assert count.matmuls(VALID * WORDS) == {
+    assert count.matmuls(VALID * VOCAB) == {
         "logits": forwards,
         "d_hidden": "hidden" not in frozen,
         "add_d_weight": "weight" not in frozen,
@@ -99,7 +99,7 @@ def test_sequences_that_fit_a_chunk(
         fused(
             head, SEQUENCE_SCOPE.make(), uk.Plan(runner.backend, max_chunk_bytes=budget(head, tokens, runner.backend))
         )
-    assert count.matmuls(VALID * WORDS) == {"logits": forwards, "d_hidden": 1, "add_d_weight": 1}
+    assert count.matmuls(VALID * VOCAB) == {"logits": forwards, "d_hidden": 1, "add_d_weight": 1}
 
 
 @of_backends
@@ -124,7 +124,7 @@ def test_nothing_but_the_logits_where_no_gradient_is_wanted(
         for x in (hidden, weight, bias):
             x.requires_grad_(False)
         values.append(loss())
-    assert count.matmuls(VALID * WORDS) == {"logits": 3, "d_hidden": 0, "add_d_weight": 0}
+    assert count.matmuls(VALID * VOCAB) == {"logits": 3, "d_hidden": 0, "add_d_weight": 0}
     for value in values:
         assert not value.requires_grad
         torch.testing.assert_close(value, expected)
@@ -140,9 +140,9 @@ def test_statistics_take_one_product_and_their_gradients_what_is_wanted(
     plan = uk.Plan(runner.backend, max_chunk_bytes=budget(head, 3, runner.backend))
     with counted(monkeypatch, runner.backend) as count:
         stats = uk.linear_token_stats(hidden, weight, head.batch.target, bias=bias, plan=plan)
-        assert count.matmuls(VALID * WORDS) == {"logits": 1, "d_hidden": 0, "add_d_weight": 0}
+        assert count.matmuls(VALID * VOCAB) == {"logits": 1, "d_hidden": 0, "add_d_weight": 0}
         gradients_of(stats.logp.sum(), leaves)
-    assert count.matmuls(VALID * WORDS) == {
+    assert count.matmuls(VALID * VOCAB) == {
         "logits": 2,
         "d_hidden": "hidden" not in frozen,
         "add_d_weight": "weight" not in frozen,
@@ -316,7 +316,7 @@ def test_a_shard_is_measured_in_the_chunks_of_its_gradient(monkeypatch: pytest.M
             self.matmuls.logits(hidden, bias, out)
 
     with changed_matmuls(monkeypatch, "eager", lambda _: Seen(Mixed(head.weight))):
-        measure_chunks(head, target, ReadoutArgs(1.0, None, 1.0, None), Tiles(40, 1), memory)
+        moments_in_chunks(head, target, ReadoutArgs(1.0, None, 1.0, None), Tiles(40, 1), memory)
         chunks, _ = head.chunks(target.reshape(-1), memory)
     assert sizes == [chunk.n for chunk in chunks]
     assert max(sizes) == 128

@@ -86,7 +86,7 @@ def test_real_numbers(dtype: torch.dtype, runner: Runner) -> None:
 
 @pytest.mark.parametrize("how", [{"softcap": 2.0}, {"temperature": 3.0}, {"softcap": 2.0, "scale": -1.0}], ids=str)
 def test_rounding_hides_no_maximum(how: dict[str, Any], runner: Runner) -> None:
-    """z in fp32 is the same for both words, which lie in different tiles."""
+    """z in fp32 is the same for both columns, which lie in different tiles."""
     if runner.interpreted and len(how) == 1:
         pytest.skip("one case shows it; a kernel is slow under the interpreter")
     near, far = (torch.tensor(90.0), torch.tensor(90.5)) if "softcap" in how else (torch.tensor(16.0), None)

@@ -142,7 +142,7 @@ def entropy_and_lse_of(logits: Tensor, batch: uk.Batch) -> Tensor:
 
 @pytest.mark.parametrize("tokens", CHUNKS)
 def test_an_objective_that_only_runs_composed(tokens: int | None) -> None:
-    """Of token scope, untraceable, with gradients through entropy and lse; weights that know the whole batch."""
+    """Its scope is the token, and it cannot be traced. Gradients go through entropy and lse."""
     loss = uk.Loss(entropy_and_lse, uk.TokenMean())
     case = CustomCase("erf", lambda: loss, entropy_and_lse_of)
     head = make_head(RAGGED, case)

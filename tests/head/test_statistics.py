@@ -154,10 +154,10 @@ def test_targets_in_every_tile(runner: Runner, tiles: str, monkeypatch: pytest.M
 @pytest.mark.parametrize("tiles", TILES)
 @pytest.mark.parametrize("runner", NATIVE, ids=str)
 def test_huge_logits(runner: Runner, tiles: str, shift: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Added to all words, and to those of the first tile alone: the others' share underflows."""
-    for words in (slice(None), slice(0, 4)):
+    """A shift of all columns, or of those of the first tile alone: the others' share underflows."""
+    for columns in (slice(None), slice(0, 4)):
         head = make_head(RAGGED, BY_NAME["sft"], device=runner.device)
-        head.bias[words] += shift
+        head.bias[columns] += shift
         compare(head, plan_of(head, runner, tiles, monkeypatch))
 
 
@@ -193,7 +193,7 @@ def masked(head: LinearHead, kept: Tensor) -> LinearHead:
 
 
 MASKS = {"first_tiles": range(20, 37), "last_tiles": range(9), "all_but_three": (5, 18, 36)}
-"""The words that are left."""
+"""The columns that are left."""
 
 WORDS_OF_TILE = {"one": 37, "two": 18, "ten": 4, "word_by_word": 1, "few_tokens": 12}
 
@@ -211,7 +211,7 @@ def masked_cases() -> list[object]:
 
 @pytest.mark.parametrize(("runner", "tiles", "mask"), masked_cases())
 def test_masked_words(runner: Runner, tiles: str, mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bias of -inf is as if the words did not exist, whole tiles of them included."""
+    """A bias of -inf is as if the columns did not exist, whole tiles of them included."""
     kept = torch.tensor(MASKS[mask], device=runner.device)
     few = torch.randint(0, len(kept), (2, 3)).to(runner.device)
     everything = make_head(RAGGED, BY_NAME["sft"], device=runner.device)
@@ -228,7 +228,7 @@ def test_masked_words(runner: Runner, tiles: str, mask: str, monkeypatch: pytest
         whole = getattr(gradients, name)
         torch.testing.assert_close(whole[kept], getattr(few_gradients, name), rtol=1e-5, atol=4e-6)
         whole[kept] = 0
-        assert not whole.any(), f"{name} of words that cannot be"
+        assert not whole.any(), f"{name} of impossible columns"
 
 
 @pytest.mark.parametrize("tiles", TILES)
@@ -236,8 +236,8 @@ def test_masked_words(runner: Runner, tiles: str, mask: str, monkeypatch: pytest
 def test_target_of_probability_zero(runner: Runner, tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
     head = make_head(RAGGED, BY_NAME["sft"], device=runner.device)
     alone = {"two": (0, 20), "ten": (0, 20), "one": (0, 20, 36), "few_tokens": (0, 20), "word_by_word": ()}
-    for word in alone[tiles]:
-        check_impossible(head, word, (word,), plan_of(head, runner, tiles, monkeypatch))
+    for column in alone[tiles]:
+        check_impossible(head, column, (column,), plan_of(head, runner, tiles, monkeypatch))
 
 
 @pytest.mark.parametrize("tiles", ["ten", "word_by_word", "two"])
@@ -248,11 +248,11 @@ def test_target_in_a_tile_of_probability_zero(runner: Runner, tiles: str, monkey
     check_impossible(head, 3, range(20), plan_of(head, runner, tiles, monkeypatch))
 
 
-def check_impossible(head: LinearHead, target: int, words: Sequence[int], plan: uk.Plan) -> None:
+def check_impossible(head: LinearHead, target: int, columns: Sequence[int], plan: uk.Plan) -> None:
     """A target of probability zero has logp -inf; its distribution is one all the same."""
     valid = head.batch.valid
     bias = head.bias.clone()
-    bias[list(words)] = float("-inf")
+    bias[list(columns)] = float("-inf")
     batch = uk.Batch(torch.where(valid, target, uk.IGNORE))
     stats = stats_of(LinearHead(head.hidden, head.weight, bias, batch), plan)
     assert (stats.logp[valid] == float("-inf")).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import re
@@ -28,11 +29,12 @@ def load(folder):
     spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]
 
-def loss_and_gradient(uk):
+def loss_and_gradient(uk, **plan):
     torch.manual_seed(0)
     logits, target = torch.randn(2, 3, 50, requires_grad=True), torch.randint(0, 50, (2, 3))
     advantage, old = torch.tensor([1.0, -1.0]), torch.full((2, 3), -4.0)
-    uk.fused_loss(logits, uk.Batch(target, advantage, old), uk.ppo(clip=0.2)).loss.backward()
+    out = uk.fused_loss(logits, uk.Batch(target, advantage, old), uk.ppo(clip=0.2), plan=uk.Plan(**plan))
+    out.loss.backward()
     z = logits.detach().double().requires_grad_()
     logp = z.log_softmax(-1).gather(-1, target[..., None])[..., 0]
     ratio, a = (logp - old).exp(), advantage[:, None].double()
@@ -61,8 +63,8 @@ def kernel(layout: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-def run_loaded(code: str, folder: Path, *arguments: object) -> str:
-    result = run(["-c", LOADER + code, *map(str, arguments)], folder)
+def run_loaded(code: str, folder: Path, *arguments: object, **environment: str) -> str:
+    result = run(["-c", LOADER + code, *map(str, arguments)], folder, **environment)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -87,6 +89,13 @@ def test_a_kernel_needs_no_installed_package(kernel: Path, tmp_path: Path) -> No
     moved = shutil.copytree(kernel / "build" / "torch-cuda", tmp_path / "elsewhere")
     name = json.loads((moved / "metadata.json").read_text())["id"]
     assert run_loaded(ALONE, tmp_path, moved).strip() == f"{name}.api.logits"
+
+
+def test_its_triton_kernels_run(kernel: Path, tmp_path: Path) -> None:
+    """Interpreted, and without the installed package."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    code = ALONE.replace("loss_and_gradient(uk)", "loss_and_gradient(uk, backend='triton', kernel='two_sweep')")
+    run_loaded(code, tmp_path, kernel / "build" / "torch-cuda", TRITON_INTERPRET="1")
 
 
 TOGETHER = """
@@ -178,3 +187,13 @@ print(uk.__name__)
     backends, name = result.stdout.splitlines()
     assert sorted(backends.split()) == ["cpu", "cuda"]
     assert name.startswith("_unirl_kernels_cpu_")
+
+
+def test_no_string_names_a_module_of_the_package(kernel: Path) -> None:
+    """It would be that of the installed package: ``__name__`` says where a module lies."""
+    sources = kernel / "torch-ext" / "unirl_kernels"
+    for path in sources.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and re.fullmatch(r"unirl_kernels(\.\w+)+", str(node.value)):
+                module = sources.joinpath(*node.value.split(".")[1:])
+                assert not any(x.exists() for x in (module, module.with_suffix(".py"))), (path, node.value)

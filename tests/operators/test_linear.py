@@ -32,6 +32,7 @@ from tests.runners import Runner
 from unirl_kernels.api.rows import program_args
 from unirl_kernels.backends import COMPOSED, ReadoutArgs, RowGradients
 from unirl_kernels.operators import linear
+from unirl_kernels.operators.declare import flat
 
 of_native = pytest.mark.parametrize("runner", NATIVE, ids=str)
 
@@ -62,8 +63,7 @@ def operator_arguments(runner: Runner, head: LinearHead) -> dict[str, tuple[obje
 def test_opcheck(name: str) -> None:
     """One fake serves every backend."""
     arguments = operator_arguments(Runner("cpu", "rows", "cpu"), make_head(RAGGED, BY_NAME["grpo"], torch.bfloat16))
-    operator = getattr(linear, name)
-    torch.library.opcheck(getattr(torch.ops.unirl, name).default, operator.flat(arguments[name]))
+    torch.library.opcheck(getattr(torch.ops.unirl, name).default, flat(arguments[name]))
 
 
 def test_the_bare_operator_refuses_a_gradient() -> None:

@@ -12,6 +12,7 @@ from tests.runners import Runner
 from unirl_kernels.api.rows import program_args
 from unirl_kernels.backends import COMPOSED, ReadoutArgs, RowGradients
 from unirl_kernels.operators import rows
+from unirl_kernels.operators.declare import flat
 
 SMALL = SHAPES[0]
 
@@ -41,7 +42,7 @@ def operator_arguments(runner: Runner, logits: Tensor, batch: uk.Batch) -> dict[
 def check_operator(name: str, runner: Runner) -> None:
     logits, batch = example(runner)
     arguments = operator_arguments(runner, logits, batch)[name]
-    torch.library.opcheck(getattr(torch.ops.unirl, name).default, getattr(rows, name).flat(arguments))
+    torch.library.opcheck(getattr(torch.ops.unirl, name).default, flat(arguments))
 
 
 STATISTICS = ["token_stats", "token_observations", "token_stats_backward", "token_stats_backward_", "scale_"]

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from unirl_kernels.api.described import compared_lines, hash_of, shown_lines
 from unirl_kernels.api.rows import as_rows
-from unirl_kernels.batch import Batch, has_values
+from unirl_kernels.batch import Batch
+from unirl_kernels.checks import has_values
 from unirl_kernels.collectives import all_gather, all_texts
 from unirl_kernels.objectives import Loss
 from unirl_kernels.operators.rows import check_targets

@@ -6,16 +6,13 @@ import torch
 from torch import Tensor
 
 from unirl_kernels.backends import COMPOSED, Choice, choices_by_vocab, choose
-from unirl_kernels.batch import Batch, check_dtype, check_layout, check_memory, has_values
+from unirl_kernels.batch import Batch
+from unirl_kernels.checks import check_device, check_dtype, check_layout, check_memory, has_values, name_of
 from unirl_kernels.objectives import Loss
 from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def check_kinds(**values: object) -> None:
@@ -73,11 +70,6 @@ def _check_readable(name: str, value: Tensor) -> None:
             "dimensions into the batch"
         )
     check_memory(name, value)
-
-
-def check_device(name: str, value: Tensor, device: torch.device, like: str) -> None:
-    if value.device != device:
-        raise ValueError(f"{name} must be on {device} like {like}, got {value.device}")
 
 
 def check_positions(name: str, value: Tensor, target: Tensor, last: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from unirl_kernels.batch import Batch
+from unirl_kernels.checks import name_of
 from unirl_kernels.objectives import Loss
 from unirl_kernels.operators.shards import target_hash
 
@@ -109,7 +110,7 @@ def _code(code: CodeType) -> Iterator[str]:
 
 
 def _tensor(x: Tensor, values: bool) -> str:
-    text = f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
+    text = f"{name_of(x.dtype)} {tuple(x.shape)}"
     if x.requires_grad:
         text += ", requires_grad"
     if values and not x.dim():

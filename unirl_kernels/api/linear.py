@@ -10,22 +10,23 @@ from torch import Tensor
 from unirl_kernels.api.arguments import check_head, check_kinds, kernel_of
 from unirl_kernels.api.dtensors import shard_of_head
 from unirl_kernels.api.outputs import LossOutput, TokenObservations, TokenStats
-from unirl_kernels.api.rows import as_rows, program_args, readout_args, row_dtype, sweep_args
+from unirl_kernels.api.rows import as_rows, program_args, readout_args, sweep_args
 from unirl_kernels.api.split_linear import fused_shard, measured_shard
-from unirl_kernels.backends import COMPOSED
-from unirl_kernels.batch import Batch, has_values
+from unirl_kernels.backends import COMPOSED, row_dtype
+from unirl_kernels.batch import Batch
+from unirl_kernels.checks import has_values
 from unirl_kernels.head import (
     ComposedLinear,
     Composition,
     Group,
     Head,
     ObservedRows,
-    WholeRows,
+    Rows,
     by_units,
     observations,
 )
 from unirl_kernels.objectives import Loss, Tokens
-from unirl_kernels.operators import linear, linear_shards
+from unirl_kernels.operators import linear
 from unirl_kernels.operators.declare import Operator
 from unirl_kernels.operators.linear import HeadArgs, SweepArgs, Wanted
 from unirl_kernels.operators.linear_autograd import LinearStatistics, OnePassLinear
@@ -77,7 +78,7 @@ def linear_token_stats(
     """
     head, shard = shard_of_head(HeadArgs(hidden, weight, bias), shard)
     if shard is not None:
-        found = measured_shard(linear_shards.linear_shard_moments, head, target, readout, plan, shard)
+        found = measured_shard(linear.linear_shard_moments, head, target, readout, plan, shard)
         return TokenStats(*found)
     found = _measured(linear.linear_token_stats, hidden, weight, bias, target, readout, plan)
     return TokenStats(*found)
@@ -123,7 +124,7 @@ def linear_token_observations(
     """
     head, shard = shard_of_head(HeadArgs(hidden, weight, bias), shard)
     if shard is not None:
-        found = measured_shard(linear_shards.linear_shard_observations, head, target, readout, plan, shard)
+        found = measured_shard(linear.linear_shard_observations, head, target, readout, plan, shard)
         return TokenObservations.of_rows(found)
     found = _measured(linear.linear_token_observations, hidden, weight, bias, target, readout, plan)
     return TokenObservations.of_rows(found)
@@ -216,7 +217,7 @@ def fused_linear_loss(
                 *head, target, of_readout, program, kernel, sweep._replace(backend=backend), wanted
             )
         elif (groups := _groups(head, sweep, batch, loss)) is not None:
-            composition = Composition(batch, loss, groups, of_readout, WholeRows(sweep.backend))
+            composition = Composition(batch, loss, groups, of_readout, Rows(sweep.backend))
             found = ComposedLinear.apply(*head, composition, sweep)
     if found is not None:
         value, *stats = found

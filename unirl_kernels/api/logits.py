@@ -9,9 +9,9 @@ from unirl_kernels.api.agreement import LossArgs
 from unirl_kernels.api.arguments import check_kinds, check_logits, check_overwritable, kernel_of, wants_gradient
 from unirl_kernels.api.dtensors import shard_of_logits
 from unirl_kernels.api.outputs import LossOutput, TokenObservations, TokenStats
-from unirl_kernels.api.rows import as_rows, program_args, readout_args, row_dtype
+from unirl_kernels.api.rows import as_rows, program_args, readout_args
 from unirl_kernels.api.split import measured_shard
-from unirl_kernels.backends import COMPOSED, Choice, choose
+from unirl_kernels.backends import COMPOSED, Choice, choose, row_dtype
 from unirl_kernels.batch import Batch
 from unirl_kernels.objectives import Loss, Tokens
 from unirl_kernels.operators import rows, shards

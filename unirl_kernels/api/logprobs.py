@@ -7,9 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from unirl_kernels.api.arguments import check_input, check_kinds, name_of
+from unirl_kernels.api.arguments import check_input, check_kinds
 from unirl_kernels.api.linear import linear_token_stats
 from unirl_kernels.api.logits import token_stats
+from unirl_kernels.checks import name_of
 from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout
 

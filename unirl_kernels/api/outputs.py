@@ -172,7 +172,7 @@ class LossOutput:
         return Tokens(self._batch, self.logp, self.entropy, self.lse)
 
     def _parts(self, metric: Tensor | tuple[Tensor, Tensor]) -> MetricParts:
-        """Of values per token, of which the valid ones count, or per sequence or pair, of which all do."""
+        """Reduce a metric. Values per token count where the token is valid; values per sequence or pair all count."""
         value, chosen = metric if isinstance(metric, tuple) else (metric, None)
         value = value.to(self.logp.dtype)
         counted = self._batch.valid.reshape(-1)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unirl_kernels.api.arguments import check_device, name_of
 from unirl_kernels.backends import ProgramArgs, ReadoutArgs, choose
-from unirl_kernels.batch import Batch, check_memory
+from unirl_kernels.batch import Batch
+from unirl_kernels.checks import check_device, check_memory, name_of
 from unirl_kernels.objectives import Loss
 from unirl_kernels.operators.linear import SweepArgs
 from unirl_kernels.plan import Plan
@@ -15,11 +15,6 @@ from unirl_kernels.readout import Readout
 
 EXACT_INTEGERS = {torch.float32: 2**24, torch.float64: 2**53}
 """Up to here every integer is a number of the rows' dtype."""
-
-
-def row_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What is computed in: fp32, or fp64 for fp64."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def as_rows(per_token: Tensor) -> Tensor:
@@ -94,7 +89,7 @@ def _exact(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     if bool(rounded.any()):
         raise ValueError(
             f"fields[{name!r}] must hold integers of at most {largest} in size in a one-pass kernel, which computes in "
-            f"{str(dtype).removeprefix('torch.')}, got {int(wide[rounded].flatten()[0])}"
+            f"{name_of(dtype)}, got {int(wide[rounded].flatten()[0])}"
         )
     return value.to(dtype)
 
@@ -106,7 +101,7 @@ def sweep_args(hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) 
 
 
 def _operand_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
-    """Of the matmuls' operands: autocast's where it is on, else that of hidden, which all must have."""
+    """The dtype of the matmuls' operands: that of autocast where it is on, else that of hidden, which all must have."""
     autocast = not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type)
     if autocast and torch.float64 not in (hidden.dtype, weight.dtype):
         return torch.get_autocast_dtype(hidden.device.type)

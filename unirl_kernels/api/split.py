@@ -7,11 +7,12 @@ from torch import Tensor
 
 from unirl_kernels.api.agreement import Brought, LossArgs, agreed
 from unirl_kernels.api.arguments import check_kinds, check_overwritable, check_shard_of_logits, wants_gradient
-from unirl_kernels.api.rows import as_rows, readout_args, row_dtype
-from unirl_kernels.backends import COMPOSED, ReadoutArgs, choose
+from unirl_kernels.api.rows import as_rows, readout_args
+from unirl_kernels.backends import COMPOSED, ReadoutArgs, choose, row_dtype
+from unirl_kernels.operators.autograd import Statistics
 from unirl_kernels.operators.declare import Operator
-from unirl_kernels.operators.linear_shards import linear_shard_moments
-from unirl_kernels.operators.shards import SplitStatistics, shard_moments
+from unirl_kernels.operators.linear import linear_shard_moments
+from unirl_kernels.operators.shards import shard_moments
 from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout
 from unirl_kernels.shard import VocabShard
@@ -66,8 +67,8 @@ def measured_shard(
     arguments = compared(operator, of_loss, readout) | {"operand": getattr(logits, "dtype", None)}
     of_shard, _ = agreed(shard, logits, target, check, arguments)
     ((backend, of_readout),) = found
-    rows = (as_rows(target), of_readout, of_shard, backend, operator)
-    of_rows = SplitStatistics.apply(logits, *rows, plan.overwrite_logits and wants_gradient(logits))
+    overwrites = plan.overwrite_logits and wants_gradient(logits)
+    of_rows = Statistics.apply(logits, as_rows(target), of_readout, backend, operator, overwrites, of_shard)
     return [x.view(target.shape) for x in of_rows]
 
 

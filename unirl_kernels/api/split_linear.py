@@ -10,16 +10,17 @@ from torch import Tensor
 from unirl_kernels.api.agreement import Brought, LossArgs, agreed
 from unirl_kernels.api.arguments import check_kinds, check_shard_of_head
 from unirl_kernels.api.outputs import LossOutput
-from unirl_kernels.api.rows import as_rows, readout_args, row_dtype, sweep_args
+from unirl_kernels.api.rows import as_rows, readout_args, sweep_args
 from unirl_kernels.api.split import check_composed, check_shard, check_tiles, compared
-from unirl_kernels.backends import ReadoutArgs
-from unirl_kernels.batch import Batch, has_values
+from unirl_kernels.backends import ReadoutArgs, row_dtype
+from unirl_kernels.batch import Batch
+from unirl_kernels.checks import has_values
 from unirl_kernels.collectives import Gathered, SumGradient
-from unirl_kernels.head import ComposedLinear, Composition, Head, SplitRows, by_units, rows_per_chunk
+from unirl_kernels.head import ComposedLinear, Composition, Head, Rows, by_units, rows_per_chunk
 from unirl_kernels.objectives import Loss, Tokens
 from unirl_kernels.operators.declare import Operator
-from unirl_kernels.operators.linear import HeadArgs, SweepArgs, Wanted
-from unirl_kernels.operators.linear_shards import SplitLinearStatistics, linear_shard_moments
+from unirl_kernels.operators.linear import HeadArgs, SweepArgs, Wanted, linear_shard_moments
+from unirl_kernels.operators.linear_autograd import LinearStatistics
 from unirl_kernels.operators.shards import ShardArgs
 from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout
@@ -44,7 +45,7 @@ def measured_shard(
     plan: Plan,
     shard: VocabShard,
 ) -> list[Tensor]:
-    """What an operator of ``operators/linear_shards.py`` finds in each row, in target's shape."""
+    """What an operator on a shard of a head finds in each row, in target's shape."""
     split = _agreed(operator, head, target, readout, plan, shard)
     return _measured(operator, split, target, shard)
 
@@ -83,7 +84,7 @@ def _in_chunks(split: SplitHead, batch: Batch, loss: Loss, shard: VocabShard) ->
     head = split.head
     if shard.parts > 1:
         head = head._replace(hidden=_gathered(head.hidden, shard))
-    rows = SplitRows(split.sweep.backend, split.shard, shard.hidden == "whole")
+    rows = Rows(split.sweep.backend, split.shard, shard.hidden == "whole")
     composition = Composition(batch, loss, groups, split.readout, rows)
     found: tuple[Tensor, ...] = ComposedLinear.apply(*_flat(head), composition, split.sweep)
     return found
@@ -95,9 +96,7 @@ def _measured(operator: Operator, split: SplitHead, target: Tensor, shard: Vocab
         head = head._replace(hidden=_gathered(head.hidden, shard))
     elif shard.hidden == "whole" and head.hidden.requires_grad:
         head = head._replace(hidden=SumGradient.apply(head.hidden, shard.ranks, row_dtype(head.hidden.dtype)))
-    found = SplitLinearStatistics.apply(
-        *_flat(head), as_rows(target), split.readout, split.sweep, split.shard, operator
-    )
+    found = LinearStatistics.apply(*_flat(head), as_rows(target), split.readout, split.sweep, operator, split.shard)
     return [x.view(target.shape) for x in found]
 
 

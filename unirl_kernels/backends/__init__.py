@@ -120,6 +120,29 @@ class FusedRows(NamedTuple):
     lse: Tensor  # [B, L]
 
 
+def row_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What rows of logits are computed in: fp32, or fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def rows_like(target: Tensor, dtype: torch.dtype, n: int) -> list[Tensor]:
+    """Uninitialised memory for n values of each row, for logits of a dtype."""
+    computed = row_dtype(dtype)
+    # Half the time of torch.empty with a shape and a device.
+    return [torch.empty_like(target, dtype=computed, memory_format=torch.contiguous_format) for _ in range(n)]
+
+
+def measured_like(target: Tensor, dtype: torch.dtype) -> Measured:
+    logp, entropy, lse, *moments = rows_like(target, dtype, len(RowStats._fields) + len(RowMoments._fields))
+    return Measured(RowStats(logp, entropy, lse), RowMoments._make(moments))
+
+
+def observed_like(target: Tensor, dtype: torch.dtype) -> Observed:
+    values = rows_like(target, dtype, len(RowObservations._fields) - 1)
+    observations = RowObservations._make((*values, torch.empty_like(target)))
+    return Observed(*measured_like(target, dtype), observations)
+
+
 class Backend(Protocol):
     KERNELS: tuple[str, ...]
 
@@ -195,7 +218,8 @@ class Choice(NamedTuple):
 
 
 INSTEAD = {("triton", "split_row"): Choice("cuda", "cluster")}
-"""Of two kernels that read a row once, the one that is predicted to be faster, and that waits for no other program."""
+"""Kernels that another one replaces: both read a row once, and the other one is predicted to be faster and waits for no
+other program."""
 
 
 def choose(device: torch.device, backend: str | None, kernel: str | None) -> Choice:

@@ -73,20 +73,10 @@ def matmuls(weight: Tensor, dtype: torch.dtype) -> Matmuls:
 
 
 @dataclass(frozen=True, eq=False)
-class NativeMatmuls:
+class NativeMatmuls(Matmuls):
     """The matmuls below, of one weight."""
 
-    weight: Tensor  # [V, D] of the operands' dtype
     repeatable: ClassVar[bool] = True
-    rounds: ClassVar[bool] = False
-    gradient_bytes: ClassVar[int] = 0
-
-    @property
-    def row_bytes(self) -> int:
-        return self.weight.shape[0] * torch.float32.itemsize
-
-    def gradient_buffer(self, logits: Tensor, rows: int) -> Tensor:
-        return logits
 
     def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
         logits_matmul(hidden, self.weight, bias, out)

@@ -21,8 +21,8 @@ from unirl_kernels.backends.torch_defaults import release_memory as release_memo
 KERNELS = ("cluster",)
 
 BYTES_BY_DEFAULT = 8 * 76000
-"""Of a row in a cluster of 8, three blocks to a multiprocessor (``FAIR_SLICE`` of ``csrc/cuda/geometry.h``). A cluster
-of 16, which longer rows take, is not for every device."""
+"""Most bytes of a row in a cluster of 8 blocks, three blocks to a multiprocessor (``FAIR_SLICE`` of
+``csrc/cuda/geometry.h``). Longer rows take a cluster of 16, which not every device has."""
 
 MIN_CAPABILITY = (9, 0)
 

@@ -19,6 +19,7 @@ from unirl_kernels.backends import (
     RowMoments,
     RowObservations,
     RowStats,
+    row_dtype,
 )
 from unirl_kernels.backends.moments import kappa_of, statistics
 from unirl_kernels.backends.torch_defaults import empty as empty
@@ -47,7 +48,7 @@ class Mapped(NamedTuple):
 
 
 def _mapped(logits: Tensor, readout: ReadoutArgs) -> Mapped:
-    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    x = logits.to(row_dtype(logits.dtype))
     row = readout.row_temperature
     temperature = x.new_tensor(readout.temperature) if row is None else row.to(x.dtype)
     if readout.softcap is not None:

@@ -9,69 +9,67 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 SLICE_BYTES = 2**24
-"""Of the weight in fp32, where a device cannot multiply 16-bit operands into fp32."""
+"""Bytes of the part of the weight that is converted to fp32 at a time, where a device cannot multiply 16-bit operands
+into fp32."""
 
 SLICES_OF_HALVES_BYTES = 2**28
-"""Of the two halves of a part of the weight."""
+"""Bytes of the two bf16 halves of a part of the weight, which exist at a time."""
 
 
-class Matmuls(Protocol):
+@dataclass(frozen=True, eq=False)
+class Matmuls:
     """The matmuls of one weight. ``hidden`` is [n, D] in the operands' dtype; results are fp32."""
 
-    repeatable: ClassVar[bool]
+    weight: Tensor  # [V, D]
+
+    repeatable: ClassVar[bool] = False
     """Whether a logit has the same bits whatever other tokens and columns are multiplied at once."""
 
-    rounds: ClassVar[bool]
+    rounds: ClassVar[bool] = False
     """Whether ``add_d_weight`` also writes, the first time, to memory of the operands' dtype, rounded once."""
 
     @property
     def gradient_bytes(self) -> int:
         """Memory of a row of the logits' gradient; 0 where it takes that of the logits."""
-        ...
+        return 0
 
     @property
     def row_bytes(self) -> int:
         """Memory that the logits of one token and their gradient take."""
-        ...
+        return 4 * self.weight.shape[0] + self.gradient_bytes
 
     def gradient_buffer(self, logits: Tensor, rows: int) -> Tensor:
         """[rows, V] for gradients of logits, in the dtype that is multiplied: their own memory where it is theirs."""
-        ...
+        return logits
 
     def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """Write [n, V] = hidden W^T + b."""
-        ...
+        raise NotImplementedError
 
     def d_hidden(self, d_logits: Tensor) -> Tensor:
         """[n, D] = d_logits W."""
-        ...
+        raise NotImplementedError
 
     def add_d_weight(self, d_logits: Tensor, hidden: Tensor, total: Tensor, first: bool) -> None:
         """Add d_logits^T hidden to [V, D]; write it there the first time."""
-        ...
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
-class Mixed:
+class Mixed(Matmuls):
     """Matmuls of a device that multiplies 16-bit operands into fp32 results; the gradient of the logits is one."""
 
-    weight: Tensor  # [V, D] of the operands' dtype
-    repeatable: ClassVar[bool] = False
     rounds: ClassVar[bool] = True
 
     @property
     def gradient_bytes(self) -> int:
         return self.weight.itemsize * self._row
-
-    @property
-    def row_bytes(self) -> int:
-        return 4 * self.weight.shape[0] + self.gradient_bytes
 
     @property
     def _row(self) -> int:
@@ -96,7 +94,7 @@ class Mixed:
 
 
 @dataclass(frozen=True, eq=False)
-class Halved:
+class Halved(Matmuls):
     """Matmuls of a device that multiplies 16-bit operands into fp32 results, for fp16 operands.
 
     The gradient of the logits stays in fp32, and is multiplied as the sum of two numbers in bf16, which has the range
@@ -104,18 +102,6 @@ class Halved:
     the four matmuls of the halves the smallest, 2^-16 of the whole, is left out: seven matmuls in all on tensor cores,
     in the place of three in fp32 beside them. Errors are within 2^-15 of the sum of the magnitudes.
     """
-
-    weight: Tensor  # [V, D] fp16
-    repeatable: ClassVar[bool] = False
-    rounds: ClassVar[bool] = False
-    gradient_bytes: ClassVar[int] = 0
-
-    @property
-    def row_bytes(self) -> int:
-        return 4 * self.weight.shape[0]
-
-    def gradient_buffer(self, logits: Tensor, rows: int) -> Tensor:
-        return logits
 
     def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
         _write_logits(hidden, self.weight, bias, out)
@@ -135,7 +121,7 @@ class Halved:
             _add_product(total[rows], (high.t(), low.t()), halves)
 
     def _slices(self) -> Iterator[slice]:
-        """Of the vocabulary, so that halves take little memory."""
+        """Parts of the vocabulary that are small enough for their halves to take little memory."""
         vocab, d = self.weight.shape
         step = max(128, SLICES_OF_HALVES_BYTES // (4 * d) // 128 * 128)
         for start in range(0, vocab, step):
@@ -165,21 +151,14 @@ def _write_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tens
 
 
 @dataclass(frozen=True, eq=False)
-class Widened:
+class Widened(Matmuls):
     """Matmuls of fp32 or fp64 operands; 16-bit ones are converted, a slice of the vocabulary at a time."""
 
-    weight: Tensor  # [V, D]
     dtype: torch.dtype
-    repeatable: ClassVar[bool] = False
-    rounds: ClassVar[bool] = False
-    gradient_bytes: ClassVar[int] = 0
 
     @property
     def row_bytes(self) -> int:
         return self.weight.shape[0] * self._wide_dtype.itemsize
-
-    def gradient_buffer(self, logits: Tensor, rows: int) -> Tensor:
-        return logits
 
     @property
     def _wide_dtype(self) -> torch.dtype:
@@ -215,20 +194,10 @@ class Widened:
 
 
 @dataclass(frozen=True, eq=False)
-class NoColumns:
+class NoColumns(Matmuls):
     """Matmuls of a shard without columns, which libraries of matmuls need not take."""
 
-    weight: Tensor  # [0, D]
     repeatable: ClassVar[bool] = True
-    rounds: ClassVar[bool] = False
-    gradient_bytes: ClassVar[int] = 0
-
-    @property
-    def row_bytes(self) -> int:
-        return 0
-
-    def gradient_buffer(self, logits: Tensor, rows: int) -> Tensor:
-        return logits
 
     def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """Nothing to write."""

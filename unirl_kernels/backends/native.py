@@ -21,8 +21,9 @@ from unirl_kernels.backends import (
     ReadoutArgs,
     RowGradients,
     RowMoments,
-    RowObservations,
-    RowStats,
+    measured_like,
+    observed_like,
+    rows_like,
 )
 from unirl_kernels.batch import IGNORE
 
@@ -75,14 +76,12 @@ class RowKernels:
         self._part = part
 
     def token_stats(self, logits: Tensor, target: Tensor, readout: ReadoutArgs) -> Measured:
-        measured = _measured(logits, target)
+        measured = measured_like(target, logits.dtype)
         self._part().token_stats(logits, target, IGNORE, readout, measured)
         return measured
 
     def token_observations(self, logits: Tensor, target: Tensor, readout: ReadoutArgs) -> Observed:
-        values = _per_row(logits, target, len(RowObservations._fields) - 1)
-        observations = RowObservations._make((*values, torch.empty_like(target)))
-        observed = Observed(*_measured(logits, target), observations)
+        observed = observed_like(target, logits.dtype)
         self._part().token_observations(logits, target, IGNORE, readout, observed)
         return observed
 
@@ -106,18 +105,6 @@ class RowKernels:
         d_logits: Tensor,
         kernel: str,
     ) -> FusedRows:
-        rows = FusedRows._make(_per_row(logits, target, len(FusedRows._fields)))
+        rows = FusedRows._make(rows_like(target, logits.dtype, len(FusedRows._fields)))
         self._part().fused_loss(logits, target, IGNORE, readout, program, d_logits, rows)
         return rows
-
-
-def _measured(logits: Tensor, target: Tensor) -> Measured:
-    logp, entropy, lse, *moments = _per_row(logits, target, len(RowStats._fields) + len(RowMoments._fields))
-    return Measured(RowStats(logp, entropy, lse), RowMoments._make(moments))
-
-
-def _per_row(logits: Tensor, target: Tensor, n: int) -> list[Tensor]:
-    """Memory for n values of each row."""
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    # Half the time of torch.empty with a shape and a device.
-    return [torch.empty_like(target, dtype=dtype, memory_format=torch.contiguous_format) for _ in range(n)]

@@ -3,7 +3,7 @@
 from unirl_kernels.head import implementations
 from unirl_kernels.head.chunks import Group, by_units, rows_per_chunk
 from unirl_kernels.head.composed import ComposedLinear, Composition, observations
-from unirl_kernels.head.rows import ObservedRows, SplitRows, WholeRows
+from unirl_kernels.head.rows import ObservedRows, Rows
 from unirl_kernels.head.sweep import Head
 
 __all__ = [
@@ -12,8 +12,7 @@ __all__ = [
     "Group",
     "Head",
     "ObservedRows",
-    "SplitRows",
-    "WholeRows",
+    "Rows",
     "by_units",
     "implementations",
     "observations",

@@ -66,7 +66,7 @@ class Chunk:
         return self.take(x.reshape(-1)).unsqueeze(0)
 
     def rows(self, group: Values) -> Values:
-        """The same of every tensor in a group."""
+        """``row`` of every tensor in a group."""
         return type(group)(*(self.row(x) if isinstance(x, Tensor) else x for x in group))
 
     def program(self, program: ProgramArgs) -> ProgramArgs:
@@ -106,7 +106,7 @@ def by_tokens(target: Tensor, most: int) -> list[Chunk]:
 
 
 def evenly(counted: Tensor | None, n: int, most: int) -> list[Chunk]:
-    """The same of ``counted_tokens``."""
+    """Chunks of about equal size, as few as can be, from what ``counted_tokens`` returns."""
     return [_chunk(counted, start, end) for start, end in _even(n, most)]
 
 
@@ -124,14 +124,14 @@ def _chunk(counted: Tensor | None, start: int, end: int) -> Chunk:
 
 
 def in_groups(chunks: Sequence[Chunk], most: int) -> Iterator[list[Chunk]]:
-    """Neighbours of at most ``most`` tokens in all, as many as fit; at least one."""
+    """Chunks that lie next to one another, as many as hold at most ``most`` tokens; at least one."""
     for first, last in _packed([chunk.n for chunk in chunks], most):
         if first < last:
             yield list(chunks[first:last])
 
 
 def joined(chunks: Sequence[Chunk]) -> Chunk:
-    """Neighbours as one chunk."""
+    """Chunks that lie next to one another, as one chunk."""
     if len(chunks) == 1:
         return chunks[0]
     n, positions = sum(chunk.n for chunk in chunks), [chunk.positions for chunk in chunks]
@@ -235,7 +235,7 @@ def _by_positions(batch: Batch, most: int) -> list[Group]:
 
 
 def _packed(sizes: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
-    """Neighbours of at most ``most`` in all, as many as fit."""
+    """[first, last) of sizes that lie next to one another, as many as add up to at most ``most``."""
     first = total = 0
     for i, size in enumerate(sizes):
         if total + size > most:

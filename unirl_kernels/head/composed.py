@@ -15,11 +15,12 @@ from torch import Tensor
 from unirl_kernels.backends import ReadoutArgs, RowGradients, RowObservations, RowStats
 from unirl_kernels.batch import Batch
 from unirl_kernels.head.chunks import Group
-from unirl_kernels.head.rows import ObservedRows, WholeRows
+from unirl_kernels.head.rows import ObservedRows, Rows
 from unirl_kernels.head.sweep import Head, sweep
 from unirl_kernels.objectives import Loss, Tokens
 from unirl_kernels.operators.linear import HeadArgs, HeadGradients, SweepArgs, Wanted
 from unirl_kernels.operators.linear_autograd import keep, scaled_gradients
+from unirl_kernels.operators.rows import check_targets
 
 
 class Composition(NamedTuple):
@@ -29,7 +30,7 @@ class Composition(NamedTuple):
     loss: Loss
     groups: Sequence[Group]
     readout: ReadoutArgs
-    rows: WholeRows
+    rows: Rows
 
 
 class ComposedLinear(torch.autograd.Function):
@@ -68,7 +69,7 @@ def _composed(
     args: HeadArgs, composition: Composition, how: SweepArgs, wanted: Wanted
 ) -> tuple[Tensor, RowStats, HeadGradients]:
     batch, loss, groups, readout, rows = composition
-    rows.check_targets(batch.target, args.weight.shape[0])
+    check_targets(batch.target, rows.vocab(args.weight.shape[0]))
     head = Head.of(args, how)
     target = batch.target.reshape(-1)
     weights = loss.weights(batch)
@@ -81,7 +82,8 @@ def _composed(
         stats, moments = rows.measure(logits, at, of_readout)
         of_group = [group.weights(w, term.scope) for w, term in zip(weights, loss.terms, strict=True)]
         value, d_stats = _differentiated(loss, group.batch, stats, of_group)
-        rows.write_gradient(logits, at, of_readout, moments, d_stats, d_logits)
+        if logits.shape[-1]:
+            head.kernels.token_stats_backward(logits, rows.target(at), of_readout, moments, d_stats, d_logits)
         losses.append(value)
         for of_all, of_chunk in zip(whole, stats, strict=True):
             chunk.put(of_all, of_chunk.squeeze(0))

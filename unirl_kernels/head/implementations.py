@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 import torch
@@ -19,37 +18,36 @@ from unirl_kernels.backends import (
     RowStats,
 )
 from unirl_kernels.head.chunks import Chunk, without_ignored
-from unirl_kernels.head.statistics import measure, measure_chunks, observe, observe_chunks
+from unirl_kernels.head.statistics import in_tiles, moments_in_chunks, observe_chunks
 from unirl_kernels.head.sweep import Head, sweep
-from unirl_kernels.operators import linear, linear_shards
+from unirl_kernels.operators import linear
+from unirl_kernels.operators.declare import Operator
 from unirl_kernels.operators.linear import FusedHead, HeadArgs, HeadGradients, SweepArgs, Wanted
 from unirl_kernels.operators.rows import check_targets
 from unirl_kernels.operators.shards import Tiles, no_columns
 
 
-def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Autocast would convert the operands of the matmuls again."""
+def _implements(operator: Operator) -> Callable[[Callable[..., Any]], None]:
+    """Decorator: without autocast, which would convert the operands of the matmuls again."""
 
-    @wraps(function)
-    def run(head: HeadArgs, *rest: object) -> Any:
-        with torch.autocast(head.hidden.device.type, enabled=False):
-            return function(head, *rest)
+    def declare(function: Callable[..., Any]) -> None:
+        def run(head: HeadArgs, *rest: object) -> Any:
+            with torch.autocast(head.hidden.device.type, enabled=False):
+                return function(head, *rest)
 
-    return run
+        operator.implementation(run)
+
+    return declare
 
 
-@linear.linear_token_stats.implementation
-@_without_autocast
+@_implements(linear.linear_token_stats)
 def _token_stats(args: HeadArgs, target: Tensor, readout: ReadoutArgs, how: SweepArgs) -> Measured:
-    head = _checked(args, target, how)
-    return measure(head, target, readout, how.max_chunk_bytes)
+    return in_tiles(_checked(args, target, how), target, readout, how.max_chunk_bytes, Measured)
 
 
-@linear.linear_token_observations.implementation
-@_without_autocast
+@_implements(linear.linear_token_observations)
 def _token_observations(args: HeadArgs, target: Tensor, readout: ReadoutArgs, how: SweepArgs) -> Observed:
-    head = _checked(args, target, how)
-    return observe(head, target, readout, how.max_chunk_bytes)
+    return in_tiles(_checked(args, target, how), target, readout, how.max_chunk_bytes, Observed)
 
 
 def _checked(args: HeadArgs, target: Tensor, how: SweepArgs) -> Head:
@@ -60,8 +58,7 @@ def _checked(args: HeadArgs, target: Tensor, how: SweepArgs) -> Head:
     return head
 
 
-@linear.linear_token_stats_backward.implementation
-@_without_autocast
+@_implements(linear.linear_token_stats_backward)
 def _token_stats_backward(
     args: HeadArgs,
     target: Tensor,
@@ -102,8 +99,7 @@ def _gradients(
     return sweep(head, chunks, work, wanted, group)
 
 
-@linear.fused_linear_loss.implementation
-@_without_autocast
+@_implements(linear.fused_linear_loss)
 def _fused_loss(
     args: HeadArgs,
     target: Tensor,
@@ -132,22 +128,19 @@ def _fused_loss(
     return FusedHead(loss, stats, gradients)
 
 
-@linear_shards.linear_shard_moments.implementation
-@_without_autocast
+@_implements(linear.linear_shard_moments)
 def _shard_moments(args: HeadArgs, target: Tensor, readout: ReadoutArgs, tiles: Tiles, how: SweepArgs) -> RowMoments:
-    return measure_chunks(Head.of(args, how), target, readout, tiles, how.max_chunk_bytes)
+    return moments_in_chunks(Head.of(args, how), target, readout, tiles, how.max_chunk_bytes)
 
 
-@linear_shards.linear_shard_observations.implementation
-@_without_autocast
+@_implements(linear.linear_shard_observations)
 def _shard_observations(args: HeadArgs, target: Tensor, readout: ReadoutArgs, tiles: Tiles, how: SweepArgs) -> Observed:
     if not args.weight.shape[0]:
         return no_columns(target, how.dtype)
     return observe_chunks(Head.of(args, how), target, readout, how.max_chunk_bytes)
 
 
-@linear_shards.linear_shard_stats_backward.implementation
-@_without_autocast
+@_implements(linear.linear_shard_stats_backward)
 def _shard_stats_backward(
     args: HeadArgs,
     target: Tensor,

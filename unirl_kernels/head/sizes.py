@@ -68,7 +68,7 @@ def sizes_of(shape: Shape) -> Sizes | None:
 
 
 def _rows_of_group(shape: Shape, most: int) -> int:
-    """Of as few groups as can be, the size that makes d_hidden, [tokens, D], in the fewest waves."""
+    """Tokens of a group: the groups are as few as can be, and make d_hidden, [tokens, D], in the fewest waves."""
     step, tokens = TILE[0], shape.tokens
     groups = -(-tokens // most)
     if groups <= 1:

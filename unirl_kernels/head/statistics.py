@@ -6,7 +6,7 @@ A tile gives the moments of its columns; those of all tiles are merged once, in 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,36 +29,34 @@ TOKENS_OF_TILE = 1024
 """Enough for a matmul to run at full speed; the rest of a tile's memory goes into its width."""
 
 
-def measure(head: Head, target: Tensor, readout: ReadoutArgs, max_chunk_bytes: int | None) -> Measured:
-    """Statistics and moments of all tokens, in target's shape; 0 where the target is ``IGNORE``, NaN where it is
-    otherwise outside [0, V).
+KERNELS = {Measured: "token_stats", Observed: "token_observations"}
+GROUPS = (RowStats, RowMoments, RowObservations)
+"""What kernels find, in the order of the fields of ``Observed``."""
+
+Found = TypeVar("Found", Measured, Observed)
+
+
+def in_tiles(
+    head: Head, target: Tensor, readout: ReadoutArgs, max_chunk_bytes: int | None, result: type[Found]
+) -> Found:
+    """What is measured or observed of all tokens, in target's shape.
+
+    It is 0 where the target is ``IGNORE``, NaN where it is otherwise outside [0, V), and the argmax -1 in both cases.
 
     Args:
         head: what makes the logits.
         target: [B, L].
         readout: how logits become log-probabilities.
         max_chunk_bytes: memory for a tile; None for the default.
+        result: ``Measured`` or ``Observed``.
     """
-    stats, moments = _no_rows(RowStats, target, head), _no_rows(RowMoments, target, head)
-    for chunk, tiles in _tiles(head, target, readout, max_chunk_bytes, head.kernels.token_stats):
-        of_chunk = _merged([tile.moments for tile, _ in tiles], chunk.rows(readout))
-        _put(chunk, Measured(stats, moments), of_chunk, target)
-    return Measured(stats, moments)
-
-
-def observe(head: Head, target: Tensor, readout: ReadoutArgs, max_chunk_bytes: int | None) -> Observed:
-    """``measure``, and what else is observed of the rows; argmax -1 where the target is not in the vocabulary."""
-    found = Observed(*(_no_rows(group, target, head) for group in (RowStats, RowMoments, RowObservations)))
-    vocab = head.weight.shape[0]
-    for chunk, tiles in _tiles(head, target, readout, max_chunk_bytes, head.kernels.token_observations):
-        row_readout = chunk.rows(readout)
-        measured = _merged([tile.moments for tile, _ in tiles], row_readout)
-        observations = _merged_observations(tiles, measured.moments, row_readout, vocab)
-        _put(chunk, found, Observed(*measured, observations), target)
+    found, vocab = _no_rows(result, target, head), head.weight.shape[0]
+    for chunk, tiles in _tiles(head, target, readout, max_chunk_bytes, getattr(head.kernels, KERNELS[result])):
+        _put(chunk, found, _merged(tiles, chunk.rows(readout), vocab), target)
     return found
 
 
-def measure_chunks(
+def moments_in_chunks(
     head: Head, target: Tensor, readout: ReadoutArgs, tiles: Tiles, max_chunk_bytes: int | None
 ) -> RowMoments:
     """Moments of all tokens, [slots, B, L], of the chunks of logits that the gradient is made in.
@@ -80,8 +78,8 @@ def measure_chunks(
 
 
 def observe_chunks(head: Head, target: Tensor, readout: ReadoutArgs, max_chunk_bytes: int | None) -> Observed:
-    """``measure_chunks``, and what else is observed of the rows."""
-    found = Observed(*(_no_rows(group, target, head) for group in (RowStats, RowMoments, RowObservations)))
+    """Statistics, moments and observations of all tokens, of the same chunks."""
+    found = _no_rows(Observed, target, head)
     for chunk, of_chunk in _chunks(head, target, readout, max_chunk_bytes, head.kernels.token_observations):
         _put(chunk, found, of_chunk, target)
     return found
@@ -138,29 +136,30 @@ def _stacked(groups: Sequence[Any]) -> Any:
     return type(groups[0])(*(torch.stack(values) for values in zip(*groups, strict=True)))
 
 
-def _merged(tiles: Sequence[RowMoments], readout: ReadoutArgs) -> Measured:
-    kappa = kappa_of(readout, tiles[0].top)
-    moments = merge(_stacked(tiles), kappa) if len(tiles) > 1 else tiles[0]
-    return Measured(statistics(moments, kappa), moments)
-
-
-def _merged_observations(tiles: Sequence[Tile], row: RowMoments, readout: ReadoutArgs, vocab: int) -> RowObservations:
+def _merged(tiles: Sequence[Tile], readout: ReadoutArgs, vocab: int) -> Measured | Observed:
+    """What was found in the rows of a chunk, from what was found in its tiles."""
     moments: RowMoments = _stacked([tile.moments for tile, _ in tiles])
-    found: RowObservations = _stacked([tile.observations for tile, _ in tiles])
+    kappa = kappa_of(readout, moments.top)
+    row = merge(moments, kappa) if len(tiles) > 1 else tiles[0][0].moments
+    stats = statistics(row, kappa)
+    if isinstance(tiles[0][0], Measured):
+        return Measured(stats, row)
+    seen: RowObservations = _stacked([tile.observations for tile, _ in tiles])
     by_tile = (-1, *[1] * row.top.dim())
     share = row.top.new_tensor([len(columns) / vocab for _, columns in tiles]).view(by_tile)
     starts = torch.tensor([columns.start for _, columns in tiles], device=row.top.device).view(by_tile)
-    of_tiles = found._replace(mean_logit=found.mean_logit * share, argmax=found.argmax + starts)
-    return merge_observations(of_tiles, moments, row, kappa_of(readout, row.top))
+    seen = seen._replace(mean_logit=seen.mean_logit * share, argmax=seen.argmax + starts)
+    return Observed(stats, row, merge_observations(seen, moments, row, kappa))
 
 
-def _no_rows(group: Any, target: Tensor, head: Head) -> Any:
+def _no_rows(result: type[Found], target: Tensor, head: Head) -> Found:
     """What stands for tokens that are ignored. No views: users may change in place what an operator returns."""
-    zeros = (target.new_zeros(target.shape, dtype=head.row_dtype) for _ in group._fields)
-    values = dict(zip(group._fields, zeros, strict=True))
-    if "argmax" in values:
-        values["argmax"] = torch.full_like(target, -1)
-    return group(**values)
+
+    def zeros(group: Any) -> Any:
+        values = {name: target.new_zeros(target.shape, dtype=head.row_dtype) for name in group._fields}
+        return group(**values | ({"argmax": torch.full_like(target, -1)} if "argmax" in values else {}))
+
+    return result._make(map(zeros, GROUPS[: len(result._fields)]))
 
 
 def _put(chunk: Chunk, whole: Any, found: Any, target: Tensor) -> None:

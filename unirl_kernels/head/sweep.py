@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends import Backend, load
+from unirl_kernels.backends import Backend, load, row_dtype
 from unirl_kernels.backends.matmuls import Matmuls, NoColumns
 from unirl_kernels.collectives import Group, start_all_reduce, wait
 from unirl_kernels.head.chunks import (
@@ -46,7 +46,7 @@ class Head:
 
     @property
     def row_dtype(self) -> torch.dtype:
-        return torch.promote_types(self.dtype, torch.float32)
+        return row_dtype(self.dtype)
 
     @property
     def kernels(self) -> Backend:
@@ -101,11 +101,11 @@ class AtOnce:
         chunk.put(d_hidden, part)
 
     def finish(self) -> None:
-        """Write what has not been written."""
+        """Write what is still outstanding."""
 
 
 class Summed(AtOnce):
-    """The same of its sum over ranks, which is formed in fp32 while the next chunk is worked on.
+    """Writes the sum of that gradient over ranks, which is formed in fp32 while the next chunk is worked on.
 
     Args:
         ranks: each of which has a part of the weight.
@@ -184,7 +184,8 @@ def sweep(
 
 
 def _memory_of_d_weight(head: Head, vocab: int, d: int, groups: int) -> Tensor:
-    """Of the dtype that it is returned in where one matmul makes all of it, and the device rounds; else for sums."""
+    """Memory for d_weight. It has the dtype that is returned where one matmul makes all of it and the device rounds;
+    else it has that of the sums over groups."""
     dtype = kept_dtype(head.weight)
     rounded = groups == 1 and head.matmuls.rounds and dtype == head.dtype
     return head.kernels.empty((vocab, d), dtype if rounded else head.row_dtype, head.weight.device)

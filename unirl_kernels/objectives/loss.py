@@ -12,7 +12,8 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from unirl_kernels.batch import RESERVED, Batch, has_values
+from unirl_kernels.batch import RESERVED, Batch
+from unirl_kernels.checks import has_values
 from unirl_kernels.objectives.aggregate import Aggregation, FixedLength, GroupMean, PairMean, SequenceMean, TokenMean
 from unirl_kernels.objectives.arguments import Parameters
 from unirl_kernels.objectives.scopes import SCOPES, scope_fault, scope_of

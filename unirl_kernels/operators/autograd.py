@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends import ProgramArgs, ReadoutArgs, RowGradients, RowMoments, RowStats
+from unirl_kernels.backends import Measured, Observed, ProgramArgs, ReadoutArgs, RowGradients, RowMoments, RowStats
 from unirl_kernels.operators import rows
 from unirl_kernels.operators.declare import Operator
+from unirl_kernels.operators.shards import ShardArgs, merged, shard_stats_backward
 
 Result = TypeVar("Result")
 
@@ -74,20 +75,44 @@ def overwrite(logits: Tensor, write: Callable[[Tensor], Result]) -> Result:
     return result
 
 
-class Statistics(torch.autograd.Function):
-    """logp, entropy, lse of ``token_stats`` or ``token_observations``, and the observations, which have no gradient.
+Whole = tuple[RowStats, RowMoments, tuple[Tensor, ...]]
+"""Statistics and moments of whole rows, and observations where the operator makes them."""
+
+
+def measured(found: Measured | Observed) -> Whole:
+    stats, moments, *observations = found
+    return stats, moments, tuple(x for group in observations for x in group)
+
+
+def save_statistics(
+    ctx: Any, found: Whole, readout: ReadoutArgs, inputs: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """What an autograd function of statistics returns; with what its backward needs saved.
 
     The backward goes by the moments: users may change the results.
+    """
+    stats, moments, others = found
+    ctx.mark_non_differentiable(*others)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, readout.row_temperature, *moments)
+    ctx.readout = readout._replace(row_temperature=None)
+    return *stats, *others
+
+
+class Statistics(torch.autograd.Function):
+    """logp, entropy, lse of rows, and the observations of an operator that makes them, which have no gradient.
+
+    Of a shard the statistics are those of whole rows: one exchange in the forward, none in the backward.
     """
 
     @staticmethod
     def without_gradient(
         logits: Tensor, target: Tensor, readout: ReadoutArgs, backend: str, operator: Operator
     ) -> tuple[Tensor, ...]:
-        """The same where no gradient is wanted, for less of the host's time."""
+        """What ``apply`` returns where no gradient is wanted, in less of the host's time."""
         refuse_forward_mode(logits)
-        stats, _, *observations = operator(as_rows(logits), target, readout, backend)
-        return *stats, *(x for group in observations for x in group)
+        stats, _, others = measured(operator(as_rows(logits), target, readout, backend))
+        return *stats, *others
 
     @staticmethod
     def forward(
@@ -98,32 +123,43 @@ class Statistics(torch.autograd.Function):
         backend: str,
         operator: Operator,
         overwrites: bool,
+        shard: ShardArgs | None = None,
     ) -> tuple[Tensor, ...]:
         refuse_forward_mode(logits)
-        stats, moments, *observations = operator(as_rows(logits), target, readout, backend)
-        others = [x for group in observations for x in group]
-        ctx.mark_non_differentiable(*others)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, target, readout.row_temperature, *moments)
-        ctx.readout, ctx.backend, ctx.overwrites = readout._replace(row_temperature=None), backend, overwrites
-        return *stats, *others
+        if shard is None:
+            found = measured(operator(as_rows(logits), target, readout, backend))
+        else:
+            own = as_rows(logits)[..., : shard.columns]
+            part = operator(own, shard.target(target), readout, shard.tiles, backend)
+            found = merged(part, target, readout, shard)
+        ctx.backend, ctx.overwrites, ctx.shard = backend, overwrites, shard
+        return save_statistics(ctx, found, readout, (logits, target))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
         logits, target, row_temperature, *moments = saved_rows(ctx)
-        readout = ctx.readout._replace(row_temperature=row_temperature)
-        arguments = (target, readout, RowMoments(*moments), of_stats(*gradients[:3]), ctx.backend)
+        shard, readout = ctx.shard, ctx.readout._replace(row_temperature=row_temperature)
+        at = target if shard is None else shard.target(target)
+        arguments = (at, readout, RowMoments(*moments), of_stats(*gradients[:3]))
 
         def write(memory: Tensor) -> Tensor:
-            rows.token_stats_backward_(as_rows(memory), *arguments)
+            of_rows = as_rows(memory)
+            own = of_rows if shard is None else of_rows[..., : shard.columns]
+            if own.shape[-1]:
+                rows.token_stats_backward_(own, *arguments, ctx.backend)
+            if shard is not None:
+                of_rows[..., shard.columns :] = 0
             return memory
 
         if ctx.overwrites:
             d_logits = overwrite(logits, write)
+        elif shard is None:
+            d_logits = rows.token_stats_backward(as_rows(logits), *arguments, ctx.backend).view(logits.shape)
         else:
-            d_logits = rows.token_stats_backward(as_rows(logits), *arguments).view(logits.shape)
-        return d_logits, None, None, None, None, None
+            found = shard_stats_backward(as_rows(logits), *arguments, shard.columns, ctx.backend)
+            d_logits = found.view(logits.shape)
+        return d_logits, None, None, None, None, None, None
 
 
 def saved_rows(ctx: Any) -> tuple[Any, ...]:

@@ -49,22 +49,15 @@ def _leaves(annotation: Any) -> Iterator[Any]:
         yield from _leaves(inner)
 
 
-def _flattener(annotation: Any) -> Callable[[Any], tuple[Any, ...]]:
-    """Lays the values of a group out flat."""
-    if not any(map(_is_group, typing.get_type_hints(annotation).values())):
-        return tuple
-    inner = [_flattener(x) if _is_group(x) else None for x in typing.get_type_hints(annotation).values()]
-
-    def flatten(group: Any) -> tuple[Any, ...]:
-        values: list[Any] = []
-        for value, of_value in zip(group, inner, strict=True):
-            if of_value is None:
-                values.append(value)
-            else:
-                values += of_value(value)
-        return tuple(values)
-
-    return flatten
+def flat(groups: Iterable[object]) -> list[Any]:
+    """Values, and groups of values, laid out flat."""
+    values: list[Any] = []
+    for group in groups:
+        if isinstance(group, tuple):
+            values += group
+        else:
+            values.append(group)
+    return values
 
 
 def _builder(annotation: Any) -> Callable[[Iterator[Any]], Any]:
@@ -97,9 +90,8 @@ class Operator:
         self._arguments = list(hints.items())
         self._build_arguments = [_builder(annotation) for annotation in hints.values()]
         self._build_result = _builder(self._returns) if _is_group(self._returns) else None
-        self._flatten_result = _flattener(self._returns) if _is_group(self._returns) else None
         LIBRARY.define(self._schema(mutates))
-        torch.library.register_fake(f"{NAMESPACE}::{self.name}", self._flat(fake), lib=LIBRARY)
+        torch.library.register_fake(f"{NAMESPACE}::{self.name}", self._regrouped(fake), lib=LIBRARY)
         if not mutates:
             # Python code at the autograd key would cost 20 us a call; the implementation refuses gradients itself.
             LIBRARY.impl(self.name, torch.library.fallthrough_kernel, "Autograd")
@@ -118,43 +110,33 @@ class Operator:
         returned = results[0] if len(results) == 1 else f"({', '.join(results)})"
         return f"{self.name}({', '.join(parameters)}) -> {returned}"
 
-    def _flat(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _regrouped(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function as torch.library calls it."""
 
-        def run(*flat: object) -> Any:
-            values = iter(flat)
+        def run(*given: object) -> Any:
+            values = iter(given)
             result = function(*[build(values) for build in self._build_arguments])
-            return result if self._flatten_result is None else self._flatten_result(result)
+            return result if self._build_result is None else tuple(flat(result))
 
         return run
 
     def implementation(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Decorator: the function that runs, on every device."""
-        implemented = self._flat(function)
+        implemented = self._regrouped(function)
 
-        def run(*flat: object) -> Any:
-            if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in flat):
+        def run(*given: object) -> Any:
+            if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in given):
                 raise RuntimeError(
                     f"torch.ops.{NAMESPACE}.{self.name} has no gradient of its own: call the functions of "
                     "unirl_kernels, which have"
                 )
-            return implemented(*flat)
+            return implemented(*given)
 
         LIBRARY.impl(self.name, run, "CompositeExplicitAutograd")
         return function
 
-    def flat(self, groups: Iterable[object]) -> list[Any]:
-        """Arguments as the schema has them."""
-        values: list[Any] = []
-        for group in groups:
-            if isinstance(group, tuple):
-                values += group
-            else:
-                values.append(group)
-        return values
-
     def __call__(self, *groups: object) -> Any:
-        result = self._call(*self.flat(groups))
+        result = self._call(*flat(groups))
         return result if self._build_result is None else self._build_result(iter(result))
 
 

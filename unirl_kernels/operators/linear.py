@@ -10,9 +10,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends import Measured, Observed, ProgramArgs, ReadoutArgs, RowGradients, RowMoments, RowStats
+from unirl_kernels.backends import (
+    Measured,
+    Observed,
+    ProgramArgs,
+    ReadoutArgs,
+    RowGradients,
+    RowMoments,
+    RowStats,
+    measured_like,
+    observed_like,
+    row_dtype,
+    rows_like,
+)
 from unirl_kernels.operators.declare import Operator
-from unirl_kernels.operators.rows import measured_like, observed_like, row_like, stats_like
+from unirl_kernels.operators.shards import Tiles, tiles_like
 
 
 class HeadArgs(NamedTuple):
@@ -54,7 +66,7 @@ class FusedHead(NamedTuple):
 
 
 def kept_dtype(x: Tensor) -> torch.dtype:
-    """Of the gradient of x until it has been multiplied by the loss scale."""
+    """The dtype that the gradient of x has until the loss scale has multiplied it."""
     return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
@@ -68,6 +80,9 @@ def _gradients_like(head: HeadArgs, wanted: Wanted) -> HeadGradients:
     )
 
 
+# Each function below declares an operator and is its fake; ``head`` implements them.
+
+
 def _stats(head: HeadArgs, target: Tensor, readout: ReadoutArgs, sweep: SweepArgs) -> Measured:
     return measured_like(target, sweep.dtype)
 
@@ -76,7 +91,7 @@ def _observations(head: HeadArgs, target: Tensor, readout: ReadoutArgs, sweep: S
     return observed_like(target, sweep.dtype)
 
 
-def backward(
+def _backward(
     head: HeadArgs,
     target: Tensor,
     readout: ReadoutArgs,
@@ -97,12 +112,26 @@ def _loss(
     sweep: SweepArgs,
     wanted: Wanted,
 ) -> FusedHead:
-    loss = row_like(target, sweep.dtype).new_empty(())
-    return FusedHead(loss, stats_like(target, sweep.dtype), _gradients_like(head, wanted))
+    loss = target.new_empty((), dtype=row_dtype(sweep.dtype))
+    return FusedHead(loss, RowStats._make(rows_like(target, sweep.dtype, 3)), _gradients_like(head, wanted))
 
 
-# Each function is signature and fake in one.
+def _shard_moments(head: HeadArgs, target: Tensor, readout: ReadoutArgs, tiles: Tiles, sweep: SweepArgs) -> RowMoments:
+    return tiles_like(target, sweep.dtype, tiles)
+
+
+def _shard_observations(
+    head: HeadArgs, target: Tensor, readout: ReadoutArgs, tiles: Tiles, sweep: SweepArgs
+) -> Observed:
+    return observed_like(target, sweep.dtype)
+
+
 linear_token_stats = Operator("linear_token_stats", _stats, _stats)
 linear_token_observations = Operator("linear_token_observations", _observations, _observations)
-linear_token_stats_backward = Operator("linear_token_stats_backward", backward, backward)
+linear_token_stats_backward = Operator("linear_token_stats_backward", _backward, _backward)
 fused_linear_loss = Operator("fused_linear_loss", _loss, _loss)
+# Of a shard of the weight; a target may be ELSEWHERE. Rows are measured in the chunks of the backward, which so goes by
+# moments of the same bits.
+linear_shard_moments = Operator("linear_shard_moments", _shard_moments, _shard_moments)
+linear_shard_observations = Operator("linear_shard_observations", _shard_observations, _shard_observations)
+linear_shard_stats_backward = Operator("linear_shard_stats_backward", _backward, _backward)

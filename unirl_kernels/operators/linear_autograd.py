@@ -10,14 +10,25 @@ from torch import Tensor
 
 from unirl_kernels.backends import ProgramArgs, ReadoutArgs, RowMoments
 from unirl_kernels.operators import linear
-from unirl_kernels.operators.autograd import of_stats, refuse_double_backward, refuse_forward_mode, scaled
+from unirl_kernels.operators.autograd import (
+    measured,
+    of_stats,
+    refuse_double_backward,
+    refuse_forward_mode,
+    save_statistics,
+    scaled,
+)
 from unirl_kernels.operators.declare import Operator
-from unirl_kernels.operators.linear import HeadArgs, SweepArgs, Wanted
+from unirl_kernels.operators.linear import HeadArgs, HeadGradients, SweepArgs, Wanted
+from unirl_kernels.operators.shards import ShardArgs, merged
 
 
 class LinearStatistics(torch.autograd.Function):
-    """logp, entropy, lse of ``linear_token_stats`` or ``linear_token_observations``, and the observations, which have
-    no gradient. The backward makes the logits again."""
+    """logp, entropy, lse of a head, and the observations of an operator that makes them, which have no gradient.
+
+    The backward makes the logits again. Of a shard of the weight the statistics are those of the whole vocabulary, and
+    the gradient of hidden is this rank's part of the sum.
+    """
 
     @staticmethod
     def forward(
@@ -29,26 +40,32 @@ class LinearStatistics(torch.autograd.Function):
         readout: ReadoutArgs,
         sweep: SweepArgs,
         operator: Operator,
+        shard: ShardArgs | None = None,
     ) -> tuple[Tensor, ...]:
         head = HeadArgs(hidden, weight, bias)
         refuse_forward_mode(*head)
-        stats, moments, *observations = operator(head, target, readout, sweep)
-        others = [x for group in observations for x in group]
-        ctx.mark_non_differentiable(*others)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*head, target, readout.row_temperature, *moments)
-        ctx.readout, ctx.sweep = readout._replace(row_temperature=None), sweep
-        return *stats, *others
+        if shard is None:
+            found = measured(operator(head, target, readout, sweep))
+        else:
+            found = merged(operator(head, shard.target(target), readout, shard.tiles, sweep), target, readout, shard)
+        ctx.sweep, ctx.shard = sweep, shard
+        return save_statistics(ctx, found, readout, (*head, target))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
         hidden, weight, bias, target, row_temperature, *moments = ctx.saved_tensors
         head, readout = HeadArgs(hidden, weight, bias), ctx.readout._replace(row_temperature=row_temperature)
-        of_rows, d_stats = RowMoments(*moments), of_stats(*gradients[:3])
+        arguments = (readout, RowMoments(*moments), of_stats(*gradients[:3]), ctx.sweep)
         wanted = Wanted(*ctx.needs_input_grad[:3])
-        found = linear.linear_token_stats_backward(head, target, readout, of_rows, d_stats, ctx.sweep, wanted)
-        return *handed_on(ctx, found, [None if x is None else x.dtype for x in head]), None, None, None, None
+        if ctx.shard is None:
+            found = linear.linear_token_stats_backward(head, target, *arguments, wanted)
+        elif ctx.shard.columns:
+            found = linear.linear_shard_stats_backward(head, ctx.shard.target(target), *arguments, wanted)
+        else:
+            found = HeadGradients(*(weight.new_zeros(0) if x is None else torch.zeros_like(x) for x in head))
+        dtypes = [None if x is None else x.dtype for x in head]
+        return *handed_on(ctx, found, dtypes), None, None, None, None, None
 
 
 class OnePassLinear(torch.autograd.Function):

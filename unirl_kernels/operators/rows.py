@@ -17,11 +17,15 @@ from unirl_kernels.backends import (
     ReadoutArgs,
     RowGradients,
     RowMoments,
-    RowObservations,
     RowStats,
     load,
+    measured_like,
+    observed_like,
+    row_dtype,
+    rows_like,
 )
-from unirl_kernels.batch import IGNORE, has_values
+from unirl_kernels.batch import IGNORE
+from unirl_kernels.checks import has_values
 from unirl_kernels.operators.declare import operator
 
 
@@ -51,38 +55,16 @@ def check_targets(target: Tensor, vocab: int) -> None:
         raise IndexError(f"target must lie in [0, {vocab}) or be {IGNORE}, got {int(target[at])} at {where}")
 
 
-def row_like(target: Tensor, dtype: torch.dtype) -> Tensor:
-    """Uninitialised values of rows whose logits have a dtype."""
-    return target.new_empty(target.shape, dtype=torch.promote_types(dtype, torch.float32))
-
-
-def stats_like(target: Tensor, dtype: torch.dtype) -> RowStats:
-    return RowStats(*(row_like(target, dtype) for _ in RowStats._fields))
-
-
-def moments_like(target: Tensor, dtype: torch.dtype) -> RowMoments:
-    return RowMoments(*(row_like(target, dtype) for _ in RowMoments._fields))
-
-
-def observations_like(target: Tensor, dtype: torch.dtype) -> RowObservations:
-    values = (row_like(target, dtype) for _ in RowObservations._fields[:-1])
-    return RowObservations._make((*values, torch.empty_like(target)))
-
-
-def measured_like(target: Tensor, dtype: torch.dtype) -> Measured:
-    return Measured(stats_like(target, dtype), moments_like(target, dtype))
-
-
-def observed_like(target: Tensor, dtype: torch.dtype) -> Observed:
-    return Observed(*measured_like(target, dtype), observations_like(target, dtype))
-
-
 def _gradient_like(logits: Tensor) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
+def _sum_like(target: Tensor, logits: Tensor) -> Tensor:
+    return target.new_empty((), dtype=row_dtype(logits.dtype))
+
+
 def _loss_like(target: Tensor, logits: Tensor) -> Fused:
-    return Fused(row_like(target, logits.dtype).new_empty(()), stats_like(target, logits.dtype))
+    return Fused(_sum_like(target, logits), RowStats._make(rows_like(target, logits.dtype, 3)))
 
 
 @operator(fake=lambda logits, target, *_: measured_like(target, logits.dtype))
@@ -130,7 +112,7 @@ def fused_loss_(
     logits: Tensor, target: Tensor, readout: ReadoutArgs, program: ProgramArgs, backend: str, kernel: str
 ) -> Fused:
     check_targets(target, logits.shape[-1])
-    loss = row_like(target, logits.dtype).new_empty(())  # nothing may fail for want of memory after the kernel
+    loss = _sum_like(target, logits)  # nothing may fail for want of memory after the kernel
     rows = load(backend).fused_loss(logits, target, readout, program, logits, kernel)
     return Fused(torch.sum(rows.loss, (0, 1), out=loss), RowStats(*rows[1:]))
 

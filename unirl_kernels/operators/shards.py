@@ -5,7 +5,7 @@ the columns of this rank, and what follows from the whole row is made here, of t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,20 +20,14 @@ from unirl_kernels.backends import (
     RowObservations,
     RowStats,
     load,
+    measured_like,
+    observed_like,
+    rows_like,
 )
 from unirl_kernels.backends.moments import kappa_of, merge, merge_observations, statistics, target_in
 from unirl_kernels.batch import IGNORE
 from unirl_kernels.collectives import Group, all_gather
-from unirl_kernels.operators import rows
-from unirl_kernels.operators.autograd import (
-    as_rows,
-    of_stats,
-    overwrite,
-    refuse_double_backward,
-    refuse_forward_mode,
-    saved_rows,
-)
-from unirl_kernels.operators.declare import Operator, operator
+from unirl_kernels.operators.declare import operator
 
 
 class Tiles(NamedTuple):
@@ -64,7 +58,7 @@ def shard_moments(logits: Tensor, target: Tensor, readout: ReadoutArgs, tiles: T
     return moments_of_tiles(load(backend).token_stats, logits, target, readout, tiles)
 
 
-@operator(fake=lambda logits, target, *_: rows.observed_like(target, logits.dtype))
+@operator(fake=lambda logits, target, *_: observed_like(target, logits.dtype))
 def shard_observations(logits: Tensor, target: Tensor, readout: ReadoutArgs, tiles: Tiles, backend: str) -> Observed:
     """[B, L]: the same of all columns at once, and what else is observed of them."""
     if not logits.shape[-1]:
@@ -94,7 +88,7 @@ def shard_stats_backward(
 
 def tiles_like(target: Tensor, dtype: torch.dtype, tiles: Tiles) -> RowMoments:
     """Uninitialised moments of rows, tile by tile."""
-    return rows.moments_like(target.new_empty(tiles.slots, *target.shape), dtype)
+    return RowMoments._make(rows_like(target.new_empty(tiles.slots, *target.shape), dtype, 4))
 
 
 def moments_of_tiles(
@@ -195,54 +189,11 @@ def _used(values: Sequence[Tensor], target: Tensor) -> list[Tensor]:
 def no_columns(target: Tensor, dtype: torch.dtype) -> Observed:
     """What a shard without columns finds: nothing."""
 
+    (like,) = rows_like(target, dtype, 1)
+
     def full(value: float) -> Tensor:
-        return rows.row_like(target, dtype).fill_(value)
+        return torch.full_like(like, value)
 
     moments = RowMoments(full(-torch.inf), full(-1), full(0), full(-torch.inf))
     observations = RowObservations(full(-torch.inf), full(0), full(-torch.inf), torch.zeros_like(target))
-    return Observed(rows.stats_like(target, dtype), moments, observations)
-
-
-class SplitStatistics(torch.autograd.Function):
-    """``Statistics`` of rows of which this rank has a shard: one exchange in the forward, none in the backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        target: Tensor,
-        readout: ReadoutArgs,
-        shard: ShardArgs,
-        backend: str,
-        operator: Operator,
-        overwrites: bool,
-    ) -> tuple[Tensor, ...]:
-        refuse_forward_mode(logits)
-        part = operator(as_rows(logits)[..., : shard.columns], shard.target(target), readout, shard.tiles, backend)
-        stats, moments, others = merged(part, target, readout, shard)
-        ctx.mark_non_differentiable(*others)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, target, readout.row_temperature, *moments)
-        ctx.readout, ctx.shard = readout._replace(row_temperature=None), shard
-        ctx.backend, ctx.overwrites = backend, overwrites
-        return *stats, *others
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        refuse_double_backward()
-        logits, target, row_temperature, *moments = saved_rows(ctx)
-        readout, columns = ctx.readout._replace(row_temperature=row_temperature), ctx.shard.columns
-        arguments = (ctx.shard.target(target), readout, RowMoments(*moments), of_stats(*gradients[:3]))
-
-        def write(memory: Tensor) -> Tensor:
-            used = as_rows(memory)
-            if columns:
-                rows.token_stats_backward_(used[..., :columns], *arguments, ctx.backend)
-            used[..., columns:] = 0
-            return memory
-
-        if ctx.overwrites:
-            d_logits = overwrite(logits, write)
-        else:
-            d_logits = shard_stats_backward(as_rows(logits), *arguments, columns, ctx.backend).view(logits.shape)
-        return d_logits, None, None, None, None, None, None
+    return Observed(measured_like(target, dtype).stats, moments, observations)

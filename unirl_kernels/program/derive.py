@@ -53,7 +53,7 @@ def _one_minus(g: Graph, x: int) -> int:
 
 
 def _power(g: Graph, y: int, x: tuple[int, ...], dx: tuple[int, ...]) -> int:
-    """Of x ** c with a constant exponent: c x ** (c - 1)."""
+    """Rule of x ** c with a constant exponent: c x ** (c - 1)."""
     slope = g.op(Op.MUL, x[1], g.op(Op.POW, x[0], g.op(Op.SUB, x[1], g.const(1))))
     return _selected(g, dx[0], g.op(Op.MUL, slope, dx[0]))
 

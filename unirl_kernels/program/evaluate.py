@@ -10,30 +10,17 @@ from torch.nn.functional import logsigmoid
 
 from unirl_kernels.program.ir import ZERO, Op, Program
 
-INSTRUCTIONS: dict[Op, Callable[..., Tensor]] = {
-    Op.ADD: torch.add,
-    Op.SUB: torch.sub,
-    Op.MUL: torch.mul,
-    Op.DIV: torch.div,
-    Op.NEG: torch.neg,
-    Op.ABS: torch.abs,
-    Op.SIGN: torch.sign,
-    Op.MINIMUM: torch.minimum,
-    Op.MAXIMUM: torch.maximum,
-    Op.CLAMP: torch.clamp,
-    Op.EXP: torch.exp,
-    Op.EXPM1: torch.expm1,
-    Op.LOG: torch.log,
-    Op.LOG1P: torch.log1p,
-    Op.SQRT: torch.sqrt,
-    Op.TANH: torch.tanh,
-    Op.SIGMOID: torch.sigmoid,
+UNLIKE_TORCH: dict[Op, Callable[..., Tensor]] = {
     Op.LOGSIGMOID: logsigmoid,
     Op.LT: lambda x, y: (x < y).to(x.dtype),
     Op.LE: lambda x, y: (x <= y).to(x.dtype),
     Op.EQ: lambda x, y: (x == y).to(x.dtype),
     Op.WHERE: lambda c, x, y: torch.where(c != 0, x, y),
-    Op.POW: torch.pow,
+}
+"""Instructions that are not the torch function of their name: truth values are numbers here."""
+
+INSTRUCTIONS: dict[Op, Callable[..., Tensor]] = {
+    op: UNLIKE_TORCH[op] if op in UNLIKE_TORCH else getattr(torch, op.name.lower()) for op in Op
 }
 
 

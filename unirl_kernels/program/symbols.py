@@ -25,6 +25,11 @@ class UnsupportedOperation(TypeError):
     """
 
 
+def _operator(name: str) -> Callable[..., Symbol]:
+    """The method of an operator, which records the function ``name``."""
+    return lambda *args: Symbol.record(name, args, {}, method=False)
+
+
 class Symbol:
     """A scalar of one token. Behaves like a tensor for the supported operations.
 
@@ -54,14 +59,14 @@ class Symbol:
         kwargs: dict[str, Any] | None = None,
     ) -> Symbol:
         name = getattr(func, "__name__", str(func))
-        return _call(name, args, kwargs or {}, method=func is getattr(torch.Tensor, name, None))
+        return cls.record(name, args, kwargs or {}, method=func is getattr(torch.Tensor, name, None))
 
     def __getattr__(self, name: str) -> Callable[..., Symbol]:
         if name.startswith("__"):
             raise AttributeError(name)
         if name not in self.functions:
             raise UnsupportedOperation(f"uses .{name}; one-pass kernels run {', '.join(sorted(self.functions))}")
-        return lambda *args, **kwargs: _call(name, (self, *args), kwargs, method=True)
+        return lambda *args, **kwargs: self.record(name, (self, *args), kwargs, method=True)
 
     def __bool__(self) -> NoReturn:
         raise UnsupportedOperation("branches on the value of a token: choose with torch.where")
@@ -82,66 +87,25 @@ class Symbol:
 
     __hash__ = None  # type: ignore[assignment]
 
-    # Each stands here by itself, so that tools and readers see which operators there are.
-    def __add__(self, y: Any) -> Symbol:
-        return _call("add", (self, y))
-
-    def __sub__(self, y: Any) -> Symbol:
-        return _call("sub", (self, y))
-
-    def __rsub__(self, y: Any) -> Symbol:
-        return _call("rsub", (self, y))
-
-    def __mul__(self, y: Any) -> Symbol:
-        return _call("mul", (self, y))
-
-    def __truediv__(self, y: Any) -> Symbol:
-        return _call("div", (self, y))
-
-    def __rtruediv__(self, y: Any) -> Symbol:
-        return _call("rdiv", (self, y))
-
-    def __pow__(self, y: Any) -> Symbol:
-        return _call("pow", (self, y))
-
-    def __neg__(self) -> Symbol:
-        return _call("neg", (self,))
-
-    def __abs__(self) -> Symbol:
-        return _call("abs", (self,))
-
-    def __lt__(self, y: Any) -> Symbol:
-        return _call("lt", (self, y))
-
-    def __le__(self, y: Any) -> Symbol:
-        return _call("le", (self, y))
-
-    def __gt__(self, y: Any) -> Symbol:
-        return _call("gt", (self, y))
-
-    def __ge__(self, y: Any) -> Symbol:
-        return _call("ge", (self, y))
-
-    def __eq__(self, y: Any) -> Symbol:  # type: ignore[override]
-        return _call("eq", (self, y))
-
-    def __ne__(self, y: Any) -> Symbol:  # type: ignore[override]
-        return _call("ne", (self, y))
-
-    def __and__(self, y: Any) -> Symbol:
-        return _call("bitwise_and", (self, y))
-
-    def __or__(self, y: Any) -> Symbol:
-        return _call("bitwise_or", (self, y))
-
-    def __invert__(self) -> Symbol:
-        return _call("bitwise_not", (self,))
-
+    __add__ = _operator("add")
+    __sub__ = _operator("sub")
+    __rsub__ = _operator("rsub")
+    __mul__ = _operator("mul")
+    __truediv__ = _operator("div")
+    __rtruediv__ = _operator("rdiv")
+    __pow__ = _operator("pow")
+    __neg__ = _operator("neg")
+    __abs__ = _operator("abs")
+    __lt__ = _operator("lt")
+    __le__ = _operator("le")
+    __gt__ = _operator("gt")
+    __ge__ = _operator("ge")
+    __eq__ = _operator("eq")  # type: ignore[assignment]
+    __ne__ = _operator("ne")  # type: ignore[assignment]
+    __and__ = _operator("bitwise_and")
+    __or__ = _operator("bitwise_or")
+    __invert__ = _operator("bitwise_not")
     __radd__ = __add__
     __rmul__ = __mul__
     __rand__ = __and__
     __ror__ = __or__
-
-
-def _call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, method: bool = False) -> Symbol:
-    return Symbol.record(name, args, kwargs or {}, method=method)

@@ -43,7 +43,7 @@ def run(text: str, fields: Tensor, params: Tensor) -> list[Tensor]:
 
 
 P = torch.tensor([0.25, 0.75], dtype=torch.float64)
-"""Of the rows in ``run``, whose target is the first column."""
+"""Probabilities of the rows in ``run``, whose target is the first column."""
 
 STATISTICS = (math.log(0.25), -float(P @ P.log()), 0.0)
 

@@ -163,7 +163,7 @@ def run(case: Case) -> dict[str, Tensor]:
 
 
 def stats_of(logits: Tensor, target: int) -> RowStats:
-    """Of logits [1, 1, V] as they are."""
+    """Statistics of logits [1, 1, V], without a readout."""
     return cuda.token_stats(logits, torch.tensor([[target]]), IDENTITY).stats
 
 
@@ -192,7 +192,7 @@ def z_of(x: Tensor, readout: ReadoutArgs) -> Tensor:
 
 
 def naive(case: Case, rows: Rows, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The same by autograd in ``dtype``, of the rows that are read; fused, of those whose target is a column."""
+    """What autograd gives in ``dtype`` for the rows that are read; for a loss, for rows whose target is a column."""
     readout, fused = READOUTS[case.readout], (rows.target >= 0) & (rows.target < case.vocab)
     read = fused | (rows.target == ELSEWHERE)
     elsewhere = rows.target[read] == ELSEWHERE

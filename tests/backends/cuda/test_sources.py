@@ -183,7 +183,7 @@ MOST_INSTRUCTIONS = 17
 
 @compiles
 def test_instructions_per_logit(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Of loops by what they do; the instructions for the target, which one vector of a row takes, are counted too."""
+    """Loops are told apart by what they do. Instructions for the target, which one vector of a row takes, count too."""
     binary = _compiled(ROOT / "csrc/cuda/fused_loss.cu", tmp_path_factory.getbasetemp())
     (kernel,) = (k for k in _dump(binary, "sm_90") if "BFloat16" in k.name and "Float32" not in k.name and not k.capped)
 

@@ -32,6 +32,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 VOCABULARIES = {"vectors": 151936, "odd": 151669}
 """Rows of whole 16-byte vectors, and rows that start anywhere. V otherwise changes no compiled kernel."""
 
+LAUNCHED = {
+    "statistics": "measure",
+    "observations": "measure",
+    "two_sweep": "one_pass",
+    "split_row": "one_pass",
+}
+"""What ``launch`` calls the kernels that do more than one thing."""
+
 HELD_128_REGISTERS = 200
 """Five programs of two warps then share a multiprocessor."""
 
@@ -144,7 +152,7 @@ def tile_of(variant: Variant) -> Any:
     if variant.size == "held128":
         shape = geometry._fill(dtype, vocab, warp_size, 2, 128 * dtype.itemsize // geometry.VECTOR_BYTES)
     elif variant.size == "wide":
-        shape = geometry._fill(dtype, vocab, warp_size, geometry.WIDE_WARPS, geometry.VECTORS_IN_FLIGHT)
+        shape = geometry._fill(dtype, vocab, warp_size, geometry.SIZES.wide_warps, geometry.SIZES.vectors_in_flight)
     elif variant.kernel == "split_row":
         shape = geometry.slice_tile(dtype, vocab, variant.readout, warp_size)
     else:
@@ -154,6 +162,7 @@ def tile_of(variant: Variant) -> Any:
 
 def constants_of(variant: Variant) -> dict[str, Any]:
     """Arguments that are known when a kernel is compiled."""
+    from unirl_kernels.backends import RowObservations
     from unirl_kernels.backends.triton import geometry
     from unirl_kernels.backends.triton.lowering import device_function
     from unirl_kernels.program import parsed
@@ -166,8 +175,10 @@ def constants_of(variant: Variant) -> dict[str, Any]:
         "ENTROPY": program.has_entropy_gradient,
         "READOUT": variant.readout,
         "TILE": shape,
-        "SPLIT": geometry.split(shape, VOCABULARIES[variant.rows]),
+        "SHAPE": geometry.split(shape, VOCABULARIES[variant.rows]) if variant.kernel == "split_row" else shape,
         "row_temperature": None,
+        **({"scratch": None} if variant.kernel == "two_sweep" else {}),
+        **(dict.fromkeys(RowObservations._fields) if variant.kernel == "statistics" else {}),
     }
 
 
@@ -199,7 +210,7 @@ def compile_variant(variant: Variant) -> Any:
         options["maxnreg"] = geometry.held_registers(DTYPES[variant.dtype], capability, plain=plain)
         if variant.size == "held128":
             options["maxnreg"] = HELD_128_REGISTERS
-    kernel = getattr(launch, variant.kernel)
+    kernel = getattr(launch, LAUNCHED.get(variant.kernel, variant.kernel))
     signature, constexprs = {}, {}
     for i, parameter in enumerate(kernel.params):
         if parameter.name in constants:

@@ -17,22 +17,25 @@ from unirl_kernels.backends.triton import geometry, launch
 from unirl_kernels.program import trace
 
 BACKEND = make_backend(GPUTarget("cuda", 90, 32))
-KERNELS = ("statistics", "observations", "backward", "two_sweep", "split_row", "scale")
+KERNELS = ("measure", "backward", "one_pass", "scale")
 
 
 class Recorder:
-    """Stands in for a kernel: binds the arguments as the kernel would, and keeps the key."""
+    """Stands in for a kernel: binds the arguments as the kernel would, and keeps the key by what is left out."""
 
-    def __init__(self, kernel: Any, keys: set[str]) -> None:
+    def __init__(self, name: str, keys: dict[str, set[str]]) -> None:
+        kernel = getattr(launch, name)
         self._bind = create_function_from_signature(kernel.signature, kernel.params, BACKEND)
-        self._keys = keys
+        self._name, self._arguments, self._keys = name, [p.name for p in kernel.params], keys
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return self._record
 
     def _record(self, *args: Any, **kwargs: Any) -> None:
         _, specialization, options = self._bind(*args, **kwargs, debug=False)
-        self._keys.add(repr((specialization, sorted(options.items()))))
+        absent = [name for name, value in zip(self._arguments, args, strict=False) if value is None]
+        key = repr((specialization, sorted(options.items())))
+        self._keys.setdefault(f"{self._name} without {', '.join(absent)}", set()).add(key)
 
 
 def _logits(*shape: int) -> Tensor:
@@ -60,9 +63,9 @@ def step(logits: Tensor, beta: float, readout: ReadoutArgs, offset: int = 0) -> 
 
 def keys() -> dict[str, list[str]]:
     """Per kernel, the keys of: few and many tokens, other L, other scalars, other strides and addresses."""
-    found: dict[str, set[str]] = {name: set() for name in KERNELS}
+    found: dict[str, set[str]] = {}
     for name in KERNELS:
-        setattr(launch, name, Recorder(getattr(launch, name), found[name]))
+        setattr(launch, name, Recorder(name, found))
     geometry.device_of = lambda device: geometry.Device(132, (9, 0), True, 50 * 2**20)
     plain = ReadoutArgs(1.0, None, 1.0, None)
     step(_logits(1, 1, 20000), 0.04, plain)

@@ -82,7 +82,9 @@ def test_rows_in_flight_fit_half_of_the_cache(device: Device, dtype: torch.dtype
     warps = set()
     for vocab in range(2048, limit, 128):
         num_warps = geometry.two_sweep_tile(device, dtype, vocab).num_warps
-        rows = device.multiprocessors * (geometry.SWEEP_WARPS[dtype.itemsize] // max(num_warps, geometry.MAX_WARPS))
+        rows = device.multiprocessors * (
+            geometry.SWEEP_WARPS[dtype.itemsize] // max(num_warps, geometry.SIZES.max_warps)
+        )
         assert rows * vocab * dtype.itemsize * 2 <= device.l2_bytes / 2
         warps.add(num_warps)
     assert warps >= {8, 16}
@@ -90,11 +92,11 @@ def test_rows_in_flight_fit_half_of_the_cache(device: Device, dtype: torch.dtype
 
 
 def test_a_sweep_changes_sizes() -> None:
-    code = "from unirl_kernels.backends.triton.geometry import *; print(HELD_ELEMENTS, SPLIT_MAX_WARPS, MAX_WARPS)"
+    code = "from unirl_kernels.backends.triton.geometry import SIZES as s; print(s.held_elements, s.split_max_warps)"
     environment = os.environ | {geometry.VARIABLE: "held_elements=128 split_max_warps=2"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.split() == ["128", "2", "8"], done.stderr
-    assert geometry.variant_of("") == geometry.DEFAULTS
+    assert done.stdout.split() == ["128", "2"], done.stderr
+    assert geometry.variant_of("") == geometry.Sizes()
     for wrong in ("held=1", "max_warps=two"):
         with pytest.raises(ValueError, match=f"UNIRL_GEOMETRY must be made of max_warps=N .*, got '{wrong}'"):
             geometry.variant_of(f"held_elements=128 {wrong}")

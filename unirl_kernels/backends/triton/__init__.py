@@ -5,37 +5,19 @@ Importing this package does not import Triton: ``unavailable`` can say that it i
 
 from __future__ import annotations
 
+import importlib
 from importlib.util import find_spec
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from unirl_kernels.backends import (
-    FusedRows,
-    Measured,
-    Observed,
-    ProgramArgs,
-    ReadoutArgs,
-    RowGradients,
-    RowMoments,
-)
-from unirl_kernels.backends.torch_defaults import empty, matmuls, release_memory
+from unirl_kernels.backends.torch_defaults import empty as empty
+from unirl_kernels.backends.torch_defaults import matmuls as matmuls
+from unirl_kernels.backends.torch_defaults import release_memory as release_memory
 from unirl_kernels.backends.triton import geometry
-from unirl_kernels.backends.triton.geometry import KERNELS
+from unirl_kernels.backends.triton.geometry import KERNELS as KERNELS
 
-__all__ = [
-    "KERNELS",
-    "empty",
-    "fused_loss",
-    "kernels_by_vocab",
-    "matmuls",
-    "release_memory",
-    "scale_",
-    "token_observations",
-    "token_stats",
-    "token_stats_backward",
-    "unavailable",
-]
+LAUNCHED = ("token_stats", "token_observations", "token_stats_backward", "fused_loss", "scale_")
 
 MIN_CAPABILITY = (8, 0)
 
@@ -63,45 +45,9 @@ def kernels_by_vocab(device: torch.device, dtype: torch.dtype) -> tuple[tuple[st
     return geometry.kernels_by_vocab(geometry.device_of(device), dtype)
 
 
-def token_stats(logits: Tensor, target: Tensor, readout: ReadoutArgs) -> Measured:
-    from unirl_kernels.backends.triton import launch
-
-    return launch.token_stats(logits, target, readout)
-
-
-def token_observations(logits: Tensor, target: Tensor, readout: ReadoutArgs) -> Observed:
-    from unirl_kernels.backends.triton import launch
-
-    return launch.token_observations(logits, target, readout)
-
-
-def token_stats_backward(
-    logits: Tensor,
-    target: Tensor,
-    readout: ReadoutArgs,
-    moments: RowMoments,
-    gradients: RowGradients,
-    d_logits: Tensor,
-) -> None:
-    from unirl_kernels.backends.triton import launch
-
-    launch.token_stats_backward(logits, target, readout, moments, gradients, d_logits)
-
-
-def fused_loss(
-    logits: Tensor,
-    target: Tensor,
-    readout: ReadoutArgs,
-    program: ProgramArgs,
-    d_logits: Tensor,
-    kernel: str,
-) -> FusedRows:
-    from unirl_kernels.backends.triton import launch
-
-    return launch.fused_loss(logits, target, readout, program, d_logits, kernel)
-
-
-def scale_(x: Tensor, factor: Tensor) -> None:
-    from unirl_kernels.backends.triton import launch
-
-    launch.scale_(x, factor)
+def __getattr__(name: str) -> Any:
+    """What launches kernels is loaded, and Triton with it, at the first use."""
+    if name not in LAUNCHED:
+        raise AttributeError(name)
+    globals()[name] = getattr(importlib.import_module(f"{__name__}.launch"), name)
+    return globals()[name]

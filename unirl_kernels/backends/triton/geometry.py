@@ -24,69 +24,52 @@ VARIABLE = "UNIRL_GEOMETRY"
 ANY_VOCAB = sys.maxsize
 
 
-def variant_of(text: str) -> dict[str, int]:
+class Sizes(NamedTuple):
+    """Sizes by the names that the environment knows."""
+
+    max_warps: int = 8
+    wide_warps: int = 16
+    """Warps of ``two_sweep`` where half as many rows in flight fit the L2 cache."""
+    vectors_in_flight: int = 4
+    """Sweeps: 64 bytes per thread in flight, at 64 registers 64 KiB per multiprocessor."""
+    l2_percent: int = 50
+    """What part of the L2 cache the rows in flight of ``two_sweep`` and their gradients may take. The second sweep then
+    finds 95 % of a row there, and 76 % if half of the cache holds the same as the other half."""
+    split_max_warps: int = 4
+    held_elements: int = 64
+    """Split rows: 8192 columns of a row in the registers of 128 threads."""
+    held_elements_softcap: int = 32
+    """tanh takes registers of its own."""
+    resident_warps: int = 16
+    """Warps of ``split_row`` that share a multiprocessor. More would queue until the tickets are used up."""
+    held_registers: int = 0
+    """Registers of a thread of ``split_row``; 0: what the function ``held_registers`` says."""
+    cooperative: int = 1
+    """Whether ``split_row`` is launched so that the driver starts all of its programs or none."""
+
+
+def variant_of(text: str) -> Sizes:
     """The sizes that a text such as ``"held_elements=128 split_max_warps=2"`` names, in the place of the defaults.
 
     Raises:
-        ValueError: when a name is not one of ``DEFAULTS``, or a size is not a whole number.
+        ValueError: when a name is not one of ``Sizes``, or a size is not a whole number.
     """
-    sizes = dict(DEFAULTS)
+    sizes = {}
     for setting in text.split():
         name, _, size = setting.partition("=")
-        if name not in DEFAULTS or not size.isdecimal():
-            raise ValueError(f"{VARIABLE} must be made of {'=N '.join(DEFAULTS)}=N, got {setting!r}")
+        if name not in Sizes._fields or not size.isdecimal():
+            raise ValueError(f"{VARIABLE} must be made of {'=N '.join(Sizes._fields)}=N, got {setting!r}")
         sizes[name] = int(size)
-    return sizes
+    return Sizes(**sizes)
 
 
-DEFAULTS = {
-    "max_warps": 8,
-    "wide_warps": 16,
-    "vectors_in_flight": 4,
-    "l2_percent": 50,
-    "split_max_warps": 4,
-    "held_elements": 64,
-    "held_elements_softcap": 32,
-    "resident_warps": 16,
-    "held_registers": 0,
-    "cooperative": 1,
-}
-"""Sizes by the names that the environment knows."""
-
-_SIZES = variant_of(os.environ.get(VARIABLE, ""))
+SIZES = variant_of(os.environ.get(VARIABLE, ""))
 
 VECTOR_BYTES = 16
 """Width of the widest load and store of a thread, and the alignment they need."""
 
-MAX_WARPS = _SIZES["max_warps"]
-WIDE_WARPS = _SIZES["wide_warps"]
-"""Of ``two_sweep`` where that makes the rows in flight fit the L2 cache: half as many of them."""
-
-VECTORS_IN_FLIGHT = _SIZES["vectors_in_flight"]
-"""Sweeps: 64 bytes per thread in flight, at 64 registers 64 KiB per multiprocessor."""
-
-L2_PERCENT = _SIZES["l2_percent"]
-"""What part of the L2 cache the rows in flight of ``two_sweep`` and their gradients may take. The second sweep then
-finds 95 % of a row there, and 76 % if half of the cache holds the same as the other half."""
-
 SWEEP_WARPS = {2: 32, 4: 48, 8: 16}
 """Warps of ``two_sweep`` that share a multiprocessor, by the bytes of a logit: at 64, 40 and 90 registers."""
-
-SPLIT_MAX_WARPS = _SIZES["split_max_warps"]
-HELD_ELEMENTS = _SIZES["held_elements"]
-"""Split rows: 8192 columns of a row in the registers of 128 threads."""
-
-HELD_ELEMENTS_SOFTCAP = _SIZES["held_elements_softcap"]
-"""tanh takes registers of its own."""
-
-HELD_REGISTERS = _SIZES["held_registers"]
-"""Of a thread of ``split_row``; 0: those of ``held_registers``."""
-
-RESIDENT_WARPS = _SIZES["resident_warps"]
-"""Warps of ``split_row`` that share a multiprocessor. More would queue until the tickets are used up."""
-
-COOPERATIVE = bool(_SIZES["cooperative"])
-"""Whether ``split_row`` is launched so that the driver starts all of its programs or none."""
 
 REGISTER_FILE = 65536
 """Registers of a multiprocessor, sm_80 to sm_120."""
@@ -142,7 +125,7 @@ def kernels_by_vocab(device: Device, dtype: torch.dtype) -> tuple[tuple[str, int
     if not device.is_nvidia:
         return (("two_sweep", ANY_VOCAB),)
     return (
-        ("two_sweep", _most_in_cache(device, dtype, WIDE_WARPS)),
+        ("two_sweep", _most_in_cache(device, dtype, SIZES.wide_warps)),
         ("split_row", _most_split(device, dtype)),
         ("two_sweep", ANY_VOCAB),
     )
@@ -151,7 +134,7 @@ def kernels_by_vocab(device: Device, dtype: torch.dtype) -> tuple[tuple[str, int
 def _most_in_cache(device: Device, dtype: torch.dtype, num_warps: int) -> int:
     """The longest row of which ``two_sweep`` may have as many in flight as run at once, with their gradients."""
     programs = device.multiprocessors * (SWEEP_WARPS[dtype.itemsize] // num_warps)
-    return device.l2_bytes * L2_PERCENT // 100 // (programs * 2 * dtype.itemsize)
+    return device.l2_bytes * SIZES.l2_percent // 100 // (programs * 2 * dtype.itemsize)
 
 
 def _most_split(device: Device, dtype: torch.dtype) -> int:
@@ -163,23 +146,23 @@ def _most_split(device: Device, dtype: torch.dtype) -> int:
 
 def two_sweep_tile(device: Device, dtype: torch.dtype, vocab: int, warp_size: int = 32) -> Tile:
     """The tile of ``two_sweep``: of ``tile``, but with more warps where fewer rows in flight then fit the L2 cache."""
-    wide = device.is_nvidia and _most_in_cache(device, dtype, MAX_WARPS) < vocab <= _most_in_cache(
-        device, dtype, WIDE_WARPS
+    wide = device.is_nvidia and _most_in_cache(device, dtype, SIZES.max_warps) < vocab <= _most_in_cache(
+        device, dtype, SIZES.wide_warps
     )
-    return _fill(dtype, vocab, warp_size, WIDE_WARPS if wide else MAX_WARPS, VECTORS_IN_FLIGHT)
+    return _fill(dtype, vocab, warp_size, SIZES.wide_warps if wide else SIZES.max_warps, SIZES.vectors_in_flight)
 
 
 def tile(dtype: torch.dtype, vocab: int, warp_size: int = 32) -> Tile:
     """The tile that a row is swept with: as many warps as the row fills."""
-    return _fill(dtype, vocab, warp_size, MAX_WARPS, VECTORS_IN_FLIGHT)
+    return _fill(dtype, vocab, warp_size, SIZES.max_warps, SIZES.vectors_in_flight)
 
 
 def slice_tile(dtype: torch.dtype, vocab: int, readout: str, warp_size: int = 32) -> Tile:
     """The tile that holds a slice of a row, or the row, for a kind of readout."""
-    held = HELD_ELEMENTS_SOFTCAP if readout == "softcap" else HELD_ELEMENTS
+    held = SIZES.held_elements_softcap if readout == "softcap" else SIZES.held_elements
     if dtype == torch.float64:
         held //= 8
-    return _fill(dtype, vocab, warp_size, SPLIT_MAX_WARPS, held * dtype.itemsize // VECTOR_BYTES)
+    return _fill(dtype, vocab, warp_size, SIZES.split_max_warps, held * dtype.itemsize // VECTOR_BYTES)
 
 
 def held_registers(dtype: torch.dtype, capability: tuple[int, int], *, plain: bool) -> int:
@@ -193,8 +176,8 @@ def held_registers(dtype: torch.dtype, capability: tuple[int, int], *, plain: bo
         capability: of the device.
         plain: whether rows are aligned and the loss has no gradient with respect to the entropy.
     """
-    if HELD_REGISTERS:
-        return HELD_REGISTERS
+    if SIZES.held_registers:
+        return SIZES.held_registers
     if dtype.itemsize == 2:
         return 128 if plain and capability < (10, 0) else 168
     return 168 if plain else 232
@@ -223,7 +206,7 @@ def certain_programs(shape: Tile, registers: int | None) -> int:
     """
     if registers is None:
         return 1
-    return min(RESIDENT_WARPS // shape.num_warps, REGISTER_FILE // (registers * shape.lanes))
+    return min(SIZES.resident_warps // shape.num_warps, REGISTER_FILE // (registers * shape.lanes))
 
 
 def programs(shape: Tile, vocab: int, multiprocessors: int, registers: int | None, *, cooperative: bool = False) -> int:
@@ -250,7 +233,7 @@ def programs(shape: Tile, vocab: int, multiprocessors: int, registers: int | Non
             f"{multiprocessors * certain} ({certain} on each of {multiprocessors} multiprocessors); "
             f"Plan(kernel='two_sweep') has no such limit"
         )
-    return multiprocessors * (certain if cooperative else RESIDENT_WARPS // shape.num_warps)
+    return multiprocessors * (certain if cooperative else SIZES.resident_warps // shape.num_warps)
 
 
 def whole_row(shape: Tile, vocab: int) -> Tile:

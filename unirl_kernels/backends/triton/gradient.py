@@ -15,9 +15,10 @@ import triton.language as tl
 
 from unirl_kernels.backends.triton.kernel import kernel
 from unirl_kernels.backends.triton.rows import (
+    Matrix,
     Readout,
+    Readouts,
     Row,
-    Strides,
     absent,
     column_of,
     is_computed,
@@ -201,15 +202,15 @@ def backward(
     ENTROPY: tl.constexpr = d_entropy is not None
     row = tl.program_id(0)
     y = tl.load(target + row)
-    d_x = start_of_row(d_logits, row, Strides(length, d_stride_b, d_stride_l))
+    d_x = start_of_row(Matrix(d_logits, length, d_stride_b, d_stride_l), row)
     if is_computed(y, size):
-        readout = readout_of(inner, factor, row_temperature, row, COMPUTE)
+        readout = readout_of(Readouts(inner, factor, row_temperature), row, COMPUTE)
         moments = Moments(tl.load(top + row), tl.load(s_minus_1 + row), tl.load(sz + row), tl.load(u_target + row))
         gradients = Gradients(
             optional(d_logp, row, COMPUTE), optional(d_entropy, row, COMPUTE), optional(d_lse, row, COMPUTE)
         )
         stats = statistics_of(moments, readout)
-        x = Row(start_of_row(logits, row, Strides(length, stride_b, stride_l)), size, column_of(y))
+        x = Row(start_of_row(Matrix(logits, length, stride_b, stride_l), row), size, column_of(y))
         write_row(x, d_x, readout, moments, stats, gradients, ENTROPY, READOUT, TILE)
     else:
         fill(d_x, size, absent(y, COMPUTE), TILE)

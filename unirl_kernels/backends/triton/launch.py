@@ -17,16 +17,17 @@ from unirl_kernels.backends import (
     RowGradients,
     RowMoments,
     RowObservations,
-    RowStats,
+    measured_like,
+    observed_like,
+    rows_like,
 )
 from unirl_kernels.backends.triton import geometry
 from unirl_kernels.backends.triton.gradient import backward
 from unirl_kernels.backends.triton.lowering import device_function
-from unirl_kernels.backends.triton.observations import observations
+from unirl_kernels.backends.triton.measure import measure
+from unirl_kernels.backends.triton.one_pass import one_pass
 from unirl_kernels.backends.triton.scale import scale
-from unirl_kernels.backends.triton.split_row import RECORD, split_row
-from unirl_kernels.backends.triton.statistics import statistics
-from unirl_kernels.backends.triton.two_sweep import two_sweep
+from unirl_kernels.backends.triton.split_row import RECORD
 from unirl_kernels.program import parsed
 
 WARP_SIZE = 64 if torch.version.hip else 32
@@ -38,27 +39,23 @@ SCALE_PROGRAMS = 1024
 
 
 def token_stats(logits: Tensor, target: Tensor, readout: ReadoutArgs) -> Measured:
-    rows = Measured(RowStats(*_new_rows(logits, target, 3)), RowMoments(*_new_rows(logits, target, 4)))
-    _measure(statistics, (*rows.stats, *rows.moments), logits, target, readout)
+    rows = measured_like(target, logits.dtype)
+    _measure((*rows.stats, *rows.moments, *[None] * len(RowObservations._fields)), logits, target, readout)
     return rows
 
 
 def token_observations(logits: Tensor, target: Tensor, readout: ReadoutArgs) -> Observed:
-    rows = Observed(
-        RowStats(*_new_rows(logits, target, 3)),
-        RowMoments(*_new_rows(logits, target, 4)),
-        RowObservations._make((*_new_rows(logits, target, 3), torch.empty_like(target))),
-    )
-    _measure(observations, (*rows.stats, *rows.moments, *rows.observations), logits, target, readout)
+    rows = observed_like(target, logits.dtype)
+    _measure((*rows.stats, *rows.moments, *rows.observations), logits, target, readout)
     return rows
 
 
-def _measure(kernel: Any, rows: tuple[Tensor, ...], logits: Tensor, target: Tensor, readout: ReadoutArgs) -> None:
+def _measure(rows: tuple[Tensor | None, ...], logits: Tensor, target: Tensor, readout: ReadoutArgs) -> None:
     if target.numel():
         shape = _tile(logits)
         inner, factor, kind = _readout(readout)
         with torch.cuda.device_of(logits):
-            kernel[target.numel(),](
+            measure[target.numel(),](
                 logits, target, readout.row_temperature, *rows, *logits.shape[1:], *logits.stride()[:2], inner, factor,
                 READOUT=kind, TILE=shape, num_warps=shape.num_warps, **OPTIONS,
             )  # fmt: skip
@@ -91,7 +88,7 @@ def fused_loss(
     d_logits: Tensor,
     kernel: str,
 ) -> FusedRows:
-    rows = FusedRows(*_new_rows(logits, target, 4))
+    rows = FusedRows(*rows_like(target, logits.dtype, 4))
     if not target.numel():
         return rows
     inner, factor, kind = _readout(readout)
@@ -115,7 +112,7 @@ def _two_sweep(arguments: tuple[Any, ...], constants: dict[str, Any], logits: Te
     device = geometry.device_of(logits.device)
     shape = _placed(geometry.two_sweep_tile(device, logits.dtype, logits.shape[-1], WARP_SIZE), logits, d_logits)
     rows = logits.shape[0] * logits.shape[1]
-    two_sweep[rows,](*arguments, **constants, TILE=shape, num_warps=shape.num_warps, **OPTIONS)
+    one_pass[rows,](*arguments, None, rows, **constants, SHAPE=shape, num_warps=shape.num_warps, **OPTIONS)
 
 
 def _split_row(arguments: tuple[Any, ...], constants: dict[str, Any], logits: Tensor, d_logits: Tensor) -> None:
@@ -131,12 +128,12 @@ def _split_row(arguments: tuple[Any, ...], constants: dict[str, Any], logits: Te
     if device.is_nvidia:
         plain = shape.aligned and not constants["ENTROPY"]
         options["maxnreg"] = geometry.held_registers(logits.dtype, device.capability, plain=plain)
-        options["launch_cooperative_grid"] = geometry.COOPERATIVE
+        options["launch_cooperative_grid"] = bool(geometry.SIZES.cooperative)
     registers, cooperative = options.get("maxnreg"), options.get("launch_cooperative_grid", False)
     programs = geometry.programs(shape, vocab, device.multiprocessors, registers, cooperative=cooperative)
     scratch = _scratch(rows * split.slices, logits.device)
-    split_row[min(rows * split.slices, programs),](
-        *arguments, scratch, rows, **constants, SPLIT=split, num_warps=shape.num_warps, **options
+    one_pass[min(rows * split.slices, programs),](
+        *arguments, scratch, rows, **constants, SHAPE=split, num_warps=shape.num_warps, **options
     )
 
 
@@ -158,14 +155,6 @@ def scale_(x: Tensor, factor: Tensor) -> None:
         scale[min(rows, SCALE_PROGRAMS),](
             x, factor, rows, *x.shape[1:], *x.stride()[:2], TILE=shape, num_warps=shape.num_warps, **OPTIONS
         )
-
-
-def _new_rows(logits: Tensor, target: Tensor, count: int) -> list[Tensor]:
-    """Tensors for one number of each row."""
-    # Half the time of torch.empty with a shape and a device, and a call makes many.
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    contiguous = torch.contiguous_format
-    return [torch.empty_like(target, dtype=dtype, memory_format=contiguous) for _ in range(count)]
 
 
 def _tile(x: Tensor, *others: Tensor) -> geometry.Tile:

@@ -9,32 +9,20 @@ from typing import Any
 
 from unirl_kernels.program import STATISTICS, ZERO, Op, Program, parsed
 
-EXPRESSIONS: dict[Op, str] = {
+OPERATORS = {
     Op.ADD: "{} + {}",
     Op.SUB: "{} - {}",
     Op.MUL: "{} * {}",
     Op.DIV: "divide({}, {})",
     Op.NEG: "-{}",
     Op.ABS: "tl.abs({})",
-    Op.SIGN: "sign({})",
-    Op.MINIMUM: "minimum({}, {})",
-    Op.MAXIMUM: "maximum({}, {})",
-    Op.CLAMP: "clamp({}, {}, {})",
-    Op.EXP: "exp({})",
-    Op.EXPM1: "expm1({})",
-    Op.LOG: "log({})",
-    Op.LOG1P: "log1p({})",
-    Op.SQRT: "sqrt({})",
-    Op.TANH: "tanh({})",
-    Op.SIGMOID: "sigmoid({})",
-    Op.LOGSIGMOID: "logsigmoid({})",
     Op.LT: "({} < {}).to(logp.dtype)",
     Op.LE: "({} <= {}).to(logp.dtype)",
     Op.EQ: "({} == {}).to(logp.dtype)",
     Op.WHERE: "tl.where({} != 0, {}, {})",
     Op.POW: "power({}, {})",
 }
-"""Triton text of each instruction; the functions are those of ``scalar_math``."""
+"""Triton text of the instructions that are not the function of their name in ``scalar_math``."""
 
 
 def source(program: Program) -> str:
@@ -54,12 +42,16 @@ def source(program: Program) -> str:
     lines += [f"    {name} = tl.load(params + {i}).to(logp.dtype)" for i, name in enumerate(parameters)]
     for i, instruction in enumerate(program.instructions):
         names.append(f"v{i}")
-        lines.append(f"    v{i} = {EXPRESSIONS[instruction.op].format(*(names[r] for r in instruction.args))}")
+        lines.append(f"    v{i} = {_expression(instruction.op, [names[r] for r in instruction.args])}")
     if ZERO in program.outputs:
         lines.append("    zero = tl.full((), 0, logp.dtype)")
     outputs = ("zero" if r == ZERO else names[r] for r in program.outputs)
     lines.append(f"    return {', '.join(outputs)}")
     return "\n".join(lines) + "\n"
+
+
+def _expression(op: Op, args: list[str]) -> str:
+    return OPERATORS[op].format(*args) if op in OPERATORS else f"{op.name.lower()}({', '.join(args)})"
 
 
 @cache

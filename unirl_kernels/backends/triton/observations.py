@@ -13,38 +13,23 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from unirl_kernels.backends.triton.kernel import kernel
-from unirl_kernels.backends.triton.rows import (
-    Readout,
-    Row,
-    Strides,
-    absent,
-    column_of,
-    is_computed,
-    readout_of,
-    start_of_row,
-    u_of,
-    u_of_target,
-    write,
-    write_to_all,
-)
+from unirl_kernels.backends.triton.rows import Readout, Row, u_of
 from unirl_kernels.backends.triton.scalar_math import log1p, minimum
 from unirl_kernels.backends.triton.statistics import (
+    Moments,
     Sums,
-    combine,
     exponents,
     finite_base,
     lane_sums,
     no_sums,
     rescaled,
-    statistics_of,
     sum_minus_1,
 )
 from unirl_kernels.backends.triton.tiles import is_below, lane_start, load, within_lane
 
 
 class Seen(NamedTuple):
-    """Of the tiles that each lane has seen."""
+    """What each lane has seen of the row so far."""
 
     sums: Sums
     s2: tl.tensor  # relative to sums.top
@@ -130,50 +115,22 @@ def log_sum_of_squares(seen: Seen, s_minus_1: tl.tensor, rate: tl.tensor) -> tl.
     return minimum(log1p(sum_minus_1(s2)) - 2.0 * log1p(s_minus_1), 0.0)
 
 
-@kernel
-def observations(
-    logits: tl.tensor,  # [B, L, V]
-    target: tl.tensor,  # [B, L], as all that follow
-    row_temperature: tl.tensor,
-    logp: tl.tensor,
-    entropy: tl.tensor,
-    lse: tl.tensor,
-    top: tl.tensor,
-    s_minus_1: tl.tensor,
-    sz: tl.tensor,
-    u_target: tl.tensor,
-    log_sum_sq_probs: tl.tensor,
-    mean_logit: tl.tensor,
-    largest: tl.tensor,
-    argmax: tl.tensor,  # int64
-    length: tl.int32,
-    size: tl.int32,
-    stride_b: tl.int64,
-    stride_l: tl.int64,
-    inner: tl.float64,
-    factor: tl.float64,
-    READOUT: tl.constexpr,
-    TILE: tl.constexpr,
-) -> None:
-    """One program per row, one read."""
-    COMPUTE: tl.constexpr = logp.dtype.element_ty
-    row = tl.program_id(0)
-    y = tl.load(target + row)
-    if is_computed(y, size):
-        readout = readout_of(inner, factor, row_temperature, row, COMPUTE)
-        x = Row(start_of_row(logits, row, Strides(length, stride_b, stride_l)), size, column_of(y))
-        u_y = u_of_target(x, readout, READOUT)
-        seen = observe_row(x, readout, READOUT, TILE)
-        column = first_of(seen, x, readout, READOUT, TILE)
-        moments = combine(seen.sums, u_y, readout.rate)
-        write((logp, entropy, lse), row, statistics_of(moments, readout))
-        write((top, s_minus_1, sz, u_target), row, moments)
-        tl.store(log_sum_sq_probs + row, log_sum_of_squares(seen, moments.s_minus_1, readout.rate))
-        tl.store(mean_logit + row, readout.kappa * (tl.sum(seen.su, 0) / size))
-        broken = moments.s_minus_1 != moments.s_minus_1
-        tl.store(largest + row, tl.where(broken, float("nan"), tl.max(seen.largest, 0)))
-        tl.store(argmax + row, tl.where(broken, -1, column).to(tl.int64))
-    else:
-        write_to_all((logp, entropy, lse, top, s_minus_1, sz, u_target), row, absent(y, COMPUTE))
-        write_to_all((log_sum_sq_probs, mean_logit, largest), row, absent(y, COMPUTE))
-        tl.store(argmax + row, tl.full((), -1, tl.int64))
+class Observations(NamedTuple):
+    """``backends.RowObservations`` of a row."""
+
+    log_sum_sq_probs: tl.tensor
+    mean_logit: tl.tensor
+    largest: tl.tensor
+    argmax: tl.tensor
+
+
+@triton.jit
+def observations_of(seen: Seen, column: tl.tensor, moments: Moments, readout: Readout, size: tl.tensor) -> Observations:
+    """Observations of a row of ``size`` columns whose largest logit is first in ``column``."""
+    broken = moments.s_minus_1 != moments.s_minus_1
+    return Observations(
+        log_sum_of_squares(seen, moments.s_minus_1, readout.rate),
+        readout.kappa * (tl.sum(seen.su, 0) / size),
+        tl.where(broken, float("nan"), tl.max(seen.largest, 0)),
+        tl.where(broken, -1, column).to(tl.int64),
+    )

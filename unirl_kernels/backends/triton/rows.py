@@ -19,12 +19,13 @@ IGNORE = tl.constexpr(IGNORED_TARGET)
 ELSEWHERE = tl.constexpr(ELSEWHERE_TARGET)
 
 
-class Strides(NamedTuple):
-    """Where the rows of a [B, L, V] tensor lie."""
+class Matrix(NamedTuple):
+    """A [B, L, V] tensor."""
 
+    x: tl.tensor  # pointer to its first element
     length: tl.tensor  # L
     sequence: tl.tensor  # elements from one sequence to the next
-    token: tl.tensor
+    token: tl.tensor  # elements from one row to the next
 
 
 class Row(NamedTuple):
@@ -43,23 +44,42 @@ class Readout(NamedTuple):
     rate: tl.tensor  # kappa log2(e)
 
 
+class Readouts(NamedTuple):
+    """What the readouts of all rows follow from."""
+
+    inner: tl.tensor  # du/dx at x = 0, as in ``Readout``
+    factor: tl.tensor  # kappa, or kappa times the row's temperature
+    row_temperature: tl.tensor  # [B, L], or None
+
+
+class Call(NamedTuple):
+    """What a one-pass kernel works on."""
+
+    logits: Matrix
+    d_logits: Matrix
+    size: tl.tensor  # V
+    target: tl.tensor  # [B, L]
+    readouts: Readouts
+    fields: tl.tensor  # [FIELDS, B, L]
+    parameters: tl.tensor  # [n_params]
+    results: tl.tuple  # loss, logp, entropy, lse; [B, L] each
+
+
 @triton.jit
-def start_of_row(x: tl.tensor, row: tl.tensor, strides: Strides) -> tl.tensor:
+def start_of_row(of: Matrix, row: tl.tensor) -> tl.tensor:
     """Pointer to row b * L + l of [B, L, V]. 64 bits: T V may exceed 2^31."""
-    sequence, token = row // strides.length, row % strides.length
-    return x + sequence.to(tl.int64) * strides.sequence + token.to(tl.int64) * strides.token
+    sequence, token = row // of.length, row % of.length
+    return of.x + sequence.to(tl.int64) * of.sequence + token.to(tl.int64) * of.token
 
 
 @triton.jit
-def readout_of(
-    inner: tl.tensor, factor: tl.tensor, row_temperature: tl.tensor, row: tl.tensor, COMPUTE: tl.constexpr
-) -> Readout:
-    """The readout of a row; ``factor`` is kappa, or kappa times the row's temperature. NaN if that is not positive."""
-    kappa = tl.full((), factor, COMPUTE)
-    if row_temperature is not None:
-        temperature = tl.load(row_temperature + row).to(COMPUTE)
+def readout_of(readouts: Readouts, row: tl.tensor, COMPUTE: tl.constexpr) -> Readout:
+    """The readout of a row; NaN if its temperature is not positive."""
+    kappa = tl.full((), readouts.factor, COMPUTE)
+    if readouts.row_temperature is not None:
+        temperature = tl.load(readouts.row_temperature + row).to(COMPUTE)
         kappa = divide(kappa, tl.where(temperature > 0, temperature, float("nan")))
-    return Readout(tl.full((), inner, COMPUTE), kappa, kappa * LOG2E)
+    return Readout(tl.full((), readouts.inner, COMPUTE), kappa, kappa * LOG2E)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from unirl_kernels.backends.triton.geometry import Tile
 from unirl_kernels.backends.triton.kernel import kernel
-from unirl_kernels.backends.triton.rows import Strides, start_of_row
+from unirl_kernels.backends.triton.rows import Matrix, start_of_row
 from unirl_kernels.backends.triton.tiles import fringe, head_and_body, load, store
 
 
@@ -28,7 +28,7 @@ def scale(
     k = tl.load(factor).to(COMPUTE)
     if k != 1:
         for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-            start_of_x = start_of_row(x, row, Strides(length, stride_b, stride_l))
+            start_of_x = start_of_row(Matrix(x, length, stride_b, stride_l), row)
             head, body = head_and_body(start_of_x, size, TILE)
             if not TILE.aligned:
                 columns, inside = fringe(head, body, size, TILE.vector)

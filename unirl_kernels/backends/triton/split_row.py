@@ -32,11 +32,10 @@ from unirl_kernels.backends.triton.gradient import (
     log2_prob,
     terms_of,
 )
-from unirl_kernels.backends.triton.kernel import kernel
 from unirl_kernels.backends.triton.rows import (
+    Call,
     Readout,
     Row,
-    Strides,
     absent,
     column_of,
     is_computed,
@@ -211,28 +210,11 @@ def write_slice(
         descend(x, d_x, readout, terms, ENTROPY, READOUT, HALF)
 
 
-@kernel
+@triton.jit
 def split_row(
-    logits: tl.tensor,  # [B, L, V]
-    d_logits: tl.tensor,  # [B, L, V]; may be logits
-    target: tl.tensor,  # [B, L]
-    fields: tl.tensor,  # [FIELDS, B, L]
-    parameters: tl.tensor,  # [n_params] fp64; "params" is a name that Triton's launcher takes for itself
-    row_temperature: tl.tensor,  # [B, L], as all that follow
-    loss: tl.tensor,
-    logp: tl.tensor,
-    entropy: tl.tensor,
-    lse: tl.tensor,
-    length: tl.int32,
-    size: tl.int32,
-    stride_b: tl.int64,
-    stride_l: tl.int64,
-    d_stride_b: tl.int64,
-    d_stride_l: tl.int64,
-    inner: tl.float64,
-    factor: tl.float64,
-    scratch: tl.tensor,  # [1 + B * L * slices, RECORD] int64, zeros: the number of tickets drawn, then the records
-    rows: tl.int32,  # B * L
+    call: Call,
+    scratch: tl.tensor,
+    rows: tl.tensor,
     OBJECTIVE: tl.constexpr,
     FIELDS: tl.constexpr,
     ENTROPY: tl.constexpr,
@@ -240,32 +222,32 @@ def split_row(
     SPLIT: tl.constexpr,
 ) -> None:
     """Programs run until the tickets are used up; how many there are does not matter to the result."""
-    COMPUTE: tl.constexpr = loss.dtype.element_ty
+    COMPUTE: tl.constexpr = call.results[0].dtype.element_ty
     TILE: tl.constexpr = SPLIT.tile
-    width = tl.cdiv(size, SPLIT.slices * TILE.vector) * TILE.vector
+    width = tl.cdiv(call.size, SPLIT.slices * TILE.vector) * TILE.vector
     ticket = draw(scratch)
     while ticket < rows * SPLIT.slices:
         row, part = ticket // SPLIT.slices, ticket % SPLIT.slices
         first = part * width
-        y = tl.load(target + row)
-        count = tl.minimum(width, size - first)
-        d_x = start_of_row(d_logits, row, Strides(length, d_stride_b, d_stride_l)) + first
+        y = tl.load(call.target + row)
+        count = tl.minimum(width, call.size - first)
+        d_x = start_of_row(call.d_logits, row) + first
         value = absent(y, COMPUTE)
-        silent = not is_computed(y, size)
+        silent = not is_computed(y, call.size)
         if silent:
             if part == 0:
-                write_to_all((loss, logp, entropy, lse), row, value)
+                write_to_all(call.results, row, value)
             ticket = draw(scratch)
         else:
-            readout = readout_of(inner, factor, row_temperature, row, COMPUTE)
-            x = Row(start_of_row(logits, row, Strides(length, stride_b, stride_l)) + first, count, column_of(y) - first)
+            readout = readout_of(call.readouts, row, COMPUTE)
+            x = Row(start_of_row(call.logits, row) + first, count, column_of(y) - first)
             held = read_slice(x, readout, READOUT, TILE)
-            values = row_fields(fields, row, rows, FIELDS)  # on their way while the program waits
+            values = row_fields(call.fields, row, rows, FIELDS)  # on their way while the program waits
             moments, ticket = exchange(scratch, row, part, held.moments, readout.rate, SPLIT)
             stats = statistics_of(moments, readout)
-            loss_y, gradients = evaluated(OBJECTIVE, parameters, stats, values)
+            loss, gradients = evaluated(OBJECTIVE, call.parameters, stats, values)
             if part == 0:
-                write((loss, logp, entropy, lse), row, (loss_y, stats.logp, stats.entropy, stats.lse))
+                write(call.results, row, (loss, stats.logp, stats.entropy, stats.lse))
             value = tl.full((), 0.0, COMPUTE)
             silent = is_zero(gradients)
             if not silent:

@@ -15,21 +15,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from unirl_kernels.backends.triton.kernel import kernel
-from unirl_kernels.backends.triton.rows import (
-    Readout,
-    Row,
-    Strides,
-    absent,
-    column_of,
-    is_computed,
-    readout_of,
-    start_of_row,
-    u_of,
-    u_of_target,
-    write,
-    write_to_all,
-)
+from unirl_kernels.backends.triton.rows import Readout, Row, u_of, u_of_target
 from unirl_kernels.backends.triton.scalar_math import LN2, log1p, maximum, minimum
 from unirl_kernels.backends.triton.tiles import is_below, load
 
@@ -38,7 +24,7 @@ FLOOR = tl.constexpr(-1e4)
 
 
 class Sums(NamedTuple):
-    """Of a lane, a slice or a row."""
+    """Sums over what a lane has seen, over a slice, or over a row."""
 
     top: tl.tensor  # max u, -inf where all of it is
     s: tl.tensor  # relative to top, as sz
@@ -92,7 +78,7 @@ def exponents(u: tl.tensor, top: tl.tensor, rate: tl.tensor) -> tuple[tl.tensor,
 
 @triton.jit
 def no_sums(LANES: tl.constexpr, COMPUTE: tl.constexpr) -> Sums:
-    """Of lanes that have seen nothing."""
+    """The sums of lanes that have seen nothing."""
     zero = tl.full((LANES,), 0.0, COMPUTE)
     return Sums(tl.full((LANES,), float("-inf"), COMPUTE), zero, zero)
 
@@ -164,38 +150,3 @@ def statistics_of(moments: Moments, readout: Readout) -> Stats:
     logp = (moments.u_target - base) * readout.kappa - log_s
     entropy = log_s - moments.sz / (1.0 + moments.s_minus_1)
     return Stats(minimum(logp, 0.0), maximum(entropy, 0.0), base * readout.kappa + log_s)
-
-
-@kernel
-def statistics(
-    logits: tl.tensor,  # [B, L, V]
-    target: tl.tensor,  # [B, L], as all that follow
-    row_temperature: tl.tensor,
-    logp: tl.tensor,
-    entropy: tl.tensor,
-    lse: tl.tensor,
-    top: tl.tensor,
-    s_minus_1: tl.tensor,
-    sz: tl.tensor,
-    u_target: tl.tensor,
-    length: tl.int32,
-    size: tl.int32,
-    stride_b: tl.int64,
-    stride_l: tl.int64,
-    inner: tl.float64,
-    factor: tl.float64,
-    READOUT: tl.constexpr,
-    TILE: tl.constexpr,
-) -> None:
-    """One program per row, one read."""
-    COMPUTE: tl.constexpr = logp.dtype.element_ty
-    row = tl.program_id(0)
-    y = tl.load(target + row)
-    if is_computed(y, size):
-        readout = readout_of(inner, factor, row_temperature, row, COMPUTE)
-        x = Row(start_of_row(logits, row, Strides(length, stride_b, stride_l)), size, column_of(y))
-        moments = sweep(x, readout, READOUT, TILE)
-        write((logp, entropy, lse), row, statistics_of(moments, readout))
-        write((top, s_minus_1, sz, u_target), row, moments)
-    else:
-        write_to_all((logp, entropy, lse, top, s_minus_1, sz, u_target), row, absent(y, COMPUTE))
