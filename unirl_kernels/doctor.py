@@ -10,7 +10,7 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -45,7 +45,12 @@ def run(options: argparse.Namespace) -> int:
         The exit code: 0 when at least one backend runs on at least one device.
     """
     found = examine()
-    (_print_json if options.json else _printer())(found)
+    if options.json:
+        _print_json(found)
+    elif importlib.util.find_spec("rich"):  # a doctor must speak on a bare machine, too
+        _print_rich(found)
+    else:
+        _print_plain(found)
     works = any(row[2] == "yes" for section in found if section.title == "Backends" for row in section.rows)
     return 0 if works else NO_BACKEND
 
@@ -140,11 +145,6 @@ def _native() -> list[tuple[str, str]]:
         return [("built", "yes"), *cpu.report().items()]
     except (ImportError, RuntimeError, ValueError) as error:
         return [("usable", f"no: {error}")]
-
-
-def _printer() -> Callable[[Sequence[Section]], None]:
-    """rich's tables where rich is installed; a doctor must speak on a bare machine, too."""
-    return _print_rich if importlib.util.find_spec("rich") else _print_plain
 
 
 def _print_rich(sections: Sequence[Section]) -> None:

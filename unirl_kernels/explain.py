@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from textwrap import indent
 
 import torch
 from torch import Tensor
@@ -40,15 +41,14 @@ class Explanation:
     backends: str
 
     def __str__(self) -> str:
-        titles = (
-            "Row of the unified paradigm",
-            "Schedule",
-            "Derived coefficient",
-            "Generated function",
-            "Backends here",
-        )
-        texts = (self.paradigm, self.schedule, self.coefficient, self.function, self.backends)
-        return "\n\n".join(f"{title}\n{_indent(text)}" for title, text in zip(titles, texts, strict=True) if text)
+        sections = {
+            "Row of the unified paradigm": self.paradigm,
+            "Schedule": self.schedule,
+            "Derived coefficient": self.coefficient,
+            "Generated function": self.function,
+            "Backends here": self.backends,
+        }
+        return "\n\n".join(f"{title}\n{indent(text.rstrip(), '    ')}" for title, text in sections.items() if text)
 
     __repr__ = __str__
 
@@ -177,7 +177,3 @@ def defaults(device: torch.device) -> str:
     same = len(set(texts.values())) == 1
     lines = [f"{device.type:<5} {'' if same else name:<7} default: {text}" for name, text in texts.items()]
     return "\n".join(lines[:1] if same else lines)
-
-
-def _indent(text: str) -> str:
-    return "\n".join(f"    {line}" for line in text.splitlines())

@@ -1,15 +1,13 @@
 // The CPU functions of unirl_kernels._C.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <torch/csrc/utils/pybind.h>
-
+#include "../tensor.h"
 #include "segment.h"
 
 namespace unirl::cpu {
 
 // Throws std::invalid_argument for a dtype that logits cannot have.
-Format format_of(at::ScalarType dtype);
+Format format_of(Dtype dtype);
 
 void bind_rows(pybind11::module_& m);
 void bind_matmul(pybind11::module_& m);

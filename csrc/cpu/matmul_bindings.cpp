@@ -1,36 +1,39 @@
 #include "../arguments.h"
 #include "bindings.h"
+#include "dispatch.h"
 #include "matmul.h"
 
 namespace unirl {
 namespace {
 
-using at::Tensor;
 using cpu::Format;
 using cpu::Slice;
 using cpu::format_of;
 
-std::string matmuls_unavailable(at::ScalarType dtype) {
-  if (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf) {
+std::string matmuls_unavailable(Dtype dtype) {
+  if (dtype == FLOAT || dtype == BFLOAT16 || dtype == HALF) {
     return cpu::matmuls_unavailable(format_of(dtype));
   }
-  return "matmuls take Float, BFloat16 or Half, not " + std::string(c10::toString(dtype));
+  return "matmuls take Float, BFloat16 or Half, not " + name_of(dtype);
 }
 
-std::string matmul_arithmetic(at::ScalarType dtype) {
+std::string matmul_arithmetic(Dtype dtype) {
   return cpu::multiplied_as(format_of(dtype)) == Format::BF16 ? "bf16" : "fp32";
 }
 
+void require_on_cpu(const Tensor& x, const char* name) {
+  if (!x.is_cpu()) require(false, name, " must be a dense tensor on the cpu, got ", x.described());
+}
+
 void require_matrix(const Tensor& x, int64_t rows, int64_t columns, const char* shape, const char* name) {
-  require(x.device().is_cpu() && x.layout() == at::kStrided, name, " must be a dense tensor on the cpu, got ",
-          x.layout(), " on ", x.device());
+  require_on_cpu(x, name);
   require(x.dim() == 2 && x.size(0) == rows && x.size(1) == columns, name, " must have shape ", shape, " = [", rows,
           ", ", columns, "], got ", x.sizes());
-  require_memory(x, name);
+  require_storage(x, name);
 }
 
 void require_float(const Tensor& x, const char* name) {
-  require(x.scalar_type() == at::kFloat, name, " must be Float, got ", x.scalar_type());
+  require(x.dtype() == FLOAT, name, " must be Float, got ", x.dtype());
 }
 
 // A matrix that a matmul writes to.
@@ -43,46 +46,57 @@ void require_result(const Tensor& x, int64_t rows, int64_t columns, const char* 
 
 // The factor whose dtype decides how a matmul runs.
 void require_factor(const Tensor& x, const char* name) {
+  require_on_cpu(x, name);
   require(x.dim() == 2, name, " must have two dimensions, got ", x.sizes());
-  const std::string reason = matmuls_unavailable(x.scalar_type());
+  const std::string reason = matmuls_unavailable(x.dtype());
   require(reason.empty(), name, " must have a dtype that is multiplied on this machine: ", reason);
 }
 
-// fp32 in either case, or missing.
-OptionalTensor checked_bias(const OptionalTensor& bias, int64_t vocab) {
-  if (!bias) return bias;
-  require(bias->device().is_cpu() && bias->dim() == 1 && bias->size(0) == vocab && bias->is_floating_point(),
-          "bias must be floating on the cpu with shape [V] = [", vocab, "], got ", bias->scalar_type(), " ",
-          bias->sizes(), " on ", bias->device());
-  require_memory(*bias, "bias");
-  return bias->to(at::kFloat).contiguous();
+// In fp32, whatever it is; empty where there is none.
+std::vector<float> checked_bias(const OptionalTensor& bias, int64_t vocab) {
+  if (!bias) return {};
+  require_dense(*bias, "bias");
+  const Dtype dtype = bias->dtype();
+  const bool floating = dtype == FLOAT || dtype == BFLOAT16 || dtype == HALF || dtype == DOUBLE;
+  require(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == vocab && floating,
+          "bias must be floating on the cpu with shape [V] = [", vocab, "], got ", dtype, " ", bias->sizes(), " on ",
+          bias->device());
+  require_storage(*bias, "bias");
+  const cpu::SegmentKernels& kernels = cpu::kernels_for(format_of(dtype));
+  const char* const from = bias->data_ptr<char>();
+  std::vector<float> values(vocab);
+  for (int64_t i = 0; i < vocab; ++i) {
+    values[i] = static_cast<float>(kernels.read(from + i * bias->stride(0) * kernels.bytes));
+  }
+  return values;
 }
 
 Slice slice(const Tensor& x, int64_t lanes, int64_t depth) {
-  return {format_of(x.scalar_type()), x.data_ptr(), x.stride(lanes), x.stride(depth), x.size(lanes), x.size(depth)};
+  return {format_of(x.dtype()), x.data_ptr(), x.stride(lanes), x.stride(depth), x.size(lanes), x.size(depth)};
 }
 
 void run(const Slice& rows, const Slice& columns, const float* bias, bool add, const Tensor& result) {
   const cpu::Matmul matmul = {rows, columns, bias, add, result.data_ptr<float>(), result.stride(0)};
-  const py::gil_scoped_release no_gil;
+  const WithoutGil no_gil;
   cpu::multiply(matmul);
 }
 
 void logits_matmul(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, const Tensor& out) {
   require_factor(weight, "weight");
+  require_on_cpu(hidden, "hidden");
   require(hidden.dim() == 2, "hidden must have two dimensions, got ", hidden.sizes());
   const int64_t n = hidden.size(0), vocab = weight.size(0);
   require_matrix(weight, vocab, hidden.size(1), "[V, D]", "weight");
   require_matrix(hidden, n, weight.size(1), "[n, D]", "hidden");
-  require(hidden.scalar_type() == weight.scalar_type(), "hidden must be ", weight.scalar_type(), " like weight, got ",
-          hidden.scalar_type());
+  require(hidden.dtype() == weight.dtype(), "hidden must be ", weight.dtype(), " like weight, got ", hidden.dtype());
   require_result(out, n, vocab, "[n, V]", "out");
-  const OptionalTensor added = checked_bias(bias, vocab);
-  run(slice(hidden, 0, 1), slice(weight, 0, 1), added ? added->data_ptr<float>() : nullptr, false, out);
+  const std::vector<float> added = checked_bias(bias, vocab);
+  run(slice(hidden, 0, 1), slice(weight, 0, 1), bias ? added.data() : nullptr, false, out);
 }
 
 void d_hidden_matmul(const Tensor& d_logits, const Tensor& weight, const Tensor& out) {
   require_factor(weight, "weight");
+  require_on_cpu(d_logits, "d_logits");
   require(d_logits.dim() == 2, "d_logits must have two dimensions, got ", d_logits.sizes());
   const int64_t n = d_logits.size(0);
   require_matrix(weight, d_logits.size(1), weight.size(1), "[V, D]", "weight");
@@ -94,6 +108,7 @@ void d_hidden_matmul(const Tensor& d_logits, const Tensor& weight, const Tensor&
 
 void d_weight_matmul(const Tensor& d_logits, const Tensor& hidden, const Tensor& total, bool add) {
   require_factor(hidden, "hidden");
+  require_on_cpu(d_logits, "d_logits");
   require(d_logits.dim() == 2, "d_logits must have two dimensions, got ", d_logits.sizes());
   const int64_t n = d_logits.size(0);
   require_matrix(hidden, n, hidden.size(1), "[n, D]", "hidden");

@@ -1,4 +1,4 @@
-// PyTorch's thread pool, without its headers.
+// The OpenMP threads that torch uses as well; torch.set_num_threads says how many.
 #pragma once
 
 #include <stdint.h>

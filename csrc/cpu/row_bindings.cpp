@@ -5,7 +5,6 @@
 namespace unirl {
 namespace {
 
-using at::Tensor;
 using cpu::Column;
 using cpu::FusedColumns;
 using cpu::Matrix;
@@ -17,25 +16,25 @@ using cpu::Rows;
 using cpu::StatisticsColumns;
 
 Matrix matrix(const Tensor& x, const Tensor& logits, const char* name) {
+  require_dense(logits, "logits");
   require(logits.is_cpu(), "logits must be on the cpu, got ", logits.device());
   require_rows(x, logits, name);
-  require(x.scalar_type() == logits.scalar_type(), name, " must be ", logits.scalar_type(), " like logits, got ",
-          x.scalar_type());
+  require(x.dtype() == logits.dtype(), name, " must be ", logits.dtype(), " like logits, got ", x.dtype());
   return {x.data_ptr(), x.stride(0), x.stride(1)};
 }
 
-at::ScalarType row_dtype(const Tensor& logits) {
-  return logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+Dtype row_dtype(const Tensor& logits) {
+  return logits.dtype() == DOUBLE ? DOUBLE : FLOAT;
 }
 
 Column column(const OptionalTensor& x, const Tensor& logits, const char* name) {
   if (!x) return {};
   require_per_row(*x, logits, row_dtype(logits), name);
-  return {x->data_ptr(), row_dtype(logits) == at::kDouble};
+  return {x->data_ptr(), row_dtype(logits) == DOUBLE};
 }
 
 Rows rows(const Tensor& logits, const Tensor& target, int64_t ignore, const ReadoutArgs& readout) {
-  const cpu::Format format = cpu::format_of(logits.scalar_type());
+  const cpu::Format format = cpu::format_of(logits.dtype());
   const Matrix of = matrix(logits, logits, "logits");
   Rows rows = rows_without_logits<Rows>(logits, target, ignore, readout, column);
   rows.format = format;
@@ -59,7 +58,7 @@ void token_stats(const Tensor& logits, const Tensor& target, int64_t ignore, con
   const auto& [stats, moments] = out;
   const Rows of = rows(logits, target, ignore, readout);
   const MeasuredColumns to = {statistics(stats, logits), moments_of(moments, logits)};
-  const py::gil_scoped_release no_gil;
+  const WithoutGil no_gil;
   cpu::token_stats(of, to);
 }
 
@@ -69,11 +68,11 @@ void token_observations(const Tensor& logits, const Tensor& target, int64_t igno
   const auto& [log_sum_sq_probs, mean_logit, largest, argmax] = observations;
   const Rows of = rows(logits, target, ignore, readout);
   const MeasuredColumns to = {statistics(stats, logits), moments_of(moments, logits)};
-  require_per_row(argmax, logits, at::kLong, "argmax");
+  require_per_row(argmax, logits, LONG, "argmax");
   const ObservationColumns observed = {
       column(log_sum_sq_probs, logits, "log_sum_sq_probs"), column(mean_logit, logits, "mean_logit"),
       column(largest, logits, "largest"), argmax.data_ptr<int64_t>()};
-  const py::gil_scoped_release no_gil;
+  const WithoutGil no_gil;
   cpu::token_observations(of, to, observed);
 }
 
@@ -84,8 +83,9 @@ void token_stats_backward(const Tensor& logits, const Tensor& target, int64_t ig
   const MomentColumns at = moments_of(moments, logits);
   const StatisticsColumns d = {column(d_logp, logits, "d_logp"), column(d_entropy, logits, "d_entropy"),
                                column(d_lse, logits, "d_lse")};
+  require_storages(gradients);
   const Matrix to = matrix(d_logits, logits, "d_logits");
-  const py::gil_scoped_release no_gil;
+  const WithoutGil no_gil;
   cpu::token_stats_backward(of, at, d, to);
 }
 
@@ -96,25 +96,21 @@ void fused_loss(const Tensor& logits, const Tensor& target, int64_t ignore, cons
   const Rows of = rows(logits, target, ignore, readout);
   const std::shared_ptr<const Program> program = program_of(program_args, logits, row_dtype(logits));
   const ProgramInputs from = {
-      *program, {fields.data_ptr(), row_dtype(logits) == at::kDouble}, params.data_ptr<double>()};
+      *program, {fields.data_ptr(), row_dtype(logits) == DOUBLE}, params.data_ptr<double>()};
   const FusedColumns to = {column(loss, logits, "loss"), statistics({logp, entropy, lse}, logits)};
   const Matrix gradient = matrix(d_logits, logits, "d_logits");
-  const py::gil_scoped_release no_gil;
+  const WithoutGil no_gil;
   cpu::fused_loss(of, from, gradient, to);
 }
 
 }  // namespace
 
-cpu::Format cpu::format_of(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kFloat: return Format::FP32;
-    case at::kBFloat16: return Format::BF16;
-    case at::kHalf: return Format::FP16;
-    case at::kDouble: return Format::FP64;
-    default: break;
-  }
-  throw std::invalid_argument("logits must be float32, bfloat16, float16 or float64, got " +
-                              std::string(c10::toString(dtype)));
+cpu::Format cpu::format_of(Dtype dtype) {
+  if (dtype == FLOAT) return Format::FP32;
+  if (dtype == BFLOAT16) return Format::BF16;
+  if (dtype == HALF) return Format::FP16;
+  if (dtype == DOUBLE) return Format::FP64;
+  throw std::invalid_argument("logits must be float32, bfloat16, float16 or float64, got " + name_of(dtype));
 }
 
 void cpu::bind_rows(pybind11::module_& m) {

@@ -1,17 +1,11 @@
-// The CUDA functions of unirl_kernels._C: checks what memory safety needs, unwraps tensors, launches kernels.
-#include <ATen/core/Tensor.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-
+// The functions of unirl_kernels._cuda: they check what memory safety needs, unwrap tensors and launch kernels.
 #include "../arguments.h"
+#include "bindings.h"
 #include "rows.h"
 
 namespace unirl {
 namespace {
 
-using at::Tensor;
-using c10::cuda::CUDAGuard;
-using c10::cuda::getCurrentCUDAStream;
 using cuda::Format;
 using cuda::GradientColumns;
 using cuda::Matrix;
@@ -24,29 +18,48 @@ void check(const std::string& failure) {
   if (!failure.empty()) throw std::runtime_error(failure);
 }
 
-Format format_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kFloat: return Format::FP32;
-    case at::kBFloat16: return Format::BF16;
-    case at::kHalf: return Format::FP16;
-    default: break;
+void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+}
+
+// The tensor's device is the current one as long as this lives.
+class OnDevice {
+ public:
+  explicit OnDevice(const Tensor& x) : stream(static_cast<cudaStream_t>(current_stream(x.device()))) {
+    check(cudaGetDevice(&before_));
+    check(cudaSetDevice(x.device().index));
   }
-  throw std::invalid_argument("logits of backend 'cuda' must be float32, bfloat16 or float16, got " +
-                              std::string(c10::toString(x.scalar_type())) + "; Plan(backend='eager') takes float64");
+  OnDevice(const OnDevice&) = delete;
+  ~OnDevice() { cudaSetDevice(before_); }
+
+  const cudaStream_t stream;  // torch's current one
+
+ private:
+  int before_ = 0;
+};
+
+Format format_of(const Tensor& x) {
+  const Dtype dtype = x.dtype();
+  if (dtype == FLOAT) return Format::FP32;
+  if (dtype == BFLOAT16) return Format::BF16;
+  if (dtype == HALF) return Format::FP16;
+  throw std::invalid_argument("logits of backend 'cuda' must be float32, bfloat16 or float16, got " + name_of(dtype) +
+                              "; Plan(backend='eager') takes float64");
 }
 
 Matrix matrix(const Tensor& x, const Tensor& logits, const char* name) {
+  require_dense(logits, "logits");
   require(logits.is_cuda(), "logits must be on a CUDA device, got ", logits.device());
   require_rows(x, logits, name);
-  const bool rounded = x.scalar_type() == at::kBFloat16 && logits.scalar_type() == at::kFloat;
-  require(rounded || x.scalar_type() == logits.scalar_type(), name, " must be ", logits.scalar_type(),
-          " like logits, or BFloat16 for Float, got ", x.scalar_type());
+  const bool rounded = x.dtype() == BFLOAT16 && logits.dtype() == FLOAT;
+  require(rounded || x.dtype() == logits.dtype(), name, " must be ", logits.dtype(),
+          " like logits, or BFloat16 for Float, got ", x.dtype());
   return {x.data_ptr(), x.stride(0), x.stride(1), format_of(x)};
 }
 
 float* column(const OptionalTensor& x, const Tensor& logits, const char* name) {
   if (!x) return nullptr;
-  require_per_row(*x, logits, at::kFloat, name);
+  require_per_row(*x, logits, FLOAT, name);
   return x->data_ptr<float>();
 }
 
@@ -73,8 +86,8 @@ void token_stats(const Tensor& logits, const Tensor& target, int64_t ignore, con
   const auto& [stats, moments] = out;
   const Rows of = rows(logits, target, ignore, readout);
   const cuda::MeasuredColumns to = {statistics(stats, logits), moments_of(moments, logits)};
-  const CUDAGuard guard(logits.device());
-  check(cuda::token_stats(of, to, getCurrentCUDAStream()));
+  const OnDevice on(logits);
+  check(cuda::token_stats(of, to, on.stream));
 }
 
 void token_stats_backward(const Tensor& logits, const Tensor& target, int64_t ignore, const ReadoutArgs& readout,
@@ -84,9 +97,10 @@ void token_stats_backward(const Tensor& logits, const Tensor& target, int64_t ig
   const MomentColumns at = moments_of(moments, logits);
   const GradientColumns d = {column(d_logp, logits, "d_logp"), column(d_entropy, logits, "d_entropy"),
                              column(d_lse, logits, "d_lse")};
+  require_storages(gradients);
   const Matrix to = matrix(d_logits, logits, "d_logits");
-  const CUDAGuard guard(logits.device());
-  check(cuda::token_stats_backward(of, at, d, to, getCurrentCUDAStream()));
+  const OnDevice on(logits);
+  check(cuda::token_stats_backward(of, at, d, to, on.stream));
 }
 
 void fused_loss(const Tensor& logits, const Tensor& target, int64_t ignore, const ReadoutArgs& readout,
@@ -94,35 +108,36 @@ void fused_loss(const Tensor& logits, const Tensor& target, int64_t ignore, cons
   const auto& [text, fields, params] = program_args;
   const auto& [loss, logp, entropy, lse] = out;
   const Rows of = rows(logits, target, ignore, readout);
-  const std::shared_ptr<const Program> program = program_of(program_args, logits, at::kFloat);
+  const std::shared_ptr<const Program> program = program_of(program_args, logits, FLOAT);
   const cuda::ProgramInputs from = {*program, fields.data_ptr<float>(), params.data_ptr<double>()};
   const cuda::FusedColumns to = {column(loss, logits, "loss"), statistics({logp, entropy, lse}, logits)};
   const Matrix gradient = matrix(d_logits, logits, "d_logits");
-  const CUDAGuard guard(logits.device());
-  check(cuda::fused_loss(of, from, gradient, to, getCurrentCUDAStream()));
+  const OnDevice on(logits);
+  check(cuda::fused_loss(of, from, gradient, to, on.stream));
 }
 
 void scale_(const Tensor& x, const Tensor& factor) {
-  require(factor.scalar_type() == at::kFloat && factor.numel() == 1 && factor.device() == x.device(),
-          "factor must be one float32 number on ", x.device(), ", got ", factor.scalar_type(), " ", factor.sizes(),
+  require_dense(factor, "factor");
+  require_dense(x, "x");
+  require(factor.dtype() == FLOAT && factor.numel() == 1 && factor.device() == x.device(),
+          "factor must be one float32 number on ", x.device(), ", got ", factor.dtype(), " ", factor.sizes(),
           " on ", factor.device());
   require_memory(factor, "factor");
   const Matrix of = matrix(x, x, "x");
-  const CUDAGuard guard(x.device());
-  check(cuda::scale(of, x.size(0), x.size(1), x.size(2), factor.data_ptr<float>(), getCurrentCUDAStream()));
+  const OnDevice on(x);
+  check(cuda::scale(of, x.size(0), x.size(1), x.size(2), factor.data_ptr<float>(), on.stream));
 }
 
 }  // namespace
 
-void bind_cuda(pybind11::module_& parent) {
-  pybind11::module_ m = parent.def_submodule("cuda", "Kernels for CUDA devices of compute capability 9.0 and newer.");
-  m.def("token_stats", &token_stats, py::arg("logits"), py::arg("target"), py::arg("ignore"), py::arg("readout"),
+void cuda::bind(pybind11::module_& m) {
+  m.def("token_stats", &unirl::token_stats, py::arg("logits"), py::arg("target"), py::arg("ignore"), py::arg("readout"),
         py::arg("out"));
-  m.def("token_stats_backward", &token_stats_backward, py::arg("logits"), py::arg("target"), py::arg("ignore"),
+  m.def("token_stats_backward", &unirl::token_stats_backward, py::arg("logits"), py::arg("target"), py::arg("ignore"),
         py::arg("readout"), py::arg("moments"), py::arg("gradients"), py::arg("d_logits"));
-  m.def("fused_loss", &fused_loss, py::arg("logits"), py::arg("target"), py::arg("ignore"), py::arg("readout"),
+  m.def("fused_loss", &unirl::fused_loss, py::arg("logits"), py::arg("target"), py::arg("ignore"), py::arg("readout"),
         py::arg("program"), py::arg("d_logits"), py::arg("out"));
-  m.def("scale_", &scale_, py::arg("x"), py::arg("factor"));
+  m.def("scale_", &unirl::scale_, py::arg("x"), py::arg("factor"));
 }
 
 }  // namespace unirl

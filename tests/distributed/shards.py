@@ -34,7 +34,7 @@ from tests.distributed.split import (
 )
 from unirl_kernels.api import agreement
 from unirl_kernels.backends import unavailable
-from unirl_kernels.operators import shards
+from unirl_kernels.operators import autograd, shards
 from unirl_kernels.operators.shards import ShardArgs, Tiles
 from unirl_kernels.testing.budgets import violations
 
@@ -243,9 +243,9 @@ def check_faults_are_seen() -> None:
         (ShardArgs, "target", wrong_owner),
         (shards, "exchanged", local),
         (shards, "merge", rounded),
-        (shards, "of_stats", lambda *g: real_of_stats(*(None if x is None else x.mean().expand_as(x) for x in g))),
+        (autograd, "of_stats", lambda *g: real_of_stats(*(None if x is None else x.mean().expand_as(x) for x in g))),
     ]
-    real_of_stats = shards.of_stats
+    real_of_stats = autograd.of_stats
     for owner, name, value in faults:
         with changed(owner, name, value):
             found = split(logits, batch, loss.make(), case.readout, widths, RANK, CPU)

@@ -100,7 +100,7 @@ def test_rounding_hides_no_maximum(how: dict[str, Any], runner: Runner) -> None:
     assert found.argmax.tolist() == [50, 50]
 
 
-def test_words_that_cannot_come(runner: Runner) -> None:
+def test_columns_that_cannot_come(runner: Runner) -> None:
     """Whole tiles of -inf, the first and the last: no share, no argmax; the mean is -inf."""
     hidden, weight, _, target = head_of(runner)
     bias = torch.full((VOCAB,), -torch.inf, device=runner.device)
@@ -125,7 +125,7 @@ def test_a_row_that_is_broken_in_one_tile(runner: Runner) -> None:
         assert (found.argmax == -1).all()
 
 
-def test_targets_that_are_no_words(runner: Runner) -> None:
+def test_targets_outside_the_vocabulary(runner: Runner) -> None:
     hidden, weight, bias, target = head_of(runner)
     target[0] = VOCAB
     if runner.device == "cpu":

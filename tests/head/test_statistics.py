@@ -36,7 +36,7 @@ BACKENDS = [runner for runner in RUNNERS if runner.kernel == COMPOSED]
 """Statistics are the same for every one-pass kernel."""
 
 NATIVE = [runner for runner in BACKENDS if not runner.interpreted]
-TILES = {"one": (1024, None), "two": (8, 4), "ten": (8, 1), "word_by_word": (1024, 1), "few_tokens": (3, 1)}
+TILES = {"one": (1024, None), "two": (8, 4), "ten": (8, 1), "one_column": (1024, 1), "few_tokens": (3, 1)}
 """Tokens of a tile, and tokens whose whole rows would fit its memory."""
 
 READOUTS: dict[str, dict[str, Any]] = {
@@ -112,7 +112,7 @@ def test_under_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tiles_are_as_wide_as_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``WORDS_OF_TILE`` is true."""
+    """``COLUMNS_OF_TILE`` is true."""
     seen: list[tuple[int, ...]] = []
     matmuls = load("cpu").matmuls
 
@@ -135,7 +135,7 @@ def test_tiles_are_as_wide_as_said(monkeypatch: pytest.MonkeyPatch) -> None:
         "one": [37],
         "two": [18, 18, 1],
         "ten": [4] * 9 + [1],
-        "word_by_word": [1] * 37,
+        "one_column": [1] * 37,
         "few_tokens": [12, 12, 12, 1],
     }
 
@@ -195,13 +195,13 @@ def masked(head: LinearHead, kept: Tensor) -> LinearHead:
 MASKS = {"first_tiles": range(20, 37), "last_tiles": range(9), "all_but_three": (5, 18, 36)}
 """The columns that are left."""
 
-WORDS_OF_TILE = {"one": 37, "two": 18, "ten": 4, "word_by_word": 1, "few_tokens": 12}
+COLUMNS_OF_TILE = {"one": 37, "two": 18, "ten": 4, "one_column": 1, "few_tokens": 12}
 
 
 def masked_cases() -> list[object]:
     cases = []
     for runner in BACKENDS:
-        for tiles in WORDS_OF_TILE:
+        for tiles in COLUMNS_OF_TILE:
             for mask in MASKS:
                 # One case shows it under the interpreter, where a row is slow.
                 if not runner.interpreted or (tiles, mask) == ("two", "first_tiles"):
@@ -210,7 +210,7 @@ def masked_cases() -> list[object]:
 
 
 @pytest.mark.parametrize(("runner", "tiles", "mask"), masked_cases())
-def test_masked_words(runner: Runner, tiles: str, mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masked_columns(runner: Runner, tiles: str, mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bias of -inf is as if the columns did not exist, whole tiles of them included."""
     kept = torch.tensor(MASKS[mask], device=runner.device)
     few = torch.randint(0, len(kept), (2, 3)).to(runner.device)
@@ -235,12 +235,12 @@ def test_masked_words(runner: Runner, tiles: str, mask: str, monkeypatch: pytest
 @pytest.mark.parametrize("runner", NATIVE, ids=str)
 def test_target_of_probability_zero(runner: Runner, tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
     head = make_head(RAGGED, BY_NAME["sft"], device=runner.device)
-    alone = {"two": (0, 20), "ten": (0, 20), "one": (0, 20, 36), "few_tokens": (0, 20), "word_by_word": ()}
+    alone = {"two": (0, 20), "ten": (0, 20), "one": (0, 20, 36), "few_tokens": (0, 20), "one_column": ()}
     for column in alone[tiles]:
         check_impossible(head, column, (column,), plan_of(head, runner, tiles, monkeypatch))
 
 
-@pytest.mark.parametrize("tiles", ["ten", "word_by_word", "two"])
+@pytest.mark.parametrize("tiles", ["ten", "one_column", "two"])
 @pytest.mark.parametrize("runner", NATIVE, ids=str)
 def test_target_in_a_tile_of_probability_zero(runner: Runner, tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
     head = make_head(RAGGED, BY_NAME["sft"], device=runner.device)

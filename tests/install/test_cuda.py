@@ -11,14 +11,15 @@ import pytest
 from tests.install.checkout import copy_to, run
 
 PYTHON = os.environ.get("UNIRL_TEST_CUDA_PYTHON")
-"""An interpreter whose torch is built with CUDA and which has setuptools, ninja and a toolkit (CUDA_HOME or found)."""
+"""An interpreter whose torch is built with CUDA and which has setuptools, pybind11,
+ninja and a toolkit (CUDA_HOME or found)."""
 
 LOADED = """
-import torch, unirl_kernels._C as native
-print(*sorted(name for name in vars(native.cuda) if not name.startswith("_")))
+import torch, unirl_kernels._cuda as native
+print(*sorted(name for name in vars(native) if not name.startswith("_")))
 x = torch.zeros(1, 2, 8)
 try:
-    native.cuda.scale_(x, torch.ones(()))
+    native.scale_(x, torch.ones(()))
 except ValueError as error:
     print(error)
 """
@@ -37,6 +38,6 @@ def test_cuda_extension_compiles_links_and_loads(tmp_path: Path) -> None:
     names, refused = found.stdout.splitlines()
     assert names == "fused_loss scale_ token_stats token_stats_backward"
     assert "must be on a CUDA device" in refused
-    (library,) = (folder / "unirl_kernels").glob("_C.*.so")
+    (library,) = (folder / "unirl_kernels").glob("_cuda.*.so")
     kernels = subprocess.run(["strings", "-a", library], capture_output=True, text=True, check=True).stdout
     assert "sm_90" in kernels

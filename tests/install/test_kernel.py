@@ -133,7 +133,9 @@ print(f"{uk.__name__}._C" in sys.modules)
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec(native.EXTENSION) is None, reason="the native extension is not built")
+@pytest.mark.skipif(
+    importlib.util.find_spec(f"{native.PACKAGE}._C") is None, reason="the native extension is not built"
+)
 def test_the_variant_with_an_extension_runs_it(kernel: Path, layout: ModuleType, tmp_path: Path) -> None:
     _, variant = layout.compiled()
     assert run_loaded(NATIVE, tmp_path, kernel / "build" / variant).strip() == "True"

@@ -16,6 +16,7 @@ PRINTED = {
     "lint": "F401 [*] `os` imported but unused\n --> a.py:1:8\nWould reformat: b.py\nFound 1 error.\n",
     "types": "a/b.py:7: error: Incompatible types  [arg-type]\nFound 1 error in 1 file (checked 118 source files)\n",
     "tests": "FAILED tests/test_a.py::test_b[x] - assert 1 == 2\n1 failed, 20 passed, 3 skipped in 61.20s (0:01:01)\n",
+    "wheel": "FAILED tests/test_a.py::test_c - assert 1 == 2\n1 failed, 9 passed in 9.10s\nx.whl: failed with torch\n",
 }
 
 
@@ -42,7 +43,7 @@ def test_failures_are_recorded_by_name(latest: ModuleType, monkeypatch: pytest.M
     assert "| types | failed: Found 1 error in 1 file (checked 118 source files) |" in lines
     assert "| tests | failed: 1 failed, 20 passed, 3 skipped in 61.20s |" in lines
     named = lines[lines.index("```text") + 1 : -1]
-    assert [line.split()[0] for line in named] == ["F401", "Would", "a/b.py:7:", "FAILED"]
+    assert [line.split()[0] for line in named] == ["F401", "Would", "a/b.py:7:", "FAILED", "FAILED"]
     assert "commit 0123456789" in latest.RECORD.read_text()
     assert not latest.COPY.exists()
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import re
 import stat
 from pathlib import Path
 from types import ModuleType
 
+import pybind11
 import pytest
 
 from tests.install.checkout import ROOT, copy_to, load_setup, run
@@ -125,7 +127,7 @@ def test_auto_ignores_cuda_that_is_broken(tmp_path: Path) -> None:
 def test_auto_compiles_no_cuda_source(setup: ModuleType) -> None:
     (native,) = setup.extension("auto")["ext_modules"]
     assert native.sources == setup.extension("cpu")["ext_modules"][0].sources
-    assert "csrc/bindings.cpp" in native.sources
+    assert {"csrc/cpu/module.cpp", "csrc/tensor.cpp"} <= set(native.sources)
     assert not any("cuda" in Path(name).parts for name in native.sources)
 
 
@@ -135,11 +137,34 @@ def test_unknown_mode_is_an_error(tmp_path: Path) -> None:
     assert "UNIRL_BUILD must be one of auto, none, cpu, cuda, got 'gpu'" in result.stderr
 
 
-def test_compiling_without_torch_is_an_error(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiling_without_pybind_is_an_error(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     command = setup.extension("auto")["cmdclass"]["build_ext"](setup.setuptools.Distribution())
-    with pytest.raises(SystemExit, match="torch must be installed before the native extension is built"):
+    with pytest.raises(SystemExit, match="pybind11 must be installed before the native extension is built"):
         command.run()
+
+
+def test_a_changed_header_compiles_units_anew(setup: ModuleType, tmp_path: Path) -> None:
+    source, compiled = tmp_path / "unit.cpp", tmp_path / "unit.o"
+    source.touch()
+    made = source.stat().st_mtime
+    assert setup.is_stale(str(compiled), str(source), made - 9)
+    compiled.touch()
+    os.utime(compiled, (made + 5, made + 5))
+    assert not setup.is_stale(str(compiled), str(source), made - 9)
+    assert setup.is_stale(str(compiled), str(source), made + 9)
+    os.utime(source, (made + 9, made + 9))
+    assert setup.is_stale(str(compiled), str(source), made - 9)
+
+
+def test_cpu_kernels_need_no_torch(isolated: Path, tmp_path: Path) -> None:
+    """In an environment without torch, what is compiled is what is compiled beside one."""
+    (isolated / "pybind11").symlink_to(Path(pybind11.__file__).parent)
+    folder = copy_to(tmp_path / "checkout")
+    code = "import setup; native = setup.extension('auto')['ext_modules'][0]; print(native.extra_compile_args)"
+    without = run(["-S", "-c", code], folder, path=[folder, isolated])
+    assert without.returncode == 0, without.stderr
+    assert run(["-c", code], folder, path=[folder]).stdout == without.stdout
 
 
 def test_minimum_of_setuptools_is_one(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,11 +188,13 @@ def isolated(tmp_path: Path) -> Path:
     return tmp_path / "isolated"
 
 
+PYBIND = "pybind11>=3"
+
 ASK = """
 import sys
 {before}
 import build_backend
-print(build_backend.get_requires_for_build_wheel())
+print(build_backend._compiling())
 import importlib.util
 print(importlib.util.find_spec("torch") is not None)
 """
@@ -176,14 +203,15 @@ print(importlib.util.find_spec("torch") is not None)
 @pytest.mark.parametrize(
     ("mode", "outside", "needed", "visible"),
     [
-        ("auto", None, ["ninja"], True),
+        ("auto", None, [PYBIND], False),
         ("none", None, [], False),
-        ("auto", "exit 1", ["ninja", "torch>=2.11"], False),
-        ("auto", "echo 2.9.1; echo /nowhere/torch", ["ninja", "torch>=2.11"], False),
+        ("cuda", None, [PYBIND, "ninja"], True),
+        ("cuda", "exit 1", [PYBIND, "ninja", "torch>=2.11"], False),
+        ("cuda", "echo 2.9.1; echo /nowhere/torch", [PYBIND, "ninja", "torch>=2.11"], False),
     ],
-    ids=["installed", "none", "not installed", "too old"],
+    ids=["cpu", "none", "installed", "not installed", "too old"],
 )
-def test_torch_that_is_installed_is_built_against(
+def test_what_is_asked_for_and_seen(
     isolated: Path, tmp_path: Path, mode: str, outside: str | None, needed: list[str], visible: bool
 ) -> None:
     """In a build environment without torch; ``outside`` stands for an interpreter that has none, or an old one."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -109,12 +111,14 @@ def token_observations(
     return TokenObservations.of_rows(_measured(rows.token_observations, logits, target, readout, plan))
 
 
-def _measured(operator: Operator, logits: Tensor, target: Tensor, readout: Readout, plan: Plan) -> list[Tensor]:
+def _measured(
+    operator: Operator, logits: Tensor, target: Tensor, readout: Readout, plan: Plan, batch: Batch | None = None
+) -> list[Tensor]:
     """What an operator finds in each row, in target's shape."""
     check_kinds(readout=readout, plan=plan)
     check_logits(logits, target)
     backend, _ = choose(logits.device, plan.backend, plan.kernel)
-    of_rows = (as_rows(target), readout_args(readout, target, row_dtype(logits.dtype)), backend, operator)
+    of_rows = (as_rows(target), readout_args(readout, target, row_dtype(logits.dtype), batch), backend, operator)
     if not wants_gradient(logits):
         return [x.view(target.shape) for x in Statistics.without_gradient(logits, *of_rows)]
     if plan.overwrite_logits:
@@ -176,7 +180,7 @@ def fused_loss(
     if shard is not None:
         of_loss = LossArgs(batch, loss)
         found = measured_shard(shards.shard_moments, logits, of_loss.target, readout, plan, shard, of_loss)
-        return _composed(TokenStats(*found), batch, loss)
+        return _composed(found, batch, loss)
     check_kinds(batch=batch, loss=loss, readout=readout, plan=plan)
     check_logits(logits, batch.target)
     choice = kernel_of(loss, plan, logits.device, logits.dtype, logits.shape[-1])
@@ -184,11 +188,11 @@ def fused_loss(
     waits = logits.dtype == torch.float16 and plan.kernel is None
     if choice.kernel != COMPOSED and wants_gradient(logits) and not waits:
         return _one_pass(logits, batch, loss, readout, plan, choice)
-    stats = token_stats(logits, batch.target, readout=_spread(readout, batch), plan=_for_statistics(plan))
+    stats = _measured(rows.token_stats, logits, batch.target, readout, plan, batch)
     return _composed(stats, batch, loss)
 
 
-def _composed(stats: TokenStats, batch: Batch, loss: Loss) -> LossOutput:
+def _composed(stats: Sequence[Tensor], batch: Batch, loss: Loss) -> LossOutput:
     value = loss.composed(Tokens(batch, *stats), loss.weights(batch))
     return LossOutput.of(value, stats, batch, loss)
 
@@ -200,15 +204,3 @@ def _one_pass(logits: Tensor, batch: Batch, loss: Loss, readout: Readout, plan: 
         check_overwritable(logits)
     value, *stats = OnePass.apply(logits, as_rows(target), of_readout, program, *choice, plan.overwrite_logits)
     return LossOutput.of(value, stats, batch, loss)
-
-
-def _spread(readout: Readout, batch: Batch) -> Readout:
-    """A readout whose temperature has a value per token."""
-    temperature = readout.temperature
-    if not isinstance(temperature, Tensor) or temperature.shape == batch.target.shape:
-        return readout
-    return Readout(batch.per_token(temperature), readout.softcap, readout.scale)
-
-
-def _for_statistics(plan: Plan) -> Plan:
-    return Plan(plan.backend, None, plan.overwrite_logits)

@@ -6,6 +6,7 @@ thousand logits in fp32 and 1.8 million in 16 bits. fp64 logits are for the eage
 
 from __future__ import annotations
 
+import importlib.util
 from functools import cache
 from types import ModuleType
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from unirl_kernels.backends import Observed, ReadoutArgs
-from unirl_kernels.backends.native import RowKernels, extension
+from unirl_kernels.backends.native import PACKAGE, RowKernels, extension
 from unirl_kernels.backends.torch_defaults import empty as empty
 from unirl_kernels.backends.torch_defaults import matmuls as matmuls
 from unirl_kernels.backends.torch_defaults import release_memory as release_memory
@@ -48,15 +49,14 @@ def kernels_by_vocab(device: torch.device, dtype: torch.dtype) -> tuple[tuple[st
 
 @cache
 def _native() -> ModuleType:
-    """The CUDA part of the extension.
+    """The extension with the CUDA kernels.
 
     Raises:
-        ImportError: when the extension is not built, or was built without CUDA.
+        ImportError: when it is not built or does not load.
     """
-    native = extension()
-    if not hasattr(native, "cuda"):
+    if importlib.util.find_spec(f"{PACKAGE}._cuda") is None:
         raise ImportError("the native extension is built without CUDA (UNIRL_BUILD=cuda says why, see setup.py)")
-    return native.cuda
+    return extension("_cuda")
 
 
 _rows = RowKernels(_native)

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import re
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from unirl_kernels.backends import (
@@ -27,49 +23,29 @@ from unirl_kernels.backends import (
 )
 from unirl_kernels.batch import IGNORE
 
-EXTENSION = f"{__name__.split('.')[0]}._C"
+PACKAGE = __name__.split(".")[0]
 
 
-def extension() -> ModuleType:
-    """The native extension.
+def extension(name: str = "_C") -> ModuleType:
+    """A native extension: ``_C`` with the CPU kernels, or ``_cuda``.
 
     Raises:
-        ImportError: when it is not built, was built with another torch, or does not load.
+        ImportError: when it is not built, or does not load: with a torch that lacks DLPack's exchange functions, or
+            without the libraries that it needs.
     """
-    found = importlib.util.find_spec(EXTENSION)
-    if found is None or found.origin is None:
+    if importlib.util.find_spec(f"{PACKAGE}.{name}") is None:
         raise ImportError("the native extension is not built")
-    _check_torch(Path(found.origin))
     try:
-        return importlib.import_module(EXTENSION)
+        return importlib.import_module(f"{PACKAGE}.{name}")
     except ImportError as error:
         raise ImportError(f"the native extension does not load ({error})") from error
 
 
-BUILT_WITH = re.compile(rb"unirl_kernels built with torch (\d+\.\d+[\w.]*)")
-
-
-@cache
-def _check_torch(library: Path) -> None:
-    """Raise unless the extension was built with the torch that is installed, but for its last number.
-
-    It calls torch's C++ functions, which change from release to release: with another it does not load or, where names
-    have stayed and layouts have not, reads other memory.
-    """
-    found = BUILT_WITH.search(library.read_bytes())
-    built = found[1].decode() if found else "unknown"
-    if built.split(".")[:2] != torch.__version__.split(".")[:2]:
-        raise ImportError(
-            f"the native extension was built with torch {built}, and torch {torch.__version__} is installed: install "
-            "unirl_kernels anew, so that it is built with this torch"
-        )
-
-
 class RowKernels:
-    """Statistics, observations, their gradient and losses of rows, by one part of the extension.
+    """Statistics, observations, their gradient and losses of rows, by a native extension.
 
     Args:
-        part: gives that part; asked at each call, so that a backend can be imported where it does not load.
+        part: gives the extension; asked at each call, so that a backend can be imported where it does not load.
     """
 
     def __init__(self, part: Callable[[], ModuleType]) -> None:

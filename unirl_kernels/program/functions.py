@@ -227,28 +227,12 @@ def _filled(value: float) -> Callable[..., int]:
 
 
 DIRECT = (
-    Op.ABS,
-    Op.ADD,
-    Op.DIV,
-    Op.EQ,
-    Op.EXP,
-    Op.EXPM1,
-    Op.LE,
-    Op.LOG,
-    Op.LOG1P,
-    Op.LOGSIGMOID,
-    Op.LT,
-    Op.MUL,
-    Op.NEG,
-    Op.SIGMOID,
-    Op.SIGN,
-    Op.SQRT,
-    Op.SUB,
-    Op.TANH,
+    *("abs", "add", "div", "eq", "exp", "expm1", "le", "log", "log1p"),
+    *("logsigmoid", "lt", "mul", "neg", "sigmoid", "sign", "sqrt", "sub", "tanh"),
 )
 """Instructions that are the torch function of their name."""
 
-FUNCTIONS: dict[str, Callable[..., int]] = {op.name.lower(): _direct(op) for op in DIRECT} | {
+FUNCTIONS: dict[str, Callable[..., int]] = {name: _direct(Op[name.upper()]) for name in DIRECT} | {
     "bitwise_and": _bitwise(_and),
     "bitwise_not": _bitwise(_not),
     "bitwise_or": _bitwise(_or),

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import re
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -11,7 +15,6 @@ import torch
 from torch import Tensor
 
 from unirl_kernels.backends import ProgramArgs, ReadoutArgs, RowGradients, cpu
-from unirl_kernels.backends import native as backends_native
 from unirl_kernels.program import (
     MAX_FIELDS,
     MAX_INSTRUCTIONS,
@@ -250,15 +253,88 @@ def test_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpu.unavailable(here) is None
 
 
-def test_an_extension_of_another_torch_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its functions of torch are not that torch's; whether it would load is chance."""
-    monkeypatch.setattr(cpu, "_native", cpu._native.__wrapped__)
-    monkeypatch.setattr(backends_native, "_check_torch", backends_native._check_torch.__wrapped__)
-    assert cpu.unavailable(torch.device("cpu")) is None
-    built = torch.__version__
-    for other in ("99.1.0+cu999", f"{built.split('.')[0]}.99.0"):
-        monkeypatch.setattr(torch, "__version__", other)
-        said = str(cpu.unavailable(torch.device("cpu")))
-        assert said.startswith(f"the native extension was built with torch {built.split('+')[0]}, and torch {other} is")
-    monkeypatch.setattr(torch, "__version__", ".".join([*built.split(".")[:2], "99"]))
-    assert cpu.unavailable(torch.device("cpu")) is None
+def test_the_extension_has_no_symbol_of_torch() -> None:
+    """So that it runs with any torch, whatever it was built beside."""
+    if shutil.which("nm") is None:
+        pytest.skip("nm is not installed")
+    symbols = subprocess.run(["nm", "-DC", native.__file__], check=True, capture_output=True, text=True).stdout
+    assert "GOMP_parallel" in symbols
+    assert [line for line in symbols.splitlines() if re.search("at::|c10|torch", line)] == []
+
+
+IMPORTED = """
+import torch
+{before}
+import unirl_kernels._C
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "said"),
+    [
+        ("del torch.Tensor.__dlpack_c_exchange_api__", "torch.Tensor must have DLPack's exchange functions"),
+        (
+            "torch.Tensor.__dlpack_c_exchange_api__ = {}",
+            "torch.Tensor must have the exchange functions of DLPack 1, got",
+        ),
+    ],
+    ids=["none", "another version"],
+)
+def test_torch_without_exchange_functions_is_refused(before: str, said: str) -> None:
+    """The second one has the major version 9, and none before."""
+    capsule = (
+        "import ctypes; version = (ctypes.c_uint32 * 32)(9, 1)\n"
+        "ctypes.pythonapi.PyCapsule_New.restype = ctypes.py_object\n"
+        "ctypes.pythonapi.PyCapsule_New.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]\n"
+        "made = ctypes.pythonapi.PyCapsule_New(version, b'dlpack_exchange_api', None)\n"
+    )
+    code = IMPORTED.format(before=capsule + before.replace("{}", "made"))
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode != 0
+    assert f"ImportError: {said}" in result.stderr
+
+
+THREADS = """
+import os, sys, threading, torch
+from unirl_kernels.backends import ReadoutArgs, cpu
+native = cpu._native()
+torch.set_num_threads(3)
+logits, target = torch.zeros(1, 300, 9000), torch.zeros(1, 300, dtype=torch.int64)
+out = cpu.token_stats(logits[:, :0], target[:, :0], ReadoutArgs(1.0, None, 1.0, None))
+out = type(out)(*(type(part)(*(torch.empty(1, 300) for _ in part)) for part in out))
+counted = []
+def call():
+    before = len(os.listdir("/proc/self/task"))
+    native.token_stats(logits, target, -100, ReadoutArgs(1.0, None, 1.0, None), out)
+    counted.append(len(os.listdir("/proc/self/task")) - before)
+other = threading.Thread(target=call)
+other.start()
+other.join()
+with open("/proc/self/maps") as maps:
+    runtimes = {line.split()[-1] for line in maps if "omp" in os.path.basename(line.split()[-1])}
+print(*counted, len(runtimes))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+def test_threads_are_those_of_torch() -> None:
+    """In a thread that has called nothing of torch's, which has OMP_NUM_THREADS of them until it does."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, "-c", THREADS], env=environment, capture_output=True, text=True)
+    assert result.stdout.split() == ["2", "1"], result.stderr
+
+
+@pytest.mark.parametrize("start", [0, 1, 50])
+def test_views_of_freed_memory_are_refused(start: int) -> None:
+    """They are not at address 0, but at their offset."""
+    logits, whole = torch.randn(1, 3, 50), torch.randn(1, 3, 100)
+    target, d_logits = torch.zeros(1, 3, dtype=torch.int64), whole[..., start : start + 50]
+    moments = cpu.token_stats(logits, target, IDENTITY).moments
+    whole.untyped_storage().resize_(0)
+    assert d_logits.data_ptr() == 4 * start
+    with pytest.raises(ValueError, match="logits must have memory"):
+        cpu.token_stats(d_logits, target, IDENTITY)
+    with pytest.raises(ValueError, match="d_logits must have memory"):
+        cpu.token_stats_backward(
+            logits, target, IDENTITY, moments, RowGradients(torch.ones(1, 3), None, None), d_logits
+        )

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import pybind11
 import pytest
 import torch
 
@@ -117,17 +118,13 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.skipif(CXX is None, reason="needs a C++ compiler")
-def test_bindings_compile_against_torch() -> None:
-    """torch's own headers for CUDA come with every build of it, but for one that a build with CUDA generates."""
-    from torch.utils.cpp_extension import include_paths
-
+@pytest.mark.parametrize("unit", ["bindings", "module"])
+def test_bindings_compile(unit: str) -> None:
     cuda = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "include")
     if not (cuda / "cuda_runtime.h").is_file():
         pytest.skip(f"needs CUDA's headers, not found in {cuda} (set CUDA_HOME)")
-    folders = [*include_paths(), sysconfig.get_paths()["include"], cuda]
-    macros = ["-DUNIRL_WITH_CUDA", "-DC10_USING_CUSTOM_GENERATED_MACROS"]
-    source = ROOT / "csrc/cuda/bindings.cpp"
-    command = [CXX, "-std=c++20", "-fsyntax-only", *macros, *(f"-isystem{f}" for f in folders), source]
+    folders = [pybind11.get_include(), sysconfig.get_paths()["include"], cuda]
+    command = [CXX, "-std=c++20", "-fsyntax-only", *(f"-isystem{f}" for f in folders), ROOT / f"csrc/cuda/{unit}.cpp"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
 

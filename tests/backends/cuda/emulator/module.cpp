@@ -4,6 +4,8 @@
 
 #include "machine/machine.h"
 
+namespace py = pybind11;
+
 namespace {
 
 void schedule(const std::string& order, uint64_t seed) {
@@ -26,7 +28,8 @@ void plant(int fault) { emulator::planted_fault = fault; }
 }  // namespace
 
 PYBIND11_MODULE(UNIRL_EMULATOR, m) {
-  unirl::bind_cuda(m);
+  unirl::find_torch();
+  unirl::cuda::bind(m);
   m.def("schedule", &schedule, py::arg("order"), py::arg("seed") = 0,
         "Let threads go on in the order forward, backward or random.");
   m.def("cluster", &cluster, "Blocks of a cluster in the last launch.");

@@ -19,7 +19,7 @@ _STATIC = re.compile(rf"__shared__\s+{_ALIGNED}([^;]+?)\s+(\w+)((?:\[[^\]]*\])*)
 _LAUNCH = re.compile(r"(\w+(?:<[^<>]*>)?)<<<(.*?)>>>\s*\(", re.DOTALL)
 _ASSEMBLY = re.compile(r'\basm(?:\s+volatile)?\s*\(\s*"([^"]*)"(.*?)\)\s*;', re.DOTALL)
 _OPERAND = re.compile(r'"[=+]?\w+"\s*\(([^()]*(?:\([^()]*\)[^()]*)*)\)')
-_ON_DEVICE = re.compile(r"\bis_cuda\(\)")
+_ON_DEVICE = re.compile(r"\.is_cuda\(\)")
 
 
 def translate(source: str, name: str) -> str:
@@ -36,7 +36,7 @@ def translate(source: str, name: str) -> str:
     source = _STATIC.sub(r"auto& \2 = ::emulator::shared_variable<\1\3>(__FILE__, __LINE__);", source)
     source = _LAUNCH.sub(r"::emulator::launcher(\1, \2)(", source)
     source = _ASSEMBLY.sub(_instruction, source)
-    source = _ON_DEVICE.sub("is_cpu()", source)
+    source = _ON_DEVICE.sub(".is_cpu()", source)
     return f'#line 1 "{name}"\n{source}'
 
 
