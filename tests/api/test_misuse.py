@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -50,6 +51,85 @@ def test_another_kind_of_argument(call: str) -> None:
     function, message = CALLS[call]
     with pytest.raises(TypeError, match=message):
         function()
+
+
+class OfSequences:
+    """An aggregation that gives a weight for each sequence."""
+
+    def weights(self, batch: uk.Batch) -> Tensor:
+        return torch.ones(batch.n_sequences)
+
+
+HINTS: dict[str, tuple[Any, str]] = {
+    "4-D logits": (
+        lambda: uk.token_stats(logits(1, 2, 3, V), TARGET),
+        "logits must have shape (2, 3, V), got (1, 2, 3, 9); fold its first dimensions into the batch: "
+        "logits.flatten(0, -3), and target's likewise",
+    ),
+    "4-D hidden states": (
+        lambda: uk.linear_token_stats(logits(1, 2, 3, 4), logits(V, 4), TARGET),
+        "hidden must have shape (2, 3, D), got (1, 2, 3, 4); fold its first dimensions into the batch: "
+        "hidden.flatten(0, -3), and target's likewise",
+    ),
+    "3-D target": (
+        lambda: uk.token_stats(logits(1, 2, 3, V), TARGET.unsqueeze(0)),
+        "target must have shape [B, L] or [T], got (1, 2, 3); fold its first dimensions into the batch: "
+        "target.flatten(0, -2)",
+    ),
+    "3-D target of a batch": (
+        lambda: uk.Batch(TARGET.unsqueeze(0)),
+        "target must have shape [B, L] or [T], got (1, 2, 3); fold its first dimensions into the batch: "
+        "target.flatten(0, -2)",
+    ),
+    "1-D logits": (
+        lambda: uk.token_stats(logits(V), torch.tensor([3])),
+        "logits must have shape (1, V), got (9,); a single position is logits.unsqueeze(0)",
+    ),
+    "1-D hidden states": (
+        lambda: uk.linear_token_stats(logits(4), logits(V, 4), torch.tensor([3])),
+        "hidden must have shape (1, D), got (4,); a single position is hidden.unsqueeze(0)",
+    ),
+    "0-D target": (
+        lambda: uk.token_stats(logits(V), torch.tensor(3)),
+        "target must have shape [B, L] or [T], got ()",
+    ),
+    "weights of sequences": (
+        lambda: uk.fused_loss(logits(), BATCH, uk.Loss(Clip(), OfSequences())),
+        "must give a weight for each token, (2, 3), got (2,); batch.per_token spreads one per sequence",
+    ),
+    "weights of sequences, of a head": (
+        lambda: uk.fused_linear_loss(logits(2, 3, 4), logits(V, 4), BATCH, uk.Loss(Clip(), OfSequences())),
+        "must give a weight for each token, (2, 3), got (2,); batch.per_token spreads one per sequence",
+    ),
+}
+
+
+@pytest.mark.parametrize("call", HINTS)
+def test_an_error_of_shape_says_the_way_out(call: str) -> None:
+    function, message = HINTS[call]
+    with pytest.raises(ValueError, match=re.escape(message) + "$"):
+        function()
+
+
+def test_the_way_out_of_an_error_of_shape_works() -> None:
+    x, target = logits(2, 1, 3, V), TARGET.unsqueeze(1)
+    whole = uk.token_stats(x.flatten(0, -3), target.flatten(0, -2)).logp
+    torch.testing.assert_close(whole, uk.token_stats(x[:, 0], TARGET).logp, rtol=0, atol=0)
+    assert uk.token_stats(x[0, 0, 0].unsqueeze(0), torch.tensor([3])).logp.shape == (1,)
+
+    class Spread(OfSequences):
+        def weights(self, batch: uk.Batch) -> Tensor:
+            return batch.per_token(super().weights(batch))
+
+    spread = uk.fused_loss(x[:, 0], BATCH, uk.Loss(Clip(), Spread())).loss
+    torch.testing.assert_close(spread, 5 * uk.fused_loss(x[:, 0], BATCH, uk.Loss(Clip(), uk.TokenMean())).loss)
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+def test_a_nested_target_is_a_packed_batch(layout: torch.layout) -> None:
+    nested = torch.nested.nested_tensor([torch.tensor([1, 2]), torch.tensor([3])], layout=layout)
+    with pytest.raises(TypeError, match=r"target must be a dense tensor, got a nested tensor: pack it, with cu"):
+        uk.Batch(nested)
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,11 @@ expressions    random objectives of token scope, as trees of the functions that 
 losses         random sums of terms with their aggregations; objectives that look further than one token
 naive          the truth: plain PyTorch in fp64, which shares nothing with the package
 yardstick      how large an error may be: eager fp32 PyTorch with another rounding, several times
-statistics     what is asked of token_stats, token_observations and their linear forms
-objectives     what is asked of fused_loss and fused_linear_loss
+roundings      another rounding of every operation of an objective
+operands       the logits of a head, exactly and by plain PyTorch
+calls          how a case calls the package
+answers        what is asked of what it returns
+checks         a value against the truth, element by element
 properties     what needs no truth: the same bits again, in another layout, for a row alone
 search         cases one after another in processes, one for each instruction set
 

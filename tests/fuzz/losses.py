@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -13,6 +14,7 @@ import unirl_kernels as uk
 from tests.fuzz.expressions import FIELDS, Writer, Written, written
 from tests.fuzz.inputs import Inputs
 from tests.fuzz.naive import Statistics, Tokens
+from tests.fuzz.roundings import OtherRoundings
 from tests.fuzz.yardstick import Evaluated
 
 WIDE = {
@@ -167,26 +169,29 @@ class RandomLoss:
         )
         return (names & {*FIELDS, "advantage", "old_logp", "ref_logp"}) | weights | groups
 
-    def evaluate(self, inputs: Inputs, stats: Statistics) -> Evaluated:
-        """By plain PyTorch, in the dtype of the statistics, [n, T] each."""
+    def evaluate(self, inputs: Inputs, stats: Statistics, roundings: bool = False) -> Evaluated:
+        """By plain PyTorch, in the dtype of the statistics, [n, T] each; ``roundings``: other ones in each of n."""
+        with OtherRoundings(len(stats.logp)) if roundings else nullcontext():
+            return self._evaluate(inputs, stats)
+
+    def _evaluate(self, inputs: Inputs, stats: Statistics) -> Evaluated:
         leaves = torch.stack(list(stats)).requires_grad_()
         tokens = Tokens(inputs, Statistics(*leaves.unbind()))
-        terms, size = [], torch.zeros((), dtype=torch.float64)
+        parts = []
         weight = torch.zeros(len(inputs.flat_target), dtype=torch.float64)
         for term in self.terms:
             weights = term.coefficient * term.aggregation.weights(inputs)
             values = torch.where(weights != 0, term.objective(tokens).to(leaves.dtype), 0)
-            terms.append((values * weights.to(leaves.dtype)).sum(-1))
-            size = size + (values.detach() * weights).abs().sum(-1)
+            parts.append(values * weights.to(leaves.dtype))
             weight += (
                 weights.abs() if len(weights) == len(weight) and term.objective.scope != "pair" else weights.abs().sum()
             )
-        total = torch.stack(terms).sum()
+        total = torch.stack([part.sum() for part in parts]).sum()
         derivatives = torch.zeros_like(leaves)
         if total.requires_grad:
             (found,) = torch.autograd.grad(total, leaves, allow_unused=True)
             derivatives = derivatives if found is None else found
-        return Evaluated(torch.stack(terms, -1).detach().double(), derivatives.movedim(1, 0).double(), size, weight)
+        return Evaluated(tuple(p.detach().double() for p in parts), derivatives.movedim(1, 0).double(), weight)
 
     def __str__(self) -> str:
         return "\n".join(

@@ -179,15 +179,13 @@ class Evaluated:
     """Losses and their derivatives with respect to the statistics, of n batches.
 
     Args:
-        terms: [n, terms], values of the terms.
+        parts: [n, T] or, of pairs, [n, S / 2], for each term: what each token adds to it.
         derivatives: [n, 3, T].
-        size: [n], sum of the sizes of the contributions.
         weight: [T], how much a token weighs.
     """
 
-    terms: Tensor
+    parts: tuple[Tensor, ...]
     derivatives: Tensor
-    size: Tensor
     weight: Tensor
 
 
@@ -206,42 +204,55 @@ class Coefficients:
     derivatives_allowed: Tensor
 
 
-def coefficients(evaluate: Callable[[Statistics], Evaluated], rows: Rows, dtype: torch.dtype) -> Coefficients:
+Evaluate = Callable[[Statistics, bool], Evaluated]
+"""A loss, in the dtype of the statistics that it is given, [n, T] each; whether each of n rounds in another way."""
+
+
+def coefficients(evaluate: Evaluate, rows: Rows, dtype: torch.dtype) -> Coefficients:
     """Truth and budgets of a loss.
 
     Args:
-        evaluate: the loss, in the dtype of the statistics that it is given, [n, T] each.
+        evaluate: the loss.
         rows: the truth of the statistics, and their budgets.
         dtype: of the rows.
     """
-    truth = evaluate(Statistics(*(s.unsqueeze(0) for s in rows.stats)))
+    truth = evaluate(Statistics(*(s.unsqueeze(0) for s in rows.stats)), False)
     eps = torch.finfo(dtype).eps
     changed = _changed(rows)
-    narrow = Statistics(*(s.float() for s in changed))
-    exact = evaluate(Statistics(*(torch.cat([s, n.double()]) for s, n in zip(changed, narrow, strict=True))))
-    rounded, runs = evaluate(narrow), len(narrow.logp)
+    narrow, runs = Statistics(*(s.float() for s in changed)), len(changed.logp)
+    exact = evaluate(Statistics(*(torch.cat([s, n.double()]) for s, n in zip(changed, narrow, strict=True))), False)
+    rounded = evaluate(narrow, True)
+    other = evaluate(changed, True) if dtype == torch.float64 else None
 
-    def allowed(found: Tensor, exactly: Tensor, true: Tensor) -> Tensor:
+    def allowed(of: Callable[[Evaluated], Tensor]) -> Tensor:
         # |f32(s') - f(s)| is at most |f(s') - f(s)| + |f32(s') - f(s')|: what wrong statistics do, and what rounding
-        # does. Rounding may do twice as much as in the worst eager run; in fp64 it does as much less as its eps is.
-        moved = difference(exactly[:runs], true).amax(0)
-        return moved + 2 * eps / torch.finfo(torch.float32).eps * difference(found, exactly[runs:]).amax(0)
+        # does. Rounding may do twice as much as in the worst eager run; in fp64 it does as much less as its eps is,
+        # unless it decides a comparison.
+        true, exactly = of(truth), of(exact)
+        used = exactly if other is None else exactly[:runs]
+        moved = difference(used, true).amax(0)
+        if other is not None:
+            moved = moved + 2 * difference(of(other), used).amax(0)
+        return moved + 2 * eps / torch.finfo(torch.float32).eps * difference(of(rounded), exactly[runs:]).amax(0)
 
-    terms = allowed(rounded.terms, exact.terms, truth.terms)
-    derivatives = allowed(rounded.derivatives, exact.derivatives, truth.derivatives)
-    terms = terms + ULPS * eps * _finite(truth.size)
+    # Each token errs by itself.
+    terms = [part[0].sum() for part in truth.parts]
+    terms_allowed = [
+        allowed(lambda of, k=k: of.parts[k]).sum() + ULPS * eps * _finite(part[0].abs().sum())
+        for k, part in enumerate(truth.parts)
+    ]
     # Slopes such as 1 - tanh^2 are differences of numbers of size 1, right to two ulps of it; the truth's, too.
     slopes = (2 * eps + ULPS * OWN) * truth.weight
-    derivatives = derivatives + ULPS * eps * _finite(truth.derivatives[0].abs()) + slopes
-    return Coefficients(truth.terms[0], terms, truth.derivatives[0], derivatives)
+    derivatives = allowed(lambda of: of.derivatives) + ULPS * eps * _finite(truth.derivatives[0].abs()) + slopes
+    return Coefficients(torch.stack(terms), torch.stack(terms_allowed), truth.derivatives[0], derivatives)
 
 
 def _changed(rows: Rows) -> Statistics:
-    """[13, T] each: the statistics, off by what they may be in every direction; as they are; and, since one of
+    """[25, T] each: the statistics, off by what they may be in every direction; as they are; and, since one of
     these may be lucky where differences cancel, off by parts of it."""
     corners = torch.tensor([(0.0, 0.0, 0.0), *itertools.product((1.0, -1.0), repeat=3)], dtype=torch.float64)
     stats, may = torch.stack(list(rows.stats)), rows.stats_allowed
-    parts = 2 * torch.rand(4, *stats.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) - 1
+    parts = 2 * torch.rand(16, *stats.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) - 1
     step = torch.where(stats.isfinite() & may.isfinite(), may, 0)
     off = torch.cat([corners.unsqueeze(-1).expand(-1, -1, stats.shape[-1]), parts])
     logp, entropy, lse = (stats + off * step).unbind(1)

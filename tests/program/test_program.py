@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import huber_loss, logsigmoid, softplus
 
 import unirl_kernels as uk
+from tests.runners import Runner
 from unirl_kernels.program import MAX_PARAMS, Op, Program, Traced, evaluate, trace, weight_name
 from unirl_kernels.program.functions import FUNCTIONS
 
@@ -87,7 +91,7 @@ def outputs_of(traced: Traced, logp: Tensor, entropy: Tensor) -> tuple[Tensor, .
     assert set(traced.fields) <= {weight_name(0)}
     fields = torch.ones(len(traced.fields), *logp.shape, dtype=logp.dtype)
     stats = (logp, entropy, torch.zeros_like(logp))
-    return evaluate(traced.program, stats, fields, torch.tensor(traced.params, dtype=torch.float64))
+    return evaluate(traced.program, stats, fields, torch.tensor(traced.params_of(logp.dtype), dtype=torch.float64))
 
 
 def compare(f: object, points: Tensor) -> None:
@@ -141,6 +145,34 @@ def test_truth_values_are_those_of_pytorch(f: object) -> None:
 def test_relu_of_nan_is_nan() -> None:
     nan = torch.tensor([float("nan")])
     assert outputs_of(trace([lambda t: torch.relu(t.logp)]), nan, nan)[0].isnan()
+
+
+@pytest.mark.parametrize("f", [torch.nan_to_num, lambda x: x.nan_to_num(posinf=3), lambda x: 2 - x.nan_to_num(0.5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_infinities_become_the_limits_of_the_dtype(dtype: torch.dtype, f: Callable[[Tensor], Tensor]) -> None:
+    points = torch.tensor([math.inf, -math.inf, math.nan, 1.5], dtype=dtype)
+    value, *_ = outputs_of(trace([lambda t: f(t.logp)]), points, torch.zeros_like(points))
+    assert torch.equal(value, f(points))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_limits_are_those_of_the_rows(dtype: torch.dtype, runner: Runner) -> None:
+    """Whether a gradient is wanted or not, which says whether a program or plain PyTorch computes the loss."""
+    runner.need(dtype)
+    logits = torch.tensor([[[0.0, -math.inf]]], dtype=dtype, device=runner.device)
+    batch = uk.Batch(torch.tensor([[1]], device=runner.device))
+    loss = uk.Loss(lambda t: 0.5 * torch.nan_to_num(t.logp), uk.TokenMean())
+    for leaf in (logits, logits.clone().requires_grad_()):
+        assert uk.fused_loss(leaf, batch, loss, plan=runner.plan()).loss.item() == -0.5 * torch.finfo(dtype).max
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_limits_are_those_of_the_rows_when_compiled(dtype: torch.dtype) -> None:
+    loss = uk.Loss(lambda t: 0.5 * torch.nan_to_num(t.logp), uk.TokenMean())
+    batch = uk.Batch(torch.tensor([[1]]))
+    compiled = torch.compile(lambda x: uk.fused_loss(x, batch, loss).loss, backend="aot_eager", fullgraph=True)
+    leaf = torch.tensor([[[0.0, -math.inf]]], dtype=dtype, requires_grad=True)
+    assert compiled(leaf).item() == -0.5 * torch.finfo(dtype).max
 
 
 @pytest.mark.parametrize("f", [torch.minimum, torch.maximum, lambda x, y: torch.minimum(x * 2, 0.5 - y)])

@@ -145,7 +145,7 @@ def _measured(
     check_head(hidden, weight, bias, target)
     sweep = sweep_args(hidden, weight, bias, plan)
     of_readout = readout_args(readout, target, row_dtype(sweep.dtype), batch)
-    found = LinearStatistics.apply(_flat(hidden), weight, bias, as_rows(target), of_readout, sweep, operator)
+    found = LinearStatistics.apply(_flat(hidden), weight, bias, as_rows(target), of_readout, sweep, operator, None)
     return [x.view(target.shape) for x in found]
 
 

@@ -278,12 +278,12 @@ class Loss:
             raise ValueError(f"a {self.scope}-scope objective has no scalar program")
         return self._traced[on_policy]
 
-    def params(self, on_policy: bool, like: Tensor) -> Tensor:
-        """[n_params] float64: the program's parameters, on the device of ``like``."""
-        device = like.device
-        params = self.traced(on_policy).params
+    def params(self, on_policy: bool, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """[n_params] float64: the program's parameters for rows in ``dtype``, on the device of ``like``."""
+        device, params = like.device, self.traced(on_policy).params_of(dtype)
         if torch.compiler.is_compiling():
-            return _compiled(params, device) if self._params is None else self._params[on_policy].to(device)
+            kept = self._params if dtype == torch.float32 else None
+            return _compiled(params, device) if kept is None else kept[on_policy].to(device)
         # What is made in FakeTensorMode must not be kept.
         return _on_device(params, device) if has_values(like) else _tensor(params).to(device)
 

@@ -170,13 +170,11 @@ def _is_inf(g: Graph, x: Any) -> int:
 
 
 def _nan_to_num(g: Graph, x: Any, nan: Any = None, posinf: Any = None, neginf: Any = None) -> int:
-    largest = torch.finfo(torch.float32).max
-    node = node_of(g, x)
-    for at, value in (
-        (math.inf, largest if posinf is None else posinf),
-        (-math.inf, -largest if neginf is None else neginf),
-    ):
-        node = g.op(Op.WHERE, g.op(Op.EQ, node_of(g, x), g.const(at)), node_of(g, value), node)
+    node = given = node_of(g, x)
+    above = g.largest() if posinf is None else node_of(g, posinf)
+    below = g.negated(g.largest()) if neginf is None else node_of(g, neginf)
+    for at, value in ((math.inf, above), (-math.inf, below)):
+        node = g.op(Op.WHERE, g.op(Op.EQ, given, g.const(at)), value, node)
     return g.op(Op.WHERE, _is_nan(g, x), node_of(g, 0 if nan is None else nan), node)
 
 

@@ -18,12 +18,17 @@ class Node:
     value: str | int | float = 0
 
 
+LARGEST_FP32 = (2 - 2.0**-23) * 2.0**127
+
+
 @dataclass
 class Graph:
-    """Nodes in topological order; equal expressions share a node."""
+    """Nodes in topological order; equal expressions share a node. ``at_largest`` is the parameter that holds the
+    largest finite number of the rows' dtype, if one does."""
 
     nodes: list[Node] = field(default_factory=list)
     params: list[float] = field(default_factory=list)
+    at_largest: int | None = None
     _index: dict[Node, int] = field(default_factory=dict)
     _integers: dict[int, int] = field(default_factory=dict)
 
@@ -53,6 +58,13 @@ class Graph:
         if isinstance(value, int):
             self._integers[value] = node
         return node
+
+    def largest(self) -> int:
+        """The largest finite number of the rows' dtype. A parameter, as the program is the same for fp32 and fp64."""
+        if self.at_largest is None:
+            self.at_largest = len(self.params)
+            self.params.append(LARGEST_FP32)
+        return self._intern(Node("param", value=self.at_largest))
 
     def detach(self, x: int) -> int:
         return self._intern(Node("detach", (x,)))

@@ -30,7 +30,7 @@ class Traced:
 
     Args:
         program: the weighted loss and its derivatives, shared by all values of the objectives' scalars.
-        params: values of the program's parameters.
+        params: values of the program's parameters, for rows in fp32; see ``params_of``.
         text: the program as operators take it.
         fields: names of the fields that the program reads, in their order. The weight of term k is
             ``weight_name(k)``.
@@ -43,6 +43,13 @@ class Traced:
     fields: tuple[str, ...]
     graph: Graph
     terms: tuple[int, ...]
+
+    def params_of(self, dtype: torch.dtype) -> tuple[float, ...]:
+        """The parameters for rows in a dtype, float32 or float64: ``nan_to_num`` replaces infinities by its limits."""
+        at = self.graph.at_largest
+        if at is None or dtype == torch.float32:
+            return self.params
+        return (*self.params[:at], torch.finfo(dtype).max, *self.params[at + 1 :])
 
 
 def weight_name(term: int) -> str:
