@@ -18,6 +18,7 @@
 #endif
 
 #define UNIRL_ALWAYS_INLINE __attribute__((always_inline)) inline
+#define UNIRL_HALVES _Pragma("GCC unroll 4")
 
 namespace unirl::cpu::UNIRL_ISA {
 
@@ -56,6 +57,25 @@ UNIRL_ALWAYS_INLINE void store(void* to, Vector x) {
   *static_cast<typename Unaligned<Vector>::Type*>(to) = x;
 }
 
+// Past the caches, to memory that is aligned to a vector; fence() brings it before what is stored later.
+UNIRL_ALWAYS_INLINE void stream(void* to, U32 x) {
+#if defined(__x86_64__) && UNIRL_SIMD_BYTES == 64
+  _mm512_stream_si512((__m512i*)to, (__m512i)x);
+#elif defined(__x86_64__) && UNIRL_SIMD_BYTES == 32
+  _mm256_stream_si256((__m256i*)to, (__m256i)x);
+#elif defined(__x86_64__)
+  _mm_stream_si128((__m128i*)to, (__m128i)x);
+#else
+  store(to, x);
+#endif
+}
+
+UNIRL_ALWAYS_INLINE void fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 // a > b ? a : b. Where either is NaN: b.
 UNIRL_ALWAYS_INLINE F32 maximum(F32 a, F32 b) {
 #if defined(__x86_64__) && UNIRL_SIMD_BYTES == 64
@@ -69,10 +89,14 @@ UNIRL_ALWAYS_INLINE F32 maximum(F32 a, F32 b) {
 #endif
 }
 
+// By halves, here and below: in order, a row of few logits would wait for its lanes as long as for its exponentials.
 UNIRL_ALWAYS_INLINE float largest(F32 x) {
-  float top = x[0];
-  for (int i = 1; i < LANES; ++i) top = x[i] > top || top != top ? x[i] : top;
-  return top;
+  float top[LANES];
+  store(top, x);
+  UNIRL_HALVES for (int n = LANES / 2; n > 0; n /= 2) {
+    for (int i = 0; i < n; ++i) top[i] = top[i + n] > top[i] || top[i] != top[i] ? top[i + n] : top[i];
+  }
+  return top[0];
 }
 
 // Sum of the lanes in double: in fp32 a lane that holds 1 would swallow a tail of 1e-9 in the others.
@@ -85,9 +109,12 @@ UNIRL_ALWAYS_INLINE double sum(const Block& block) {
     wide += __builtin_convertvector(load<Half>(lanes), F64);
     wide += __builtin_convertvector(load<Half>(lanes + LANES / 2), F64);
   }
-  double total = 0;
-  for (int i = 0; i < LANES / 2; ++i) total += wide[i];
-  return total;
+  double totals[LANES / 2];
+  store(totals, wide);
+  UNIRL_HALVES for (int n = LANES / 4; n > 0; n /= 2) {
+    for (int i = 0; i < n; ++i) totals[i] += totals[i + n];
+  }
+  return totals[0];
 }
 
 struct Float32 {
@@ -102,6 +129,9 @@ struct Float32 {
   }
   static UNIRL_ALWAYS_INLINE void store(Storage* x, const Block& block) {
     for (int k = 0; k < VECTORS; ++k) UNIRL_ISA::store(x + k * LANES, block.of[k]);
+  }
+  static UNIRL_ALWAYS_INLINE void stream(Storage* x, const Block& block) {
+    for (int k = 0; k < VECTORS; ++k) UNIRL_ISA::stream(x + k * LANES, (U32)block.of[k]);
   }
 };
 
@@ -126,10 +156,14 @@ struct BFloat16 {
   // each carries an error of 1e-7 already. NaNs stay: those of arithmetic, or that came in as bf16, have no low bits
   // set that could carry into the exponent.
   static UNIRL_ALWAYS_INLINE U32 rounded(F32 x) { return (U32)x + 0x8000u; }
+  static UNIRL_ALWAYS_INLINE U32 packed(const Block& block, int k) {
+    return (rounded(block.of[k]) >> 16) | (rounded(block.of[k + 1]) & 0xffff0000u);
+  }
   static UNIRL_ALWAYS_INLINE void store(Storage* x, const Block& block) {
-    for (int k = 0; k < VECTORS; k += 2) {
-      UNIRL_ISA::store(x + k * LANES, (rounded(block.of[k]) >> 16) | (rounded(block.of[k + 1]) & 0xffff0000u));
-    }
+    for (int k = 0; k < VECTORS; k += 2) UNIRL_ISA::store(x + k * LANES, packed(block, k));
+  }
+  static UNIRL_ALWAYS_INLINE void stream(Storage* x, const Block& block) {
+    for (int k = 0; k < VECTORS; k += 2) UNIRL_ISA::stream(x + k * LANES, packed(block, k));
   }
 };
 
@@ -146,6 +180,7 @@ struct Float16 {
   static UNIRL_ALWAYS_INLINE void store(Storage* x, const Block& block) {
     for (int k = 0; k < VECTORS; ++k) narrowed(x + k * LANES, block.of[k]);
   }
+  static UNIRL_ALWAYS_INLINE void stream(Storage* x, const Block& block) { store(x, block); }
 
 #if defined(__x86_64__) && UNIRL_SIMD_BYTES == 64
   static UNIRL_ALWAYS_INLINE F32 widened(const Storage* x) {

@@ -80,6 +80,6 @@ void write(void* x, double value) { *static_cast<double*>(x) = value; }
 
 }  // namespace
 
-const SegmentKernels fp64_kernels = {moments, observe, find, gradient, read, u, write, sizeof(double)};
+const SegmentKernels fp64_kernels = {moments, observe, find, gradient, nullptr, nullptr, read, u, write, sizeof(double)};
 
 }  // namespace unirl::cpu

@@ -6,14 +6,11 @@
 #include <new>
 
 #include "dispatch.h"
+#include "matmul_ways.h"
 #include "parallel.h"
 
 namespace unirl::cpu {
 namespace {
-
-// Units of depth that are summed in registers before they are added to the result: panels of so many stay in the
-// second-level cache, and the result is read and written seldom enough. 192 to 512 are within 3 %.
-constexpr int64_t BLOCK_UNITS = 320;
 
 // A factor of at most so many units (4 MiB) is packed once and stays while the other one passes by.
 constexpr int64_t STAYING_UNITS = int64_t{1} << 20;
@@ -30,17 +27,6 @@ constexpr int64_t MULTIPLICATIONS_PER_THREAD = int64_t{1} << 19;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-const PanelKernels* kernels_of(Format format) {
-#if defined(__x86_64__)
-  if (format == Format::FP64) return nullptr;
-  if (instruction_set() == "avx512") {
-    return format == Format::BF16 && __builtin_cpu_supports("avx512bf16") ? &avx512_bf16_panels : &avx512_panels;
-  }
-  if (instruction_set() == "avx2") return &avx2_panels;
-#endif
-  return nullptr;
-}
 
 // How the result is cut into tiles, and which factor is packed over its whole depth and kept from tile to tile.
 struct Plan {
@@ -137,7 +123,7 @@ class Tiles {
         down_(ceil_div(matmul.rows.lanes, plan_.tile_rows)),
         across_(ceil_div(matmul.columns.lanes, plan_.tile_columns)) {
     // Blocks are about equal, and all but the last a whole number of vectors.
-    const int64_t blocks = std::max<int64_t>(ceil_div(matmul.rows.depth, BLOCK_UNITS * kernels.unit_depth), 1);
+    const int64_t blocks = std::max<int64_t>(ceil_div(matmul.rows.depth, kernels.block_units * kernels.unit_depth), 1);
     block_ = round_up(std::max<int64_t>(ceil_div(matmul.rows.depth, blocks), 1), kernels.unit_depth * kernels.lanes);
   }
 
@@ -158,6 +144,7 @@ class Tiles {
         tile(rows, i / across_, columns, i % across_);
       }
     }
+    if (kernels_.finish != nullptr) kernels_.finish();
   }
 
   void tile(Packed& rows, int64_t row_tile, Packed& columns, int64_t column_tile) const {
@@ -191,16 +178,16 @@ class Tiles {
 
 void multiply(const Matmul& matmul) {
   if (matmul.rows.lanes == 0 || matmul.columns.lanes == 0) return;
-  Tiles(matmul, *kernels_of(matmul.columns.format)).run();
+  Tiles(matmul, *way_of(matmul.columns.format)->kernels).run();
 }
 
 Format multiplied_as(Format format) {
-  const PanelKernels* const kernels = kernels_of(format);
-  return kernels != nullptr && kernels->unit_depth == 2 ? Format::BF16 : Format::FP32;
+  const MatmulWay* const way = way_of(format);
+  return way != nullptr && way->kernels->unit_depth == 2 ? Format::BF16 : Format::FP32;
 }
 
 std::string matmuls_unavailable(Format format) {
-  if (kernels_of(format) != nullptr) return "";
+  if (way_of(format) != nullptr) return "";
   return "matmuls need the instruction set avx2 or avx512, this is " + instruction_set();
 }
 

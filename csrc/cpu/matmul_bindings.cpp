@@ -2,6 +2,7 @@
 #include "bindings.h"
 #include "dispatch.h"
 #include "matmul.h"
+#include "matmul_ways.h"
 
 namespace unirl {
 namespace {
@@ -20,6 +21,9 @@ std::string matmuls_unavailable(Dtype dtype) {
 std::string matmul_arithmetic(Dtype dtype) {
   return cpu::multiplied_as(format_of(dtype)) == Format::BF16 ? "bf16" : "fp32";
 }
+
+// Of a dtype that is multiplied.
+std::string matmul_way(Dtype dtype) { return cpu::way_of(format_of(dtype))->name; }
 
 void require_on_cpu(const Tensor& x, const char* name) {
   if (!x.is_cpu()) require(false, name, " must be a dense tensor on the cpu, got ", x.described());
@@ -126,6 +130,10 @@ void cpu::bind_matmul(pybind11::module_& m) {
   m.def("d_weight_matmul", &d_weight_matmul, py::arg("d_logits"), py::arg("hidden"), py::arg("total"), py::arg("add"));
   m.def("matmuls_unavailable", &unirl::matmuls_unavailable, py::arg("dtype"));
   m.def("matmul_arithmetic", &matmul_arithmetic, py::arg("dtype"));
+  m.def("matmul_way", &matmul_way, py::arg("dtype"));
+  m.def("matmul_ways", &cpu::matmul_ways);
+  m.def("force_matmuls", &cpu::force_matmuls, py::arg("way"));
+  m.def("core_kind", &cpu::core_kind);
 }
 
 }  // namespace unirl

@@ -26,21 +26,34 @@ struct Tile {
 // A panel is made of units of 32 bits, [unit][lane]: a float, or two bf16 that are neighbours in depth. A slice becomes
 // panels one after the other; lanes beyond its own, up to a multiple of LANES, and depth beyond its own are zero.
 struct PanelKernels {
-  int64_t unit_depth;  // elements in a unit
-  int64_t lanes;       // LANES
+  int64_t unit_depth;   // elements in a unit
+  int64_t lanes;        // LANES
+  int64_t block_units;  // units of depth that are summed before they are added to the result
   void (*pack_rows)(const Slice& from, uint32_t* to);
   void (*pack_columns)(const Slice& from, uint32_t* to);
   // to = rows columns^T + bias, or the same added to what is there. bias: a value per column, or null. The columns'
   // memory is aligned to 64 bytes.
   void (*multiply)(const uint32_t* rows, const uint32_t* columns, int64_t units, const float* bias, bool add,
                    const Tile& to);
+  void (*finish)();  // called by each thread after its last multiply; or null
+};
+
+// Columns of a panel that torch's brgemm multiplies (brgemm.h).
+constexpr int64_t WIDE_COLUMNS = 64;
+
+// The same units for brgemm: rows as [lane][unit], and columns in panels of WIDE_COLUMNS.
+struct WidePacking {
+  void (*rows)(const Slice& from, uint32_t* to);
+  void (*columns)(const Slice& from, uint32_t* to);
 };
 
 #if defined(__x86_64__)
 // fp32, bf16 and fp16, multiplied as fp32.
 extern const PanelKernels avx512_panels, avx2_panels;
+extern const WidePacking avx512_packing;
 // bf16, and fp32 that is rounded to bf16. Subnormal numbers count as zero.
 extern const PanelKernels avx512_bf16_panels;
+extern const WidePacking avx512_bf16_packing;
 #endif
 
 }  // namespace unirl::cpu

@@ -10,6 +10,7 @@
 
 namespace unirl::cpu {
 const PanelKernels avx512_panels = avx512_fp32_matmul::panels;
+const WidePacking avx512_packing = avx512_fp32_matmul::wide_packing;
 }
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -11,6 +11,7 @@
 
 namespace unirl::cpu {
 const PanelKernels avx512_bf16_panels = avx512_bf16_matmul::panels;
+const WidePacking avx512_bf16_packing = avx512_bf16_matmul::wide_packing;
 }
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -3,11 +3,13 @@
 #include <string.h>
 
 #include <algorithm>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
 #include "dispatch.h"
 #include "parallel.h"
+#include "rows_program.h"
 
 namespace unirl::cpu {
 namespace {
@@ -18,16 +20,32 @@ constexpr int64_t LOGITS_PER_THREAD = 32768;
 // Rows per thread from which each thread takes whole rows: idle threads at the end then cost at most a quarter.
 constexpr int64_t ROWS_PER_THREAD = 4;
 
+// Gradients of so many bytes, in 16 bits, are written past the caches, which do not hold them anyway: their memory is
+// then not read first. In fp32 the exponentials lie there already.
+constexpr int64_t STREAMED_BYTES = int64_t{32} << 20;
+
 // The target's logit, raw and mapped (see row_math.h). Of a target that is elsewhere, probability 0.
 struct Target {
   double x = 0, u = -INFINITY;
 };
 
-// One call's way over its rows. A Step is what stands between the two sweeps of a row:
+// Rows of few logits are worked on together: at most so many, of so many logits in all.
+constexpr int64_t GROUP_ROWS = ROWS_AT_ONCE, GROUP_LOGITS = 8192;
+
+// What the first sweep finds of a row, and the readout it went by.
+template <class Sums>
+struct RowSums {
+  Readout<double> readout;
+  Sums sums;
+  Target target;
+};
+
+// One call's way over its rows. A Step is what stands between the two sweeps of some rows:
 //   typedef ... Sums               of the first sweep: Moments<double>, or Observed<double>
 //   static constexpr bool READS    whether it wants them
 //   static constexpr bool WRITES   whether its terms are for the second sweep
-//   GradientTerms<double> operator()(int64_t row, readout, sums, target) const
+//   bool proportional() const      whether all gradients are proportional to the exponentials, but the target's
+//   void operator()(const int64_t* rows, int64_t n, const RowSums<Sums>* of, GradientTerms<double>* terms) const
 //   void absent(int64_t row, double value) const   what a row returns that is not read
 template <class Step>
 class Pass {
@@ -40,7 +58,13 @@ class Pass {
         d_logits_(d_logits),
         step_(step),
         kernels_(kernels_for(rows.format)),
-        segments_((rows.vocab + SEGMENT - 1) / SEGMENT) {}
+        segments_((rows.vocab + SEGMENT - 1) / SEGMENT),
+        keeps_(Step::READS && Step::WRITES && kernels_.exponentials != nullptr && rows.softcap <= 0 &&
+               step.proportional()),
+        streams_(keeps_ && rows.format != Format::FP32 && d_logits.data != rows.logits.data &&
+                 rows.batch * rows.length * rows.vocab * kernels_.bytes >= STREAMED_BYTES),
+        kept_per_row_(keeps_ && rows.format != Format::FP32 ? (rows.vocab + MOST_STEP - 1) / MOST_STEP * MOST_STEP
+                                                            : 0) {}
 
   void run() {
     std::vector<int64_t> present, absent;
@@ -52,13 +76,23 @@ class Pass {
     const auto here = [](int64_t n, const auto& body) { body(0, n); };
     const auto on_all_threads = [](int64_t n, const auto& body) { parallel_for(n, 1, body); };
     if (n >= ROWS_PER_THREAD * threads || n * rows_.vocab < 2 * LOGITS_PER_THREAD) {
+      const int64_t group = std::clamp<int64_t>(GROUP_LOGITS / rows_.vocab, 1, GROUP_ROWS);
       parallel_for(n, rows_per_thread, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) together(&present[i], 1, here);
+        Work work(*this, group);
+        for (int64_t i = begin; i < end; i += group) {
+          together(&present[i], std::min(group, end - i), work, here);
+        }
       });
     } else {
       // Few rows: their segments are spread over the threads, about a row for each, so that the second sweep still
       // finds in the cache what the first one read.
-      for (int64_t i = 0; i < n; i += threads) together(&present[i], std::min(threads, n - i), on_all_threads);
+      for (int64_t i = 0; i < n; i += GROUP_ROWS) {
+        const int64_t rest = std::min(GROUP_ROWS, n - i), group = std::min(threads, rest);
+        Work work(*this, group);
+        for (int64_t k = 0; k < rest; k += group) {
+          together(&present[i + k], std::min(group, rest - k), work, on_all_threads);
+        }
+      }
     }
     parallel_for(absent.size(), rows_per_thread, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) leave_out(absent[i]);
@@ -66,26 +100,56 @@ class Pass {
   }
 
  private:
+  // Memory for rows that are worked on together.
+  struct Work {
+    std::vector<Sums> sums;  // of segments
+    std::vector<RowSums<Sums>> rows;
+    std::vector<GradientTerms<double>> terms;
+    std::unique_ptr<float[]> kept;  // exponentials
+
+    Work(const Pass& pass, int64_t n)
+        : sums(Step::READS ? n * pass.segments_ : 0),
+          rows(n),
+          terms(n),
+          kept(new float[n * pass.kept_per_row_]) {}
+  };
+
   // n rows at a time. Loop: how to run over their segments.
   template <class Loop>
-  void together(const int64_t* rows, int64_t n, const Loop& loop) const {
-    std::vector<Sums> sums(Step::READS ? n * segments_ : 0);
+  void together(const int64_t* rows, int64_t n, Work& work, const Loop& loop) const {
+    // Before exponentials may take the place of logits.
+    for (int64_t i = 0; i < n; ++i) work.rows[i] = {readout_of(rows[i]), {}, target_of(rows[i])};
     if (Step::READS) {
       loop(n * segments_, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) sums[i] = sums_of(rows[i / segments_], i % segments_);
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t k = i / segments_, segment = i % segments_;
+          work.sums[i] = sums_of(rows[k], segment, work.rows[k].readout, kept(work, rows[k], k, segment));
+        }
       });
+      for (int64_t i = 0; i < n; ++i) merge_segments(rows[i], &work.sums[i * segments_], work.rows[i]);
     }
-    std::vector<GradientTerms<double>> terms(n);
-    for (int64_t i = 0; i < n; ++i) terms[i] = finish(rows[i], sums.data() + i * segments_);
+    step_(rows, n, work.rows.data(), work.terms.data());
     if (Step::WRITES) {
+      // From the end: what the first sweep had last is still in the cache.
       loop(n * segments_, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) gradient(rows[i / segments_], i % segments_, terms[i / segments_]);
+        for (int64_t i = end - 1; i >= begin; --i) {
+          const int64_t k = i / segments_, segment = i % segments_;
+          const double m = keeps_ ? double(work.sums[i].m) : 0;
+          gradient(rows[k], segment, work.rows[k].readout, work.terms[k], kept(work, rows[k], k, segment), m);
+        }
       });
       for (int64_t i = 0; i < n; ++i) {
         const int64_t y = rows_.target[rows[i]];
-        if (y != ELSEWHERE) kernels_.write(at(d_logits_, rows[i], y), terms[i].target);
+        if (y != ELSEWHERE) kernels_.write(at(d_logits_, rows[i], y), work.terms[i].target);
       }
     }
+  }
+
+  // Where the exponentials of a segment lie; null where they are not kept.
+  float* kept(const Work& work, int64_t row, int64_t k, int64_t segment) const {
+    if (!keeps_) return nullptr;
+    if (kept_per_row_ == 0) return static_cast<float*>(at(d_logits_, row, segment * SEGMENT));
+    return work.kept.get() + k * kept_per_row_ + segment * SEGMENT;
   }
 
   // Zeros for an ignored row; NaN for one whose target is no column, which is all bits set in every format.
@@ -95,44 +159,51 @@ class Pass {
     if (Step::WRITES) memset(at(d_logits_, row, 0), ignored ? 0 : 0xff, rows_.vocab * kernels_.bytes);
   }
 
-  GradientTerms<double> finish(int64_t row, const Sums* segments) const {
-    const Readout<double> readout = readout_of(row);
-    Sums sums{};
-    if (Step::READS) {
-      sums = segments[0];
-      for (int64_t i = 1; i < segments_; ++i) sums = merge(sums, segments[i], readout.kappa);
-      if constexpr (OBSERVES) {
-        const void* const x = at(rows_.logits, row, sums.at);
-        sums.at += kernels_.find(x, size_of(sums.at / SEGMENT), sums.top, readout);
-      }
+  void merge_segments(int64_t row, const Sums* segments, RowSums<Sums>& of) const {
+    of.sums = segments[0];
+    for (int64_t i = 1; i < segments_; ++i) of.sums = merge(of.sums, segments[i], of.readout.kappa);
+    if constexpr (OBSERVES) {
+      const void* const x = at(rows_.logits, row, of.sums.at);
+      of.sums.at += kernels_.find(x, size_of(of.sums.at / SEGMENT), of.sums.top, of.readout);
     }
-    Target target;
-    if (rows_.target[row] != ELSEWHERE) {
-      const void* const x = at(rows_.logits, row, rows_.target[row]);
-      target = {kernels_.read(x), kernels_.u(x, readout)};
-    }
-    return step_(row, readout, sums, target);
   }
 
-  Sums sums_of(int64_t row, int64_t segment) const {
+  Target target_of(int64_t row) const {
+    if (rows_.target[row] == ELSEWHERE) return {};
+    const void* const x = at(rows_.logits, row, rows_.target[row]);
+    return {kernels_.read(x), kernels_.u(x, readout_of(row))};
+  }
+
+  Sums sums_of(int64_t row, int64_t segment, const Readout<double>& readout, float* kept) const {
     const int64_t begin = segment * SEGMENT;
     const void* const x = at(rows_.logits, row, begin);
     if constexpr (OBSERVES) {
-      Sums sums = kernels_.observe(x, size_of(segment), readout_of(row));
+      Sums sums = kernels_.observe(x, size_of(segment), readout);
       sums.at = begin;
       return sums;
     } else {
-      return kernels_.moments(x, size_of(segment), readout_of(row));
+      return kept != nullptr ? kernels_.exponentials(x, size_of(segment), readout, kept)
+                             : kernels_.moments(x, size_of(segment), readout);
     }
   }
 
-  void gradient(int64_t row, int64_t segment, const GradientTerms<double>& terms) const {
+  // m: the largest u of the segment, that kept exponentials are relative to.
+  void gradient(
+      int64_t row,
+      int64_t segment,
+      const Readout<double>& readout,
+      const GradientTerms<double>& terms,
+      const float* kept,
+      double m) const {
     const int64_t begin = segment * SEGMENT;
     void* d_x = at(d_logits_, row, begin);
     if (terms.constant == 0 && terms.linear == 0) {
       memset(d_x, 0, size_of(segment) * kernels_.bytes);
+    } else if (kept != nullptr) {
+      const double shift = m == terms.reference ? 1 : exp(readout.kappa * (m - terms.reference));
+      kernels_.scale(kept, d_x, size_of(segment), terms.constant * shift, streams_);
     } else {
-      kernels_.gradient(at(rows_.logits, row, begin), d_x, size_of(segment), readout_of(row), terms);
+      kernels_.gradient(at(rows_.logits, row, begin), d_x, size_of(segment), readout, terms);
     }
   }
 
@@ -154,6 +225,12 @@ class Pass {
   const Step& step_;
   const SegmentKernels& kernels_;
   const int64_t segments_;
+  // Where the gradient is proportional to the exponentials, the first sweep keeps them and the second multiplies them.
+  const bool keeps_;
+  const bool streams_;  // the gradient, past the caches
+  // Floats that keep a row's exponentials, which a cache holds until the second sweep; 0 where they lie in the
+  // gradient's own memory.
+  const int64_t kept_per_row_;
 };
 
 void set(const StatisticsColumns& out, int64_t row, const Statistics<double>& statistics) {
@@ -185,10 +262,10 @@ struct Measure {
   static constexpr bool READS = true, WRITES = false;
   const MeasuredColumns& out;
 
-  GradientTerms<double> operator()(
-      int64_t row, const Readout<double>& readout, const Moments<double>& sums, const Target& target) const {
-    measure(out, row, readout, sums, target);
-    return {};
+  bool proportional() const { return false; }
+  void operator()(
+      const int64_t* rows, int64_t n, const RowSums<Sums>* of, GradientTerms<double>*) const {
+    for (int64_t i = 0; i < n; ++i) measure(out, rows[i], of[i].readout, of[i].sums, of[i].target);
   }
   void absent(int64_t row, double value) const {
     set(out, row, {value, value, value}, {value, value, value, value});
@@ -202,11 +279,13 @@ struct Observe {
   const ObservationColumns& out;
   int64_t vocab;
 
-  GradientTerms<double> operator()(
-      int64_t row, const Readout<double>& readout, const Observed<double>& sums, const Target& target) const {
-    measure(measured, row, readout, sums, target);
-    set(row, observe(sums, readout, vocab));
-    return {};
+  bool proportional() const { return false; }
+  void operator()(
+      const int64_t* rows, int64_t n, const RowSums<Sums>* of, GradientTerms<double>*) const {
+    for (int64_t i = 0; i < n; ++i) {
+      measure(measured, rows[i], of[i].readout, of[i].sums, of[i].target);
+      set(rows[i], observe(of[i].sums, of[i].readout, vocab));
+    }
   }
   void absent(int64_t row, double value) const {
     Measure{measured}.absent(row, value);
@@ -226,8 +305,12 @@ struct Backward {
   const MomentColumns& moments;
   const StatisticsColumns& d;
 
-  GradientTerms<double> operator()(
-      int64_t row, const Readout<double>& readout, const Moments<double>&, const Target& target) const {
+  bool proportional() const { return false; }
+  void operator()(
+      const int64_t* rows, int64_t n, const RowSums<Sums>* of, GradientTerms<double>* terms) const {
+    for (int64_t i = 0; i < n; ++i) terms[i] = terms_of(rows[i], of[i].readout, of[i].target);
+  }
+  GradientTerms<double> terms_of(int64_t row, const Readout<double>& readout, const Target& target) const {
     const RowMoments<double> of_row = {
         moments.top.get(row), moments.s_minus_1.get(row), moments.sz.get(row), moments.u_target.get(row)};
     const Coefficients<double> coefficients = {d.logp.get(row), d.entropy.get(row), d.lse.get(row)};
@@ -245,21 +328,33 @@ struct Fuse {
   const FusedColumns& out;
   int64_t n_rows;
 
-  GradientTerms<double> operator()(
-      int64_t row, const Readout<double>& readout, const Moments<double>& sums, const Target& target) const {
-    const RowMoments<double> moments = row_moments(sums, readout, target.u);
-    const double log_s = log1p(moments.s_minus_1);
-    const Statistics<double> statistics = unirl::finish(moments, readout.kappa, log_s);
-    set(out.statistics, row, statistics);
-    double results[MAX_LIVE], outputs[N_OUTPUTS];
-    run_program(from.program, [&](int at) { return input(at, row); }, results, outputs);
-    out.loss.set(row, outputs[0]);
-    const Coefficients<double> d = {outputs[1], outputs[2], outputs[3]};
-    return gradient_terms(statistics, d, readout, moments.top, log_s, target.x);
+  // The term of log p_j is that of a gradient of the entropy.
+  bool proportional() const { return from.program.outputs[2] == ALWAYS_ZERO; }
+
+  void operator()(
+      const int64_t* rows, int64_t n, const RowSums<Sums>* of, GradientTerms<double>* terms) const {
+    RowMoments<double> moments[ROWS_AT_ONCE];
+    Statistics<double> statistics[ROWS_AT_ONCE];
+    double log_s[ROWS_AT_ONCE];
+    for (int64_t i = 0; i < n; ++i) {
+      moments[i] = row_moments(of[i].sums, of[i].readout, of[i].target.u);
+      log_s[i] = log1p(moments[i].s_minus_1);
+      statistics[i] = unirl::finish(moments[i], of[i].readout.kappa, log_s[i]);
+      set(out.statistics, rows[i], statistics[i]);
+    }
+    RowsProgram program(from.program, from.params);
+    for (int at = LOGP; at < FIRST_FIELD + from.program.n_fields; ++at) {
+      for (int64_t i = 0; i < n; ++i) program.input(at)[i] = input(at, rows[i]);
+    }
+    program.run(n);
+    for (int64_t i = 0; i < n; ++i) {
+      out.loss.set(rows[i], program.output(0)[i]);
+      const Coefficients<double> d = {program.output(1)[i], program.output(2)[i], program.output(3)[i]};
+      terms[i] = gradient_terms(statistics[i], d, of[i].readout, moments[i].top, log_s[i], of[i].target.x);
+    }
   }
   // Statistics as they are returned, rounded: given back as old_logp they make a ratio of exactly 1.
   double input(int at, int64_t row) const {
-    if (at >= FIRST_PARAM) return from.params[at - FIRST_PARAM];
     if (at >= FIRST_FIELD) return from.fields.get((at - FIRST_FIELD) * n_rows + row);
     const StatisticsColumns& returned = out.statistics;
     return (at == LOGP ? returned.logp : at == ENTROPY ? returned.entropy : returned.lse).get(row);

@@ -12,6 +12,9 @@ namespace unirl::cpu {
 // half the size statistics take a tenth longer, twice the size gains nothing (benchmarks/NOTES.md).
 constexpr int64_t SEGMENT = 8192;
 
+// Logits that kernels take at a time, on any instruction set, divide it.
+constexpr int64_t MOST_STEP = 64;
+
 struct SegmentKernels {
   // Moments of n logits at x.
   Moments<double> (*moments)(const void* x, int64_t n, const Readout<double>& readout);
@@ -22,6 +25,12 @@ struct SegmentKernels {
   // Gradient of n logits at x, into d_x: other memory, or x itself.
   void (*gradient)(
       const void* x, void* d_x, int64_t n, const Readout<double>& readout, const GradientTerms<double>& terms);
+  // Moments, and e^(kappa (u_j - m)) of each logit into e, in an order of the kernels' own; m counts as 0 where it is
+  // -inf. Without a softcap. e has room for n, rounded up to a multiple of MOST_STEP; of FP32 logits for n, and may be
+  // x itself. Null for FP64.
+  Moments<double> (*exponentials)(const void* x, int64_t n, const Readout<double>& readout, float* e);
+  // d_x_j = factor e_j; d_x is other memory, or e itself. streams: past the caches, into other memory.
+  void (*scale)(const float* e, void* d_x, int64_t n, double factor, bool streams);
   double (*read)(const void* x);
   // u of one logit, with the rounding of the sweeps: so that a target which is the maximum has u = m.
   double (*u)(const void* x, const Readout<double>& readout);

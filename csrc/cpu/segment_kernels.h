@@ -105,9 +105,28 @@ UNIRL_ALWAYS_INLINE Overview overview(const Steps<Format>& x, const Map& map) {
   return {largest(tops.of[0]), su};
 }
 
+// Logits whose exponentials lie in their order: they may take the place of fp32 logits.
+template <class Format>
+constexpr bool IN_PLACE = std::is_same_v<Format, Float32>;
+
+// Where the exponentials of a segment go, if anywhere. Those of the last step beside their place, where there is no
+// room for its filling.
+template <class Format>
+struct Kept {
+  float* e;
+  float tail[STEP];
+
+  UNIRL_ALWAYS_INLINE void put(const Steps<Format>& x, int64_t i, const Block& of) {
+    Float32::store(IN_PLACE<Format> && i >= x.whole ? tail : e + i, of);
+  }
+  void finish(const Steps<Format>& x) {
+    if (IN_PLACE<Format>) memcpy(e + x.whole, tail, x.rest * sizeof *e);
+  }
+};
+
 // Sums: Moments<double>, or Observed<double>.
-template <class Sums, class Map, class Format>
-Sums sums(const Steps<Format>& x, const Readout<double>& readout) {
+template <class Sums, class Map, bool KEEPS = false, class Format>
+Sums sums(const Steps<Format>& x, const Readout<double>& readout, Kept<Format>* kept = nullptr) {
   constexpr bool OBSERVES = std::is_same_v<Sums, Observed<double>>;
   // u is +-x or costs a tanh. What costs nothing is summed first, where vectors are free to hold its sum.
   constexpr bool SU_FIRST = OBSERVES && !Map::BOUNDED, SU_HERE = OBSERVES && Map::BOUNDED;
@@ -133,6 +152,7 @@ Sums sums(const Steps<Format>& x, const Readout<double>& readout) {
         for (int k = 0; k < VECTORS; ++k) d.of[k] = maximum(splat(exponential.floor), d.of[k] + filling.of[k]);
       }
       const Block e = exponential(d, 1.0f);
+      if (KEEPS) kept->put(x, i, e);
       for (int k = 0; k < VECTORS; ++k) {
         run_s.of[k] += e.of[k];
         run_sz.of[k] += e.of[k] * d.of[k];
@@ -144,6 +164,7 @@ Sums sums(const Steps<Format>& x, const Readout<double>& readout) {
     if (OBSERVES) add(s2, run_s2);
     if (SU_HERE) add(su, run_su);
   }
+  if (KEEPS) kept->finish(x);
   const Moments<double> moments = {m, sum(s), sum(sz)};
   if constexpr (OBSERVES) {
     return {moments, sum(s2), sum(su), first.top, 0};
@@ -185,6 +206,38 @@ Sums sums(const void* from, int64_t n, const Readout<double>& readout) {
   const Steps<Format> x(from, n, readout.gain);
   if (readout.capped) return sums<Sums, Capped>(x, readout);
   return readout.gain < 0 ? sums<Sums, Negated>(x, readout) : sums<Sums, Plain>(x, readout);
+}
+
+template <class Format>
+Moments<double> exponentials(const void* from, int64_t n, const Readout<double>& readout, float* e) {
+  const Steps<Format> x(from, n, readout.gain);
+  Kept<Format> kept = {e, {}};
+  return readout.gain < 0 ? sums<Moments<double>, Negated, true>(x, readout, &kept)
+                          : sums<Moments<double>, Plain, true>(x, readout, &kept);
+}
+
+template <class Format>
+void scale(const float* e, void* to, int64_t n, double factor, bool streams) {
+  auto* const d_x = static_cast<typename Format::Storage*>(to);
+  const F32 by = splat((float)factor);
+  const int64_t rest = n % STEP, whole = n - rest;
+  const auto scaled = [&](const float* of) {
+    Block block = Float32::load(of);
+    for (F32& v : block.of) v *= by;
+    return block;
+  };
+  if (streams && (uintptr_t)to % UNIRL_SIMD_BYTES == 0) {
+    for (int64_t i = 0; i < whole; i += STEP) Format::stream(d_x + i, scaled(e + i));
+    fence();
+  } else {
+    for (int64_t i = 0; i < whole; i += STEP) Format::store(d_x + i, scaled(e + i));
+  }
+  if (rest == 0) return;
+  float last[STEP] = {};
+  memcpy(last, e + whole, (IN_PLACE<Format> ? rest : STEP) * sizeof *e);
+  typename Format::Storage tail[STEP];
+  Format::store(tail, scaled(last));
+  memcpy(d_x + whole, tail, rest * sizeof *d_x);
 }
 
 template <class Format>
@@ -247,8 +300,8 @@ void write(void* x, double value) {
 
 template <class Format>
 constexpr SegmentKernels kernels_of() {
-  return {sums<Format, Moments<double>>, sums<Format, Observed<double>>, find<Format>, gradient<Format>, read<Format>,
-          u<Format>, write<Format>, sizeof(typename Format::Storage)};
+  return {sums<Format, Moments<double>>, sums<Format, Observed<double>>, find<Format>, gradient<Format>, exponentials<Format>,
+          scale<Format>, read<Format>, u<Format>, write<Format>, sizeof(typename Format::Storage)};
 }
 
 const SegmentKernels kernels[] = {kernels_of<Float32>(), kernels_of<BFloat16>(), kernels_of<Float16>()};

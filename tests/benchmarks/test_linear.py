@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ from benchmarks.__main__ import main
 from benchmarks.buffers import Ring
 from benchmarks.inputs import Inputs, Values
 from benchmarks.levels import LINEAR
+from benchmarks.linear import matmuls
 from benchmarks.linear.floor import BareMatmuls
 from benchmarks.linear.model import DEVICES, SHAPES, before, predict
 from benchmarks.linear.model import chosen as chosen_sizes
@@ -29,6 +31,7 @@ from benchmarks.selection import chosen
 from benchmarks.table import markdown
 from benchmarks.work import FORWARD_BACKWARD, FUSED, LINEAR_MODES, STATS, Work
 from tests.benchmarks.test_logits import check_refused, check_that_wrong_is_not_fast, checked, made_up_record
+from unirl_kernels.backends import cpu
 from unirl_kernels.testing import oracle
 
 SMALL = Work(tokens=64, vocab=101, dtype="fp32", hidden=24)
@@ -44,6 +47,19 @@ def test_what_heads_are_predicted_to_take(device: str) -> None:
         if chosen_sizes(DEVICES[device], tokens, d, vocab).group >= tokens:
             assert found.bytes <= 3.0e9
             assert found.share >= (0.9 if d >= 3584 else 0.8)
+
+
+@pytest.mark.skipif(bool(cpu.matmuls_unavailable(torch.float32)), reason="no matmuls of our own")
+def test_every_way_to_multiply_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(matmuls, "SHAPES", ((8, 16, 64),))
+    file = tmp_path / "matmuls.json"
+    matmuls.main([str(file), "--rounds", "2", "--dtypes", "bf16", "fp16"])
+    of_bf16, of_fp16 = json.loads(file.read_text())["runs"]
+    for run, ways in ((of_bf16, cpu.matmul_ways()), (of_fp16, ["panels-fp32", "brgemm-fp32"])):
+        timed = [f"{way} {what}" for what in ("matmuls", "head") for way in ways if way in cpu.matmul_ways()]
+        assert list(run["rows"]) == ["torch.mm", *timed]
+        for row in run["rows"].values():
+            assert row["flops"] * row["seconds"] == pytest.approx(6 * 8 * 16 * 64)
 
 
 COMPILED = {"grpo": ["compile", "liger"], "sft": ["compile", "cce"]}

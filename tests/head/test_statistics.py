@@ -174,7 +174,7 @@ def test_equal_logits(runner: Runner, tiles: str, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("runner", BACKENDS, ids=str)
-def test_one_word(runner: Runner) -> None:
+def test_one_column(runner: Runner) -> None:
     shape = replace(RAGGED, vocab=1)
     head = make_head(shape, BY_NAME["sft"], device=runner.device)
     ones = torch.ones(3, 4, 4, device=runner.device)

@@ -123,7 +123,7 @@ def _measured(
         return [x.view(target.shape) for x in Statistics.without_gradient(logits, *of_rows)]
     if plan.overwrite_logits:
         check_overwritable(logits)
-    return [x.view(target.shape) for x in Statistics.apply(logits, *of_rows, plan.overwrite_logits)]
+    return [x.view(target.shape) for x in Statistics.apply(logits, *of_rows, plan.overwrite_logits, None)]
 
 
 def fused_loss(

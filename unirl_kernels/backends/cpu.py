@@ -2,6 +2,8 @@
 
 Environment, read when the backend is first used:
     UNIRL_CPU_ISA           avx512, avx2 or baseline: the instruction set, instead of the widest that the machine has
+    UNIRL_CPU_MATMULS       panels-fp32, panels-bf16, brgemm-fp32 or brgemm-bf16: how matmuls of bf16 operands run, and
+                            other operands in fp32 by the same means, instead of what the table of cores says
     UNIRL_CPU_CACHE_BYTES   most bytes of freed gradients to keep for reuse, see ``empty``; 0 keeps none
 """
 
@@ -9,7 +11,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -52,6 +55,7 @@ def _native() -> ModuleType:
     """
     native = extension()
     native.instruction_set()
+    native.matmuls_unavailable(torch.float32)
     native.limit_kept_bytes(_cache_bytes())
     return native
 
@@ -131,18 +135,44 @@ def report() -> dict[str, str]:
         "instruction set": native.instruction_set(),
         "compiled": ", ".join(native.compiled_instruction_sets()),
         "threads": str(torch.get_num_threads()),
+        "core": native.core_kind(),
         "matmuls": _matmuls(native),
         "gradient memory kept": f"{native.kept_bytes()} of at most {_cache_bytes()} bytes",
     }
 
 
 def _matmuls(native: ModuleType) -> str:
-    arithmetic = []
+    ways = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         if reason := native.matmuls_unavailable(dtype):
             return f"torch's own: {reason}"
-        arithmetic.append(f"{str(dtype).removeprefix('torch.')} in {native.matmul_arithmetic(dtype)}")
-    return ", ".join(arithmetic)
+        ways.append(f"{str(dtype).removeprefix('torch.')} by {native.matmul_way(dtype)}")
+    return ", ".join(ways)
+
+
+def matmul_ways() -> list[str]:
+    """The ways to multiply that this machine has, as UNIRL_CPU_MATMULS takes them.
+
+    ``panels`` are ours; ``brgemm`` is that of the torch that is loaded, on AMX tiles where the machine has them. Behind
+    that the arithmetic: see ``matmul_arithmetic``.
+    """
+    ways: list[str] = _native().matmul_ways()
+    return ways
+
+
+@contextmanager
+def forced_matmuls(way: str) -> Iterator[None]:
+    """Multiply in a way of ``matmul_ways``, for measurements and tests; no other thread may be multiplying.
+
+    Raises:
+        RuntimeError: when the machine lacks it.
+    """
+    before, native = os.environ.get("UNIRL_CPU_MATMULS", ""), _native()
+    native.force_matmuls(way)
+    try:
+        yield
+    finally:
+        native.force_matmuls(before)
 
 
 def matmuls_unavailable(dtype: torch.dtype) -> str:

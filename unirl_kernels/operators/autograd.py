@@ -123,7 +123,7 @@ class Statistics(torch.autograd.Function):
         backend: str,
         operator: Operator,
         overwrites: bool,
-        shard: ShardArgs | None = None,
+        shard: ShardArgs | None,
     ) -> tuple[Tensor, ...]:
         refuse_forward_mode(logits)
         if shard is None:

@@ -40,7 +40,7 @@ class LinearStatistics(torch.autograd.Function):
         readout: ReadoutArgs,
         sweep: SweepArgs,
         operator: Operator,
-        shard: ShardArgs | None = None,
+        shard: ShardArgs | None,
     ) -> tuple[Tensor, ...]:
         head = HeadArgs(hidden, weight, bias)
         refuse_forward_mode(*head)

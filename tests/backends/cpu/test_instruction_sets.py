@@ -1,7 +1,7 @@
 """Every compiled instruction set: what is asked of the one that the machine would choose is asked of the others, too.
 
-``test_accuracy`` and ``test_rows`` run in the tests' own process, and here again in fresh ones with each of the
-other instruction sets forced.
+``test_accuracy``, ``test_kept`` and ``test_rows`` run in the tests' own process, and here again in fresh ones with each
+of the other instruction sets forced.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from unirl_kernels.backends import cpu
 
 native = cpu._native()
 HERE = Path(__file__)
-ASKED = [HERE.with_name("test_accuracy.py"), HERE.with_name("test_rows.py"), HERE]
+ASKED = [*map(HERE.with_name, ("test_accuracy.py", "test_kept.py", "test_rows.py")), HERE]
 
 
 def test_runs_on_the_instruction_set_that_was_asked_for() -> None:

@@ -1,10 +1,11 @@
-"""The native matmuls of a linear head: numbers, strides, bits, and what they refuse.
+"""The native matmuls of a linear head: numbers, strides, bits, and what they refuse, in every way to multiply.
 
 As in ``test_instruction_sets``, this file runs again in fresh processes with the other instruction sets.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -22,6 +23,16 @@ from unirl_kernels.testing.budgets import violations
 native = cpu._native()
 AVAILABLE = not cpu.matmuls_unavailable(torch.float32)
 needs_matmuls = pytest.mark.skipif(not AVAILABLE, reason=cpu.matmuls_unavailable(torch.float32) or "they run")
+
+
+@pytest.fixture(params=cpu.matmul_ways())
+def _each_way(request: pytest.FixtureRequest) -> Iterator[None]:
+    with cpu.forced_matmuls(request.param):
+        yield
+
+
+in_each_way = pytest.mark.usefixtures("_each_way")
+
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = (
@@ -128,6 +139,7 @@ def transposed(x: Tensor) -> Tensor:
 
 
 @needs_matmuls
+@in_each_way
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("matmul", MATMULS)
 def test_matmuls_err_no_more_than_torch_in_fp32(matmul: str, dtype: torch.dtype) -> None:
@@ -137,6 +149,7 @@ def test_matmuls_err_no_more_than_torch_in_fp32(matmul: str, dtype: torch.dtype)
 
 
 @needs_matmuls
+@in_each_way
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", [lambda x: spread(x, 3), transposed, every_other], ids=["rows", "t", "elements"])
 def test_strides_do_not_change_a_bit(layout: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
@@ -148,6 +161,7 @@ def test_strides_do_not_change_a_bit(layout: Callable[[Tensor], Tensor], dtype: 
 
 
 @needs_matmuls
+@in_each_way
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_results_in_rows_that_lie_apart(dtype: torch.dtype) -> None:
     x = case(37, 70, 203, dtype)
@@ -166,6 +180,7 @@ def test_results_in_rows_that_lie_apart(dtype: torch.dtype) -> None:
 
 
 @needs_matmuls
+@in_each_way
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d", [1, 70, 700])
 def test_bias_is_added_once(d: int, dtype: torch.dtype) -> None:
@@ -178,6 +193,7 @@ def test_bias_is_added_once(d: int, dtype: torch.dtype) -> None:
 
 
 @needs_matmuls
+@in_each_way
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", [1, 50, 650])
 def test_accumulation_adds_to_what_is_there(n: int, dtype: torch.dtype) -> None:
@@ -191,6 +207,7 @@ def test_accumulation_adds_to_what_is_there(n: int, dtype: torch.dtype) -> None:
 
 
 @needs_matmuls
+@in_each_way
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_of_logits_round_to_nearest_even(dtype: torch.dtype) -> None:
     half = 2.0**-8  # half the last place of a bf16 in [1, 2)
@@ -206,6 +223,7 @@ def test_gradients_of_logits_round_to_nearest_even(dtype: torch.dtype) -> None:
 
 
 @needs_matmuls
+@in_each_way
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("matmul", MATMULS)
 def test_same_bits_on_a_rerun_and_on_any_number_of_threads(matmul: str, dtype: torch.dtype) -> None:
@@ -219,6 +237,7 @@ def test_same_bits_on_a_rerun_and_on_any_number_of_threads(matmul: str, dtype: t
 
 
 @needs_matmuls
+@in_each_way
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_in_any_company(dtype: torch.dtype) -> None:
     x = case(70, 333, 3001, dtype)
@@ -232,6 +251,7 @@ def test_same_bits_in_any_company(dtype: torch.dtype) -> None:
 
 
 @needs_matmuls
+@in_each_way
 def test_same_bits_of_factors_larger_than_what_is_kept() -> None:
     x = case(400, 3001, 3100, torch.float32)
     assert torch.equal(logits_of(x._replace(hidden=x.hidden[340:])), logits_of(x)[340:])
@@ -240,6 +260,7 @@ def test_same_bits_of_factors_larger_than_what_is_kept() -> None:
 
 
 @needs_matmuls
+@in_each_way
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("odd", [torch.nan, torch.inf, -torch.inf], ids=str)
 def test_nan_and_infinity_reach_what_depends_on_them_and_no_more(odd: float, dtype: torch.dtype) -> None:
@@ -261,6 +282,7 @@ def test_nan_and_infinity_reach_what_depends_on_them_and_no_more(odd: float, dty
 
 
 @needs_matmuls
+@in_each_way
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_empty_dimensions(dtype: torch.dtype) -> None:
     no_tokens, no_columns, no_units = case(0, 5, 7, dtype), case(3, 5, 0, dtype), case(3, 0, 7, dtype)
@@ -340,7 +362,10 @@ def test_says_where_matmuls_run() -> None:
     report = cpu.report()["matmuls"]
     if AVAILABLE:
         assert [cpu.matmuls_unavailable(dtype) for dtype in DTYPES] == [""] * 3
-        assert report == f"float32 in fp32, bfloat16 in {cpu.matmul_arithmetic(torch.bfloat16)}, float16 in fp32"
+        ways = dict(way.split(" by ") for way in report.split(", "))
+        assert list(ways) == ["float32", "bfloat16", "float16"]
+        assert set(ways.values()) <= set(cpu.matmul_ways())
+        assert [ways[dtype].split("-")[1] for dtype in ways] == ["fp32", cpu.matmul_arithmetic(torch.bfloat16), "fp32"]
     else:
         reason = f"matmuls need the instruction set avx2 or avx512, this is {native.instruction_set()}"
         assert cpu.matmuls_unavailable(torch.bfloat16) == reason
@@ -362,3 +387,59 @@ def test_fresh_process_of_each_instruction_set(name: str) -> None:
     if f"UNIRL_CPU_ISA is {name}, which this machine does not support" in result.stdout + result.stderr:
         pytest.skip(f"this machine has no {name}, and the backend says so")
     assert result.returncode == 0, result.stdout[-3000:]
+
+
+@needs_matmuls
+def test_the_way_that_is_forced_runs() -> None:
+    for way in cpu.matmul_ways():
+        with cpu.forced_matmuls(way):
+            assert native.matmul_way(torch.bfloat16) == way
+            assert native.matmul_way(torch.float32) == way.replace("bf16", "fp32")
+            assert cpu.matmul_arithmetic(torch.bfloat16) == way.split("-")[1]
+    with pytest.raises(RuntimeError, match=r"UNIRL_CPU_MATMULS must be one that this machine has \(.*\), got brgemm"):
+        native.force_matmuls("brgemm")
+
+
+@needs_matmuls
+@in_each_way
+def test_matmuls_of_torch_run_on_the_same_threads() -> None:
+    """On AMX they would die on tiles that are still configured for ours."""
+    x = case(64, 96, 512, torch.bfloat16)
+    hidden, weight = torch.randn(70, 100).bfloat16(), torch.randn(100, 210).bfloat16()
+    for n in (1, 2):
+        with threads(n):
+            expected = torch.mm(hidden, weight)
+            for matmul in MATMULS.values():
+                got = matmul(x)
+                assert torch.equal(torch.mm(hidden, weight), expected)
+                assert torch.equal(matmul(x), got)
+
+
+def ways_of(**environment: str) -> tuple[list[str], str]:
+    """Of a fresh process: ``matmul_ways`` and what is said of the backend."""
+    code = (
+        "import json, torch; from unirl_kernels.backends import cpu; cpu_ = torch.device('cpu');"
+        "why = cpu.unavailable(cpu_); print(json.dumps(['' if why else cpu.report()['matmuls'], why or '']));"
+        "print(json.dumps([] if why else cpu.matmul_ways()))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=os.environ | environment
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    said, ways = (json.loads(line) for line in result.stdout.splitlines())
+    return ways, said[0] or said[1]
+
+
+@needs_matmuls
+def test_fresh_process_without_brgemm() -> None:
+    """Where oneDNN may not multiply bf16, and in bf16 there is no brgemm, the panels do it."""
+    ways, said = ways_of(ONEDNN_MAX_CPU_ISA="AVX2")
+    assert "brgemm-bf16" not in ways
+    assert "bfloat16 by panels" in said
+
+
+@needs_matmuls
+def test_fresh_process_with_a_way_that_is_asked_for() -> None:
+    assert "bfloat16 by panels-fp32" in ways_of(UNIRL_CPU_MATMULS="panels-fp32")[1]
+    assert "UNIRL_CPU_MATMULS must be one that" in ways_of(UNIRL_CPU_MATMULS="amx")[1]
+    assert "got panels-fp32" in ways_of(UNIRL_CPU_MATMULS="panels-fp32", UNIRL_CPU_ISA="baseline")[1]
