@@ -1,8 +1,9 @@
-"""The loss head of TRL's GRPOTrainer three ways: ``python -m benchmarks.trl_head --out FILE.json``.
+"""The loss head of a trainer of TRL three ways: ``python -m benchmarks.trl_head --trainer dpo --out FILE.json``.
 
 TRL's own, ``integrations.trl.patch()`` and ``integrations.trl.fuse(trainer)``, on the same micro-batch. The model
 has no layers: what is measured is a trainer's ``compute_loss`` and ``backward`` from hidden states on. Rounds are
-interleaved; memory is of a process for each way.
+interleaved; memory is of a process for each way. References of DPO and KTO are precomputed; KTO's estimate of the KL
+divergence, a pass without a gradient, is part of every way.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from benchmarks.memory import CHECKOUT, KEEP_NOTHING
 
 WAYS = ("trl", "patch", "fuse")
 PROMPT = 8
+TRAINERS = {"grpo": "GRPO", "rloo": "RLOO", "dpo": "DPO", "kto": "KTO", "sft": "SFT"}
+REFERENCE = -8.0
+"""Log-probability of a token under references that are given, about that of V = 49152 equal words."""
 
 
 class Head:
@@ -48,18 +52,40 @@ class Head:
         sequences, length, vocab = self.options.sequences, self.options.length, self.options.vocab
         random = torch.Generator().manual_seed(0)
         ids = torch.randint(vocab, (sequences, PROMPT + length), generator=random)
+        mask = torch.ones_like(ids)
+        if self.options.trainer in ("grpo", "rloo"):
+            return self._completions(ids, mask, random)
+        completions = (torch.arange(PROMPT + length) >= PROMPT).long().expand_as(ids)
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if self.options.trainer == "sft":
+            return {**inputs, "labels": ids.masked_fill(completions == 0, -100)}
+        inputs["completion_mask"] = completions
+        references = length * (REFERENCE + 0.1 * torch.randn(sequences, generator=random))
+        if self.options.trainer == "dpo":
+            chosen, rejected = references.chunk(2)
+            return {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+        of_kl = {f"KL_{name}": x.roll(1, 0) for name, x in inputs.items()}
+        label = torch.arange(sequences) % 2 == 0
+        return {**inputs, **of_kl, "label": label, "ref_logps": references, "ref_KL_logps": references.roll(1)}
+
+    def _completions(self, ids: Tensor, mask: Tensor, random: torch.Generator) -> dict[str, Tensor]:
+        sequences, length = self.options.sequences, self.options.length
         with torch.no_grad():
-            mask = torch.ones_like(ids)
-            logp, _, _ = self.trainer._get_per_token_logps_and_entropies(self.model, ids, mask, length, 1)
-        noise = torch.randn(2, sequences, length, generator=random)
-        return {
+            logp, *_ = self.trainer._get_per_token_logps_and_entropies(self.model, ids, mask, length, 1)
+        inputs = {
             "prompt_ids": ids[:, :PROMPT],
             "prompt_mask": mask[:, :PROMPT],
             "completion_ids": ids[:, PROMPT:],
             "completion_mask": mask[:, PROMPT:],
             "advantages": torch.randn(sequences, generator=random),
-            "old_per_token_logps": logp + 0.1 * noise[0],
-            "ref_per_token_logps": logp + 0.1 * noise[1],
+        }
+        noise = 0.1 * torch.randn(2, sequences, length, generator=random)
+        if self.options.trainer == "rloo":
+            return {**inputs, "old_logps": (logp + 0.1 * noise[0]).sum(1)}
+        return {
+            **inputs,
+            "old_per_token_logps": logp + noise[0],
+            "ref_per_token_logps": logp + noise[1],
             "num_items_in_batch": torch.tensor(sequences * length),
         }
 
@@ -73,7 +99,7 @@ class Head:
             elif way == "fuse":
                 trl.fuse(self.trainer)
             try:
-                loss = self.trainer.compute_loss(self.model, self.inputs)
+                loss = self.trainer.compute_loss(self.model, dict(self.inputs))
                 loss.backward()
             finally:
                 trl.unfuse(self.trainer)
@@ -111,24 +137,44 @@ def _trainer(options: argparse.Namespace) -> Any:
     transformers.LlamaForCausalLM(config).save_pretrained(folder)  # where the trainer finds a reference model
     model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.model.embed_tokens.weight.requires_grad_(False)
-    arguments = trl.GRPOConfig(
+    kind = TRAINERS[options.trainer]
+    arguments = getattr(trl, f"{kind}Config")(
         output_dir=folder,
         report_to=[],
         use_cpu=True,
         bf16=options.dtype == "bf16",
         activation_checkpointing=False,
-        beta=0.04,
-        loss_type=options.loss,
-        num_generations=options.sequences,
         per_device_train_batch_size=options.sequences,
-        max_completion_length=options.length,
+        **_options(options),
     )
-    rows = datasets.Dataset.from_dict({"prompt": ["<pad>"] * options.sequences})
-    trainer = trl.GRPOTrainer(
-        model, reward_funcs=lambda **_: [], args=arguments, train_dataset=rows, processing_class=tokenizer
+    given: dict[str, Any] = {"reward_funcs": lambda **_: []} if options.trainer in ("grpo", "rloo") else {}
+    rows = datasets.Dataset.from_dict(ROWS[options.trainer]).select([0] * options.sequences)
+    trainer = getattr(trl, f"{kind}Trainer")(
+        model, args=arguments, train_dataset=rows, processing_class=tokenizer, **given
     )
     trainer.ref_model = None
     return trainer
+
+
+ANSWER = {"prompt": ["<pad>"], "completion": ["<eos>"]}
+ROWS: dict[str, dict[str, list[Any]]] = {
+    "grpo": {"prompt": ["<pad>"]},
+    "rloo": {"prompt": ["<pad>"]},
+    "dpo": {"prompt": ["<pad>"], "chosen": ["<eos>"], "rejected": ["<pad>"]},
+    "kto": {**ANSWER, "label": [True]},
+    "sft": ANSWER,
+}
+"""What a trainer has to be given; the micro-batch is another."""
+
+
+def _options(options: argparse.Namespace) -> dict[str, Any]:
+    """Of the trainer's configuration."""
+    if options.trainer in ("dpo", "kto"):
+        return {"precompute_ref_log_probs": True}
+    if options.trainer == "sft":
+        return {}
+    found = {"beta": 0.04, "num_generations": options.sequences, "max_completion_length": options.length}
+    return found | ({"loss_type": options.loss} if options.trainer == "grpo" else {})
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -139,7 +185,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     elsewhere = hardware.Elsewhere()
     times = interleaved_times(calls, torch.device("cpu"), rounds=options.rounds)
     share = elsewhere.share()
-    sizes = {name: getattr(options, name) for name in ("sequences", "length", "hidden", "vocab", "dtype", "loss")}
+    sizes = {
+        name: getattr(options, name) for name in ("trainer", "sequences", "length", "hidden", "vocab", "dtype", "loss")
+    }
     return {
         "command": " ".join(["python -m benchmarks.trl_head", *sys.argv[1:]]),
         "date": hardware.now(),
@@ -180,12 +228,13 @@ def table(found: Mapping[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
+    add("--trainer", choices=tuple(TRAINERS), default="grpo", help="of TRL")
     add("--sequences", type=at_least(2), default=4, help="of the micro-batch")
     add("--length", type=at_least(1), default=256, help="of a completion")
     add("--hidden", type=at_least(1), default=576, help="size of a hidden state; SmolLM2-135M's")
     add("--vocab", type=at_least(2), default=49152, help="size of the vocabulary; SmolLM2's")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the matmuls' operands; bf16 by autocast")
-    add("--loss", default="dapo", help="GRPOConfig.loss_type")
+    add("--loss", default="dapo", help="GRPOConfig.loss_type; of GRPO alone")
     add("--rounds", type=at_least(2), default=9, help="timed calls of each way")
     add("--out", type=Path, metavar="FILE.json", help="where to save the record")
     add("--memory-of", choices=WAYS, help=argparse.SUPPRESS)

@@ -17,6 +17,7 @@ FOUND = {
     "softplus beyond its threshold": (102, 10102),
     "a gradient in bf16 by a short exponential": (401, 685),
     "a gradient that the interpreter cuts off twice": (402, 31683),
+    "a head's gradient that the interpreter cuts off": (404, 374),
     "whether a difference is 0, which rounding decides": (401, 13432),
     "the sign of what is 0 but for rounding": (402, 20697),
     "a gradient beyond fp16 before a smaller upstream gradient": (401, 35966),

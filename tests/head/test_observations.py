@@ -11,6 +11,7 @@ from torch import Tensor
 import unirl_kernels as uk
 from tests.observed import check
 from tests.runners import Runner
+from unirl_kernels.api.linear import observed_linear_loss
 from unirl_kernels.backends import COMPOSED
 from unirl_kernels.head.statistics import TOKENS_OF_TILE
 from unirl_kernels.testing import oracle
@@ -173,3 +174,35 @@ def test_compiles_without_a_graph_break(runner: Runner) -> None:
         results.append([value.detach(), *torch.autograd.grad(value, leaves)])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 9])
+@pytest.mark.parametrize("loss", [uk.sft(), uk.grpo(), uk.dpo()], ids=["token", "two terms", "pair"])
+def test_of_the_logits_that_give_a_loss(loss: uk.Loss, rows: int, runner: Runner) -> None:
+    """In chunks of some tokens, or in four matmuls where a pair does not fit; and without a gradient."""
+    if runner.interpreted and rows != 4:
+        pytest.skip("one case shows it; a kernel is slow under the interpreter")
+    hidden, weight, bias, target = head_of(runner)
+    target[0] = 5
+    n = len(target)
+    ends = torch.tensor([0, 2, n] if n > 3 else [0, 1, n], device=runner.device)
+    advantage = torch.tensor([1.0, -0.5], device=runner.device)
+    ref_logp = torch.full((n,), -3.0, device=runner.device)
+    batch = uk.Batch(target, advantage, None, ref_logp, ends)
+    how: dict[str, Any] = {"bias": bias, "readout": uk.Readout(temperature=0.7)}
+    plan = uk.Plan(backend=runner.backend, kernel=COMPOSED, max_chunk_bytes=4 * VOCAB * rows)
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+    out, seen = observed_linear_loss(*leaves, batch, loss, **how, plan=plan)
+    expected = uk.fused_linear_loss(*leaves, batch, loss, **how, plan=plan)
+    assert torch.equal(out.loss, expected.loss)
+    gradients = [torch.autograd.grad(found.loss, leaves, retain_graph=True) for found in (out, expected)]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    alone = uk.linear_token_observations(hidden, weight, target, **how, plan=plan)
+    for name, a, b in zip(alone._fields, seen, alone, strict=True):
+        assert not a.requires_grad, name
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=name)
+    assert torch.equal(seen.argmax, alone.argmax)
+    with torch.no_grad():
+        value, again = observed_linear_loss(*leaves, batch, loss, **how, plan=plan)
+    assert all(map(torch.equal, again, alone))
+    torch.testing.assert_close(value.loss, out.loss.detach(), rtol=1e-5, atol=1e-6)

@@ -15,7 +15,16 @@ from unirl_kernels.api.split_linear import fused_shard, measured_shard
 from unirl_kernels.backends import COMPOSED, row_dtype
 from unirl_kernels.batch import Batch
 from unirl_kernels.checks import has_values
-from unirl_kernels.head import ComposedLinear, Composition, Group, Head, Rows, by_units
+from unirl_kernels.head import (
+    ComposedLinear,
+    Composition,
+    Group,
+    Head,
+    ObservedRows,
+    Rows,
+    by_units,
+    observations,
+)
 from unirl_kernels.objectives import Loss, Tokens
 from unirl_kernels.operators import linear
 from unirl_kernels.operators.declare import Operator
@@ -216,6 +225,46 @@ def fused_linear_loss(
     stats = _measured(linear.linear_token_stats, hidden, weight, bias, batch.target, readout, plan, batch)
     value = loss.composed(Tokens(batch, *stats), loss.weights(batch))
     return LossOutput.of(value, stats, batch, loss)
+
+
+def observed_linear_loss(
+    hidden: Tensor,  # [B, L, D] or [T, D]
+    weight: Tensor,  # [V, D]
+    batch: Batch,
+    loss: Loss,
+    *,
+    bias: Tensor | None = None,  # [V]
+    readout: Readout = Readout(),
+    plan: Plan = Plan(),
+) -> tuple[LossOutput, TokenObservations]:
+    """``fused_linear_loss``, and ``linear_token_observations`` of the logits that gave it.
+
+    Three matmuls where ``fused_linear_loss`` takes three for a composed loss: kernels of one pass observe nothing.
+
+    Args:
+        hidden, weight, batch, loss, bias, readout, plan: as in ``fused_linear_loss``.
+
+    Returns:
+        ``LossOutput``, and ``TokenObservations`` without a gradient.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: as ``fused_linear_loss`` does.
+    """
+    check_kinds(batch=batch, loss=loss, readout=readout, plan=plan)
+    check_head(hidden, weight, bias, batch.target)
+    loss.check_scopes()
+    head, sweep = HeadArgs(_flat(hidden), weight, bias), sweep_args(hidden, weight, bias, plan)
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head)
+    if wanted and (groups := _groups(head, sweep, batch, loss)) is not None:
+        of_readout = readout_args(readout, batch.target, row_dtype(sweep.dtype), batch)
+        composition = Composition(batch, loss, groups, of_readout, ObservedRows(sweep.backend))
+        value, *stats = ComposedLinear.apply(*head, composition, sweep)
+        seen: Sequence[Tensor] = (*stats, *observations(composition))
+    else:
+        seen = _measured(linear.linear_token_observations, hidden, weight, bias, batch.target, readout, plan, batch)
+        value = loss.composed(Tokens(batch, *seen[:3]), loss.weights(batch))
+    found = TokenObservations.of_rows([x.detach().view(batch.target.shape) for x in seen])
+    return LossOutput.of(value, found[:3], batch, loss), found
 
 
 def _groups(head: HeadArgs, sweep: SweepArgs, batch: Batch, loss: Loss) -> Sequence[Group] | None:

@@ -2,8 +2,8 @@
 
 from unirl_kernels.head import implementations
 from unirl_kernels.head.chunks import Group, by_units, rows_per_chunk
-from unirl_kernels.head.composed import ComposedLinear, Composition
-from unirl_kernels.head.rows import Rows
+from unirl_kernels.head.composed import ComposedLinear, Composition, observations
+from unirl_kernels.head.rows import ObservedRows, Rows
 from unirl_kernels.head.sweep import Head
 
 __all__ = [
@@ -11,8 +11,10 @@ __all__ = [
     "Composition",
     "Group",
     "Head",
+    "ObservedRows",
     "Rows",
     "by_units",
     "implementations",
+    "observations",
     "rows_per_chunk",
 ]

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends import ReadoutArgs, RowGradients, RowStats
+from unirl_kernels.backends import ReadoutArgs, RowGradients, RowObservations, RowStats
 from unirl_kernels.batch import Batch
 from unirl_kernels.head.chunks import Group
-from unirl_kernels.head.rows import Rows
+from unirl_kernels.head.rows import ObservedRows, Rows
 from unirl_kernels.head.sweep import Head, sweep
 from unirl_kernels.objectives import Loss, Tokens
 from unirl_kernels.operators.linear import HeadArgs, HeadGradients, SweepArgs, Wanted
@@ -50,6 +50,19 @@ class ComposedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         return *scaled_gradients(ctx, d_loss), None, None
+
+
+def observations(composition: Composition) -> RowObservations:
+    """What ``ObservedRows`` observed of a composition that has run, [T] each; argmax -1 at ignored tokens, else 0."""
+    assert isinstance(composition.rows, ObservedRows)
+    target = composition.batch.target.reshape(-1)
+    dtype = composition.rows.found[0].mean_logit.dtype if composition.rows.found else torch.float32
+    a, b, c = (torch.zeros_like(target, dtype=dtype) for _ in range(3))
+    whole = RowObservations(a, b, c, argmax=torch.full_like(target, -1))
+    for group, found in zip(composition.groups, composition.rows.found, strict=True):
+        for of_all, of_chunk in zip(whole, found, strict=True):
+            group.chunk.put(of_all, of_chunk.squeeze(0))
+    return whole
 
 
 def _composed(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from unirl_kernels.backends import Measured, ReadoutArgs, load
+from unirl_kernels.backends import Measured, ReadoutArgs, RowObservations, load
 from unirl_kernels.head.sweep import AtOnce, Summed
 from unirl_kernels.operators.shards import ShardArgs, merged, moments_of_tiles
 
@@ -45,3 +45,19 @@ class Rows:
     def of_hidden(self) -> AtOnce:
         """What becomes of the gradient of the hidden states."""
         return Summed(self.shard.ranks) if self.shard is not None and self.sums else AtOnce()
+
+
+@dataclass(frozen=True)
+class ObservedRows(Rows):
+    """Whole rows, of which is kept what else is observed.
+
+    Args:
+        found: of each call of ``measure``, [1, n].
+    """
+
+    found: list[RowObservations] = field(default_factory=list)
+
+    def measure(self, logits: Tensor, target: Tensor, readout: ReadoutArgs) -> Measured:
+        stats, moments, observations = load(self.backend).token_observations(logits, target, readout)
+        self.found.append(observations)
+        return Measured(stats, moments)

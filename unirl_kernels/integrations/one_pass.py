@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from unirl_kernels.api import LossOutput, fused_linear_loss
+from unirl_kernels.api import LossOutput, TokenObservations, fused_linear_loss
+from unirl_kernels.api.linear import observed_linear_loss
 from unirl_kernels.batch import Batch
 from unirl_kernels.objectives import Loss
 
@@ -61,10 +63,19 @@ class OnePass:
         Raises:
             RuntimeError: when the loss was made already.
         """
-        if self._out is not None:
-            raise RuntimeError("the model called its head a second time for the same loss")
+        self._check_first()
         self._out = fused_linear_loss(hidden, weight, self._batch_of(targets), self._loss, **how)
         return _Hanging.apply(self._out.logp, self._out.loss), self._out.entropy
+
+    def observe(self, hidden: Tensor, weight: Tensor, targets: Tensor, **how: Any) -> TokenObservations:
+        """``run``, which also returns what else is observed of each token's distribution."""
+        self._check_first()
+        self._out, seen = observed_linear_loss(hidden, weight, self._batch_of(targets), self._loss, **how)
+        return seen._replace(logp=_Hanging.apply(seen.logp, self._out.loss))
+
+    def _check_first(self) -> None:
+        if self._out is not None:
+            raise RuntimeError("the model called its head a second time for the same loss")
 
     @property
     def loss(self) -> Tensor:
@@ -81,6 +92,39 @@ def awaited() -> OnePass | None:
     return _awaited.get()
 
 
+class ScoredTokens:
+    """The tokens that a trainer scores, packed in the order in which its head gets them.
+
+    Args:
+        mask: [S, L], 0 where a token is not scored.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        scored = mask != 0
+        self._at = scored.reshape(-1).nonzero().squeeze(-1)  # found once: finding them waits for an accelerator
+        self.lengths = scored.sum(1, dtype=torch.int32)
+        if len(self._at) == len(self.lengths) and bool((self.lengths != 1).any()):
+            raise ValueError(
+                f"the micro-batch has {len(self._at)} scored tokens in as many sequences, some of them empty: a value "
+                "per sequence could be one per token; leave out the empty sequences"
+            )
+
+    @property
+    def ends(self) -> Tensor:
+        """[S + 1] int32."""
+        return pad(self.lengths.cumsum(0, dtype=torch.int32), (1, 0))
+
+    def packed(self, x: Tensor) -> Tensor:
+        """[N] of [S, L]."""
+        return x.reshape(-1)[self._at]
+
+    def at_first(self, x: Tensor) -> Tensor:
+        """[N]: a value per sequence, [S], at its first token and 0 at the others, so that its sum is the value."""
+        n = len(self._at)
+        at = self.ends[:-1].clamp(max=n - 1)
+        return x.new_zeros(n).index_add(0, at, torch.where(self.lengths > 0, x, 0)) if n else x.new_zeros(0)
+
+
 class _Hanging(torch.autograd.Function):
     """Values that depend on a loss in the graph alone."""
 
@@ -91,3 +135,21 @@ class _Hanging(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_values: Tensor) -> tuple[None, None]:
         return None, None
+
+
+class _Reached(torch.autograd.Function):
+    """A value, with a gradient of 0 for others that it does not depend on."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, others: Tensor) -> Tensor:
+        ctx.save_for_backward(others)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, d_value: Tensor) -> tuple[Tensor, Tensor]:
+        return d_value, torch.zeros_like(ctx.saved_tensors[0])
+
+
+def reached_by(value: Tensor, others: Tensor) -> Tensor:
+    """A value whose backward comes by other tensors: hooks on them run before what they hang on."""
+    return _Reached.apply(value, others) if others.requires_grad else value  # type: ignore[no-any-return]

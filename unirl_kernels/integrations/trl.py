@@ -1,6 +1,6 @@
 """TRL's trainers on this package's kernels: ``patch()``, and every loss, entropy and gradient as before.
 
-``fuse(trainer)`` makes a GRPOTrainer's loss and gradient in one pass.
+``fuse(trainer)`` makes a trainer's loss and gradient in one pass.
 
 Tried are TRL 0.24 to 1.16. From 1.15 on its trainers score tokens by a fused head, an autograd function that is
 replaced. Before, and in experimental trainers, they do by functions of logits, replaced in every module that has
@@ -23,7 +23,8 @@ from unirl_kernels.batch import IGNORE
 from unirl_kernels.integrations.losses.trl import loss as loss
 from unirl_kernels.integrations.one_pass import awaited
 from unirl_kernels.integrations.patching import Patch, Replacement, known
-from unirl_kernels.integrations.trl_fuse import OnePassGRPO
+from unirl_kernels.integrations.trl_fuse import OnePassGRPO, OnePassRLOO, OnePassTrainer
+from unirl_kernels.integrations.trl_fuse_judged import OnePassDPO, OnePassKTO, OnePassSFT
 from unirl_kernels.integrations.versions import check_release
 from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout
@@ -38,6 +39,9 @@ MAKERS_OF_HEADS = ("add_fused_lm_head", "patch_chunked_lm_head")
 """What gives a model TRL's fused head, by release. Where neither is, there is no such head."""
 
 ZERO3 = "weight must not be partitioned by ZeRO-3: TRL gathers it for the backward of its own head only"
+
+FUSED: tuple[type[OnePassTrainer], ...] = (OnePassGRPO, OnePassRLOO, OnePassDPO, OnePassKTO, OnePassSFT)
+"""What ``fuse`` does for each class of trainers."""
 
 _active: Patch | None = None
 
@@ -80,30 +84,41 @@ def unpatch() -> None:
 
 
 def fuse(trainer: Any, plan: Plan = Plan()) -> None:
-    """Let a GRPOTrainer make its loss and gradient in one pass of the model's head, until ``unfuse(trainer)``.
+    """Let a trainer make its loss and gradient in one pass of the model's head, until ``unfuse(trainer)``.
 
-    Three matmuls of tokens by vocabulary instead of the four of ``patch()``, and no second pass over the vocabulary:
-    the loss is ``loss(trainer.args)``, in ``fused_linear_loss``. What the trainer logs is what TRL's own code makes of
-    the log-probabilities and entropies of that pass. A loss of sequence scope takes three matmuls where a sequence fits
-    a chunk, else four.
+    Three matmuls of tokens by vocabulary instead of the four of ``patch()``: the loss is ``loss(trainer.args)``, in
+    ``fused_linear_loss``. What the trainer logs is what TRL's own code makes of the log-probabilities, entropies and
+    observations of that pass. A loss of sequence or pair scope takes three matmuls where a sequence or pair fits a
+    chunk, else four. DPO and KTO score their reference first, by the trainer's ``compute_ref_log_probs``.
 
     TRL is patched as by ``patch(plan)``, for old and reference log-probabilities; ``unfuse`` leaves that patch.
     Options are read here, once.
 
     Args:
-        trainer: a GRPOTrainer of TRL 1.16, before ``train()``.
+        trainer: a GRPOTrainer, RLOOTrainer, DPOTrainer, KTOTrainer or SFTTrainer of TRL 1.16, before ``train()``.
         plan: how the machine computes it.
 
     Raises:
         ImportError, RuntimeError: as ``patch`` and ``loss`` do.
         TypeError: when the trainer is of another class, or one that computes its loss otherwise.
         ValueError: when one pass cannot make what the configuration asks for (a router's loss, torch_compile,
-            DataParallel, ZeRO-3, and what ``loss`` refuses), by the name of the option. Nothing is changed then.
+            DataParallel, FSDP, ZeRO-3, a parallelism_config, DPO's use_weighting, SFT's compute_loss_func, and what
+            ``loss`` refuses), by the name of the option. Nothing is changed then.
     """
     check_release("trl", LAST, LAST)
-    one_pass = OnePassGRPO(trainer)
+    one_pass = _one_pass(trainer)
     patch(plan)
-    trainer._compute_loss = one_pass.compute_loss
+    setattr(trainer, one_pass.REPLACED, one_pass.compute_loss)
+
+
+def _one_pass(trainer: Any) -> OnePassTrainer:
+    import trl
+
+    for kind in FUSED:
+        if isinstance(trainer, getattr(trl, kind.KIND)):
+            return kind(trainer)
+    known = ", ".join(kind.KIND for kind in FUSED)
+    raise TypeError(f"trainer must be one of {known} of TRL, got {type(trainer).__name__}: patch() is for the others")
 
 
 def unfuse(trainer: Any) -> None:
@@ -112,8 +127,9 @@ def unfuse(trainer: Any) -> None:
     Args:
         trainer: the trainer.
     """
-    if isinstance(getattr(vars(trainer).get("_compute_loss"), "__self__", None), OnePassGRPO):
-        del trainer._compute_loss
+    for name in {kind.REPLACED for kind in FUSED}:
+        if isinstance(getattr(vars(trainer).get(name), "__self__", None), OnePassTrainer):
+            delattr(trainer, name)
 
 
 def _of_logits(utils: ModuleType, plan: Plan) -> list[Replacement]:
@@ -274,12 +290,14 @@ class FusedHead:
             weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
         readout = Readout(float(temperature), final_logit_softcapping, float(logit_scale))
         how: dict[str, Any] = {"bias": bias, "readout": readout, "plan": self._plan}
-        if (work := awaited()) is not None:
-            logp, entropy = work.run(hidden, weight, targets, **how)
-            return logp, entropy if "entropy" in outputs else None, None, None, None
+        work = awaited()
         if not {"log_sum_sq_probs", "mean_logits", "is_top1"} & set(outputs):
-            stats = linear_token_stats(hidden, weight, targets, **how)
-            return stats.logp, stats.entropy if "entropy" in outputs else None, None, None, None
-        seen = linear_token_observations(hidden, weight, targets, **how)
+            if work is None:
+                logp, entropy, _ = linear_token_stats(hidden, weight, targets, **how)
+            else:
+                logp, entropy = work.run(hidden, weight, targets, **how)
+            return logp, entropy if "entropy" in outputs else None, None, None, None
+        observe = linear_token_observations if work is None else work.observe
+        seen = observe(hidden, weight, targets, **how)
         found = (seen.entropy, seen.log_sum_sq_probs, seen.mean_logit, seen.argmax == targets)
         return seen.logp, *(x if name in outputs else None for name, x in zip(OUTPUTS, found, strict=True))

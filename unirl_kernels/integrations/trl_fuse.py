@@ -1,65 +1,136 @@
-"""``integrations.trl.fuse``: the loss of TRL's GRPOTrainer in one pass of its model's head."""
+"""``integrations.trl.fuse``: what it needs of any trainer of TRL, and the losses of GRPOTrainer and RLOOTrainer."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from unirl_kernels.batch import IGNORE, Batch
 from unirl_kernels.integrations.losses.trl import loss as loss_of
-from unirl_kernels.integrations.one_pass import OnePass
+from unirl_kernels.integrations.one_pass import OnePass, ScoredTokens
 from unirl_kernels.objectives import Loss
 
-OPTIONS = {
-    "loss_type": "loss_type",
-    "beta": "beta",
-    "epsilon_low": "epsilon",
-    "importance_sampling_level": "importance_sampling_level",
-    "top_entropy_quantile": "top_entropy_quantile",
-    "off_policy_mask_threshold": "off_policy_mask_threshold",
-    "max_completion_length": "max_completion_length",
-    "use_vllm": "use_vllm",
-    "vllm_importance_sampling_correction": "vllm_importance_sampling_correction",
-    "use_adaptive_entropy": "use_adaptive_entropy",
-}
-"""Attributes that GRPOTrainer's loss reads, and the options that they are made of."""
+SHARDED = "whose weights or sequences are not whole on a rank; use DistributedDataParallel, or patch()"
 
 
-class OnePassGRPO:
-    """The loss of a GRPOTrainer, and what it logs, from one pass.
+class OnePassTrainer(ABC):
+    """The loss of a trainer, and what it logs, from one pass.
 
-    The trainer's own ``_compute_loss`` runs on the log-probabilities and entropies that the pass returns, without a
-    gradient: it logs what it always logs. The loss and its gradient are those of the pass.
+    The trainer's own function runs on the log-probabilities and observations that the pass returns: it logs what it
+    always logs. The loss and its gradient are those of the pass.
 
     Args:
-        trainer: a GRPOTrainer.
+        trainer: of the class ``KIND``.
 
     Raises:
-        TypeError: when the trainer is of another class, or one that computes its loss otherwise.
+        TypeError: when it computes its loss otherwise.
         RuntimeError, ValueError: when one pass cannot make what the configuration asks for.
     """
 
-    def __init__(self, trainer: Any) -> None:
-        _check(trainer)
-        self._trainer = trainer
-        self._losses = {1.0: loss_of(trainer.args)}
+    KIND: ClassVar[str]
+    REPLACED: ClassVar[str] = "_compute_loss"
+    """The trainer's method whose place ``compute_loss`` takes."""
 
-    def compute_loss(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
-        """What takes the place of the trainer's ``_compute_loss``."""
+    METHODS: ClassVar[tuple[str, ...]]
+    """What the trainer's class must not have of its own."""
+
+    OPTIONS: ClassVar[Mapping[str, str]] = {}
+    """Attributes that the trainer's own loss reads, and the options that they are made of."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self._check()
+        self._loss = loss_of(self._config())
+
+    def _config(self) -> Any:
+        """The configuration that the loss is made of."""
+        return self._trainer.args
+
+    @abstractmethod
+    def compute_loss(self, model: Any, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """What takes the place of the trainer's own."""
+
+    def _own(self, work: OnePass, *args: Any, **kwargs: Any) -> Any:
+        """What the trainer's own function returns, while the head makes the loss of ``work``."""
+        with work.awaited():
+            return getattr(type(self._trainer), self.REPLACED)(self._trainer, *args, **kwargs)
+
+    def _check(self) -> None:
+        import trl
+        from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+        trainer, base = self._trainer, getattr(trl, self.KIND)
+        for name in (self.REPLACED, *self.METHODS):
+            if getattr(type(trainer), name) is not getattr(base, name):
+                raise TypeError(
+                    f"trainer must compute its loss as {self.KIND}, got {type(trainer).__name__} with its own {name}"
+                )
+        args = trainer.args
+        if is_deepspeed_zero3_enabled():
+            raise ValueError(f"trainer must not run DeepSpeed's ZeRO-3, {SHARDED}")
+        if trainer.is_fsdp_enabled:
+            raise ValueError(f"trainer must not run FSDP, {SHARDED}")
+        if trainer.accelerator.parallelism_config is not None:
+            raise ValueError(f"trainer.args.parallelism_config must be None: it is for models {SHARDED}")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"trainer.args.n_gpu must be at most 1 (no DataParallel), got {args.n_gpu}: launch processes"
+            )
+        if args.torch_compile:
+            raise ValueError("trainer.args.torch_compile must be False: the loss is made inside of the model's forward")
+        if trainer.aux_loss_enabled:
+            raise ValueError("trainer.args.router_aux_loss_coef must be 0.0: the model computes the routers' loss")
+        self._check_options()
+
+    def _check_options(self) -> None:
+        """The loss is made of the configuration; TRL's own reads the trainer, which somebody may have changed."""
+        for name, option in self.OPTIONS.items():
+            value, expected = getattr(self._trainer, name), getattr(self._trainer.args, option)
+            if value != expected:
+                raise ValueError(f"trainer.{name} must be trainer.args.{option} = {expected!r}, got {value!r}")
+
+    def _with_empty(self, loss: Tensor, own: Tensor, tokens: ScoredTokens) -> Tensor:
+        """TRL adds a constant without a gradient for a sequence that has no tokens; the loss of the pass adds 0."""
+        return loss + torch.where((tokens.lengths == 0).any(), own.detach() - loss.detach(), 0)
+
+
+class OnePassGRPO(OnePassTrainer):
+    """Of a GRPOTrainer."""
+
+    KIND = "GRPOTrainer"
+    METHODS = ("compute_loss", "_get_per_token_logps_and_entropies")
+    OPTIONS: ClassVar = {
+        "loss_type": "loss_type",
+        "beta": "beta",
+        "epsilon_low": "epsilon",
+        "importance_sampling_level": "importance_sampling_level",
+        "top_entropy_quantile": "top_entropy_quantile",
+        "off_policy_mask_threshold": "off_policy_mask_threshold",
+        "max_completion_length": "max_completion_length",
+        "use_vllm": "use_vllm",
+        "vllm_importance_sampling_correction": "vllm_importance_sampling_correction",
+        "use_adaptive_entropy": "use_adaptive_entropy",
+    }
+
+    def __init__(self, trainer: Any) -> None:
+        super().__init__(trainer)
+        self._losses = {1.0: self._loss}
+
+    def compute_loss(self, model: Any, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         trainer = self._trainer
-        _check_options(trainer)
+        self._check_options()
         training = trainer.model.training
         steps = trainer.args.gradient_accumulation_steps
         factor = steps / (trainer.current_gradient_accumulation_steps if training else 1)
-        work = OnePass(self._loss(factor), _batch_of(trainer, inputs, training))
+        work = OnePass(self._times(factor), self._batch_of(inputs, training))
         score = trainer._get_per_token_logps_and_entropies
 
         def scored(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, None]:
-            with work.awaited():
-                logp, entropy, _ = score(*args, **kwargs)
+            logp, entropy, _ = score(*args, **kwargs)
             logp = logp.detach()
             if "tool_mask" in inputs and inputs.get("old_per_token_logps") is not None:
                 # Not scored here. A ratio of 0 probability would be inf, and what is logged NaN.
@@ -68,94 +139,81 @@ class OnePassGRPO:
 
         trainer._get_per_token_logps_and_entropies = scored
         try:
-            type(trainer)._compute_loss(trainer, model, inputs)
+            self._own(work, model, inputs)
         finally:
             del trainer._get_per_token_logps_and_entropies
         return work.loss
 
-    def _loss(self, factor: float) -> Loss:
+    def _times(self, factor: float) -> Loss:
         if factor not in self._losses:
-            self._losses[factor] = factor * self._losses[1.0]
+            self._losses[factor] = factor * self._loss
         return self._losses[factor]
 
+    def _batch_of(self, inputs: Mapping[str, Any], training: bool) -> Callable[[Tensor], Batch]:
+        """Makes the batch of the completions' tokens, packed, of their targets."""
+        trainer, tokens = self._trainer, ScoredTokens(inputs["completion_mask"])
 
-def _batch_of(trainer: Any, inputs: Mapping[str, Any], training: bool) -> Callable[[Tensor], Batch]:
-    """Makes the batch of the completions' tokens, packed, of their targets."""
-    scored = inputs["completion_mask"] != 0
-    at = scored.reshape(-1).nonzero().squeeze(-1)  # found once: finding them waits for an accelerator
+        def given(name: str) -> Tensor | None:
+            return None if inputs.get(name) is None else tokens.packed(inputs[name])
 
-    def flat(x: Tensor) -> Tensor:
-        return x.reshape(-1)[at]
-
-    def given(name: str) -> Tensor | None:
-        return None if inputs.get(name) is None else flat(inputs[name])
-
-    def batch(targets: Tensor) -> Batch:
-        if (tools := given("tool_mask")) is not None:
-            targets = targets.masked_fill(tools == 0, IGNORE)
-        lengths = scored.sum(1, dtype=torch.int32)
-        ends = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-        advantages = inputs["advantages"]
-        fields = {}
-        if (rollout := given("sampling_per_token_logps")) is not None:
-            fields["rollout_logp"] = rollout
-        if (count := inputs.get("num_items_in_batch")) is not None:
-            # In evaluation a batch is neither split nor accumulated.
-            fields["num_items_in_batch"] = count if training else count * trainer.args.steps_per_generation
-        if trainer.use_adaptive_entropy:
-            acts = trainer._last_world_entropy <= trainer.args.entropy_target
-            fields["entropy_coef"] = torch.tensor(trainer.entropy_coef if acts else 0.0, device=targets.device)
-        return Batch(
-            targets,
-            advantages if advantages.dim() == 1 else flat(advantages),
-            given("old_per_token_logps"),
-            given("ref_per_token_logps") if trainer.beta else None,
-            ends,
-            fields=fields,
-        )
-
-    return batch
-
-
-def _check(trainer: Any) -> None:
-    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-    from trl import GRPOTrainer
-
-    if not isinstance(trainer, GRPOTrainer):
-        raise TypeError(
-            f"trainer must be a GRPOTrainer of TRL, got {type(trainer).__name__}: patch() is for the others"
-        )
-    for name in ("compute_loss", "_compute_loss", "_get_per_token_logps_and_entropies"):
-        if getattr(type(trainer), name) is not getattr(GRPOTrainer, name):
-            raise TypeError(
-                f"trainer must compute its loss as GRPOTrainer, got {type(trainer).__name__} with its own {name}"
+        def batch(targets: Tensor) -> Batch:
+            if (tools := given("tool_mask")) is not None:
+                targets = targets.masked_fill(tools == 0, IGNORE)
+            advantages = inputs["advantages"]
+            fields = {}
+            if (rollout := given("sampling_per_token_logps")) is not None:
+                fields["rollout_logp"] = rollout
+            if (count := inputs.get("num_items_in_batch")) is not None:
+                # In evaluation a batch is neither split nor accumulated.
+                fields["num_items_in_batch"] = count if training else count * trainer.args.steps_per_generation
+            if trainer.use_adaptive_entropy:
+                acts = trainer._last_world_entropy <= trainer.args.entropy_target
+                fields["entropy_coef"] = torch.tensor(trainer.entropy_coef if acts else 0.0, device=targets.device)
+            return Batch(
+                targets,
+                advantages if advantages.dim() == 1 else tokens.packed(advantages),
+                given("old_per_token_logps"),
+                given("ref_per_token_logps") if trainer.beta else None,
+                tokens.ends,
+                fields=fields,
             )
-    args = trainer.args
-    if is_deepspeed_zero3_enabled():
-        raise ValueError("trainer must not run DeepSpeed's ZeRO-3, which partitions the head's weight: use ZeRO-2")
-    if args.n_gpu > 1:
-        raise ValueError(f"trainer.args.n_gpu must be at most 1 (no DataParallel), got {args.n_gpu}: launch processes")
-    if args.torch_compile:
-        raise ValueError("trainer.args.torch_compile must be False: the loss is made inside of the model's forward")
-    if trainer.aux_loss_enabled:
-        raise ValueError("trainer.args.router_aux_loss_coef must be 0.0: the model computes the routers' loss")
-    threshold = args.off_policy_mask_threshold
-    if threshold is not None and not args.use_vllm and trainer.rollout_func is not None:
-        raise ValueError(
-            f"trainer.args.off_policy_mask_threshold={threshold} goes by the log-probabilities of rollout_func, which "
-            "one pass would not read: set it to None, or use_vllm=True"
-        )
-    _check_options(trainer)
+
+        return batch
+
+    def _check(self) -> None:
+        super()._check()
+        args = self._trainer.args
+        threshold = args.off_policy_mask_threshold
+        if threshold is not None and not args.use_vllm and self._trainer.rollout_func is not None:
+            raise ValueError(
+                f"trainer.args.off_policy_mask_threshold={threshold} goes by the log-probabilities of rollout_func, "
+                "which one pass would not read: set it to None, or use_vllm=True"
+            )
+
+    def _check_options(self) -> None:
+        super()._check_options()
+        trainer = self._trainer
+        if not trainer.use_adaptive_entropy and trainer.entropy_coef != trainer.args.entropy_coef:
+            raise ValueError(
+                f"trainer.entropy_coef must be trainer.args.entropy_coef = {trainer.args.entropy_coef!r}, "
+                f"got {trainer.entropy_coef!r}"
+            )
 
 
-def _check_options(trainer: Any) -> None:
-    """The loss is made of the configuration; TRL's own reads the trainer, which somebody may have changed."""
-    for name, option in OPTIONS.items():
-        value, expected = getattr(trainer, name), getattr(trainer.args, option)
-        if value != expected:
-            raise ValueError(f"trainer.{name} must be trainer.args.{option} = {expected!r}, got {value!r}")
-    if not trainer.use_adaptive_entropy and trainer.entropy_coef != trainer.args.entropy_coef:
-        raise ValueError(
-            f"trainer.entropy_coef must be trainer.args.entropy_coef = {trainer.args.entropy_coef!r}, "
-            f"got {trainer.entropy_coef!r}"
-        )
+class OnePassRLOO(OnePassTrainer):
+    """Of an RLOOTrainer, which knows the log-probabilities of the old policy by their sum over a sequence."""
+
+    KIND = "RLOOTrainer"
+    METHODS = ("compute_loss", "_get_per_token_logps_and_entropies")
+    OPTIONS: ClassVar = {"epsilon_low": "epsilon"}
+
+    def compute_loss(self, model: Any, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        self._check_options()
+        tokens = ScoredTokens(inputs["completion_mask"])
+
+        def batch(targets: Tensor) -> Batch:
+            return Batch(targets, inputs["advantages"], tokens.at_first(inputs["old_logps"]), None, tokens.ends)
+
+        work = OnePass(self._loss, batch)
+        own = self._own(work, model, inputs)
+        return self._with_empty(work.loss, own, tokens)

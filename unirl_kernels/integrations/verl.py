@@ -28,10 +28,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unirl_kernels.api import TokenStats, linear_token_stats, token_stats
+from unirl_kernels.api import linear_token_stats, token_stats
 from unirl_kernels.integrations import megatron
 from unirl_kernels.integrations.losses.verl import loss as loss
+from unirl_kernels.integrations.one_pass import awaited
 from unirl_kernels.integrations.patching import Patch, Replacement, known, parameters_of
+from unirl_kernels.integrations.verl_fuse import OnePassActor
 from unirl_kernels.integrations.versions import check_release
 from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout
@@ -91,6 +93,43 @@ def unpatch() -> None:
     if _active is not None:
         _active.undo()
         _active = None
+
+
+def fuse(worker: Any) -> None:
+    """Let an actor make its loss and gradient in one pass of the model's head, until ``unfuse(worker)``.
+
+    Three matmuls of tokens by vocabulary instead of the four of ``patch()``: the loss is ``loss(actor_config)``, in
+    ``fused_linear_loss``, with the counts of each micro-batch. What the actor logs is what verl's own ``ppo_loss``
+    makes of the log-probabilities and entropies of that pass. Prompts are left out of the matmuls.
+
+    verl is patched as by ``patch()``, for the old and reference policies; ``unfuse`` leaves that patch.
+
+    Args:
+        worker: the actor's TrainingWorker after ``set_loss_fn``, or what has its ``engine`` and ``loss_fn``: verl's
+            FSDP engine with ``use_fused_kernels`` and ``use_remove_padding``, and ``partial(ppo_loss, config=...)``.
+
+    Raises:
+        ImportError, RuntimeError: as ``patch`` and ``loss`` do.
+        TypeError: when the engine or the loss function is another (Megatron, VeOmni, distillation, critics).
+        ValueError: when one pass cannot make what the configuration asks for (Ulysses, ``clip_cov``,
+            ``seq-mean-token-sum-norm`` without ``loss_scale_factor``, and what ``loss`` refuses), by the name of the
+            option; nothing is changed then. Later, from a micro-batch that comes without fused kernels or with padding.
+    """
+    check_release("verl", TRIED, TRIED)
+    one_pass = OnePassActor(worker)
+    patch()
+    worker.engine.forward_step = one_pass.forward_step
+
+
+def unfuse(worker: Any) -> None:
+    """Give an actor its own loss back. Without ``fuse`` it does nothing.
+
+    Args:
+        worker: the TrainingWorker.
+    """
+    engine = worker.engine
+    if isinstance(getattr(vars(engine).get("forward_step"), "__self__", None), OnePassActor):
+        del engine.forward_step
 
 
 def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
@@ -158,8 +197,8 @@ def linear_cross_entropy(
     shard = None
     if dist_process_group is not None and torch.distributed.get_world_size(dist_process_group) > 1:
         shard = megatron.even_shard(dist_process_group, weight.shape[0], hidden="partial")
-    stats = _linear_stats(hidden, weight, labels, temperature, shard)
-    return reductions[reduction.lower()](stats.logp), stats.entropy
+    logp, entropy = _scored(hidden, weight, labels, temperature, shard)
+    return reductions[reduction.lower()](logp), entropy
 
 
 class FusedLinearForPPO(torch.nn.Module):
@@ -192,8 +231,8 @@ class FusedLinearForPPO(torch.nn.Module):
         Returns:
             log-probabilities and entropies, of input_ids' shape; float32, differentiable.
         """
-        stats = _linear_stats(hidden_states, vocab_weights, input_ids, temperature)
-        return stats.logp.view(input_ids.shape), stats.entropy.view(input_ids.shape)
+        logp, entropy = _scored(hidden_states, vocab_weights, input_ids, temperature)
+        return logp.view(input_ids.shape), entropy.view(input_ids.shape)
 
 
 def _rows(logits: Tensor) -> Tensor:
@@ -202,11 +241,15 @@ def _rows(logits: Tensor) -> Tensor:
     return logits if logits.dim() in (2, 3) else logits.reshape(-1, logits.shape[-1])
 
 
-def _linear_stats(
+def _scored(
     hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float | Tensor, shard: VocabShard | None = None
-) -> TokenStats:
-    """Statistics of each label, [T]."""
+) -> tuple[Tensor, Tensor]:
+    """log pi of each label, and H, [T]; or a loss that is awaited, and both without a gradient."""
     if isinstance(temperature, Tensor):
         temperature = temperature.expand(labels.shape).reshape(-1).float()
     rows, target = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).long()
-    return linear_token_stats(rows, weight, target, readout=Readout(temperature=temperature), shard=shard)
+    readout = Readout(temperature=temperature)
+    if (work := awaited()) is not None:
+        return work.run(rows, weight, target, readout=readout)
+    logp, entropy, _ = linear_token_stats(rows, weight, target, readout=readout, shard=shard)
+    return logp, entropy

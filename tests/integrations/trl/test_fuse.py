@@ -17,7 +17,7 @@ from torch import Tensor
 pytest.importorskip("trl", reason="trl is not installed: pip install '.[trl]'")
 
 from tests.integrations.trl.heads import in_orders
-from tests.integrations.trl.training import CASES, FUSED_GRPO, STEPS, Seen, differences
+from tests.integrations.trl.training import CASES, FUSABLE, STEPS, Seen, differences
 from unirl_kernels.integrations import one_pass
 from unirl_kernels.integrations.trl import fuse, unfuse, unpatch
 
@@ -25,8 +25,8 @@ Run = Callable[..., Seen]
 Own = Callable[[str], list[Seen]]
 
 ORDERS = 4
-QUICK = ("grpo", "grpo-sequences", "grpo-adaptive")
-CASES_HERE = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FUSED_GRPO]
+QUICK = ("grpo", "grpo-sequences", "grpo-adaptive", "rloo", "dpo", "kto", "sft")
+CASES_HERE = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FUSABLE]
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +56,17 @@ def _own() -> Iterator[None]:
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Each loss that was made in one pass; two matmuls more would be a second pass of the head."""
     losses: list[Tensor] = []
-    make = one_pass.fused_linear_loss
 
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        out = make(*args, **kwargs)
-        losses.append(out.loss)
-        return out
+    def counting(make: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            found = make(*args, **kwargs)
+            losses.append((found[0] if isinstance(found, tuple) else found).loss)
+            return found
 
-    monkeypatch.setattr(one_pass, "fused_linear_loss", counted)
+        return counted
+
+    for name in ("fused_linear_loss", "observed_linear_loss"):
+        monkeypatch.setattr(one_pass, name, counting(getattr(one_pass, name)))
     return losses
 
 
@@ -123,6 +126,33 @@ def test_output_of_tools_is_left_out(run: Run) -> None:
     assert differences(got, [run("grpo")]) != []
 
 
+def without_some(trainer: Any) -> None:
+    """As if every third completion were truncated, and masked."""
+    generate = trainer._generate_and_score_completions
+
+    def generated(*args: Any) -> Any:
+        inputs = generate(*args)
+        inputs["completion_mask"][::3] = 0
+        inputs["old_logps"][::3] = 0
+        return inputs
+
+    trainer._generate_and_score_completions = generated
+
+
+def test_masked_completions_add_what_they_add_in_trl(run: Run) -> None:
+    plain, *others = (
+        run("rloo", head, prepare=without_some)
+        for head in (nullcontext, *(partial(in_orders, itertools.count(1000 * k)) for k in range(ORDERS)))
+    )
+
+    def prepare(trainer: Any) -> None:
+        without_some(trainer)
+        fuse(trainer)
+
+    assert differences(run("rloo", prepare=prepare), [plain, *others]) == []
+    assert differences(run("rloo"), [plain, *others]) != []
+
+
 def test_evaluates_and_gives_the_loss_back(run: Run) -> None:
     def prepare(trainer: Any) -> None:
         def evaluated() -> dict[str, float]:
@@ -150,13 +180,14 @@ def test_evaluates_and_gives_the_loss_back(run: Run) -> None:
 
 
 REFUSED = {
-    "label": (TypeError, "must be a GRPOTrainer of TRL, got SimpleNamespace"),
+    "label": (TypeError, "must be one of GRPOTrainer, .*SFTTrainer of TRL, got SimpleNamespace"),
     "_compute_loss": (TypeError, "with its own _compute_loss"),
     "n_gpu": (ValueError, "n_gpu must be at most 1"),
     "torch_compile": (ValueError, "torch_compile must be False"),
     "aux_loss_enabled": (ValueError, "router_aux_loss_coef must be 0.0"),
     "beta": (ValueError, r"trainer.beta must be trainer.args.beta = 0.04, got 0.5"),
     "entropy_coef": (ValueError, "trainer.entropy_coef must be"),
+    "is_fsdp_enabled": (ValueError, "must not run FSDP, whose weights or sequences are not whole"),
     "rollout_func": (ValueError, "off_policy_mask_threshold=0.5 goes by"),
     "sequence_mask": (ValueError, "vllm_importance_sampling_mode must be one of"),
 }
@@ -183,7 +214,12 @@ def test_what_one_pass_cannot_do_is_refused_by_name(run: Run, monkeypatch: pytes
                     patched.setattr(trainer, name, value)
                     patched.setattr(trainer, "rollout_func", print)
                 refused(trainer, "rollout_func" if name == "off_policy_mask_threshold" else name)
-        for name, value in {"aux_loss_enabled": True, "beta": 0.5, "entropy_coef": 0.5}.items():
+        for name, value in {
+            "aux_loss_enabled": True,
+            "beta": 0.5,
+            "entropy_coef": 0.5,
+            "is_fsdp_enabled": True,
+        }.items():
             with monkeypatch.context() as patched:
                 patched.setattr(trainer, name, value)
                 refused(trainer, name)
@@ -194,3 +230,111 @@ def test_what_one_pass_cannot_do_is_refused_by_name(run: Run, monkeypatch: pytes
         monkeypatch.undo()
 
     run("grpo", prepare=prepare, max_steps=1)
+
+
+OTHERS: list[tuple[str, str, Any, str]] = [
+    ("sft", "args.label_smoothing_factor", 0.1, "label_smoothing_factor=0.1 cannot be part"),
+    ("sft", "compute_loss_func", print, "compute_loss_func must be None"),
+    ("sft", "args.router_aux_loss_coef", 0.5, "router_aux_loss_coef=0.5 cannot be part"),
+    ("dpo", "args.use_weighting", True, "trainer.use_weighting must be"),
+    ("dpo", "loss_weights", [2.0], "loss_weights must be trainer.args.loss_weights"),
+    ("dpo", "precompute_ref_logps", True, "precompute_ref_logps must be"),
+    ("dpo", "ld_alpha", 0.5, "ld_alpha must be trainer.args.ld_alpha = None, got 0.5"),
+    ("kto", "_is_vision_dataset", True, "must learn from text"),
+    ("kto", "desirable_weight", 3.0, "desirable_weight must be"),
+    ("rloo", "epsilon_low", 0.5, "epsilon_low must be trainer.args.epsilon = 0.2"),
+]
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "kto", "rloo"])
+def test_what_one_pass_cannot_do_of_others(name: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(trainer: Any) -> None:
+        for _, option, value, text in [item for item in OTHERS if item[0] == name]:
+            owner = trainer.args if option.startswith("args.") else trainer
+            with monkeypatch.context() as patched:
+                patched.setattr(owner, option.removeprefix("args."), value)
+                with pytest.raises(ValueError, match=text):
+                    fuse(trainer)
+            assert not {"compute_loss", "_compute_loss"} & set(vars(trainer))
+
+    run(name, prepare=prepare, max_steps=1)
+
+
+def test_weights_of_pairs_are_refused(run: Run) -> None:
+    def prepare(trainer: Any) -> None:
+        with pytest.raises(ValueError, match="use_weighting must be False"):
+            fuse(trainer)
+
+    run("dpo-weighted", prepare=prepare, max_steps=1)
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "kto"])
+def test_others_evaluate(name: str, run: Run) -> None:
+    def prepare(trainer: Any) -> None:
+        def evaluated() -> dict[str, float]:
+            found = trainer.evaluate(trainer.train_dataset)
+            return {name: x for name, x in found.items() if not name.endswith(("runtime", "per_second"))}
+
+        expected = evaluated()
+        fuse(trainer)
+        assert evaluated() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+        assert expected["eval_loss"] != 0
+        unfuse(trainer)
+        unpatch()
+        assert evaluated() == expected
+
+    run(name, prepare=prepare, max_steps=1)
+
+
+SLIGHTLY_OFF = {"rloo": "entropy", "dpo": "logps/chosen", "kto": "logps/chosen", "sft": "loss"}
+"""Where it shows when what a pass gives is off."""
+
+
+@pytest.mark.parametrize("name", SLIGHTLY_OFF)
+def test_slightly_wrong_values_of_others_would_show(
+    name: str, run: Run, own: Own, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scaled(make: Callable[..., Any]) -> Callable[..., Any]:
+        def off(*args: Any, **kwargs: Any) -> Any:
+            found = make(*args, **kwargs)
+            if isinstance(found, one_pass.TokenObservations):
+                return found._replace(logp=found.logp * 1.0001)
+            return found[0], found[1] * 1.0001
+
+        return off
+
+    loss = one_pass.OnePass.loss.fget
+    assert loss is not None
+    monkeypatch.setattr(one_pass.OnePass, "run", scaled(one_pass.OnePass.run))
+    monkeypatch.setattr(one_pass.OnePass, "observe", scaled(one_pass.OnePass.observe))
+    if name == "sft":
+        monkeypatch.setattr(one_pass.OnePass, "loss", property(lambda work: loss(work) * 1.0001))
+    assert any(line.startswith(SLIGHTLY_OFF[name]) for line in differences(run(name, prepare=fuse), own(name)))
+
+
+@pytest.mark.parametrize("name", ["rloo", "dpo", "kto", "sft"])
+def test_slightly_wrong_gradient_of_others_would_show(
+    name: str, run: Run, own: Own, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = one_pass.OnePass.loss.fget
+    assert loss is not None
+    off = property(lambda work: loss(work).detach() + 1.0001 * (loss(work) - loss(work).detach()))
+    monkeypatch.setattr(one_pass.OnePass, "loss", off)
+    assert any(line.startswith("grad_norm of step 1") for line in differences(run(name, prepare=fuse), own(name)))
+
+
+def test_trains_an_adapter_against_the_model_without_it(run: Run) -> None:
+    """LoRA: the reference of DPO is the model without the adapter, whose head is called first."""
+    peft = pytest.importorskip("peft")
+
+    def adapted(trainer: Any) -> None:
+        assert trainer.ref_model is None
+
+    adapter = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    plain, *others = (
+        run("dpo", head, prepare=adapted, peft_config=adapter)
+        for head in (nullcontext, *(partial(in_orders, itertools.count(1000 * k)) for k in range(ORDERS)))
+    )
+    got = run("dpo", prepare=lambda trainer: (adapted(trainer), fuse(trainer)), peft_config=adapter)
+    assert differences(got, [plain, *others]) == []
+    assert plain.logs[0]["rewards/margins"] != 0

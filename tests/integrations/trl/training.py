@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,9 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     family: str = "llama"
     logged: Sequence[str] = ()
+
+    def with_options(self, options: dict[str, Any]) -> Case:
+        return replace(self, options={**self.options, **options}, logged=())
 
 
 TRAINING = {
@@ -128,7 +131,15 @@ CASES |= {
     "grpo-softcap": GRPO({**SAMPLING, "beta": 0.04}, family="softcap", logged=("kl",)),
     "grpo-short-window": GRPO({**SAMPLING, "gradient_accumulation_steps": 3, "steps_per_generation": 2}),
 }
-FUSED_GRPO = [name for name in CASES if name.startswith("grpo")]
+MPO = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0], "ld_alpha": 0.5}
+CASES |= {
+    "rloo-clipped": CASES["rloo"].with_options({"epsilon": 0.02, "epsilon_high": 0.03}),
+    "dpo-mpo": DPO(MPO, logged=("rewards/margins", "logps/chosen", "logits/rejected")),
+    "dpo-sorted": DPO({"loss_type": ["aot"], "label_smoothing": 0.1}, logged=("rewards/margins",)),
+    "dpo-precomputed": DPO({"precompute_ref_log_probs": True}, logged=("rewards/margins",)),
+    "kto-apo": CASES["kto"].with_options({"loss_type": "apo_zero_unpaired", "desirable_weight": 1.5}),
+}
+FUSABLE = [name for name in CASES if name != "dpo-weighted"]
 """Of which ``fuse`` makes loss and gradient in one pass."""
 
 
@@ -150,13 +161,12 @@ def train(case: Case, folder: Path, out: Path, head: Head, prepare: Callable[[An
         out: where the trainer may write.
         head: a context that puts a head in the place of TRL's own.
         prepare: is called with the trainer before it trains.
-        options: of the configuration, besides those of the case.
+        options: of the configuration, besides those of the case; ``peft_config`` is the trainer's.
     """
+    given = {name: options.pop(name) for name in ("peft_config",) if name in options}
     config = case.config(output_dir=str(out), **{**TRAINING, **case.options, **options})
     model = load(case.family, folder)
-    before = {key: value.detach().clone() for key, value in model.named_parameters()}
     samples: list[str] = []
-    given: dict[str, Any] = {}
     if "num_generations" in case.options:
 
         def vowels(completions: list[str], **_: Any) -> list[float]:
@@ -165,11 +175,13 @@ def train(case: Case, folder: Path, out: Path, head: Head, prepare: Callable[[An
 
         given["reward_funcs"] = vowels
     rows = datasets.Dataset.from_dict(case.rows)
+    torch.manual_seed(0)  # adapters are made at random
     with head():
         trainer = case.trainer(model, args=config, train_dataset=rows, processing_class=byte_pairs(), **given)
+        before = {key: value.detach().clone() for key, value in trainer.model.named_parameters()}
         prepare(trainer)
         trainer.train()
-    after = {key: value.detach().clone() for key, value in model.named_parameters()}
+    after = {key: value.detach().clone() for key, value in trainer.model.named_parameters()}
     return Seen(trainer.state.log_history, before, after, samples)
 
 
