@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import fields
 from types import MethodType, TracebackType
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from unirl_kernels.integrations.heads import head_parameters
 from unirl_kernels.objectives import SFT, Loss, TokenMean
 from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout
+
+P = ParamSpec("P")
 
 
 def causal_lm_loss(
@@ -195,14 +197,14 @@ class FusedHead:
         if not _close(theirs.loss, causal_lm_loss(theirs.logits, ids), rounding=torch.finfo(theirs.loss.dtype).eps):
             raise ValueError(f"model's loss must be the mean of -log pi over the labels; {name} makes another")
 
-    def _forward_of(self, own: Callable[..., Any]) -> Callable[..., Any]:
+    def _forward_of(self, own: Callable[P, Any]) -> Callable[..., Any]:
         """The model's forward, as a function of the model too, so that a copy of the model runs the copy."""
         function = getattr(own, "__func__", lambda _, *args, **kwargs: own(*args, **kwargs))
         signature = inspect.signature(own)
         rest = [name for name, p in signature.parameters.items() if p.kind is inspect.Parameter.VAR_KEYWORD]
 
         @functools.wraps(own)
-        def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
+        def forward(model: Any, *args: P.args, **kwargs: P.kwargs) -> Any:
             named = dict(signature.bind(*args, **kwargs).arguments) if self._active else {}
             for name in rest:
                 named |= named.pop(name, {})

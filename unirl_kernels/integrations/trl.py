@@ -13,7 +13,7 @@ import functools
 import importlib
 from collections.abc import Callable, Sequence
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ from unirl_kernels.integrations.trl_fuse_judged import OnePassDPO, OnePassKTO, O
 from unirl_kernels.integrations.versions import check_release
 from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout
+
+P = ParamSpec("P")
 
 FIRST, LAST = "0.24", "1.16"
 """Releases that were tried, both included."""
@@ -166,11 +168,11 @@ def _of_hidden_states(utils: ModuleType, plan: Plan) -> list[Replacement]:
     return replacements
 
 
-def _refusing_zero3(add_fused_lm_head: Callable[..., None]) -> Callable[..., None]:
+def _refusing_zero3(add_fused_lm_head: Callable[P, None]) -> Callable[P, None]:
     """What trainers call when they are made, so that nothing is sampled before the refusal."""
 
     @functools.wraps(add_fused_lm_head)
-    def add(*args: Any, **kwargs: Any) -> None:
+    def add(*args: P.args, **kwargs: P.kwargs) -> None:
         from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
         if is_deepspeed_zero3_enabled():
@@ -247,14 +249,34 @@ class FusedHead:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
 
-    def without_bias(self, hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+    def without_bias(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+    ) -> tuple[Tensor | None, ...]:
         """TRL 1.7 to 1.10: log-probability and entropy, whose gradient that version drops and this one gives."""
-        return self.with_entropy(hidden, weight, None, *args)
+        readout = (temperature, chunk_size, final_logit_softcapping, logit_scale)
+        return self.with_entropy(hidden, weight, None, targets, *readout)
 
-    def with_entropy(self, *args: Any) -> tuple[Tensor | None, ...]:
+    def with_entropy(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+    ) -> tuple[Tensor | None, ...]:
         """TRL up to 1.14: log-probability and entropy."""
-        score: Any = self.score
-        return score(*args, outputs=("entropy",))[:2]
+        readout = (temperature, chunk_size, final_logit_softcapping, logit_scale)
+        return self.score(hidden, weight, bias, targets, *readout, outputs=("entropy",))[:2]
 
     def score(
         self,

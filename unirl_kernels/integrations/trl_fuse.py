@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, ParamSpec
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from unirl_kernels.batch import IGNORE, Batch
 from unirl_kernels.integrations.losses.trl import loss as loss_of
 from unirl_kernels.integrations.one_pass import OnePass, ScoredTokens
 from unirl_kernels.objectives import Loss
+
+P = ParamSpec("P")
 
 SHARDED = "whose weights or sequences are not whole on a rank; use DistributedDataParallel, or patch()"
 
@@ -51,13 +53,13 @@ class OnePassTrainer(ABC):
         return self._trainer.args
 
     @abstractmethod
-    def compute_loss(self, model: Any, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(self, model: Any, inputs: Mapping[str, Any]) -> Any:
         """What takes the place of the trainer's own."""
 
-    def _own(self, work: OnePass, *args: Any, **kwargs: Any) -> Any:
+    def _own(self, work: OnePass, model: Any, inputs: Mapping[str, Any], **options: Any) -> Any:
         """What the trainer's own function returns, while the head makes the loss of ``work``."""
         with work.awaited():
-            return getattr(type(self._trainer), self.REPLACED)(self._trainer, *args, **kwargs)
+            return getattr(type(self._trainer), self.REPLACED)(self._trainer, model, inputs, **options)
 
     def _check(self) -> None:
         import trl
@@ -98,6 +100,22 @@ class OnePassTrainer(ABC):
         return loss + torch.where((tokens.lengths == 0).any(), own.detach() - loss.detach(), 0)
 
 
+def _detached(
+    score: Callable[P, tuple[Tensor, Tensor, Any]], inputs: Mapping[str, Any]
+) -> Callable[P, tuple[Tensor, Tensor, None]]:
+    """Log-probabilities and entropies as the trainer's own function logs them."""
+
+    def scored(*args: P.args, **kwargs: P.kwargs) -> tuple[Tensor, Tensor, None]:
+        logp, entropy, _ = score(*args, **kwargs)
+        logp = logp.detach()
+        if "tool_mask" in inputs and inputs.get("old_per_token_logps") is not None:
+            # Not scored here. A ratio of 0 probability would be inf, and what is logged NaN.
+            logp = torch.where(inputs["tool_mask"] == 0, inputs["old_per_token_logps"], logp)
+        return logp, entropy.detach(), None
+
+    return scored
+
+
 class OnePassGRPO(OnePassTrainer):
     """Of a GRPOTrainer."""
 
@@ -120,24 +138,14 @@ class OnePassGRPO(OnePassTrainer):
         super().__init__(trainer)
         self._losses = {1.0: self._loss}
 
-    def compute_loss(self, model: Any, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+    def compute_loss(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
         trainer = self._trainer
         self._check_options()
         training = trainer.model.training
         steps = trainer.args.gradient_accumulation_steps
         factor = steps / (trainer.current_gradient_accumulation_steps if training else 1)
         work = OnePass(self._times(factor), self._batch_of(inputs, training))
-        score = trainer._get_per_token_logps_and_entropies
-
-        def scored(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, None]:
-            logp, entropy, _ = score(*args, **kwargs)
-            logp = logp.detach()
-            if "tool_mask" in inputs and inputs.get("old_per_token_logps") is not None:
-                # Not scored here. A ratio of 0 probability would be inf, and what is logged NaN.
-                logp = torch.where(inputs["tool_mask"] == 0, inputs["old_per_token_logps"], logp)
-            return logp, entropy.detach(), None
-
-        trainer._get_per_token_logps_and_entropies = scored
+        trainer._get_per_token_logps_and_entropies = _detached(trainer._get_per_token_logps_and_entropies, inputs)
         try:
             self._own(work, model, inputs)
         finally:
@@ -207,7 +215,7 @@ class OnePassRLOO(OnePassTrainer):
     METHODS = ("compute_loss", "_get_per_token_logps_and_entropies")
     OPTIONS: ClassVar = {"epsilon_low": "epsilon"}
 
-    def compute_loss(self, model: Any, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+    def compute_loss(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
         self._check_options()
         tokens = ScoredTokens(inputs["completion_mask"])
 

@@ -81,7 +81,7 @@ class OnePassDPO(OnePassJudged):
             self._loss, lambda targets: Batch(targets, cu_seqlens=tokens.ends, fields={"ref_logps": references})
         )
         with self._references_given():
-            own = self._own(work, model, inputs, return_outputs)
+            own = self._own(work, model, inputs, return_outputs=return_outputs)
         return (work.loss, own[1]) if return_outputs else work.loss
 
     def _check(self) -> None:
@@ -131,7 +131,7 @@ class OnePassKTO(OnePassJudged):
         trainer._compute_kl_logps = lambda *_: kl_logps
         try:
             with self._references_given():
-                own = self._own(work, model, inputs, return_outputs)
+                own = self._own(work, model, inputs, return_outputs=return_outputs)
         finally:
             del trainer._compute_kl_logps
         loss = self._with_empty(work.loss, own[0] if return_outputs else own, tokens)
