@@ -57,7 +57,7 @@ lock:
 latest:
 	$(PYTHON) .ci/latest.py
 
-# README's install lines on each of PYTHONS, with the oldest and the newest torch; the outcome is docs/installs.md.
+# README's install lines on each of PYTHONS, with the oldest and the newest torch; the outcomes are a table there.
 installs:
 	$(PYTHON) .ci/installs.py $(PYTHONS)
 

@@ -1,9 +1,10 @@
-"""Follow README's install lines in an empty directory, per Python and torch; the outcomes are docs/installs.md.
+"""Follow README's install lines in an empty directory, per Python and torch; the outcomes are a table in README.
 
     python .ci/installs.py PYTHON...      such as python3.10 python3.13
 
 TORCH holds the releases, by default the oldest that is supported and the newest: "torch==2.11.* torch". Rows of other
-Pythons and releases stay as they are. A torch for Linux on x86-64 takes six gigabytes while its row is made.
+Pythons and releases stay as they are, and rows with nvcc on PATH beside those without. A torch for Linux on x86-64
+takes six gigabytes while its row is made.
 """
 
 from __future__ import annotations
@@ -18,16 +19,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
-RECORD = ROOT / "docs" / "installs.md"
+README = ROOT / "README.md"
 OLDEST_AND_NEWEST = "torch==2.11.* torch"
-HEAD = """# Installs that were tried
-
-`make installs PYTHONS="python3.10 python3.13"` follows the install lines of README.md in an empty
-directory, with the `torch` of the second column. Then the native kernels compute a log-probability,
-and README's quick start runs.
-
-| Python | torch asked for | torch | Triton | setuptools | nvcc on PATH | outcome | date, commit |
+TABLE = re.compile(r"(?<=<!-- installs -->\n).*?(?=<!-- /installs -->)", flags=re.DOTALL)
+HEAD = """| Python | torch asked for | torch | Triton | setuptools | nvcc on PATH | outcome | date, commit |
 | --- | --- | --- | --- | --- | --- | --- | --- |
 """
 CHECK = """
@@ -46,7 +41,7 @@ print(platform.python_version(), torch.__version__, *(found.get(name, "none") fo
 
 def block(section: str, language: str) -> str:
     """The first fenced block of a section of README, or all of them where it is Python."""
-    text = README.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    text = README.read_text().split(f"\n## {section}\n")[1].split("\n## ")[0]
     found = re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
     return "\n".join(found) if language == "python" else found[0]
 
@@ -74,14 +69,21 @@ def attempt(python: str, torch: str, folder: Path) -> tuple[list[str], str]:
     return found.stdout.split() or ["?"] * 4, outcome
 
 
+def key(line: str) -> tuple[str, ...]:
+    """What a row is a row of: Python, the torch that is asked for, whether there is nvcc."""
+    cells = line.split(" | ")
+    return cells[0], cells[1], cells[5]
+
+
+def write(rows: str) -> None:
+    README.write_text(TABLE.sub(lambda _: HEAD + rows, README.read_text()))
+
+
 def main(pythons: list[str]) -> int:
     if not pythons:
         raise SystemExit(f"usage: {sys.argv[0]} PYTHON...")
     commit = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    rows = {}
-    if RECORD.exists():
-        kept = [line for line in RECORD.read_text().splitlines() if line.startswith("| `")]
-        rows = {tuple(line.split(" | ")[:2]): line for line in kept}
+    rows = {key(line): line for line in TABLE.findall(README.read_text())[0].splitlines() if line.startswith("| `")}
     failed = 0
     for python in pythons:
         for torch in os.environ.get("TORCH", OLDEST_AND_NEWEST).split():
@@ -93,10 +95,9 @@ def main(pythons: list[str]) -> int:
             cells = [f"`{release}`", f"`{torch}`", *versions, nvcc, outcome, when]
             line = f"| {' | '.join(cells)} |"
             sys.stdout.write(line + "\n")
-            rows[tuple(line.split(" | ")[:2])] = line
-            RECORD.parent.mkdir(exist_ok=True)
-            order = sorted(rows, key=lambda row: ([int(n) for n in re.findall(r"\d+", row[0])], row[1]))
-            RECORD.write_text(HEAD + "".join(rows[row] + "\n" for row in order))
+            rows[key(line)] = line
+            order = sorted(rows, key=lambda row: ([int(n) for n in re.findall(r"\d+", row[0])], row[1:]))
+            write("".join(rows[row] + "\n" for row in order))
     return int(failed > 0)
 
 

@@ -72,7 +72,7 @@ def test_commands_that_documents_name_exist() -> None:
         assert set(named) <= targets, name
 
 
-MADE = {"docs/latest.md", "docs/installs.md"}
+MADE = {"docs/latest.md"}
 """Written by commands."""
 
 

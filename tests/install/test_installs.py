@@ -18,13 +18,15 @@ def installs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "RECORD", tmp_path / "docs" / "installs.md")
+    readme = tmp_path / "README.md"
+    readme.write_text((ROOT / "README.md").read_text())
+    monkeypatch.setattr(module, "README", readme)
     monkeypatch.delenv("TORCH", raising=False)
     return module
 
 
 def rows(module: ModuleType) -> list[list[str]]:
-    lines = module.RECORD.read_text().removeprefix(module.HEAD).splitlines()
+    lines = module.TABLE.findall(module.README.read_text())[0].removeprefix(module.HEAD).splitlines()
     return [line.strip("| ").split(" | ") for line in lines]
 
 
@@ -35,16 +37,27 @@ def test_lines_are_those_of_readme(installs: ModuleType) -> None:
 
 
 def test_rows_are_kept_replaced_and_ordered(installs: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    releases = {"python3.9": "3.9.18", "python3.10": "3.10.13"}
-    outcome = "works"
+    before, text = rows(installs), installs.README.read_text()
+    releases = {"python3.9": "3.9.18", "python3.10": "3.10.99"}
+    outcome, nvcc = "works", None
     monkeypatch.setattr(installs, "attempt", lambda p, t, _: ([releases[p], "2.15.0", "none", "84.2.1"], outcome))
+    monkeypatch.setattr(installs.shutil, "which", lambda _: nvcc)
+
+    def ours() -> list[list[str]]:
+        return [row for row in rows(installs) if row[0].strip("`") in releases.values()]
+
     assert installs.main(["python3.10"]) == 0
     assert installs.main(["python3.9"]) == 0
-    assert [row[0] for row in rows(installs)] == ["`3.9.18`"] * 2 + ["`3.10.13`"] * 2
+    assert [row[0] for row in ours()] == ["`3.9.18`"] * 2 + ["`3.10.99`"] * 2
     outcome = "install failed"
     assert installs.main(["python3.9"]) == 1
-    assert [row[6] for row in rows(installs)] == ["install failed"] * 2 + ["works"] * 2
-    assert [row[1] for row in rows(installs)] == ["`torch==2.11.*`", "`torch`"] * 2
+    assert [row[6] for row in ours()] == ["install failed"] * 2 + ["works"] * 2
+    assert [row[1] for row in ours()] == ["`torch==2.11.*`", "`torch`"] * 2
+    nvcc = "/bin/nvcc"
+    assert installs.main(["python3.9"]) == 1
+    assert [row[5] for row in ours()] == ["no", "yes"] * 2 + ["no"] * 2
+    assert [row for row in rows(installs) if row not in ours()] == before
+    assert installs.TABLE.sub("", installs.README.read_text()) == installs.TABLE.sub("", text)
 
 
 def test_a_python_must_be_named(installs: ModuleType) -> None:

@@ -82,7 +82,9 @@ def test_linear_heads_too() -> None:
 
 
 def test_inside_the_bound_nothing_changes() -> None:
-    for x in (-BOUND, -3.0, 0.0, 0.5, BOUND):
+    assert ratio(torch.tensor([-BOUND, BOUND], dtype=torch.float64)).tolist() == [math.exp(-BOUND), math.exp(BOUND)]
+    just_inside = math.nextafter(BOUND, 0)  # at the bound itself the slope of clamp is 1 or 0, by torch's release
+    for x in (-just_inside, -3.0, 0.0, 0.5, just_inside):
         log_ratio = torch.tensor(float(x), dtype=torch.float64, requires_grad=True)
         r = ratio(log_ratio)
         (slope,) = torch.autograd.grad(r, log_ratio)
