@@ -265,7 +265,17 @@ COMMANDS = {" ".join(command): command for command in commands()}
 
 def test_commands_are_of_a_known_kind() -> None:
     assert {command[0] for command in COMMANDS.values()} == {"make", "pip", "python"}
-    assert all(command[1] == "-m" and command[2] in PROGRAMS for command in COMMANDS.values() if command[0] == "python")
+    modules = {command[2] for command in COMMANDS.values() if command[:2] == ["python", "-m"]}
+    assert modules == {*PROGRAMS, "pytest"}
+    assert all(command[1] == "-m" for command in COMMANDS.values() if command[0] == "python")
+
+
+def test_tests_that_are_named_exist() -> None:
+    named = [command for command in COMMANDS.values() if "pytest" in command]
+    assert named
+    for *options, path in named:
+        assert (ROOT / path).exists(), path
+        assert options[3:] in ([], ["-m", "slow"])
 
 
 @pytest.mark.parametrize("command", [name for name, words in COMMANDS.items() if words[0] == "make"])
@@ -275,7 +285,7 @@ def test_make_knows_its_targets(command: str) -> None:
     assert subprocess.run([*COMMANDS[command], "-n"], cwd=ROOT, capture_output=True, timeout=60).returncode == 0
 
 
-@pytest.mark.parametrize("command", [name for name, words in COMMANDS.items() if words[0] == "python"])
+@pytest.mark.parametrize("command", [name for name, words in COMMANDS.items() if PROGRAMS.keys() & set(words)])
 def test_options_of_the_command_line_exist(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     program, *arguments = COMMANDS[command][2:]
     module = cli.COMMANDS[arguments[0]] if program == "unirl_kernels" else f"{program}.options"
