@@ -69,15 +69,20 @@ class Peaks:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
         if self._process is not None:
             self._process.stop()
+            self._process = None
 
     def wait(self, after_each: Callable[[], object] = lambda: None) -> None:
         """Wait for what is measured beside this process, before it disturbs."""
         for provider in self.beside:
-            assert self._process is not None
+            assert self._process is not None  # until all have answered
             self._answers[provider.key] = self._process.answer()
             after_each()
+        self._stop()  # its end takes a second otherwise, in which calls are timed
 
     def of(self, providers: Sequence[Provider]) -> Iterator[int]:
         """Bytes of each, in their order.
