@@ -10,13 +10,10 @@ import textwrap
 from pathlib import Path
 
 from benchmarks.record import Record, title
-from benchmarks.table import QUIET, markdown
+from benchmarks.table import QUIET, WIDTH, markdown
 from unirl_kernels.cli import CommandFailed
 
 MARKED = re.compile(r"(?P<open><!-- bench:(?P<name>\S+) -->\n).*?(?P<close><!-- /bench -->)", re.DOTALL)
-
-WIDTH = 100
-"""Columns of a line that is no table."""
 
 
 def renew(document: Path, results: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 QUIET = 0.05
 """Share of the processors' time that others may take without a word."""
+
+WIDTH = 100
+"""Columns of a line of Markdown that is no table."""
 
 
 def terminal(run: Run, width: int | None = None) -> Table:
@@ -68,7 +72,8 @@ def markdown(run: Run) -> str:
     aligned = ["---"] * len(columns.left) + ["---:"] * len(columns.right)
     lines = [(*columns.left, *columns.right), aligned, *columns.baselines(run), *right]
     wrong = [f"{row.key} ({row.reasons[0]})" for row in run.rows if row.status != OK]
-    return "\n".join([*map(_line, lines), *(["", f"Wrong, and not timed: {', '.join(wrong)}."] if wrong else [])])
+    below = ["", textwrap.fill(f"Wrong, and not timed: {', '.join(wrong)}.", WIDTH)] if wrong else []
+    return "\n".join([*map(_line, lines), *below])
 
 
 def _line(cells: Iterable[str]) -> str:
