@@ -14,6 +14,7 @@ FOUND = {
     "a gradient beyond the largest number times an upstream gradient of 0": (102, 9136),
     "an objective that is 0 everywhere, which reads no field": (201, 168),
     "gradients of a sequence's tokens, added in another order where they are packed": (103, 396),
+    "the same in fp64": (405, 69864),
     "softplus beyond its threshold": (102, 10102),
     "a gradient in bf16 by a short exponential": (401, 685),
     "a gradient that the interpreter cuts off twice": (402, 31683),
