@@ -156,7 +156,7 @@ def test_complete_rounds_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere each provider has a process of its own")
 def test_memory_of_small_work_is_measured_beside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While providers are checked, and waited for before they are timed."""
+    """While providers are checked; it is over before they are timed."""
     order: list[str] = []
     for name in ("check", "time"):
         method = getattr(Measurement, name)
@@ -177,14 +177,18 @@ def test_memory_of_small_work_is_measured_beside(monkeypatch: pytest.MonkeyPatch
             order.append("answer")
             return super().answer()
 
+        def stop(self) -> None:
+            order.append("stop")
+            super().stop()
+
     monkeypatch.setattr(memory, "_Process", Noted)
     monkeypatch.setattr(memory, "SMALL_BYTES", 64 * 2 * 1024)
     small = ["--tokens", "64", "--peers", "none", "--kernels", "cpu/rows", "--rounds", "2"]
     assert main([*small, "--vocab", "1024"]) == 0
-    assert order == ["start 2", "check", "answer", "answer", "time"]
+    assert order == ["start 2", "check", "answer", "answer", "stop", "time"]
     order.clear()
     assert main([*small, "--vocab", "1025"]) == 0
-    assert order == ["check", "time", "start 2", "answer", "answer"]
+    assert order == ["check", "time", "start 2", "answer", "answer", "stop"]
 
 
 def test_memory_of_several_is_measured_one_by_one(tmp_path: Path) -> None:

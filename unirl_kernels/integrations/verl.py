@@ -248,8 +248,8 @@ def _scored(
     if isinstance(temperature, Tensor):
         temperature = temperature.expand(labels.shape).reshape(-1).float()
     rows, target = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).long()
-    readout = Readout(temperature=temperature)
+    how: Any = {"readout": Readout(temperature=temperature), "shard": shard}
     if (work := awaited()) is not None:
-        return work.run(rows, weight, target, readout=readout)
-    logp, entropy, _ = linear_token_stats(rows, weight, target, readout=readout, shard=shard)
+        return work.run(rows, weight, target, **how)
+    logp, entropy, _ = linear_token_stats(rows, weight, target, **how)
     return logp, entropy
