@@ -9,12 +9,10 @@ from typing import Any
 import torch
 
 from unirl_kernels.program.derive import assemble
-from unirl_kernels.program.functions import node_of
-from unirl_kernels.program.graph import Graph
+from unirl_kernels.program.graph import Expr, Graph
 from unirl_kernels.program.ir import STATISTICS, Program
-from unirl_kernels.program.symbols import Symbol, UnsupportedOperation
-
-__all__ = ["Objective", "Traced", "UnsupportedOperation", "trace", "weight_name"]
+from unirl_kernels.program.operands import UnsupportedOperation, expr_of
+from unirl_kernels.program.symbols import Symbol
 
 WAY_OUT = "Run it with Plan(kernel='composed'): statistics first, then the objective as plain PyTorch under autograd"
 
@@ -34,7 +32,8 @@ class Traced:
         text: the program as operators take it.
         fields: names of the fields that the program reads, in their order. The weight of term k is
             ``weight_name(k)``.
-        graph, terms: the expressions it was made from, and the node of each term's unweighted loss.
+        graph: the expressions it was made from.
+        terms: each term's unweighted loss.
     """
 
     program: Program
@@ -42,7 +41,7 @@ class Traced:
     text: str
     fields: tuple[str, ...]
     graph: Graph
-    terms: tuple[int, ...]
+    terms: tuple[Expr, ...]
 
     def params_of(self, dtype: torch.dtype) -> tuple[float, ...]:
         """The parameters for rows in a dtype, float32 or float64: ``nan_to_num`` replaces infinities by its limits."""
@@ -82,9 +81,9 @@ def trace(objectives: Sequence[Objective], reserved: frozenset[str] = frozenset(
     return Traced(program, tuple(params), program.text, fields, graph, terms)
 
 
-def _recorded(graph: Graph, objective: Objective, tokens: SymbolicTokens) -> int:
+def _recorded(graph: Graph, objective: Objective, tokens: SymbolicTokens) -> Expr:
     try:
-        return node_of(graph, objective(tokens))
+        return expr_of(graph, objective(tokens))
     except UnsupportedOperation as error:
         raise UnsupportedOperation(f"objective {name_of(objective)} {error}. {WAY_OUT}") from None
     except Exception as error:
@@ -116,6 +115,6 @@ class SymbolicTokens:
                 f"uses t.{name}, which looks beyond one token: give it a scope of 'sequence', 'pair' or 'batch'"
             )
         if name == "old_logp" and self._on_policy:
-            return Symbol(self._graph, self._graph.detach(self._graph.input("logp")))
+            return Symbol(self._graph.detach(self._graph.input("logp")))
         number = name in STATISTICS or name in NUMBERS
-        return Symbol(self._graph, self._graph.input(name), False if number else None)
+        return Symbol(self._graph.input(name), False if number else None)
