@@ -12,7 +12,16 @@ import torch
 from unirl_kernels.program import kinks
 from unirl_kernels.program.graph import Expr, Graph, apply, equal, where
 from unirl_kernels.program.ir import Op
-from unirl_kernels.program.operands import Operand, UnsupportedOperation, condition_of, expr_of, is_truth, truth_of
+from unirl_kernels.program.operands import (
+    FLOAT64,
+    Operand,
+    UnsupportedOperation,
+    condition_of,
+    expr_of,
+    is_truth,
+    truth_of,
+    wide_inputs,
+)
 
 Function = Callable[..., Expr]
 """Called with the graph and the arguments of the torch function."""
@@ -148,9 +157,9 @@ def _softplus(g: Graph, x: Any, beta: float = 1, threshold: float = 20) -> Expr:
 
 
 def _nan_to_num(g: Graph, x: Any, nan: Any = None, posinf: Any = None, neginf: Any = None) -> Expr:
-    given = expr_of(g, x)
-    above = g.largest() if posinf is None else expr_of(g, posinf)
-    below = -g.largest() if neginf is None else expr_of(g, neginf)
+    given, wide = expr_of(g, x), wide_inputs(x)
+    above = g.largest(wide) if posinf is None else expr_of(g, posinf)
+    below = -g.largest(wide) if neginf is None else expr_of(g, neginf)
     finite = where(equal(given, -math.inf), below, where(equal(given, math.inf), above, given))
     return where(_unequal(given, given), 0 if nan is None else expr_of(g, nan), finite)
 
@@ -257,7 +266,9 @@ def record(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], *, method: 
         if isinstance(error, UnsupportedOperation):
             raise
         raise UnsupportedOperation(f"calls {name} in a form that one-pass kernels do not run ({error})") from None
-    return Operand(expr if torch.is_grad_enabled() else graph.detach(expr), _is_truth_value(name, truths))
+    if not torch.is_grad_enabled():
+        expr = graph.detach(expr)
+    return Operand(expr, _is_truth_value(name, truths), _wide(name, [*args, *kwargs.values()]))
 
 
 def _is_truth_value(name: str, truths: list[bool | None]) -> bool | None:
@@ -267,3 +278,15 @@ def _is_truth_value(name: str, truths: list[bool | None]) -> bool | None:
     if name not in OF_ONE_KIND or False in truths:
         return False
     return None if None in truths else True
+
+
+def _wide(name: str, values: list[Any]) -> frozenset[str]:
+    """``Operand.wide`` of the value of a call with these arguments."""
+    dtypes = [x for x in values if isinstance(x, torch.dtype)] + [torch.float64] * (name == "double")
+    if dtypes:
+        return frozenset({FLOAT64} if torch.float64 in dtypes else ())
+    if name == "float" or name in TRUTHS:
+        return frozenset()
+    if name in ("to", "type_as"):
+        values = [x for x in values[1:] if isinstance(x, Operand)] or values[:1]
+    return wide_inputs(*values)

@@ -93,11 +93,16 @@ def where(condition: Expr, x: Expr | float, y: Expr | float) -> Expr:
 
 @dataclass(eq=False)
 class Graph:
-    """Expressions of one loss. ``at_largest`` is the parameter that holds the largest finite number of the rows' dtype,
-    if one does."""
+    """Expressions of one loss.
+
+    Args:
+        params: values of the parameters, for rows in fp32 and fields that are not wider.
+        limits: parameters that hold the largest finite number of an expression's dtype, by the wide inputs of that
+            expression; see ``Operand.wide``.
+    """
 
     params: list[float] = field(default_factory=list)
-    at_largest: int | None = None
+    limits: dict[frozenset[str], Expr] = field(default_factory=dict)
     _known: dict[tuple[Op | str, tuple[Expr, ...], str | int | float], Expr] = field(default_factory=dict)
     _integers: dict[int, Expr] = field(default_factory=dict)
 
@@ -129,12 +134,13 @@ class Graph:
             self._integers[value] = made
         return made
 
-    def largest(self) -> Expr:
-        """The largest finite number of the rows' dtype. A parameter, as the program is the same for fp32 and fp64."""
-        if self.at_largest is None:
-            self.at_largest = len(self.params)
+    def largest(self, wide: frozenset[str]) -> Expr:
+        """The largest finite number of the dtype of an expression. A parameter, as the program does not depend on the
+        dtypes of rows and fields."""
+        if wide not in self.limits:
             self.params.append(LARGEST_FP32)
-        return self.intern("param", value=self.at_largest)
+            self.limits[wide] = self.intern("param", value=len(self.params) - 1)
+        return self.limits[wide]
 
     def detach(self, x: Expr) -> Expr:
         return self.intern("detach", (x,))

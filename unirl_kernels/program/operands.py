@@ -25,6 +25,10 @@ class UnsupportedOperation(TypeError):
     """
 
 
+FLOAT64 = "torch.float64"
+"""Stands among names of fields; it is no identifier, so that no field can have it."""
+
+
 class Operand:
     """A scalar of one token.
 
@@ -32,11 +36,14 @@ class Operand:
         expr: how it is computed.
         truth: whether a tensor in its place would be of dtype bool, whose arithmetic differs from that of numbers.
             None for a user's field, which may be either.
+        wide: what may make a tensor in its place wider than the rows: the fields that its dtype comes of, and
+            ``FLOAT64`` where it was converted to that.
     """
 
-    def __init__(self, expr: Expr, truth: bool | None = False) -> None:
+    def __init__(self, expr: Expr, truth: bool | None = False, wide: frozenset[str] = frozenset()) -> None:
         self.expr = expr
         self.truth = truth
+        self.wide = wide
 
 
 def expr_of(g: Graph, x: Any) -> Expr:
@@ -64,6 +71,17 @@ def is_truth(x: Any) -> bool | None:
     if isinstance(x, torch.Tensor):
         return x.dtype == torch.bool
     return x.truth if isinstance(x, Operand) else isinstance(x, bool)
+
+
+def wide_inputs(*operands: Any) -> frozenset[str]:
+    """``Operand.wide`` of what is computed from these: as torch promotes dtypes, without numbers and 0-dim tensors."""
+    found: set[str] = set()
+    for x in operands:
+        if isinstance(x, Operand):
+            found |= x.wide
+        elif isinstance(x, torch.Tensor) and x.dim() and x.dtype == torch.float64:
+            found.add(FLOAT64)
+    return frozenset(found)
 
 
 def truth_of(g: Graph, x: Any) -> Expr:

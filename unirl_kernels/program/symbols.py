@@ -26,7 +26,7 @@ class Symbol(Operand):
     def of_call(cls, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], method: bool = False) -> Symbol:
         """What the torch function ``name`` gives, or the tensor's method of that name."""
         found = record(name, args, kwargs, method=method)
-        return cls(found.expr, found.truth)
+        return cls(found.expr, found.truth, found.wide)
 
     @classmethod
     def __torch_function__(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from unirl_kernels.program.derive import assemble
 from unirl_kernels.program.graph import Expr, Graph
 from unirl_kernels.program.ir import STATISTICS, Program
-from unirl_kernels.program.operands import UnsupportedOperation, expr_of
+from unirl_kernels.program.operands import FLOAT64, UnsupportedOperation, expr_of
 from unirl_kernels.program.symbols import Symbol
 
 WAY_OUT = "Run it with Plan(kernel='composed'): statistics first, then the objective as plain PyTorch under autograd"
@@ -28,7 +29,7 @@ class Traced:
 
     Args:
         program: the weighted loss and its derivatives, shared by all values of the objectives' scalars.
-        params: values of the program's parameters, for rows in fp32; see ``params_of``.
+        params: values of the program's parameters, for rows and fields in fp32; see ``params_of``.
         text: the program as operators take it.
         fields: names of the fields that the program reads, in their order. The weight of term k is
             ``weight_name(k)``.
@@ -43,12 +44,22 @@ class Traced:
     graph: Graph
     terms: tuple[Expr, ...]
 
-    def params_of(self, dtype: torch.dtype) -> tuple[float, ...]:
-        """The parameters for rows in a dtype, float32 or float64: ``nan_to_num`` replaces infinities by its limits."""
-        at = self.graph.at_largest
-        if at is None or dtype == torch.float32:
+    def params_of(self, dtype: torch.dtype, wide: Collection[str] = ()) -> tuple[float, ...]:
+        """The parameters for rows in a dtype: ``nan_to_num`` replaces infinities by the limits of its argument's dtype.
+
+        Args:
+            dtype: float32 or float64.
+            wide: names of the fields that are float64. Their limit is inf in rows of float32.
+        """
+        if not self.graph.limits:
             return self.params
-        return (*self.params[:at], torch.finfo(dtype).max, *self.params[at + 1 :])
+        params = list(self.params)
+        for inputs, limit in self.graph.limits.items():
+            if dtype == torch.float64:
+                params[int(limit.value)] = torch.finfo(dtype).max
+            elif not inputs.isdisjoint({FLOAT64, *wide}):
+                params[int(limit.value)] = math.inf
+        return tuple(params)
 
 
 def weight_name(term: int) -> str:
@@ -116,5 +127,6 @@ class SymbolicTokens:
             )
         if name == "old_logp" and self._on_policy:
             return Symbol(self._graph.detach(self._graph.input("logp")))
-        number = name in STATISTICS or name in NUMBERS
-        return Symbol(self._graph.input(name), False if number else None)
+        if name in STATISTICS:
+            return Symbol(self._graph.input(name))
+        return Symbol(self._graph.input(name), False if name in NUMBERS else None, frozenset({name}))
