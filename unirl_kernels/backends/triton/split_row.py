@@ -231,9 +231,10 @@ def split_row(
         y = tl.load(call.target + row)
         count = tl.minimum(width, call.size - first)
         d_x = start_of_row(call.d_logits, row) + first
+        # A row without a gradient is filled with one value, ignored or not: the code of that stands once, at the end.
         value = absent(y, COMPUTE)
-        silent = not is_computed(y, call.size)
-        if silent:
+        filled = not is_computed(y, call.size)
+        if filled:
             if part == 0:
                 write_to_all(call.results, row, value)
             ticket = draw(scratch)
@@ -248,8 +249,8 @@ def split_row(
             if part == 0:
                 write(call.results, row, (loss, stats.logp, stats.entropy, stats.lse))
             value = tl.full((), 0.0, COMPUTE)
-            silent = is_zero(gradients)
-            if not silent:
+            filled = is_zero(gradients)
+            if not filled:
                 write_slice(x, d_x, held, readout, moments, stats, gradients, ENTROPY, READOUT, SPLIT)
-        if silent:
+        if filled:
             fill_slice(d_x, count, value, TILE)
