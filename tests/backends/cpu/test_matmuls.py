@@ -402,6 +402,22 @@ def test_the_way_that_is_forced_runs() -> None:
 
 @needs_matmuls
 @in_each_way
+def test_onednn_is_disabled_later() -> None:
+    """Right all the same, or an error of our own."""
+    x = case(17, 33, 129, torch.bfloat16)
+    expected = logits_of(x)
+    with torch.backends.mkldnn.flags(enabled=False):
+        try:
+            assert_right("logits", logits_of(x), x)
+        except RuntimeError as error:
+            assert native.matmul_way(torch.bfloat16) == "brgemm-bf16"
+            assert str(error).startswith("torch.backends.mkldnn must be enabled for matmuls by torch's brgemm; torch says")
+            assert len(str(error).splitlines()) == 1
+    assert torch.equal(logits_of(x), expected)
+
+
+@needs_matmuls
+@in_each_way
 def test_matmuls_of_torch_run_on_the_same_threads() -> None:
     """On AMX they would die on tiles that are still configured for ours."""
     x = case(64, 96, 512, torch.bfloat16)
