@@ -13,8 +13,8 @@ from threading import Thread
 from benchmarks.inputs import Inputs, Values
 from benchmarks.providers import Function, Provider
 
-LIMIT = 60.0
-"""Seconds that a call may take; the first one compiles."""
+LIMITS = {"cuda": 60.0, "cpu": 900.0}
+"""Seconds that a call may take on a device; the first one compiles."""
 
 LOST = 3
 """Exit code of a process that cannot go on, after which another one can."""
@@ -25,14 +25,15 @@ def label(provider: Provider) -> str:
 
 
 class Watch:
-    """Ends the process where a kernel does not return within ``LIMIT``: a wait for a device cannot be interrupted.
+    """Ends the process where a kernel does not return: a wait for a device cannot be interrupted.
 
     Args:
         file: names the kernels to be left out and says why, for later processes too.
+        limit: seconds within which a kernel has to return.
     """
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
+    def __init__(self, file: Path, limit: float) -> None:
+        self._file, self._limit = file, limit
         self._now: tuple[str, float] | None = None  # which, and since when
         Thread(target=self._look, daemon=True).start()
 
@@ -77,9 +78,9 @@ class Watch:
 
     def _look(self) -> None:
         while True:
-            time.sleep(LIMIT / 20)
+            time.sleep(self._limit / 20)
             now = self._now
-            if now is not None and time.monotonic() - now[1] > LIMIT:
+            if now is not None and time.monotonic() - now[1] > self._limit:
                 faulthandler.dump_traceback()
-                print(f"WRONG {self.blame(f'does not return within {LIMIT:.0f} s')}", flush=True)
+                print(f"WRONG {self.blame(f'does not return within {self._limit:.0f} s')}", flush=True)
                 os._exit(LOST)
