@@ -234,7 +234,7 @@ def main() -> int:
                 wrong = measure(part, work, options, watch)
             except DeviceLost:
                 print(f"WRONG {name_of(part, work)}: {watch.blame('loses the device')}", flush=True)
-                return LOST
+                return LOST if watch.at_work else 1  # without it another process would fare no better
             finally:
                 watch.rest()
             if wrong:
