@@ -276,14 +276,14 @@ class Loss:
             raise UnsupportedOperation(self._traced)
         if self._traced is None:
             raise ValueError(f"a {self.scope}-scope objective has no scalar program")
-        return self._traced[on_policy]
+        return self._traced[int(on_policy)]  # torch.compile of torch 2.11 takes no bool for an index
 
     def params(self, on_policy: bool, like: Tensor, dtype: torch.dtype) -> Tensor:
         """[n_params] float64: the program's parameters for rows in ``dtype``, on the device of ``like``."""
         device, params = like.device, self.traced(on_policy).params_of(dtype)
         if torch.compiler.is_compiling():
             kept = self._params if dtype == torch.float32 else None
-            return _compiled(params, device) if kept is None else kept[on_policy].to(device)
+            return _compiled(params, device) if kept is None else kept[int(on_policy)].to(device)
         # What is made in FakeTensorMode must not be kept.
         return _on_device(params, device) if has_values(like) else _tensor(params).to(device)
 
