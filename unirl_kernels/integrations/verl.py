@@ -111,9 +111,11 @@ def fuse(worker: Any) -> None:
     Raises:
         ImportError, RuntimeError: as ``patch`` and ``loss`` do.
         TypeError: when the engine or the loss function is another (Megatron, VeOmni, distillation, critics).
-        ValueError: when one pass cannot make what the configuration asks for (Ulysses, ``clip_cov``,
-            ``seq-mean-token-sum-norm`` without ``loss_scale_factor``, and what ``loss`` refuses), by the name of the
-            option; nothing is changed then. Later, from a micro-batch that comes without fused kernels or with padding.
+        ValueError: when one pass cannot make what the configuration asks for (no ``use_fused_kernels`` or
+            ``use_remove_padding``, a model without verl's fused forward, Ulysses, ``clip_cov``,
+            ``calculate_sum_pi_squared``, ``seq-mean-token-sum-norm`` without ``loss_scale_factor``, and what ``loss``
+            refuses), by the name of the option; nothing is changed then. Later, from a micro-batch that says otherwise
+            than the configuration.
     """
     check_release("verl", TRIED, TRIED)
     one_pass = OnePassActor(worker)

@@ -75,7 +75,10 @@ class Engine(NamedTuple):
         engine = object.__new__(self.implementation.FSDPEngineWithLMHead)
         engine.module, engine.pad_to_length, engine._autocast_dtype = model, False, torch.float32
         engine.use_ulysses_sp, engine.ulysses_sequence_parallel_size = False, 1
-        engine.engine_config = SimpleNamespace(entropy_checkpointing=False, entropy_from_logits_with_chunking=False)
+        flags = {"entropy_checkpointing": False, "entropy_from_logits_with_chunking": False}
+        # As TrainingWorker sets them, of ``actor_rollout_ref.model``.
+        flags |= {"use_fused_kernels": True, "use_remove_padding": True}
+        engine.engine_config = SimpleNamespace(**{name: options.pop(name, x) for name, x in flags.items()})
         engine.compute_entropy_from_logits = importlib.import_module("verl.utils.torch_functional").entropy_from_logits
         engine.get_data_parallel_group = lambda: None
         vars(engine).update(options)
