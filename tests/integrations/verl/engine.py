@@ -45,7 +45,8 @@ def _ours(name: str) -> bool:
 
 
 @functools.cache
-def _loaded() -> dict[str, ModuleType]:
+def loaded() -> dict[str, ModuleType]:
+    """verl's modules by their names, loaded with names alone in the place of ``NEEDLESS``."""
     if importlib.util.find_spec("verl") is None:
         pytest.skip(f"verl is not installed: {INSTALL}")
     kept = {name: sys.modules.pop(name) for name in list(sys.modules) if _ours(name)}
@@ -87,7 +88,7 @@ class Engine(NamedTuple):
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
-    for name, module in _loaded().items():
+    for name, module in loaded().items():
         monkeypatch.setitem(sys.modules, name, module)
     implementation = sys.modules[ENGINE]
     monkeypatch.setattr(implementation, "get_device_id", lambda: "cpu")
