@@ -57,9 +57,11 @@ class Chunk:
     positions: slice | Tensor
     n: int
 
-    def take(self, x: Tensor) -> Tensor:
+    def take(self, x: Tensor, dim: int = 0) -> Tensor:
         """[n, ...] of [T, ...]: the chunk's part, a view where it can be."""
-        return x[self.positions] if isinstance(self.positions, slice) else x.index_select(0, self.positions)
+        if isinstance(self.positions, slice):
+            return x.narrow(dim, self.positions.start, self.n)
+        return x.index_select(dim, self.positions)
 
     def row(self, x: Tensor) -> Tensor:
         """[1, n] of [T], in any shape, as row kernels take it."""
@@ -71,11 +73,7 @@ class Chunk:
 
     def program(self, program: ProgramArgs) -> ProgramArgs:
         """The program on the chunk's fields, [n_fields, 1, n]."""
-        fields = program.fields.flatten(1)
-        fields = (
-            fields[:, self.positions] if isinstance(self.positions, slice) else fields.index_select(1, self.positions)
-        )
-        return program._replace(fields=fields.unsqueeze(1).contiguous())
+        return program._replace(fields=self.take(program.fields.flatten(1), 1).unsqueeze(1).contiguous())
 
     def put(self, whole: Tensor, part: Tensor) -> None:
         """Write the chunk's part, [n, ...], of [T, ...]."""
@@ -95,18 +93,8 @@ def counted_tokens(target: Tensor) -> tuple[Tensor | None, int]:
     return (None, n) if n == target.numel() else (counted, n)
 
 
-def by_tokens(target: Tensor, most: int) -> list[Chunk]:
-    """All tokens that count, in order, in as few chunks of about equal size as can be.
-
-    Args:
-        target: [T].
-        most: tokens per chunk.
-    """
-    return evenly(*counted_tokens(target), most)
-
-
 def evenly(counted: Tensor | None, n: int, most: int) -> list[Chunk]:
-    """Chunks of about equal size, as few as can be, from what ``counted_tokens`` returns."""
+    """What ``counted_tokens`` finds in as few chunks of at most ``most`` tokens as can be, of about equal size."""
     return [_chunk(counted, start, end) for start, end in _even(n, most)]
 
 
@@ -141,7 +129,7 @@ def joined(chunks: Sequence[Chunk]) -> Chunk:
 
 
 def without_ignored(hidden: Tensor, target: Tensor) -> Tensor:
-    """Hidden states, [T, D], that chunks may take: zeros at ignored tokens where ``by_tokens`` has to include those.
+    """Hidden states, [T, D], that chunks may take: zeros at ignored tokens where they have to include those.
 
     Their logits' gradients are zeros, and 0 * NaN would not be 0 in that of the weight.
     """

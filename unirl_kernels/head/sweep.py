@@ -36,6 +36,7 @@ class Head:
         bias: [V] or None.
         dtype: of the matmuls' operands.
         backend: name of the one that multiplies, and whose row kernels work on the logits.
+        max_chunk_bytes: see ``Plan``.
     """
 
     hidden: Tensor
@@ -43,6 +44,7 @@ class Head:
     bias: Tensor | None
     dtype: torch.dtype
     backend: str
+    max_chunk_bytes: int | None = None
 
     @property
     def row_dtype(self) -> torch.dtype:
@@ -54,7 +56,7 @@ class Head:
 
     @classmethod
     def of(cls, head: HeadArgs, sweep: SweepArgs) -> Head:
-        return cls(*head, sweep.dtype, sweep.backend)
+        return cls(*head, sweep.dtype, sweep.backend, sweep.max_chunk_bytes)
 
     @cached_property
     def matmuls(self) -> Matmuls:
@@ -67,27 +69,32 @@ class Head:
         bias = None if self.bias is None else self.bias[start:stop]
         return replace(self, weight=self.weight[start:stop], bias=bias)
 
-    def rows_per_chunk(self, max_chunk_bytes: int | None) -> int:
-        """Tokens whose logits and gradient exist at a time where both are made of all of them at once."""
-        return rows_per_chunk(self.matmuls.row_bytes, self.weight.device, max_chunk_bytes)
+    @property
+    def chunk_bytes(self) -> int:
+        """Memory for the logits of one chunk."""
+        return chunk_bytes(self.weight.device, self.max_chunk_bytes)
 
-    def chunks(self, target: Tensor, max_chunk_bytes: int | None) -> tuple[list[Chunk], int]:
-        """The tokens that count, [T], where chunks may be cut anywhere; and how many tokens form a group."""
-        counted, n = counted_tokens(target)
-        sizes = self._sizes(n, max_chunk_bytes)
+    def rows_per_chunk(self) -> int:
+        """Tokens whose logits and gradient exist at a time where both are made of all of them at once."""
+        return rows_per_chunk(self.matmuls.row_bytes, self.weight.device, self.max_chunk_bytes)
+
+    def chunks(self, target: Tensor) -> tuple[list[Chunk], int]:
+        """The tokens that count, where chunks may be cut anywhere; and how many tokens form a group."""
+        counted, n = counted_tokens(target.reshape(-1))
+        sizes = self._sizes(n)
         if sizes is not None:
             return by_sizes(counted, n, sizes), sizes.group
-        rows = self.rows_per_chunk(max_chunk_bytes)
+        rows = self.rows_per_chunk()
         return evenly(counted, n, rows), rows
 
-    def _sizes(self, tokens: int, max_chunk_bytes: int | None) -> Sizes | None:
+    def _sizes(self, tokens: int) -> Sizes | None:
         """Two sizes where the gradient of the logits has memory of its own, and there is enough of it."""
-        gradient, device = self.matmuls.gradient_bytes, self.weight.device
+        gradient = self.matmuls.gradient_bytes
         if not gradient:
             return None
-        (vocab, d), memory = self.weight.shape, chunk_bytes(device, max_chunk_bytes)
-        logits = vocab * self.row_dtype.itemsize
-        return sizes_of(Shape(tokens, vocab, d, logits, gradient, memory, multiprocessors(device)))
+        vocab, d = self.weight.shape
+        logits, processors = vocab * self.row_dtype.itemsize, multiprocessors(self.weight.device)
+        return sizes_of(Shape(tokens, vocab, d, logits, gradient, self.chunk_bytes, processors))
 
     def empty(self, *shape: int) -> Tensor:
         """Uninitialised memory of the rows' dtype."""

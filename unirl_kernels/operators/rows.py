@@ -81,19 +81,50 @@ def token_observations(logits: Tensor, target: Tensor, readout: ReadoutArgs, bac
 
 @operator(fake=lambda logits, *_: _gradient_like(logits))
 def token_stats_backward(
-    logits: Tensor, target: Tensor, readout: ReadoutArgs, moments: RowMoments, gradients: RowGradients, backend: str
+    logits: Tensor,
+    target: Tensor,
+    readout: ReadoutArgs,
+    moments: RowMoments,
+    gradients: RowGradients,
+    columns: int,
+    backend: str,
 ) -> Tensor:
-    kernels = load(backend)
-    d_logits = kernels.empty(logits.shape, logits.dtype, logits.device)
-    kernels.token_stats_backward(logits, target, readout, moments, gradients, d_logits)
+    """The gradient of the first columns; that of the others, which are padding of a shard, is 0."""
+    d_logits = load(backend).empty(logits.shape, logits.dtype, logits.device)
+    _write_gradient(logits, target, readout, moments, gradients, columns, backend, d_logits)
     return d_logits
 
 
 @operator(fake=lambda *_: None, mutates=("logits",))
 def token_stats_backward_(
-    logits: Tensor, target: Tensor, readout: ReadoutArgs, moments: RowMoments, gradients: RowGradients, backend: str
+    logits: Tensor,
+    target: Tensor,
+    readout: ReadoutArgs,
+    moments: RowMoments,
+    gradients: RowGradients,
+    columns: int,
+    backend: str,
 ) -> None:
-    load(backend).token_stats_backward(logits, target, readout, moments, gradients, logits)
+    _write_gradient(logits, target, readout, moments, gradients, columns, backend, logits)
+
+
+def _write_gradient(
+    logits: Tensor,
+    target: Tensor,
+    readout: ReadoutArgs,
+    moments: RowMoments,
+    gradients: RowGradients,
+    columns: int,
+    backend: str,
+    d_logits: Tensor,
+) -> None:
+    padded = columns < logits.shape[-1]
+    used = d_logits[..., :columns] if padded else d_logits
+    if columns:
+        own = logits[..., :columns] if padded else logits
+        load(backend).token_stats_backward(own, target, readout, moments, gradients, used)
+    if padded:
+        d_logits[..., columns:] = 0
 
 
 @operator(fake=lambda logits, target, *_: FusedWithGradient(*_loss_like(target, logits), _gradient_like(logits)))
