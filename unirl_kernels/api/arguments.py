@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unirl_kernels.backends import COMPOSED, Choice, choices_by_vocab, choose
 from unirl_kernels.batch import Batch
-from unirl_kernels.checks import check_device, check_dtype, check_layout, check_memory, has_values, name_of
+from unirl_kernels.checks import check_device, check_memory, check_target, has_values, name_of
 from unirl_kernels.objectives import Loss
 from unirl_kernels.operators.linear import HeadArgs
 from unirl_kernels.operators.shards import Operators
@@ -18,7 +18,6 @@ from unirl_kernels.readout import Readout
 from unirl_kernels.shard import VocabShard
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-KINDS = {"batch": Batch, "loss": Loss, "readout": Readout, "plan": Plan}
 
 
 class LossArgs(NamedTuple):
@@ -48,20 +47,22 @@ class Given(NamedTuple):
         return None if self.of_loss is None else self.of_loss.batch
 
     def check_kinds(self) -> None:
+        """Raise a ``TypeError`` unless batch, loss, readout and plan are what they are called."""
         if self.of_loss is not None:
-            check_kinds(batch=self.of_loss.batch, loss=self.of_loss.loss)
-        check_kinds(readout=self.readout, plan=self.plan)
+            check_kind("batch", self.of_loss.batch, Batch)
+            check_kind("loss", self.of_loss.loss, Loss)
+        check_kind("readout", self.readout, Readout)
+        check_kind("plan", self.plan, Plan)
 
 
-def check_kinds(**values: object) -> None:
-    """Raise a ``TypeError`` unless ``batch``, ``loss``, ``readout`` and ``plan`` are what they are called."""
-    for name, value in values.items():
-        if not isinstance(value, KINDS[name]):
-            kind, got = KINDS[name], type(value)
-            if got.__name__ == kind.__name__:  # a kernel of the Hub beside the installed package, or two kernels
-                here, there = (x.__module__.split(".")[0] for x in (kind, got))
-                raise TypeError(f"{name} must be a {kind.__name__} of {here}, got one of {there}: they share no types")
-            raise TypeError(f"{name} must be a {kind.__name__}, got {got.__name__}")
+def check_kind(name: str, value: object, kind: type) -> None:
+    if isinstance(value, kind):
+        return
+    got = type(value)
+    if got.__name__ == kind.__name__:  # a kernel of the Hub beside the installed package, or two kernels
+        here, there = (x.__module__.split(".")[0] for x in (kind, got))
+        raise TypeError(f"{name} must be a {kind.__name__} of {here}, got one of {there}: they share no types")
+    raise TypeError(f"{name} must be a {kind.__name__}, got {got.__name__}")
 
 
 def check_input(name: str, value: object) -> Tensor:
@@ -111,7 +112,6 @@ def _check_readable(name: str, value: Tensor) -> None:
 
 def check_positions(name: str, value: Tensor, target: Tensor, last: str) -> None:
     """Raise a ``ValueError`` unless the shape is target's, and one dimension more, called ``last``."""
-    check_layout(target)
     if value.dim() != target.dim() + 1 or value.shape[:-1] != target.shape:
         expected = ", ".join(str(n) for n in target.shape)
         shape, hint = tuple(value.shape), ""
@@ -126,7 +126,6 @@ def check_positions(name: str, value: Tensor, target: Tensor, last: str) -> None
 
 def _check_part(hidden: Tensor, target: Tensor, shard: VocabShard) -> None:
     """Raise a ``ValueError`` unless hidden states are those of an equal part of target's sequences or positions."""
-    check_layout(target)
     parts, dim = shard.parts, 0 if shard.hidden == "fsdp" else -1
     shape = list(target.shape)
     if shape[dim] % parts:
@@ -141,8 +140,7 @@ def _check_part(hidden: Tensor, target: Tensor, shard: VocabShard) -> None:
 def check_logits(logits: Tensor, target: Tensor, shard: VocabShard | None = None) -> None:
     """Raise a ``TypeError`` or ``ValueError`` unless logits and target fit each other. A shard may have no columns."""
     check_input("logits", logits)
-    check_dtype("target", target, torch.int64)
-    check_memory("target", target)
+    check_target(target)
     check_positions("logits", logits, target, "V")
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise ValueError(f"logits must be contiguous in the last dimension, got strides {logits.stride()}")
@@ -176,8 +174,7 @@ def check_head(head: HeadArgs, target: Tensor, shard: VocabShard | None = None) 
 
     The weight of a shard may have no rows, and its hidden states may be a part of the whole.
     """
-    check_dtype("target", target, torch.int64)
-    check_memory("target", target)
+    check_target(target)
     for name, value in zip(HeadArgs._fields, head, strict=True):
         if name != "bias" or value is not None:
             check_device(name, check_input(name, value), target.device, "target")
@@ -214,14 +211,7 @@ def check_split(shard: VocabShard, columns: int, operators: Operators, given: Gi
 
 
 def kernel_of(loss: Loss, plan: Plan, device: torch.device, dtype: torch.dtype, vocab: int) -> Choice:
-    """Backend and kernel that compute a loss; the kernel is ``composed`` for what looks beyond single tokens.
-
-    Args:
-        loss: of any scope.
-        plan: may name them.
-        device: of the logits.
-        dtype: of the logits.
-        vocab: columns of the logits.
+    """Backend and kernel for a loss of logits on a device, [..., vocab]; ``composed`` for a scope beyond single tokens.
 
     Raises:
         UnsupportedOperation: when an objective uses what a one-pass kernel cannot run.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from unirl_kernels.api.agreement import Brought, agreed
-from unirl_kernels.api.arguments import Given, check_head, check_split
+from unirl_kernels.api.arguments import Given, check_head, check_kind, check_split
 from unirl_kernels.api.dtensors import shard_of_head
 from unirl_kernels.api.rows import readout_args, sweep_args
 from unirl_kernels.backends import ReadoutArgs, row_dtype
@@ -35,26 +35,31 @@ class CheckedHead(NamedTuple):
 
 def checked_head(operators: Operators, head: HeadArgs, given: Given) -> CheckedHead:
     head, shard = shard_of_head(head, given.shard)
-
-    def check() -> tuple[CheckedHead, Brought]:
-        given.check_kinds()
-        check_head(head, given.target, shard)
-        sweep = sweep_args(*head, given.plan)
-        readout = readout_args(given.readout, given.target, row_dtype(sweep.dtype), given.batch)
-        brought = Brought(0) if shard is None else _brought(operators, head, sweep, shard, given)
-        return CheckedHead(head, readout, sweep), brought
-
     if shard is None:
-        checked, _ = check()
-        return checked._replace(head=_flat(head))
+        return CheckedHead(_flat(head), *_sweep(head, given, None))
+    check_kind("shard", shard, VocabShard)
+
+    def check() -> tuple[tuple[ReadoutArgs, SweepArgs], Brought]:
+        readout, sweep = _sweep(head, given, shard)
+        return (readout, sweep), _brought(operators, head, sweep, shard, given)
+
     own = {"hidden": shard.hidden, "operand": _kind_of(head)}
-    checked, of_shard, row_bytes = agreed(shard, head.hidden, operators, given, own, check, waits=True)
+    found, of_shard, row_bytes = agreed(shard, head.hidden, operators, given, own, check, waits=True)
+    used = head
     if shard.parts > 1:
-        head = head._replace(hidden=_gathered(head.hidden, shard))
+        used = used._replace(hidden=_gathered(head.hidden, shard))
     if of_shard.columns < head.weight.shape[0]:
         bias = None if head.bias is None else head.bias[: of_shard.columns]
-        head = head._replace(weight=head.weight[: of_shard.columns], bias=bias)
-    return CheckedHead(_flat(head), *checked[1:3], of_shard, shard.hidden == "whole", row_bytes)
+        used = used._replace(weight=head.weight[: of_shard.columns], bias=bias)
+    return CheckedHead(_flat(used), *found, of_shard, shard.hidden == "whole", row_bytes)
+
+
+def _sweep(head: HeadArgs, given: Given, shard: VocabShard | None) -> tuple[ReadoutArgs, SweepArgs]:
+    """The readout of a head, and how its logits are made; raises where arguments do not fit one another."""
+    given.check_kinds()
+    check_head(head, given.target, shard)
+    sweep = sweep_args(*head, given.plan)
+    return readout_args(given.readout, given.target, row_dtype(sweep.dtype), given.batch), sweep
 
 
 def _brought(operators: Operators, head: HeadArgs, sweep: SweepArgs, shard: VocabShard, given: Given) -> Brought:

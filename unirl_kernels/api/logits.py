@@ -10,6 +10,7 @@ from torch import Tensor
 from unirl_kernels.api.agreement import Brought, agreed
 from unirl_kernels.api.arguments import (
     Given,
+    check_kind,
     check_logits,
     check_overwritable,
     check_split,
@@ -187,22 +188,27 @@ class CheckedLogits(NamedTuple):
 
 def _checked(operators: Operators, logits: Tensor, given: Given) -> CheckedLogits:
     logits, shard = shard_of_logits(logits, given.shard)
+    if shard is None:
+        return CheckedLogits(logits, _readout(logits, given, None), None)
+    check_kind("shard", shard, VocabShard)
 
     def check() -> tuple[ReadoutArgs, Brought]:
-        given.check_kinds()
-        check_logits(logits, given.target, shard)
-        if given.plan.overwrite_logits and wants_gradient(logits):
-            check_overwritable(logits)
-        columns = logits.shape[-1]
-        if shard is not None:
-            check_split(shard, columns, operators, given, logits.device)
-        return readout_args(given.readout, given.target, row_dtype(logits.dtype), given.batch), Brought(columns)
+        readout, columns = _readout(logits, given, shard), logits.shape[-1]
+        check_split(shard, columns, operators, given, logits.device)
+        return readout, Brought(columns)
 
-    if shard is None:
-        return CheckedLogits(logits, check()[0], None)
     own = {"operand": getattr(logits, "dtype", None)}
     readout, of_shard, _ = agreed(shard, logits, operators, given, own, check)
     return CheckedLogits(logits, readout, of_shard)
+
+
+def _readout(logits: Tensor, given: Given, shard: VocabShard | None) -> ReadoutArgs:
+    """The readout of logits; raises where arguments do not fit one another."""
+    given.check_kinds()
+    check_logits(logits, given.target, shard)
+    if given.plan.overwrite_logits and wants_gradient(logits):
+        check_overwritable(logits)
+    return readout_args(given.readout, given.target, row_dtype(logits.dtype), given.batch)
 
 
 def _measured(operators: Operators, checked: CheckedLogits, given: Given) -> list[Tensor]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from unirl_kernels.api.arguments import check_input, check_kinds
+from unirl_kernels.api.arguments import check_input, check_kind
 from unirl_kernels.api.linear import linear_token_stats
 from unirl_kernels.api.logits import token_stats
 from unirl_kernels.checks import name_of
@@ -96,7 +96,7 @@ def linear_logprobs(
 def _as_tokens(name: str, rows: Tensor, labels: Tensor, readout: Readout) -> tuple[Tensor, Tensor, Readout]:
     """Rows, labels and readout with leading dimensions that ``token_stats`` takes."""
     check_input(name, rows)
-    check_kinds(readout=readout)
+    check_kind("readout", readout, Readout)
     _check_labels(name, rows, labels)
     target = labels.long()
     if labels.dtype == torch.uint64:  # from 2^63 on they would wrap around, one of them to IGNORE

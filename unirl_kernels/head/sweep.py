@@ -28,22 +28,13 @@ from unirl_kernels.operators.linear import HeadArgs, HeadGradients, SweepArgs, W
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """What makes logits.
+    """What makes logits, and how: ``HeadArgs`` and ``SweepArgs`` in one."""
 
-    Args:
-        hidden: [T, D].
-        weight: [V, D].
-        bias: [V] or None.
-        dtype: of the matmuls' operands.
-        backend: name of the one that multiplies, and whose row kernels work on the logits.
-        max_chunk_bytes: see ``Plan``.
-    """
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    dtype: torch.dtype
-    backend: str
+    hidden: Tensor  # [T, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    dtype: torch.dtype  # of the matmuls' operands
+    backend: str  # multiplies, and its row kernels work on the logits
     max_chunk_bytes: int | None = None
 
     @property
@@ -112,11 +103,7 @@ class AtOnce:
 
 
 class Summed(AtOnce):
-    """Writes the sum of that gradient over ranks, which is formed in fp32 while the next chunk is worked on.
-
-    Args:
-        ranks: each of which has a part of the weight.
-    """
+    """Writes the sum of that gradient over ranks, which is formed in fp32 while the next chunk is worked on."""
 
     def __init__(self, ranks: Group) -> None:
         self._ranks = ranks
@@ -143,7 +130,8 @@ def sweep(
 ) -> HeadGradients:
     """Make the logits of each chunk, let ``work`` find their gradient, and form the other gradients from it.
 
-    Three matmuls per token in all, two or one where fewer gradients are wanted.
+    Three matmuls per token in all, two or one where fewer gradients are wanted. Gradients are zero at tokens in no
+    chunk.
 
     Args:
         head: what makes the logits.
@@ -153,10 +141,6 @@ def sweep(
         wanted: which gradients.
         group: tokens whose gradients are kept until they are multiplied; at least one chunk is.
         of_hidden: what becomes of the gradient of a chunk's hidden states.
-
-    Returns:
-        ``HeadGradients`` in the dtypes of hidden states, weight and bias, but fp32 for fp16, which holds the gradients
-        of single tokens only after a loss scale; zero at tokens in no chunk.
     """
     vocab, d = head.weight.shape
     tokens = head.hidden.shape[0] if wanted.hidden else 0

@@ -90,9 +90,12 @@ def token_stats_backward(
     backend: str,
 ) -> Tensor:
     """The gradient of the first columns; that of the others, which are padding of a shard, is 0."""
-    d_logits = load(backend).empty(logits.shape, logits.dtype, logits.device)
-    _write_gradient(logits, target, readout, moments, gradients, columns, backend, d_logits)
-    return d_logits
+    kernels = load(backend)
+    d_logits = kernels.empty(logits.shape, logits.dtype, logits.device)
+    used, d_used = _first(logits, columns), _first(d_logits, columns)
+    if columns:
+        kernels.token_stats_backward(used, target, readout, moments, gradients, d_used)
+    return _zero_from(d_logits, columns)
 
 
 @operator(fake=lambda *_: None, mutates=("logits",))
@@ -105,26 +108,20 @@ def token_stats_backward_(
     columns: int,
     backend: str,
 ) -> None:
-    _write_gradient(logits, target, readout, moments, gradients, columns, backend, logits)
-
-
-def _write_gradient(
-    logits: Tensor,
-    target: Tensor,
-    readout: ReadoutArgs,
-    moments: RowMoments,
-    gradients: RowGradients,
-    columns: int,
-    backend: str,
-    d_logits: Tensor,
-) -> None:
-    padded = columns < logits.shape[-1]
-    used = d_logits[..., :columns] if padded else d_logits
+    used = _first(logits, columns)
     if columns:
-        own = logits[..., :columns] if padded else logits
-        load(backend).token_stats_backward(own, target, readout, moments, gradients, used)
-    if padded:
-        d_logits[..., columns:] = 0
+        load(backend).token_stats_backward(used, target, readout, moments, gradients, used)
+    _zero_from(logits, columns)
+
+
+def _first(x: Tensor, columns: int) -> Tensor:
+    return x if columns == x.shape[-1] else x[..., :columns]
+
+
+def _zero_from(x: Tensor, column: int) -> Tensor:
+    if column < x.shape[-1]:
+        x[..., column:] = 0
+    return x
 
 
 @operator(fake=lambda logits, target, *_: FusedWithGradient(*_loss_like(target, logits), _gradient_like(logits)))
