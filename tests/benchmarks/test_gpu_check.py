@@ -67,7 +67,7 @@ def test_every_step(tmp_path: Path) -> None:
     assert (records / "sweep-1" / "geometry.txt").read_text() == "held_elements=128 split_max_warps=2\n"
     files = [file for file in records.rglob("*.json") if file.stem != "ceilings"]
     works = [run.work for file in files for run in Record.load(file).runs]
-    of_logits, of_heads, of_peers, of_sweeps = 3 * 2, 3, 3 * 2 + 1, 2 * 2
+    of_logits, of_heads, of_peers, of_sweeps = 3 * 2, 3, 3 * 2 + 2, 2 * 2
     assert len(works) == of_logits + of_heads + of_peers + of_sweeps
     assert {work.mode for work in works} == {"fused", "stats", "forward-backward"}
     assert {work.tokens for work in works if work.hidden is None} == {64, 65}

@@ -19,7 +19,7 @@ from unirl_kernels.backends.triton import scalar_math
 from unirl_kernels.backends.triton.lowering import OPERATORS, device_function, source
 from unirl_kernels.backends.triton.rows import row_fields
 from unirl_kernels.program import ZERO, Op, Program, evaluate, trace
-from unirl_kernels.program.ir import ARITY, Instruction
+from unirl_kernels.program.ir import Instruction
 
 NUMBERS = (
     *(0.0, 1e-30, 1e-8, 1e-4, 0.3, 0.55, 0.7, 1.0, 1.5, 2.0, 5.0, 20.0, 88.5, 95.0, 1e4, 3e37),
@@ -73,11 +73,11 @@ def tolerance_of(op: Op, dtype: torch.dtype) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("op", list(Op), ids=lambda op: op.name)
 def test_instructions(op: Op, dtype: torch.dtype) -> None:
-    numbers = NUMBERS if ARITY[op] < 3 else FEW
-    operands = torch.tensor(list(itertools.product(numbers, repeat=ARITY[op])), dtype=dtype).T
+    numbers = NUMBERS if op.arity < 3 else FEW
+    operands = torch.tensor(list(itertools.product(numbers, repeat=op.arity)), dtype=dtype).T
     inputs = torch.zeros(3, operands.shape[1], dtype=dtype)
-    inputs[: ARITY[op]] = operands
-    program = Program(0, 0, (Instruction(op, tuple(range(ARITY[op]))),), (3, 0, ZERO, 1))
+    inputs[: op.arity] = operands
+    program = Program(0, 0, (Instruction(op, tuple(range(op.arity))),), (3, 0, ZERO, 1))
     got, meaning = run(program, inputs)
     for g, truth in zip(got, meaning, strict=True):
         same(g, truth, tolerance_of(op, dtype))
