@@ -17,7 +17,7 @@ from unirl_kernels.api.rows import as_rows
 from unirl_kernels.checks import has_values
 from unirl_kernels.collectives import all_gather, all_texts
 from unirl_kernels.operators.rows import check_targets
-from unirl_kernels.operators.shards import Operators, ShardArgs, Tiles, target_hash
+from unirl_kernels.operators.shards import ShardArgs, Tiles, target_hash
 from unirl_kernels.shard import VocabShard
 
 Result = TypeVar("Result")
@@ -70,7 +70,6 @@ _known: set[tuple[VocabShard, tuple[int, ...]]] = set()
 def agreed(
     shard: VocabShard,
     operand: object,
-    operators: Operators,
     given: Given,
     own: Mapping[str, object],
     check: Callable[[], tuple[Result, Brought]],
@@ -87,8 +86,7 @@ def agreed(
     Args:
         shard: the shard.
         operand: logits or hidden states: refused arguments are told to the other ranks on its device.
-        operators: what the call computes.
-        given: arguments that have to be the same on all ranks.
+        given: what has to be the same on all ranks.
         own: what else has to be, by the names of ``ARGUMENTS``.
         check: raises for arguments that this rank refuses.
         waits: whether the call waits for the device in any case.
@@ -102,7 +100,7 @@ def agreed(
     if torch.compiler.is_compiling() or (isinstance(target, Tensor) and not has_values(target)):
         result, brought = check()
         return result, _args(shard, brought.columns, same_targets=False), brought.row_bytes
-    call = f"{operators.whole.name} {'without' if given.of_loss is None else 'for'} a loss"
+    call = f"{given.operators.whole.name} {'without' if given.of_loss is None else 'for'} a loss"
     arguments = {"call": call, "readout": given.readout, **own}
     if given.of_loss is not None:
         arguments |= given.of_loss._asdict()

@@ -28,8 +28,9 @@ class LossArgs(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What functions on logits and on linear heads are given alike: nobody has checked it."""
+    """What functions on logits and on linear heads are given alike, and what they find: nobody has checked it."""
 
+    operators: Operators
     target: Tensor
     readout: Readout
     plan: Plan
@@ -37,10 +38,18 @@ class Given(NamedTuple):
     of_loss: LossArgs | None = None
 
     @classmethod
-    def for_loss(cls, batch: Batch, loss: Loss, readout: Readout, plan: Plan, shard: VocabShard | None) -> Given:
+    def for_loss(
+        cls,
+        operators: Operators,
+        batch: Batch,
+        loss: Loss,
+        readout: Readout,
+        plan: Plan,
+        shard: VocabShard | None,
+    ) -> Given:
         # What has no target is refused by the check of the types.
         target = batch.target if isinstance(batch, Batch) else torch.empty(0, dtype=torch.int64)
-        return cls(target, readout, plan, shard, LossArgs(batch, loss))
+        return cls(operators, target, readout, plan, shard, LossArgs(batch, loss))
 
     @property
     def batch(self) -> Batch | None:
@@ -193,14 +202,14 @@ def check_head(head: HeadArgs, target: Tensor, shard: VocabShard | None = None) 
         raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
 
 
-def check_split(shard: VocabShard, columns: int, operators: Operators, given: Given, device: torch.device) -> None:
+def check_split(shard: VocabShard, columns: int, given: Given, device: torch.device) -> None:
     """Raise a ``ValueError`` where a call cannot work on a shard of so many columns."""
     choose(device, given.plan.backend, given.plan.kernel)
     if given.of_loss is not None and given.plan.kernel not in (None, COMPOSED):  # no kernel sees a whole row
         raise ValueError(f"kernel must be None or {COMPOSED!r} for a split vocabulary, got {given.plan.kernel!r}")
     if shard.tiles is None:
         return
-    if not operators.in_tiles:
+    if not given.operators.in_tiles:
         raise ValueError(f"shard.tiles must be None for observations, got {shard.tiles}")
     most = shard.slots * shard.tile
     if shard.used(columns) > most:

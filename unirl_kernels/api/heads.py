@@ -15,7 +15,7 @@ from unirl_kernels.backends import ReadoutArgs, row_dtype
 from unirl_kernels.collectives import Gathered
 from unirl_kernels.head import Head
 from unirl_kernels.operators.linear import HeadArgs, SweepArgs, Wanted
-from unirl_kernels.operators.shards import Operators, ShardArgs
+from unirl_kernels.operators.shards import ShardArgs
 from unirl_kernels.shard import VocabShard
 
 
@@ -33,7 +33,7 @@ class CheckedHead(NamedTuple):
     row_bytes: int | None = None  # memory for the logits of a token, of the widest shard; None: of the head itself
 
 
-def checked_head(operators: Operators, head: HeadArgs, given: Given) -> CheckedHead:
+def checked_head(head: HeadArgs, given: Given) -> CheckedHead:
     head, shard = shard_of_head(head, given.shard)
     if shard is None:
         return CheckedHead(_flat(head), *_sweep(head, given, None))
@@ -41,10 +41,10 @@ def checked_head(operators: Operators, head: HeadArgs, given: Given) -> CheckedH
 
     def check() -> tuple[tuple[ReadoutArgs, SweepArgs], Brought]:
         readout, sweep = _sweep(head, given, shard)
-        return (readout, sweep), _brought(operators, head, sweep, shard, given)
+        return (readout, sweep), _brought(head, sweep, shard, given)
 
     own = {"hidden": shard.hidden, "operand": _kind_of(head)}
-    found, of_shard, row_bytes = agreed(shard, head.hidden, operators, given, own, check, waits=True)
+    found, of_shard, row_bytes = agreed(shard, head.hidden, given, own, check, waits=True)
     used = head
     if shard.parts > 1:
         used = used._replace(hidden=_gathered(head.hidden, shard))
@@ -62,10 +62,10 @@ def _sweep(head: HeadArgs, given: Given, shard: VocabShard | None) -> tuple[Read
     return readout_args(given.readout, given.target, row_dtype(sweep.dtype), given.batch), sweep
 
 
-def _brought(operators: Operators, head: HeadArgs, sweep: SweepArgs, shard: VocabShard, given: Given) -> Brought:
+def _brought(head: HeadArgs, sweep: SweepArgs, shard: VocabShard, given: Given) -> Brought:
     """Checks what holds for shards alone."""
     columns = head.weight.shape[0]
-    check_split(shard, columns, operators, given, head.hidden.device)
+    check_split(shard, columns, given, head.hidden.device)
     if given.of_loss is not None:
         batch, loss = given.of_loss
         loss.check_scopes()

@@ -17,7 +17,6 @@ from unirl_kernels.head import ComposedLinear, Composition, Head, by_units, rows
 from unirl_kernels.objectives import Loss, Tokens
 from unirl_kernels.operators.linear import OBSERVATIONS, STATISTICS, HeadArgs
 from unirl_kernels.operators.linear_autograd import LinearStatistics, OnePassLinear
-from unirl_kernels.operators.shards import Operators
 from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout
 from unirl_kernels.shard import VocabShard
@@ -64,9 +63,8 @@ def linear_token_stats(
         >>> uk.linear_token_stats(hidden, weight, torch.tensor([[3, uk.IGNORE]])).logp
         tensor([[-1.3863,  0.0000]])
     """
-    given = Given(target, readout, plan, shard)
-    checked = checked_head(STATISTICS, HeadArgs(hidden, weight, bias), given)
-    return TokenStats(*_measured(STATISTICS, checked, target))
+    given = Given(STATISTICS, target, readout, plan, shard)
+    return TokenStats(*_measured(checked_head(HeadArgs(hidden, weight, bias), given), given))
 
 
 def linear_token_observations(
@@ -107,9 +105,8 @@ def linear_token_observations(
         >>> uk.linear_token_observations(hidden, weight, torch.tensor([[3, 1]]), bias=bias).argmax
         tensor([[3, 3]])
     """
-    given = Given(target, readout, plan, shard)
-    checked = checked_head(OBSERVATIONS, HeadArgs(hidden, weight, bias), given)
-    return TokenObservations.of_rows(_measured(OBSERVATIONS, checked, target))
+    given = Given(OBSERVATIONS, target, readout, plan, shard)
+    return TokenObservations.of_rows(_measured(checked_head(HeadArgs(hidden, weight, bias), given), given))
 
 
 def fused_linear_loss(
@@ -159,22 +156,17 @@ def fused_linear_loss(
         >>> weight.grad[:, 0]
         tensor([ 0.2500,  0.2500,  0.2500, -0.7500])
     """
-    given = Given.for_loss(batch, loss, readout, plan, shard)
-    checked = checked_head(STATISTICS, HeadArgs(hidden, weight, bias), given)
-    kernel = COMPOSED
+    given = Given.for_loss(STATISTICS, batch, loss, readout, plan, shard)
+    checked = checked_head(HeadArgs(hidden, weight, bias), given)
     if checked.shard is None:
         dtype = row_dtype(checked.sweep.dtype)
         backend, kernel = kernel_of(loss, plan, hidden.device, dtype, weight.shape[0])
-    if kernel == COMPOSED:
-        loss.check_scopes()
-        found = _in_chunks(STATISTICS, checked, batch, loss)
-    elif any(wanted := wanted_of(checked.head)):
-        of_rows = (as_rows(batch.target), checked.readout, program_args(loss, batch, dtype))
-        sweep = checked.sweep._replace(backend=backend)
-        found = OnePassLinear.apply(*checked.head, *of_rows, kernel, sweep, wanted)
-    else:
-        found = None
-    value, *stats = found or _apart(STATISTICS, checked, batch, loss)
+        if kernel != COMPOSED and any(wanted := wanted_of(checked.head)):
+            of_rows = (as_rows(batch.target), checked.readout, program_args(loss, batch, dtype))
+            sweep = checked.sweep._replace(backend=backend)
+            value, *stats = OnePassLinear.apply(*checked.head, *of_rows, kernel, sweep, wanted)
+            return LossOutput.of(value, stats, batch, loss)
+    value, *stats = _composed(checked, given, batch, loss)
     return LossOutput.of(value, stats, batch, loss)
 
 
@@ -201,33 +193,35 @@ def observed_linear_loss(
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as ``fused_linear_loss`` does.
     """
-    given = Given.for_loss(batch, loss, readout, plan, None)
-    checked = checked_head(OBSERVATIONS, HeadArgs(hidden, weight, bias), given)
-    loss.check_scopes()
-    found = _in_chunks(OBSERVATIONS, checked, batch, loss) or _apart(OBSERVATIONS, checked, batch, loss)
-    value, *rows = found
+    given = Given.for_loss(OBSERVATIONS, batch, loss, readout, plan, None)
+    checked = checked_head(HeadArgs(hidden, weight, bias), given)
+    value, *rows = _composed(checked, given, batch, loss)
     seen = TokenObservations.of_rows([x.detach().view(batch.target.shape) for x in rows])
     return LossOutput.of(value, seen[:3], batch, loss), seen
 
 
-def _measured(operators: Operators, checked: CheckedHead, target: Tensor) -> list[Tensor]:
+def _measured(checked: CheckedHead, given: Given) -> list[Tensor]:
     """What operators find in each row, in target's shape."""
     head, readout, sweep, shard, sums, _ = checked
     if shard is not None and sums and head.hidden.requires_grad:
         hidden = SumGradient.apply(head.hidden, shard.ranks, row_dtype(head.hidden.dtype))
         head = head._replace(hidden=hidden)
-    found = LinearStatistics.apply(*head, as_rows(target), readout, sweep, operators, shard)
-    return [x.view(target.shape) for x in found]
+    found = LinearStatistics.apply(*head, as_rows(given.target), readout, sweep, given.operators, shard)
+    return [x.view(given.target.shape) for x in found]
 
 
-def _apart(operators: Operators, checked: CheckedHead, batch: Batch, loss: Loss) -> tuple[Tensor, ...]:
-    """Loss, and what operators find: the statistics of all tokens first, and four matmuls with the backward."""
-    found = _measured(operators, checked, batch.target)
-    return loss.composed(Tokens(batch, *found[:3]), loss.weights(batch)), *found
+def _composed(checked: CheckedHead, given: Given, batch: Batch, loss: Loss) -> tuple[Tensor, ...]:
+    """Loss, and what operators find in each row: in chunks, or where that cannot be of all tokens first."""
+    loss.check_scopes()
+    found = _in_chunks(checked, batch, loss, given.operators is OBSERVATIONS)
+    if found is None:
+        rows = _measured(checked, given)
+        found = loss.composed(Tokens(batch, *rows[:3]), loss.weights(batch)), *rows
+    return found
 
 
-def _in_chunks(operators: Operators, checked: CheckedHead, batch: Batch, loss: Loss) -> tuple[Tensor, ...] | None:
-    """What ``_apart`` returns, and the gradients in the same pass; None where that cannot be, or none is wanted."""
+def _in_chunks(checked: CheckedHead, batch: Batch, loss: Loss, observes: bool) -> tuple[Tensor, ...] | None:
+    """Loss and rows with the gradients made in the same pass; None where none is wanted, or that cannot be."""
     head, readout, sweep, shard, sums, row_bytes = checked
     # A compiler cannot follow an objective inside an autograd function; without values there are no lengths.
     if not any(wanted_of(head)) or torch.compiler.is_compiling() or not has_values(head.hidden):
@@ -239,6 +233,6 @@ def _in_chunks(operators: Operators, checked: CheckedHead, batch: Batch, loss: L
     groups = by_units(batch, loss.scope, rows_per_chunk(row_bytes, head.weight.device, sweep.max_chunk_bytes))
     if groups is None:
         return None
-    composition = Composition(batch, loss, groups, readout, operators is OBSERVATIONS, shard, sums)
+    composition = Composition(batch, loss, groups, readout, observes, shard, sums)
     found: tuple[Tensor, ...] = ComposedLinear.apply(*head, composition, sweep)
     return found

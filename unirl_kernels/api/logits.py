@@ -24,7 +24,7 @@ from unirl_kernels.backends import COMPOSED, ReadoutArgs, choose, row_dtype
 from unirl_kernels.batch import Batch
 from unirl_kernels.objectives import Loss, Tokens
 from unirl_kernels.operators.autograd import OnePass, Statistics
-from unirl_kernels.operators.shards import OBSERVATIONS, STATISTICS, Operators, ShardArgs
+from unirl_kernels.operators.shards import OBSERVATIONS, STATISTICS, ShardArgs
 from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout
 from unirl_kernels.shard import VocabShard
@@ -71,8 +71,8 @@ def token_stats(
         >>> logits.grad[0, 0]
         tensor([-0.2500, -0.2500, -0.2500,  0.7500])
     """
-    given = Given(target, readout, plan, shard)
-    return TokenStats(*_measured(STATISTICS, _checked(STATISTICS, logits, given), given))
+    given = Given(STATISTICS, target, readout, plan, shard)
+    return TokenStats(*_measured(_checked(logits, given), given))
 
 
 def token_observations(
@@ -108,8 +108,8 @@ def token_observations(
         >>> seen.argmax, seen.mean_logit
         (tensor([[1]]), tensor([[1.3333]]))
     """
-    given = Given(target, readout, plan, shard)
-    return TokenObservations.of_rows(_measured(OBSERVATIONS, _checked(OBSERVATIONS, logits, given), given))
+    given = Given(OBSERVATIONS, target, readout, plan, shard)
+    return TokenObservations.of_rows(_measured(_checked(logits, given), given))
 
 
 def fused_loss(
@@ -162,8 +162,8 @@ def fused_loss(
         >>> logits.grad[0, 0]  # -2 (1[j = 3] - 1/4)
         tensor([ 0.5000,  0.5000,  0.5000, -1.5000])
     """
-    given = Given.for_loss(batch, loss, readout, plan, shard)
-    checked = _checked(STATISTICS, logits, given)
+    given = Given.for_loss(STATISTICS, batch, loss, readout, plan, shard)
+    checked = _checked(logits, given)
     if checked.shard is None:
         logits = checked.logits
         choice = kernel_of(loss, plan, logits.device, logits.dtype, logits.shape[-1])
@@ -174,7 +174,7 @@ def fused_loss(
             of_rows = (as_rows(batch.target), checked.readout, program)
             value, *stats = OnePass.apply(logits, *of_rows, *choice, plan.overwrite_logits)
             return LossOutput.of(value, stats, batch, loss)
-    stats = _measured(STATISTICS, checked, given)
+    stats = _measured(checked, given)
     return LossOutput.of(loss.composed(Tokens(batch, *stats), loss.weights(batch)), stats, batch, loss)
 
 
@@ -186,7 +186,7 @@ class CheckedLogits(NamedTuple):
     shard: ShardArgs | None
 
 
-def _checked(operators: Operators, logits: Tensor, given: Given) -> CheckedLogits:
+def _checked(logits: Tensor, given: Given) -> CheckedLogits:
     logits, shard = shard_of_logits(logits, given.shard)
     if shard is None:
         return CheckedLogits(logits, _readout(logits, given, None), None)
@@ -194,11 +194,11 @@ def _checked(operators: Operators, logits: Tensor, given: Given) -> CheckedLogit
 
     def check() -> tuple[ReadoutArgs, Brought]:
         readout, columns = _readout(logits, given, shard), logits.shape[-1]
-        check_split(shard, columns, operators, given, logits.device)
+        check_split(shard, columns, given, logits.device)
         return readout, Brought(columns)
 
     own = {"operand": getattr(logits, "dtype", None)}
-    readout, of_shard, _ = agreed(shard, logits, operators, given, own, check)
+    readout, of_shard, _ = agreed(shard, logits, given, own, check)
     return CheckedLogits(logits, readout, of_shard)
 
 
@@ -211,11 +211,11 @@ def _readout(logits: Tensor, given: Given, shard: VocabShard | None) -> ReadoutA
     return readout_args(given.readout, given.target, row_dtype(logits.dtype), given.batch)
 
 
-def _measured(operators: Operators, checked: CheckedLogits, given: Given) -> list[Tensor]:
+def _measured(checked: CheckedLogits, given: Given) -> list[Tensor]:
     """What operators find in each row, in target's shape."""
     logits, target, plan = checked.logits, given.target, given.plan
     backend = choose(logits.device, plan.backend, plan.kernel).backend
-    of_rows = (as_rows(target), checked.readout, backend, operators)
+    of_rows = (as_rows(target), checked.readout, backend, given.operators)
     if checked.shard is None and not wants_gradient(logits):
         found = Statistics.without_gradient(logits, *of_rows)
     else:
