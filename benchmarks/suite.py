@@ -3,8 +3,9 @@ FOLDER`` and the parts ``logits``, ``heads`` and ``peers``; with ``--device cpu`
 torch and what it measures.
 
 A record for each is written as soon as it is made, and a work that has one is left out, so that what is missing can be
-asked for again. A peer that is right and faster is named. Exit code 1: a kernel of this package is wrong, or a work
-failed; 3: the device is lost.
+asked for again. A peer that is right and faster is named. A kernel that loses the device, or does not return, is named
+in FOLDER/left-out.txt and left out from then on. Exit code 1: a kernel of this package is wrong, or a work failed; 3:
+such a kernel, call again for the rest.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ import torch
 from benchmarks.measurement import Measurement
 from benchmarks.outcome import record_of, wrong_kernels
 from benchmarks.providers import OURS, Provider
-from benchmarks.record import OK, Run
+from benchmarks.record import FAILED, OK, Row, Run
 from benchmarks.selection import chosen
 from benchmarks.table import markdown, remarks
+from benchmarks.watch import LIMITS, LOST, Watch, label
 from benchmarks.work import FORWARD_BACKWARD, FUSED, STATS, Work
 
 MODES = (FUSED, STATS, FORWARD_BACKWARD)
@@ -129,13 +131,40 @@ def name_of(part: str, work: Work) -> str:
     return f"{part}-{work.mode}{loss}-{size}-{work.dtype}"
 
 
-def timed(work: Work, providers: Sequence[Provider], rounds: int) -> Run:
-    """Check, measure and show one work."""
-    measurement = Measurement(work, providers)
-    measurement.check(lambda: None)
-    run = measurement.time(rounds, lambda: None)
-    print(markdown(run), *remarks(run), *faster_peers(run), sep="\n", flush=True)
-    return run
+class DeviceLost(Exception):
+    """Nothing more can be done on the device by this process."""
+
+
+def timed(work: Work, providers: Sequence[Provider], rounds: int, watch: Watch) -> Run:
+    """Check and measure one work."""
+
+    def after_each() -> None:
+        if lost(work.device):
+            raise DeviceLost
+        watch.rest()
+
+    measurement = Measurement(work, [watch.over(provider) for provider in providers])
+    measurement.check(after_each)
+    return measurement.time(rounds, after_each)
+
+
+def timed_without_failing(work: Work, providers: Sequence[Provider], rounds: int, watch: Watch) -> Run:
+    """``timed``; a provider that was right and fails later is a row that failed, and the others are timed again."""
+    failed: list[Row] = []
+    while True:
+        try:
+            run = timed(work, providers, rounds, watch)
+        except Exception as error:
+            culprits = [provider for provider in providers if label(provider) == watch.at_work]
+            if not culprits or lost(work.device):
+                raise
+            traceback.print_exc()
+            reasons = [f"{type(error).__name__}: {error}".splitlines()[0]]
+            failed += [Row(p.name, p.kernel, p.overwrites, FAILED, reasons) for p in culprits]
+            providers = [provider for provider in providers if provider not in culprits]
+            watch.rest()
+        else:
+            return replace(run, rows=[*run.rows, *failed])
 
 
 def faster_peers(run: Run) -> list[str]:
@@ -147,32 +176,42 @@ def faster_peers(run: Run) -> list[str]:
     return [f"FASTER {key}: {seconds[key] / best:.2f} x" for key in peers if best is not None and seconds[key] < best]
 
 
-def measure(part: str, work: Work, options: argparse.Namespace) -> str:
-    """Measure and save one work, and say what is wrong with it; nothing where it is right."""
+def measure(part: str, work: Work, options: argparse.Namespace, watch: Watch) -> str:
+    """Measure, show and save one work, and say what is wrong with it; nothing where it is right."""
     file = options.folder / f"{name_of(part, work)}.json"
     if file.exists():
         return ""
+    left_out = watch.left_out()
     providers = chosen(work, options.kernels, ["all"] if part == "peers" else ["eager"])
     rounds = 2 if options.small else SIZES[work.device].rounds[part]
     try:
-        run = timed(work, providers, rounds)
+        run = timed_without_failing(work, [p for p in providers if label(p) not in left_out], rounds, watch)
+        run = replace(run, skipped={**run.skipped, **left_out})
+        print(markdown(run), *remarks(run), *faster_peers(run), sep="\n", flush=True)
         record_of([run], torch.device(work.device)).save(file)
         return wrong_kernels([run])
     except Exception as error:  # the works after this one still count
         traceback.print_exc()
+        if lost(work.device):
+            raise DeviceLost from error
         return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def lost(device: str) -> bool:
     """After an access to memory that is not there, nothing more can be done on the device by this process."""
     try:
-        gc.collect()
         if device == "cuda":
             torch.cuda.synchronize()
-            torch.cuda.empty_cache()
     except RuntimeError:
         return True
     return False
+
+
+def release(device: str) -> None:
+    """Give the memory of a work back."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def main() -> int:
@@ -186,16 +225,22 @@ def main() -> int:
     options = parser.parse_args()
     device = "cpu" if options.small else options.device
     options.kernels = options.kernels or {"cuda": ["triton", "cuda"], "cpu": ["cpu"]}[device]
-    code = 0
+    watch, code = Watch(options.folder / "left-out.txt", LIMITS[device]), 0
     for part in options.parts:
         for work in works(part, device, options.small, options.modes):
             work = small(work) if options.small else work
             print(f"== {name_of(part, work)}", flush=True)
-            if wrong := measure(part, work, options):
+            try:
+                wrong = measure(part, work, options, watch)
+            except DeviceLost:
+                print(f"WRONG {name_of(part, work)}: {watch.blame('loses the device')}", flush=True)
+                return LOST if watch.at_work else 1  # without it another process would fare no better
+            finally:
+                watch.rest()
+            if wrong:
                 print(f"WRONG {name_of(part, work)}: {wrong}", flush=True)
                 code = 1
-            if lost(device):
-                return 3
+            release(device)
     return code
 
 

@@ -124,6 +124,26 @@ def test_what_is_not_done_is_no_success(tmp_path: Path, body: str, limit: int, s
         assert (records_of(tmp_path / "out") / "doctor.log").read_text() == "FAILED made up\n"
 
 
+ENDS_ONCE = """
+for last; do :; done
+case "$*" in *benchmarks.suite*) ;; *) exit 1 ;; esac
+[ -e {once} ] && exit 0
+touch {once}
+echo WRONG made up
+exit 3
+"""
+
+
+def test_the_suite_goes_on_after_a_kernel_has_ended_it(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\n" + ENDS_ONCE.format(once=tmp_path / "once"))
+    python.chmod(0o755)
+    done = gpu_check(tmp_path / "out", "bench", python=str(python), limit=60)
+    lines = (tmp_path / "out" / "summary.txt").read_text().splitlines()
+    assert [line.split()[:2] for line in lines] == [["bench", "failed,"], ["WRONG", "made"], ["bench-2", "ok"]]
+    assert done.returncode == 1
+
+
 def test_a_step_that_there_is_not(tmp_path: Path) -> None:
     done = gpu_check(tmp_path, "dance")
     assert (done.returncode, done.stderr) == (2, "gpu-check: no step dance\n")

@@ -160,11 +160,11 @@ def fused_linear_loss(
     checked = checked_head(HeadArgs(hidden, weight, bias), given)
     if checked.shard is None:
         dtype = row_dtype(checked.sweep.dtype)
-        backend, kernel = kernel_of(loss, plan, hidden.device, dtype, weight.shape[0])
-        if kernel != COMPOSED and any(wanted := wanted_of(checked.head)):
+        choice = kernel_of(loss, plan, hidden.device, dtype, weight.shape[0])
+        if choice.kernel != COMPOSED and any(wanted := wanted_of(checked.head)):
             of_rows = (as_rows(batch.target), checked.readout, program_args(loss, batch, dtype))
-            sweep = checked.sweep._replace(backend=backend)
-            value, *stats = OnePassLinear.apply(*checked.head, *of_rows, kernel, sweep, wanted)
+            sweep = checked.sweep._replace(backend=choice.backend)
+            value, *stats = OnePassLinear.apply(*checked.head, *of_rows, choice.kernel, sweep, wanted)
             return LossOutput.of(value, stats, batch, loss)
     value, *stats = _composed(checked, given, batch, loss)
     return LossOutput.of(value, stats, batch, loss)

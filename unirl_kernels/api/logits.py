@@ -172,7 +172,8 @@ def fused_loss(
         if choice.kernel != COMPOSED and wants_gradient(logits) and not waits:
             program = program_args(loss, batch, row_dtype(logits.dtype))
             of_rows = (as_rows(batch.target), checked.readout, program)
-            value, *stats = OnePass.apply(logits, *of_rows, *choice, plan.overwrite_logits)
+            how = (choice.backend, choice.kernel, plan.overwrite_logits)
+            value, *stats = OnePass.apply(logits, *of_rows, *how)
             return LossOutput.of(value, stats, batch, loss)
     stats = _measured(checked, given)
     return LossOutput.of(loss.composed(Tokens(batch, *stats), loss.weights(batch)), stats, batch, loss)

@@ -276,7 +276,7 @@ class Loss:
             raise UnsupportedOperation(self._traced)
         if self._traced is None:
             raise ValueError(f"a {self.scope}-scope objective has no scalar program")
-        return self._traced[on_policy]
+        return self._traced[int(on_policy)]  # torch.compile of torch 2.11 takes no bool for an index
 
     def params(self, batch: Batch, dtype: torch.dtype) -> Tensor:
         """[n_params] float64: the program's parameters for rows in ``dtype`` of a batch, on its device."""
@@ -286,7 +286,7 @@ class Loss:
         params = traced.params_of(dtype, wide)
         if torch.compiler.is_compiling():
             kept = None if traced.graph.limits else self._params
-            return _compiled(params, device) if kept is None else kept[batch.on_policy].to(device)
+            return _compiled(params, device) if kept is None else kept[int(batch.on_policy)].to(device)
         # What is made in FakeTensorMode must not be kept.
         return _on_device(params, device) if has_values(batch.target) else _tensor(params).to(device)
 

@@ -96,10 +96,12 @@ def _recorded(graph: Graph, objective: Objective, tokens: SymbolicTokens) -> Exp
     try:
         return expr_of(graph, objective(tokens))
     except UnsupportedOperation as error:
-        raise UnsupportedOperation(f"objective {name_of(objective)} {error}. {WAY_OUT}") from None
+        refused = error.args[0]
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise UnsupportedOperation(f"objective {name_of(objective)} cannot be traced ({reason}). {WAY_OUT}") from error
+    # Behind the handler instead of "from None", which torch.compile of torch 2.11 cannot follow.
+    raise UnsupportedOperation(f"objective {name_of(objective)} {refused}. {WAY_OUT}")
 
 
 def name_of(objective: Objective) -> str:

@@ -402,6 +402,21 @@ def test_the_way_that_is_forced_runs() -> None:
 
 @needs_matmuls
 @in_each_way
+def test_onednn_is_disabled_later() -> None:
+    """Right all the same, or an error of our own."""
+    x = case(17, 33, 129, torch.bfloat16)
+    expected = logits_of(x)
+    with torch.backends.mkldnn.flags(enabled=False):
+        if native.matmul_way(torch.bfloat16) == "brgemm-bf16":
+            with pytest.raises(RuntimeError, match=r"torch.backends.mkldnn must be enabled for .*; torch says: .*\Z"):
+                logits_of(x)
+        else:
+            assert_right("logits", logits_of(x), x)
+    assert torch.equal(logits_of(x), expected)
+
+
+@needs_matmuls
+@in_each_way
 def test_matmuls_of_torch_run_on_the_same_threads() -> None:
     """On AMX they would die on tiles that are still configured for ours."""
     x = case(64, 96, 512, torch.bfloat16)
