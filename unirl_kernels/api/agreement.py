@@ -103,7 +103,7 @@ def agreed(
     call = f"{given.operators.whole.name} {'without' if given.of_loss is None else 'for'} a loss"
     arguments = {"call": call, "readout": given.readout, **own}
     if given.of_loss is not None:
-        arguments |= given.of_loss._asdict()
+        arguments |= zip(("batch", "loss"), given.of_loss, strict=True)
     try:
         result, brought = check()
         values = waits or not reading_waits(target)

@@ -20,13 +20,6 @@ from unirl_kernels.shard import VocabShard
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-class LossArgs(NamedTuple):
-    """What a loss is computed of, as it was given: nobody has checked it."""
-
-    batch: Batch
-    loss: Loss
-
-
 class Given(NamedTuple):
     """What functions on logits and on linear heads are given alike, and what they find: nobody has checked it."""
 
@@ -35,7 +28,7 @@ class Given(NamedTuple):
     readout: Readout
     plan: Plan
     shard: VocabShard | None
-    of_loss: LossArgs | None = None
+    of_loss: tuple[Batch, Loss] | None = None
 
     @classmethod
     def for_loss(
@@ -49,17 +42,18 @@ class Given(NamedTuple):
     ) -> Given:
         # What has no target is refused by the check of the types.
         target = batch.target if isinstance(batch, Batch) else torch.empty(0, dtype=torch.int64)
-        return cls(operators, target, readout, plan, shard, LossArgs(batch, loss))
+        return cls(operators, target, readout, plan, shard, (batch, loss))
 
     @property
     def batch(self) -> Batch | None:
-        return None if self.of_loss is None else self.of_loss.batch
+        return None if self.of_loss is None else self.of_loss[0]
 
     def check_kinds(self) -> None:
         """Raise a ``TypeError`` unless batch, loss, readout and plan are what they are called."""
         if self.of_loss is not None:
-            check_kind("batch", self.of_loss.batch, Batch)
-            check_kind("loss", self.of_loss.loss, Loss)
+            batch, loss = self.of_loss
+            check_kind("batch", batch, Batch)
+            check_kind("loss", loss, Loss)
         check_kind("readout", self.readout, Readout)
         check_kind("plan", self.plan, Plan)
 

@@ -36,12 +36,13 @@ class CheckedHead(NamedTuple):
 def checked_head(head: HeadArgs, given: Given) -> CheckedHead:
     head, shard = shard_of_head(head, given.shard)
     if shard is None:
-        return CheckedHead(_flat(head), *_sweep(head, given, None))
+        readout, sweep = _sweep(head, given, None)
+        return CheckedHead(_flat(head), readout, sweep)
     check_kind("shard", shard, VocabShard)
 
     def check() -> tuple[tuple[ReadoutArgs, SweepArgs], Brought]:
-        readout, sweep = _sweep(head, given, shard)
-        return (readout, sweep), _brought(head, sweep, shard, given)
+        found = _sweep(head, given, shard)
+        return found, _brought(head, found[1], shard, given)
 
     own = {"hidden": shard.hidden, "operand": _kind_of(head)}
     found, of_shard, row_bytes = agreed(shard, head.hidden, given, own, check, waits=True)
@@ -99,7 +100,7 @@ def _gathered(hidden: Tensor, shard: VocabShard) -> Tensor:
 
 def _flat(head: HeadArgs) -> HeadArgs:
     """Its hidden states as [T, D]."""
-    return head._replace(hidden=head.hidden.reshape(-1, head.hidden.shape[-1]))
+    return HeadArgs(head.hidden.reshape(-1, head.hidden.shape[-1]), head.weight, head.bias)
 
 
 def wanted_of(head: HeadArgs) -> Wanted:

@@ -129,9 +129,9 @@ def fused_loss(
     f is the objective, f_x = df/dx, and w_t the weight that the aggregation gives token t. z are the logits of the
     token after the readout, p = softmax(z), y is the target and H the entropy.
 
-    A loss of token scope reads the logits once and writes their gradient once. Two cases take two passes, the
-    statistics first and the gradient in ``backward``: a loss of a wider scope, and fp16 logits unless ``plan`` names a
-    kernel. The gradient of fp16 logits must not be rounded before the loss scale has multiplied it.
+    A loss of token scope reads the logits once and writes their gradient once. A loss of a wider scope takes two
+    passes: the statistics first, the gradient in ``backward``. So do fp16 logits unless ``plan`` names a kernel, for
+    their gradient must not be rounded before the loss scale has multiplied it.
 
     Args:
         logits: [B, L, V] or [T, V], in the layout of ``batch.target``; float32, bfloat16 or float16 (float64 for
@@ -140,7 +140,8 @@ def fused_loss(
         loss: an objective and its aggregation, or a sum of losses.
         readout: how logits become a distribution.
         plan: how the machine computes it.
-        shard: as in ``token_stats``. The loss then takes two passes, and is the same on all ranks.
+        shard: this rank's columns of a vocabulary that is split over ranks, as in ``token_stats``. The loss then takes
+            two passes, and is the same on all ranks.
 
     Returns:
         ``LossOutput``. Its ``loss`` is differentiable in the logits. The gradient is computed in the forward;

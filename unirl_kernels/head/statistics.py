@@ -136,12 +136,12 @@ def _merged(tiles: Sequence[Tile], readout: ReadoutArgs, vocab: int) -> Measured
 
 def no_rows(target: Tensor, head: Head, *groups: type[Any]) -> list[Any]:
     """Groups as they are for tokens that are ignored. No views: users may change what an operator returns in place."""
+    dtype = head.row_dtype
 
-    def zeros(group: type[Any]) -> Any:
-        values = {name: target.new_zeros(target.shape, dtype=head.row_dtype) for name in group._fields}
-        return group(**values | ({"argmax": torch.full_like(target, -1)} if "argmax" in values else {}))
+    def value(field: str) -> Tensor:
+        return torch.full_like(target, -1) if field == "argmax" else target.new_zeros(target.shape, dtype=dtype)
 
-    return [zeros(group) for group in groups]
+    return [group(*map(value, group._fields)) for group in groups]
 
 
 def _put(chunk: Chunk, whole: Any, found: Any, target: Tensor) -> None:

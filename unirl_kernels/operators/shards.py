@@ -106,8 +106,8 @@ def rows_of(
 
 
 def _whole(found: Measured | Observed) -> Whole:
-    stats, moments, *observations = found
-    return stats, moments, tuple(x for group in observations for x in group)
+    stats, moments, *others = found
+    return stats, moments, tuple(*others)
 
 
 def tiles_like(target: Tensor, dtype: torch.dtype, tiles: Tiles) -> RowMoments:
