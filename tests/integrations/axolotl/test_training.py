@@ -1,4 +1,4 @@
-"""axolotl trains alike on its own losses and with the plugin that a configuration names: SFT and DPO, full and LoRA."""
+"""axolotl trains alike on its own losses and with the plugin that a configuration names: SFT and DPO."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def configuration(folder: Path, stage: str, tuning: str, **options: Any) -> Path:
+def configuration(folder: Path, stage: str, **options: Any) -> Path:
     """A file as a user of axolotl writes it."""
     data = {"path": str(folder / f"{stage}.jsonl"), "ds_type": "json", "split": "train"}
     given: dict[str, Any] = {
@@ -80,9 +80,6 @@ def configuration(folder: Path, stage: str, tuning: str, **options: Any) -> Path
         "dataset_num_proc": 1,
         "device": "cpu",
     }
-    if tuning == "lora":
-        given |= {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_linear": True}
-        given |= {f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o", "embedding")}  # of GPUs
     if stage == "dpo":
         given |= {"rl": "dpo"}
     file = folder / "config.yaml"
@@ -125,11 +122,10 @@ def exact_loss(logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_bat
     return -torch.where(target != -100, logp, 0).sum() / count
 
 
-@pytest.mark.parametrize("tuning", ["full", "lora"])
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_trains_as_with_its_own_losses(stage: str, tuning: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = train(configuration(folder, stage, tuning), monkeypatch)
-    file = configuration(folder, stage, tuning, plugins=[PLUGIN])
+def test_trains_as_with_its_own_losses(stage: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = train(configuration(folder, stage), monkeypatch)
+    file = configuration(folder, stage, plugins=[PLUGIN])
     with monkeypatch.context() as in_fp64:
         in_fp64.setattr(ours, "causal_lm_loss", exact_loss)
         in_fp64.setattr(ours, "LogitFunctions", Exact)
