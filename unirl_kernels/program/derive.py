@@ -16,8 +16,7 @@ from unirl_kernels.program.ir import (
     Op,
     Program,
 )
-
-Rule = Callable[[Expr, tuple[Expr, ...], tuple[Expr, ...]], Expr]
+from unirl_kernels.program.kinks import Rule
 
 
 def _along(slope: Callable[[Expr, Expr], Expr]) -> Rule:
@@ -79,8 +78,8 @@ RULES: dict[Op, Rule] = {
     Op.NEG: lambda y, x, dx: -dx[0],
     Op.ABS: _along(lambda x, y: apply(Op.SIGN, x) + kinks.KINKS.abs * equal(x, 0)),
     Op.SIGN: _step,
-    Op.MINIMUM: kinks.extremum((0, 1)),
-    Op.MAXIMUM: kinks.extremum((1, 0)),
+    Op.MINIMUM: kinks.extremum(lambda x, y: x <= y),
+    Op.MAXIMUM: kinks.extremum(lambda x, y: y <= x),
     Op.CLAMP: kinks.clamp,
     Op.EXP: _along(lambda x, y: y),
     Op.EXPM1: _along(lambda x, y: apply(Op.EXP, x)),
@@ -96,7 +95,7 @@ RULES: dict[Op, Rule] = {
     Op.WHERE: lambda y, x, dx: where(x[0], dx[1], dx[2]),
     Op.POW: _power,
 }
-"""Derivative of each operation: rule(value, arguments, their derivatives). PyTorch's conventions at kinks."""
+"""Derivative of each operation, at kinks as PyTorch has it."""
 
 
 def derivative(of: Expr, wrt: str) -> Expr:

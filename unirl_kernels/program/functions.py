@@ -58,10 +58,6 @@ def _logaddexp(x: Expr, other: Expr) -> Expr:
     return where(equal(x, other) * _is_inf(x), x, value)
 
 
-def _lerp(x: Expr, end: Expr, weight: Expr) -> Expr:
-    return x + weight * (end - x)
-
-
 def _not(g: Graph, x: Any) -> Expr:
     return 1 - truth_of(g, x)
 
@@ -97,14 +93,6 @@ def _extremum(op: Op) -> Function:
 
 def _where(g: Graph, condition: Any, input: Any, other: Any) -> Expr:
     return where(condition_of(g, condition, "chooses by"), expr_of(g, input), expr_of(g, other))
-
-
-def _masked_fill(g: Graph, x: Any, mask: Any, value: Any) -> Expr:
-    return _where(g, mask, value, x)
-
-
-def _where_method(g: Graph, x: Any, condition: Any, other: Any) -> Expr:
-    return _where(g, condition, x, other)
 
 
 def _clamp(g: Graph, x: Any, min: Any = None, max: Any = None) -> Expr:
@@ -199,13 +187,13 @@ FUNCTIONS: dict[str, Function] = {op.name.lower(): _direct(op) for op in Op} | {
     "isfinite": _of(lambda x: apply(Op.ABS, x) < math.inf),
     "isinf": _of(_is_inf),
     "isnan": _of(lambda x: _unequal(x, x)),
-    "lerp": _of(_lerp),
+    "lerp": _of(lambda x, end, weight: x + weight * (end - x)),
     "log_sigmoid": _direct(Op.LOGSIGMOID),
     "logaddexp": _of(_logaddexp),
     "logical_and": _and,
     "logical_not": _not,
     "logical_or": _or,
-    "masked_fill": _masked_fill,
+    "masked_fill": lambda g, x, mask, value: _where(g, mask, value, x),
     "max": _extremum(Op.MAXIMUM),
     "maximum": _extremum(Op.MAXIMUM),
     "min": _extremum(Op.MINIMUM),
@@ -230,7 +218,7 @@ FUNCTIONS: dict[str, Function] = {op.name.lower(): _direct(op) for op in Op} | {
 """Supported torch functions, by name. An operation of programs is the torch function of its name, but for those that
 stand here."""
 
-METHODS = FUNCTIONS | {"where": _where_method}
+METHODS = FUNCTIONS | {"where": lambda g, x, condition, other: _where(g, condition, x, other)}
 """Supported tensor methods: ``where`` alone takes its operands in another order than the function."""
 
 LOGIC = frozenset({"bitwise_and", "bitwise_not", "bitwise_or", "logical_and", "logical_not", "logical_or"})

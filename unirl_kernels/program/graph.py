@@ -10,6 +10,14 @@ from unirl_kernels.program.ir import Op
 LARGEST_FP32 = (2 - 2.0**-23) * 2.0**127
 
 
+def _binary(op: Op) -> Callable[[Expr, Expr | float], Expr]:
+    return lambda x, y: apply(op, x, y)
+
+
+def _reflected(op: Op) -> Callable[[Expr, float], Expr]:
+    return lambda x, y: apply(op, y, x)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Expr:
     """One expression of a graph, with the operators of arithmetic. A number beside it is a constant.
@@ -42,35 +50,18 @@ class Expr:
             return self.graph.const(-self.constant)
         return self.args[0] if self.kind is Op.NEG else None
 
-    def __add__(self, other: Expr | float) -> Expr:
-        return apply(Op.ADD, self, other)
-
-    def __sub__(self, other: Expr | float) -> Expr:
-        return apply(Op.SUB, self, other)
-
-    def __rsub__(self, other: float) -> Expr:
-        return apply(Op.SUB, other, self)
-
-    def __mul__(self, other: Expr | float) -> Expr:
-        return apply(Op.MUL, self, other)
-
-    def __rmul__(self, other: float) -> Expr:
-        return apply(Op.MUL, other, self)
-
-    def __truediv__(self, other: Expr | float) -> Expr:
-        return apply(Op.DIV, self, other)
-
-    def __rtruediv__(self, other: float) -> Expr:
-        return apply(Op.DIV, other, self)
+    __add__ = _binary(Op.ADD)
+    __sub__ = _binary(Op.SUB)
+    __rsub__ = _reflected(Op.SUB)
+    __mul__ = _binary(Op.MUL)
+    __rmul__ = _reflected(Op.MUL)
+    __truediv__ = _binary(Op.DIV)
+    __rtruediv__ = _reflected(Op.DIV)
+    __lt__ = _binary(Op.LT)
+    __le__ = _binary(Op.LE)
 
     def __neg__(self) -> Expr:
         return apply(Op.NEG, self)
-
-    def __lt__(self, other: Expr | float) -> Expr:
-        return apply(Op.LT, self, other)
-
-    def __le__(self, other: Expr | float) -> Expr:
-        return apply(Op.LE, self, other)
 
 
 def apply(op: Op, *operands: Expr | float, value: str = "") -> Expr:

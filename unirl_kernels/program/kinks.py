@@ -16,6 +16,9 @@ from torch import Tensor
 from unirl_kernels.program.graph import Expr, apply, equal, where
 from unirl_kernels.program.ir import Op
 
+Rule = Callable[[Expr, tuple[Expr, ...], tuple[Expr, ...]], Expr]
+"""Derivative of an operation: rule(value, arguments, their derivatives)."""
+
 NUMBERS, TENSORS = "numbers", "tensors"
 """What the bounds of a clamp are: torch has a function for each, and they differ at the bounds."""
 
@@ -123,14 +126,18 @@ def _at_bounds(x: tuple[Expr, ...], dx: tuple[Expr, ...]) -> Expr:
     return where(at_low, where(at_high, _sum(KINKS.both, dx), of_low), of_high)
 
 
-def extremum(order: tuple[int, int]) -> Callable[[Expr, tuple[Expr, ...], tuple[Expr, ...]], Expr]:
-    """Rule of minimum and maximum: the chosen argument's derivative, a share of both at a tie, their sum where an
-    argument is NaN."""
+def extremum(is_first: Callable[[Expr, Expr], Expr]) -> Rule:
+    """Rule of minimum or maximum: the chosen argument's derivative, a share of both at a tie, their sum where an
+    argument is NaN.
+
+    Args:
+        is_first: is_first(x, y): whether x is the minimum, or the maximum, of x and y.
+    """
 
     def rule(y: Expr, x: tuple[Expr, ...], dx: tuple[Expr, ...]) -> Expr:
         if dx[0] is dx[1]:
             return dx[0]
-        first, second = (x[k] <= x[1 - k] for k in order)
+        first, second = is_first(x[0], x[1]), is_first(x[1], x[0])
         if_first = where(second, _sum(KINKS.tie, dx), dx[0])
         return where(first, if_first, where(second, dx[1], dx[0] + dx[1]))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import linecache
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,10 +17,10 @@ from torch import Tensor
 
 import unirl_kernels as uk
 from tests.backends.triton.rows import DEVICE, OBJECTIVES
-from unirl_kernels.backends.triton import scalar_math
+from unirl_kernels.backends.triton import lowering, scalar_math
 from unirl_kernels.backends.triton.lowering import OPERATORS, device_function, source
 from unirl_kernels.backends.triton.rows import row_fields
-from unirl_kernels.program import ZERO, Op, Program, evaluate, trace
+from unirl_kernels.program import ZERO, Op, Program, evaluate, parsed, trace
 from unirl_kernels.program.ir import Instruction
 
 NUMBERS = (
@@ -118,6 +120,17 @@ def test_parameters_do_not_make_a_new_function() -> None:
     assert one.params != other.params
     assert device_function(one.text) is device_function(other.text)
     assert device_function(trace([uk.sft().objective]).text) is not device_function(one.text)
+
+
+def test_a_generated_function_is_named_after_its_module_and_source() -> None:
+    """Copies of the package in one process may print a program differently; neither may find the other's lines."""
+    text = trace([uk.grpo().objective]).text
+    function = device_function(text).fn
+    assert function.__module__.startswith(f"{lowering.__name__}.objective_")
+    assert inspect.getsource(function) == source(parsed(text))
+    files = [name for name in linecache.cache if "objective_" in name]
+    assert files
+    assert all(name.startswith(f"<{lowering.__name__}.") for name in files)
 
 
 def test_source_needs_no_triton_and_reads_like_the_program() -> None:
