@@ -10,7 +10,8 @@ namespace unirl::cpu::UNIRL_ISA {
 // A 32nd of an octave of e^x.
 constexpr double POWER_STEP = 0.6931471805599453 / 32;
 
-// Whether the step of kappa's e^(kappa d) is a float, but for so little that e^-20 is off by 7e-8, as for kappa = 1.
+// Whether the step of e^(kappa d) is a float, but for so little that e^-20 is off by 7e-8: log(2) is 11629080 2^-24 but
+// for 2.7e-9, so that this holds for kappa = 1 and for temperatures in tenths.
 inline bool step_is_exact(double kappa) {
   const double step = POWER_STEP / kappa;
   return kappa > 0x1p-60 && kappa < 0x1p60 && fabs((float)step - step) < 0x1p-28 * step;
@@ -40,9 +41,9 @@ constexpr PowerBits power_bits() {
 
 alignas(64) constexpr PowerBits POWER_BITS = power_bits();
 
-// e^(kappa d) for d <= 0 as 2^(n / 32) 2^(r / 32), n whole, from a table that two vectors hold, with half of the
-// multiplications of a polynomial on [-1/2, 1/2]. DEGREE names the polynomial of the other instruction sets, of which
-// none errs less. BY_STEP takes d less n steps of kappa's float, where step_is_exact: an operation less.
+// e^(kappa d) for d <= 0 as 2^(n / 32) 2^(r / 32), n whole, from a table that two vectors hold: half of the
+// multiplications of a polynomial on [-1/2, 1/2]. DEGREE names the polynomial of the other instruction sets, and none
+// of those errs less. BY_STEP, for where step_is_exact, takes r from d and n steps: a multiplication less.
 template <int DEGREE, bool BY_STEP = false>
 struct Exponential {
   // Of e^y on |y| <= log(2) / 64: 1 + y (FIRST + SECOND y) errs by 5.3e-8, relative, and 1 + MEAN + FIRST y, which errs
@@ -84,7 +85,7 @@ struct Exponential {
       const __m512 of_j = _mm512_permutex2var_ps((__m512)powers[0], (__m512i)sum[k], (__m512)powers[1]);
       power[k] = (F32)((U32)of_j + ((U32)sum[k] << 18));
     }
-    // From the power itself, which then is the last to be rounded; or, for results of 16 bits, scale for nothing.
+    // In fp32 the power is added last, so that only one rounding counts. For 16 bits the polynomial takes scale.
     if (DEGREE == 5) {
       for (int k = 0; k < N; ++k) p[k] = r[k] * second + first;
       for (int k = 0; k < N; ++k) result[k] = ((power[k] * r[k]) * p[k] + power[k]) * scale;

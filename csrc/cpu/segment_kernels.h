@@ -62,6 +62,9 @@ struct Steps {
   }
 };
 
+constexpr auto larger = [](auto a, auto b) { return a > b ? a : b; };
+constexpr auto smaller = [](auto a, auto b) { return a < b ? a : b; };
+
 // Logits that are summed before their sum joins the segment's. A lane that adds hundreds of like numbers rounds them
 // all alike: without runs a segment of equal logits would be off by 6e-6 in the baseline.
 constexpr int64_t RUN = 32 * STEP;
@@ -80,41 +83,20 @@ UNIRL_ALWAYS_INLINE void add_given(Block& sum, Block u, const Steps<Format>& x, 
   add(sum, u);
 }
 
-// The sum of u, which is +-x.
-template <class Map, class Format>
-Block total(const Steps<Format>& x, const Map& map) {
-  Block total{};
-  for (int64_t run = 0; run < x.end(); run += RUN) {
-    const int64_t end = run + RUN < x.end() ? run + RUN : x.end();
-    Block of_run{};
-    for (int64_t i = run; i < end; i += STEP) {
-      Block block = x.load(i);
-      for (F32& v : block.of) v = map.signed_x(v);
-      add_given(of_run, block, x, i);
-    }
-    add(total, of_run);
-  }
-  return total;
-}
-
-// The largest of +-x (see Map::signed_x), and what no logit of a whole step is below.
-struct Ends {
-  float top, bottom;
+// What the first way over a segment finds.
+struct Overview {
+  float top;     // the largest of +-x (see Map::signed_x)
+  float bottom;  // what none of the whole steps is below
+  Block su;      // where it is wanted
 };
 
-// Formats of 16 bits: read as a whole number, a logit with a sign lies above those without.
-template <class Format>
-constexpr bool PACKED = sizeof(typename Format::Storage) == 2;
-
-constexpr auto larger = [](auto a, auto b) { return a > b ? a : b; };
-constexpr auto smaller = [](auto a, auto b) { return a < b ? a : b; };
-
-// Twice as many logits to a vector as when they are widened. A NaN is an end, or nothing's.
+// For logits of 16 bits, which are twice as many to a vector as when they are widened. Read as whole numbers, those
+// with a sign lie above those without. A NaN is found as an end, or by the sums.
 template <class Map, class Format>
-Ends packed_ends(const Steps<Format>& x) {
+Overview packed_overview(const Steps<Format>& x) {
   constexpr int N = 2 * LANES, VECTORS_OF_STEP = STEP / N;
   const U16 flip = U16{} + uint16_t(Map::NEGATES ? 0x8000 : 0);
-  const auto block = [&](const void* from, int k) { return load<U16>(static_cast<const uint16_t*>(from) + k * N) ^ flip; };
+  const auto block = [&](const uint16_t* from, int k) { return load<U16>(from + k * N) ^ flip; };
   S16 high[VECTORS_OF_STEP];
   U16 low[VECTORS_OF_STEP] = {};
   for (S16& of : high) of = S16{} + int16_t(INT16_MIN);
@@ -136,20 +118,27 @@ Ends packed_ends(const Steps<Format>& x) {
     }
     top = reduced<uint16_t, UNIRL_SIMD_BYTES>(nearest, smaller);
   }
-  return {Format::value(top), Format::value(lowest & 0x8000 ? lowest : 0)};
+  return {Format::value(top), Format::value(lowest & 0x8000 ? lowest : 0), {}};
 }
 
-template <class Map, class Format>
-Ends ends(const Steps<Format>& x, const Map& map) {
-  if constexpr (PACKED<Format> && !Map::BOUNDED) return packed_ends<Map>(x);
-  Block tops;
+template <bool PACKED, bool WITH_SU, class Map, class Format>
+UNIRL_ALWAYS_INLINE Overview overview(const Steps<Format>& x, const Map& map) {
+  if constexpr (PACKED) return packed_overview<Map>(x);
+  Block tops, su{};
   for (F32& top : tops.of) top = splat(-__builtin_inff());
-  for (int64_t i = 0; i < x.end(); i += STEP) {
-    const Block block = x.load(i);
-    for (int k = 0; k < VECTORS; ++k) tops.of[k] = maximum(tops.of[k], map.signed_x(block.of[k]));
+  for (int64_t run = 0; run < x.end(); run += RUN) {
+    const int64_t end = smaller(run + RUN, x.end());
+    Block run_su{};
+    for (int64_t i = run; i < end; i += STEP) {
+      Block block = x.load(i);
+      for (F32& v : block.of) v = map.signed_x(v);
+      for (int k = 0; k < VECTORS; ++k) tops.of[k] = maximum(tops.of[k], block.of[k]);
+      if (WITH_SU) add_given(run_su, block, x, i);
+    }
+    if (WITH_SU) add(su, run_su);
   }
   for (int k = 1; k < VECTORS; ++k) tops.of[0] = maximum(tops.of[0], tops.of[k]);
-  return {reduced<float, UNIRL_SIMD_BYTES>(tops.of[0], larger), -__builtin_inff()};
+  return {reduced<float, UNIRL_SIMD_BYTES>(tops.of[0], larger), -__builtin_inff(), su};
 }
 
 // Logits whose exponentials lie in their order: they may take the place of fp32 logits.
@@ -175,13 +164,16 @@ struct Kept {
 template <class Sums, class Exp, class Map, bool KEEPS, class Format>
 Sums sums(const Steps<Format>& x, const Readout<double>& readout, Kept<Format>* kept) {
   constexpr bool OBSERVES = std::is_same_v<Sums, Observed<double>>;
+  // u is +-x or costs a tanh. What costs nothing is summed first, where vectors are free to hold its sum.
+  constexpr bool SU_FIRST = OBSERVES && !Map::BOUNDED, SU_HERE = OBSERVES && Map::BOUNDED;
+  constexpr bool PACKED = sizeof(typename Format::Storage) == 2 && !OBSERVES && !Map::BOUNDED;
   const Map map(readout.gain);
   const Exp exponential(readout.kappa);
-  const Ends of_x = ends(x, map);
-  const float m = Map::map(map.v(map.signed_x(splat(of_x.top)))).value[0];
+  const Overview first = overview<PACKED, SU_FIRST>(x, map);
+  const float m = Map::map(map.v(map.signed_x(splat(first.top)))).value[0];
   // A segment of -inf alone has no finite maximum; its sum is then an exact zero.
   const float reference = m == -__builtin_inff() ? 0.0f : m;
-  Block s{}, sz{}, s2{}, su{};
+  Block s{}, sz{}, s2{}, su = first.su;
   const auto add_run = [&](int64_t run, int64_t end, auto clamps) {
     Block run_s{}, run_sz{}, run_s2{}, run_su{};
     for (int64_t i = run; i < end; i += STEP) {
@@ -189,8 +181,7 @@ Sums sums(const Steps<Format>& x, const Readout<double>& readout, Kept<Format>* 
       for (size_t at = 0; at < STEP * sizeof *x.x; at += 64) __builtin_prefetch((const char*)(x.x + i + SEGMENT) + at);
       Block u = x.load(i), d, e;
       for (F32& v : u.of) v = Map::map(map.v(v)).value;
-      // u is +-x or costs a tanh.
-      if (OBSERVES && Map::BOUNDED) add_given(run_su, u, x, i);
+      if (SU_HERE) add_given(run_su, u, x, i);
       for (int k = 0; k < VECTORS; ++k) d.of[k] = u.of[k] - reference;
       if (Map::BOUNDED && i >= x.whole) add(d, x.filling());
       if constexpr (clamps) {
@@ -207,29 +198,32 @@ Sums sums(const Steps<Format>& x, const Readout<double>& readout, Kept<Format>* 
     add(s, run_s);
     add(sz, run_sz);
     if (OBSERVES) add(s2, run_s2);
-    if (OBSERVES && Map::BOUNDED) add(su, run_su);
+    if (SU_HERE) add(su, run_su);
   };
   // Where no logit is far below the largest, whole steps do without a clamp.
-  const bool near = PACKED<Format> && !Map::BOUNDED && readout.kappa * (double(of_x.bottom) - of_x.top) > -87;
-  const int64_t clamped = near ? x.whole : 0;
-  if constexpr (PACKED<Format> && !Map::BOUNDED) {
-    for (int64_t run = 0; run < clamped; run += RUN) add_run(run, smaller(run + RUN, clamped), std::false_type{});
+  int64_t run = 0;
+  if constexpr (PACKED) {
+    const int64_t near = readout.kappa * (double(first.bottom) - first.top) > -87 ? x.whole : 0;
+    for (; run < near; run += RUN) add_run(run, smaller(run + RUN, near), std::false_type{});
+    run = near;
   }
-  for (int64_t run = clamped; run < x.end(); run += RUN) add_run(run, smaller(run + RUN, x.end()), std::true_type{});
+  for (int64_t end; run < x.end(); run = end) {
+    end = run < x.whole ? smaller(run + RUN, x.whole) : x.end();
+    add_run(run, end, std::true_type{});
+  }
   if (KEEPS) kept->finish(x);
-  if (OBSERVES && !Map::BOUNDED) su = total(x, map);
   const Moments<double> moments = {m, sum(s), sum(sz)};
   if constexpr (OBSERVES) {
-    return {moments, sum(s2), sum(su), of_x.top, 0};
+    return {moments, sum(s2), sum(su), first.top, 0};
   } else {
     return moments;
   }
 }
 
-// With the exponential that is the fastest for kappa.
+// With the exponential that is the fastest for kappa. In fp32, where memory binds, with the most exact one.
 template <class Sums, class Map, bool KEEPS, class Format>
 Sums sums(const Steps<Format>& x, const Readout<double>& readout, Kept<Format>* kept) {
-  if constexpr (HAS_POWERS && !Map::BOUNDED) {
+  if constexpr (HAS_POWERS && !Map::BOUNDED && !std::is_same_v<Format, Float32>) {
     if (step_is_exact(readout.kappa)) {
       return sums<Sums, Exponential<5, true>, Map, KEEPS>(x, readout, kept);
     }
