@@ -81,14 +81,14 @@ def releases() -> dict[str, str]:
     return dict(line.split() for line in found.splitlines())
 
 
-STOPPED = "KeyboardInterrupt !!!"
-"""In the line that an interrupted pytest prints."""
+STOPPED = re.compile(r"KeyboardInterrupt !!!|^KeyboardInterrupt$", flags=re.MULTILINE)
+"""In the last lines of an interrupted pytest, and of any other Python program."""
 
 
 def outcome(target: str, succeeded: bool, printed: str) -> str:
     """One cell of the table: the last line that counts tests or errors, else passed or failed."""
     counts = re.findall(r"^(?:=+ )?((?:\d+ \w+,? ?)+in [\d.]+s|Found \d+ .*|Success: .*)", printed, flags=re.MULTILINE)
-    said = "stopped" if STOPPED in printed else "passed" if succeeded else "failed"
+    said = "stopped" if STOPPED.search(printed) else "passed" if succeeded else "failed"
     return said + (f": {counts[-1].strip()}" if counts else "")
 
 

@@ -145,17 +145,17 @@ def _row(loss: Loss) -> str:
 def _coefficient(traced: Traced) -> str:
     """Loss and derivatives of each term as formulas. The sign of GC is the paradigm's: the objective is minus the
     loss."""
-    graph, outputs = traced.graph, []
+    outputs = []
     for k, term in enumerate(traced.terms):
         at = f"[{k}]" if len(traced.terms) > 1 else ""
         outputs.append((f"loss{at}", term))
         for name in STATISTICS:
-            node = derivative(graph, term, name)
+            slope = derivative(term, name)
             if name == "logp":
-                outputs.append((f"GC{at}", graph.negated(node)))
-            elif graph.constant_value(node) != 0:
-                outputs.append((f"d_{name}{at}", node))
-    return formula(graph, *outputs)
+                outputs.append((f"GC{at}", -slope))
+            elif slope.constant != 0:
+                outputs.append((f"d_{name}{at}", slope))
+    return formula(*outputs)
 
 
 def _backends(loss: Loss) -> str:

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 import unirl_kernels as uk
 from benchmarks.inputs import Inputs, Values
 from benchmarks.providers import OURS, Bind, Function, Provider, needs_backend
-from benchmarks.work import FUSED, Work
+from benchmarks.work import DTYPES, FUSED, Work
 from unirl_kernels import backends
 
 
 def ours(work: Work) -> Iterator[Provider]:
     """Every backend as its plan is by default."""
     for backend in backends.MODULES:
-        one_pass = backends.load(backend).KERNELS if work.recipe.scope == "token" else ()
-        kernel = (*one_pass, backends.COMPOSED)[0] if work.mode == FUSED else "statistics"
+        kernel = _one_pass(work, backend) if work.mode == FUSED else "statistics"
         plan = uk.Plan(backend, max_chunk_bytes=work.chunk_bytes)
         yield Provider(OURS, f"{backend}/{kernel}", _binder(plan))
+
+
+def _one_pass(work: Work, backend: str) -> str:
+    """The kernel that the backend takes by default, or would take where it runs."""
+    if work.recipe.scope != "token":
+        return backends.COMPOSED
+    device = torch.device(work.device)
+    if backends.unavailable(backend, device):
+        return (*backends.load(backend).KERNELS, backends.COMPOSED)[0]
+    choices = backends.choices_by_vocab(device, backend, None, backends.row_dtype(DTYPES[work.dtype]))
+    return next(choice.kernel for choice, most in choices if work.vocab <= most)
 
 
 def _binder(plan: uk.Plan) -> Bind:

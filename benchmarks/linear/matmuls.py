@@ -69,14 +69,14 @@ def matmuls(work: Work) -> Calls:
     dtype, d, vocab = DTYPES[work.dtype], work.hidden, work.vocab
     n = min(work.tokens, rows_per_chunk(4 * vocab, CPU, None))
     hidden, weight = torch.randn(n, d).to(dtype), (torch.randn(vocab, d) / d**0.5).to(dtype)
-    logits, d_hidden, d_weight = torch.empty(n, vocab), torch.empty(n, d), torch.empty(vocab, d)
+    logits, d_weight, of_weight = torch.empty(n, vocab), torch.empty(vocab, d), cpu.NativeMatmuls(weight)
 
     def three(way: str) -> Callable[[], object]:
         def call() -> None:
             with cpu.forced_matmuls(way):
-                cpu.logits_matmul(hidden, weight, None, logits)
-                cpu.d_hidden_matmul(logits, weight, d_hidden)
-                cpu.d_weight_matmul(logits, hidden, d_weight, False)
+                of_weight.logits(hidden, None, logits)
+                of_weight.d_hidden(logits)
+                of_weight.add_d_weight(logits, hidden, d_weight, first=True)
 
         return call
 

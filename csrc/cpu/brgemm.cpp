@@ -52,6 +52,14 @@ constexpr int64_t ROWS = 64;
 // On AMX a call has to be deep to be fast, and the columns' panel of 128 KiB still stays in the second-level cache.
 constexpr int64_t BLOCK_UNITS = 512;
 
+// torch refuses where oneDNN has been disabled since has_brgemm tried. The lines after its first one are a stack trace.
+[[noreturn]] void refuse(const std::exception& error) {
+  const std::string said = error.what();
+  throw std::runtime_error(
+      "torch.backends.mkldnn must be enabled for matmuls by torch's brgemm; torch says: " +
+      said.substr(0, said.find('\n')) + ". UNIRL_CPU_MATMULS names other ways, such as panels-fp32");
+}
+
 template <int64_t UNIT_DEPTH>
 void multiply(const uint32_t* rows, const uint32_t* columns, int64_t units, const float* bias, bool add,
               const Tile& to) {
@@ -66,8 +74,12 @@ void multiply(const uint32_t* rows, const uint32_t* columns, int64_t units, cons
         for (int64_t j = 0; j < n; ++j) result[i * to.row_stride + j] = bias == nullptr ? 0 : bias[column + j];
       }
       if (depth == 0) continue;
-      brgemm(m, n, depth, depth, width, to.row_stride, add || bias != nullptr, rows + row * units,
-             columns + column * units, result, UNIT_DEPTH == 2);
+      try {
+        brgemm(m, n, depth, depth, width, to.row_stride, add || bias != nullptr, rows + row * units,
+               columns + column * units, result, UNIT_DEPTH == 2);
+      } catch (const std::exception& error) {
+        refuse(error);
+      }
     }
   }
 }
@@ -121,8 +133,7 @@ bool has_brgemm(Format format) {
 }
 
 bool has_amx() {
-  static const bool amx = functions().could_pack != nullptr && functions().could_pack(SCALAR_TYPE_BFLOAT16);
-  return amx;
+  return functions().could_pack != nullptr && functions().could_pack(SCALAR_TYPE_BFLOAT16);
 }
 
 #if defined(__x86_64__)

@@ -9,7 +9,8 @@ namespace unirl::cpu {
 // Whether the loaded torch has it for these factors, BF16 or FP32, and it multiplies right on this machine: tried once.
 bool has_brgemm(Format format);
 
-// Whether oneDNN may use AMX tiles for bf16: the machine, the system and ONEDNN_MAX_CPU_ISA allow it.
+// Whether oneDNN may use AMX tiles for bf16 now: the machine, the system, ONEDNN_MAX_CPU_ISA and torch.backends.mkldnn
+// allow it.
 bool has_amx();
 
 #if defined(__x86_64__)

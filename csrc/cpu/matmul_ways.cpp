@@ -38,13 +38,11 @@ const Core CORES[] = {
     {"AVX-512", [] { return true; }, PANELS_FP32, PANELS_FP32},
 };
 
+// Looked for at each call: torch.backends.mkldnn may be disabled at any time.
 const Core& core() {
-  static const Core& found = [] () -> const Core& {
-    const Core* of = CORES;
-    while (!of->is()) ++of;
-    return *of;
-  }();
-  return found;
+  const Core* of = CORES;
+  while (!of->is()) ++of;
+  return *of;
 }
 
 bool has(Way way) {

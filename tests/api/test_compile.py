@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pytest
@@ -38,7 +40,44 @@ def value_and_gradient(function: Callable[..., Tensor], x: Tensor, *args: Any) -
     return value.detach(), gradient
 
 
-def check_numbers(function: Callable[..., Tensor], x: Tensor, make: Callable[[float], Any] = float) -> None:
+@dataclass(frozen=True)
+class Inner:
+    factor: float = 2.0
+
+
+@dataclass(frozen=True)
+class Outer:
+    inner: Inner = Inner()
+
+
+@cache
+def follows_defaults() -> bool:
+    """Whether a class can be called in a compiled function that has an object for a default, as objectives have."""
+    try:
+        Compiled(lambda x: x * Outer(Inner()).inner.factor).function(torch.ones(1))
+    except torch._dynamo.exc.Unsupported as error:
+        if "does not know how to wrap" in str(error):
+            return False
+        raise
+    return True
+
+
+@cache
+def calculates() -> bool:
+    """Whether a number that Python calculates with stays a variable: torch 2.11 compiles again for each one."""
+
+    def graphs(factor: Callable[[float], float]) -> int:
+        compiled = Compiled(lambda x, number: x * (torch.ones((), dtype=torch.float64) * factor(number)))
+        for k in range(4):
+            compiled.function(torch.ones(3), 0.3 + k / 7)
+        return compiled.graphs
+
+    return graphs(lambda number: -number) == graphs(lambda number: number)
+
+
+def check_numbers(
+    function: Callable[..., Tensor], x: Tensor, make: Callable[[float], Any] = float, variable: bool = True
+) -> None:
     """The values of the plain function; the second number makes a variable of it, and those that follow compile
     nothing."""
     compiled = Compiled(function)
@@ -47,7 +86,8 @@ def check_numbers(function: Callable[..., Tensor], x: Tensor, make: Callable[[fl
         got, expected = (value_and_gradient(f, x, number) for f in (compiled.function, function))
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b)
-    assert compiled.graphs == 2
+    if variable:
+        assert compiled.graphs == 2
 
 
 @pytest.mark.parametrize("made", ["inside", "outside"])
@@ -69,6 +109,11 @@ def entropy(t: Any) -> Tensor:
     return -t.entropy
 
 
+CALCULATED = ("closure", "sum")
+"""Where the user's own Python calculates with the number."""
+
+FOLLOWS_NO_DEFAULTS = "torch.compile of this torch follows no class with an object for a default"
+
 INSIDE: dict[str, Callable[[float], uk.Loss]] = {
     "recipe": lambda number: uk.grpo(beta=number),
     "closure": lambda number: uk.Loss(lambda t: -number * torch.exp(t.logp - t.old_logp) * t.advantage),
@@ -79,11 +124,17 @@ INSIDE: dict[str, Callable[[float], uk.Loss]] = {
 
 @pytest.mark.parametrize("name", INSIDE)
 def test_loss_made_in_a_compiled_function(name: str) -> None:
+    if name in ("recipe", "pairs") and not follows_defaults():
+        pytest.skip(FOLLOWS_NO_DEFAULTS)
     make = INSIDE[name]
-    check_numbers(lambda x, number: uk.fused_loss(x, BATCH, make(number)).loss, torch.randn(2, 5, V))
+    variable = name not in CALCULATED or calculates()
+    check_numbers(lambda x, n: uk.fused_loss(x, BATCH, make(n)).loss, torch.randn(2, 5, V), variable=variable)
 
 
 def test_loss_made_in_a_compiled_function_with_a_linear_head() -> None:
+    if not follows_defaults():
+        pytest.skip(FOLLOWS_NO_DEFAULTS)
+
     def loss(hidden: Tensor, beta: float) -> Tensor:
         return uk.fused_linear_loss(hidden, HEAD, BATCH, uk.grpo(beta=beta), readout=uk.Readout(temperature=beta)).loss
 

@@ -67,7 +67,7 @@ def test_every_step(tmp_path: Path) -> None:
     assert (records / "sweep-1" / "geometry.txt").read_text() == "held_elements=128 split_max_warps=2\n"
     files = [file for file in records.rglob("*.json") if file.stem != "ceilings"]
     works = [run.work for file in files for run in Record.load(file).runs]
-    of_logits, of_heads, of_peers, of_sweeps = 3 * 2, 3, 3 * 2 + 1, 2 * 2
+    of_logits, of_heads, of_peers, of_sweeps = 3 * 2, 3, 3 * 2 + 2, 2 * 2
     assert len(works) == of_logits + of_heads + of_peers + of_sweeps
     assert {work.mode for work in works} == {"fused", "stats", "forward-backward"}
     assert {work.tokens for work in works if work.hidden is None} == {64, 65}
@@ -122,6 +122,26 @@ def test_what_is_not_done_is_no_success(tmp_path: Path, body: str, limit: int, s
     if said != "not started":
         assert "FAILED made up" in summary
         assert (records_of(tmp_path / "out") / "doctor.log").read_text() == "FAILED made up\n"
+
+
+ENDS_ONCE = """
+for last; do :; done
+case "$*" in *benchmarks.suite*) ;; *) exit 1 ;; esac
+[ -e {once} ] && exit 0
+touch {once}
+echo WRONG made up
+exit 3
+"""
+
+
+def test_the_suite_goes_on_after_a_kernel_has_ended_it(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\n" + ENDS_ONCE.format(once=tmp_path / "once"))
+    python.chmod(0o755)
+    done = gpu_check(tmp_path / "out", "bench", python=str(python), limit=60)
+    lines = (tmp_path / "out" / "summary.txt").read_text().splitlines()
+    assert [line.split()[:2] for line in lines] == [["bench", "failed,"], ["WRONG", "made"], ["bench-2", "ok"]]
+    assert done.returncode == 1
 
 
 def test_a_step_that_there_is_not(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from benchmarks.table import markdown
 from benchmarks.work import FORWARD_BACKWARD, FUSED, LINEAR_MODES, STATS, Work
 from tests.benchmarks.test_logits import check_refused, check_that_wrong_is_not_fast, checked, made_up_record
 from unirl_kernels.backends import cpu
+from unirl_kernels.head.sizes import Sizes
 from unirl_kernels.testing import oracle
 
 SMALL = Work(tokens=64, vocab=101, dtype="fp32", hidden=24)
@@ -47,6 +48,19 @@ def test_what_heads_are_predicted_to_take(device: str) -> None:
         if chosen_sizes(DEVICES[device], tokens, d, vocab).group >= tokens:
             assert found.bytes <= 3.0e9
             assert found.share >= (0.9 if d >= 3584 else 0.8)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_no_other_sizes_are_predicted_to_take_less(device: str) -> None:
+    """But for what the bandwidth of the device makes of it: sizes are the same on all."""
+    memory = 11 * 2**28
+    for tokens, d, vocab in (*SHAPES, (20000, 5120, 151936)):
+        best = min(
+            predict(DEVICES[device], tokens, d, vocab, Sizes(chunk, group)).seconds
+            for chunk in range(512, memory // 3 // (4 * vocab) // 128 * 128 + 1, 128)
+            for group in range(chunk, (memory - 4 * vocab * chunk) // (2 * vocab) + 1, 128)
+        )
+        assert predict(DEVICES[device], tokens, d, vocab).seconds < 1.005 * best
 
 
 @pytest.mark.skipif(bool(cpu.matmuls_unavailable(torch.float32)), reason="no matmuls of our own")

@@ -150,59 +150,6 @@ def in_a_loop(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     assert not torch.equal(model.lm_head.weight, before)
 
 
-class Small(torch.nn.Module):
-    """Hidden states, and a head that is not called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding, self.head = torch.nn.Embedding(7, 4), torch.nn.Linear(4, 7, bias=False)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.embedding(ids)
-
-
-def over_ranks(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """In a group of one rank, whose weight is padded: the losses are those without padding."""
-    import torch.distributed as dist
-    from torch.distributed.fsdp import fully_shard
-
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        hidden, weight, target = torch.randn(2, 3, 4), torch.randn(10, 4), torch.randint(0, 7, (2, 3))
-        batch = uk.Batch(target, torch.randn(2), ref_logp=-2 * torch.ones(2, 3))
-        leaf = hidden.clone().requires_grad_()
-        mesh = dist.init_device_mesh("cpu", (1,))
-        model = Small()
-        fully_shard(model.head, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        names = run(
-            "Split over ranks",
-            model=model,
-            head=model.head,
-            input_ids=target,
-            torch=torch,
-            uk=uk,
-            group=dist.group.WORLD,
-            rank=0,
-            V=7,
-            data_parallel_size=1,
-            hidden=leaf,
-            weight=weight,
-            target=target,
-            batch=batch,
-        )
-        plain = hidden.clone().requires_grad_()
-        loss = uk.Loss(uk.grpo().objective, uk.TokenMean())
-        expected = uk.fused_linear_loss(plain, weight[:7], batch, loss)
-        (expected.loss + uk.fused_linear_loss(plain, weight[:7], batch, uk.grpo()).loss).backward()
-        torch.testing.assert_close(names["out"].loss, expected.loss)
-        torch.testing.assert_close(names["stats"].logp, expected.logp)
-        torch.testing.assert_close(leaf.grad, plain.grad)
-        assert all(x.grad is not None and x.grad.full_tensor().any() for x in model.parameters())
-    finally:
-        dist.destroy_process_group()
-
-
 def speed(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """The provider is right, by the command that stands above it."""
     monkeypatch.chdir(folder)
@@ -234,7 +181,6 @@ SECTIONS: dict[str, Callable[[pytest.MonkeyPatch, Path], None]] = {
     "Use it in TRL": in_trl,
     "Use it in transformers": in_transformers,
     "Use it in your own loop": in_a_loop,
-    "Split over ranks": over_ranks,
     "Speed": speed,
 }
 ELSEWHERE = {"Use it in verl"}  # tests/integrations/verl: its lines are a module that verl's workers import

@@ -35,6 +35,8 @@ def test_every_public_name_has_an_entry() -> None:
 
 OF_KERNELS = "hub.md"
 """Its example needs a library and a build: tests/install/test_kernel.py runs it."""
+OF_RANKS = "ranks.md"
+"""Its examples need a group: test_ranks.py runs them."""
 OF_TRAINERS = [f"trainers/{name}.md" for name in ("openrlhf", "llamafactory", "swift", "prime_rl")]
 """Pages whose examples need a trainer that has an environment of its own (``make test-trainers``)."""
 
@@ -49,9 +51,10 @@ def test_examples_of_trainers_name_what_exists(page: str) -> None:
         compile(text, page, "exec")
 
 
-@pytest.mark.parametrize(
-    "page", [name for name, text in PAGES.items() if FENCE.search(text) and name not in {*OF_TRAINERS, OF_KERNELS}]
-)
+RUN_ELSEWHERE = {*OF_TRAINERS, OF_RANKS, OF_KERNELS}
+
+
+@pytest.mark.parametrize("page", [name for name in PAGES if FENCE.search(PAGES[name]) and name not in RUN_ELSEWHERE])
 def test_examples_run(page: str) -> None:
     """In their order, as in one session."""
     torch.manual_seed(0)

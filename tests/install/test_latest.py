@@ -68,6 +68,12 @@ def test_tests_are_stopped_after_a_time(latest: ModuleType, monkeypatch: pytest.
     assert latest.make("lint")[0]
 
 
+@pytest.mark.parametrize("printed", ["!!!! KeyboardInterrupt !!!!\n", "  File a.py, line 3\nKeyboardInterrupt\n"])
+def test_an_interrupt_is_no_failure(latest: ModuleType, printed: str) -> None:
+    assert latest.outcome("wheel", False, printed) == "stopped"
+    assert latest.outcome("wheel", False, "E   KeyboardInterrupt: by a test\n") == "failed"
+
+
 def test_success_is_recorded_without_failures(latest: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latest, "make", lambda target: (True, "4 passed in 1.00s\n"))
     monkeypatch.setenv("ARGS", "tests/test_batch.py")

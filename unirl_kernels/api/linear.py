@@ -202,20 +202,18 @@ def fused_linear_loss(
     check_kinds(batch=batch, loss=loss, readout=readout, plan=plan)
     check_head(hidden, weight, bias, batch.target)
     head, sweep = HeadArgs(_flat(hidden), weight, bias), sweep_args(hidden, weight, bias, plan)
-    backend, kernel = kernel_of(loss, plan, hidden.device, row_dtype(sweep.dtype), weight.shape[0])
-    if kernel == COMPOSED:
+    choice = kernel_of(loss, plan, hidden.device, row_dtype(sweep.dtype), weight.shape[0])
+    if choice.kernel == COMPOSED:
         loss.check_scopes()
     wanted = Wanted(*(torch.is_grad_enabled() and x is not None and x.requires_grad for x in head))
     dtype = row_dtype(sweep.dtype)
     found: Sequence[Tensor] | None = None
     if any(wanted):
         of_readout = readout_args(readout, batch.target, dtype, batch)
-        if kernel != COMPOSED:
-            program = program_args(loss, batch, dtype)
+        if choice.kernel != COMPOSED:
+            program, sweep = program_args(loss, batch, dtype), sweep._replace(backend=choice.backend)
             target = as_rows(batch.target)
-            found = OnePassLinear.apply(
-                *head, target, of_readout, program, kernel, sweep._replace(backend=backend), wanted
-            )
+            found = OnePassLinear.apply(*head, target, of_readout, program, choice.kernel, sweep, wanted)
         elif (groups := _groups(head, sweep, batch, loss)) is not None:
             composition = Composition(batch, loss, groups, of_readout, Rows(sweep.backend))
             found = ComposedLinear.apply(*head, composition, sweep)

@@ -117,7 +117,7 @@ def _measured(
     """What an operator finds in each row, in target's shape."""
     check_kinds(readout=readout, plan=plan)
     check_logits(logits, target)
-    backend, _ = choose(logits.device, plan.backend, plan.kernel)
+    backend = choose(logits.device, plan.backend, plan.kernel).backend
     of_rows = (as_rows(target), readout_args(readout, target, row_dtype(logits.dtype), batch), backend, operator)
     if not wants_gradient(logits):
         return [x.view(target.shape) for x in Statistics.without_gradient(logits, *of_rows)]
@@ -202,5 +202,6 @@ def _one_pass(logits: Tensor, batch: Batch, loss: Loss, readout: Readout, plan: 
     program, of_readout = program_args(loss, batch, dtype), readout_args(readout, target, dtype, batch)
     if plan.overwrite_logits:
         check_overwritable(logits)
-    value, *stats = OnePass.apply(logits, as_rows(target), of_readout, program, *choice, plan.overwrite_logits)
+    how = (choice.backend, choice.kernel, plan.overwrite_logits)
+    value, *stats = OnePass.apply(logits, as_rows(target), of_readout, program, *how)
     return LossOutput.of(value, stats, batch, loss)

@@ -63,7 +63,7 @@ def program_args(loss: Loss, batch: Batch, dtype: torch.dtype) -> ProgramArgs:
     )
     if batch.target.dim() == 1:
         fields = fields.unsqueeze(1)
-    return ProgramArgs(traced.text, fields, loss.params(batch.on_policy, batch.target, dtype))
+    return ProgramArgs(traced.text, fields, loss.params(batch, dtype))
 
 
 def _exact(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:

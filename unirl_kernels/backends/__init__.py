@@ -279,7 +279,8 @@ def told(choices: Sequence[tuple[Choice, int]]) -> str:
     return ", ".join(texts)
 
 
-# The mark of torch.compiler.assume_constant_result, which would import all of torch.compile to set it: 1.2 s.
+# The mark of torch.compiler.assume_constant_result, which would import all of torch.compile to set it: 1.2 s. Callers
+# read fields of such a constant: torch.compile of torch 2.11 cannot unpack it.
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 choices_by_vocab._dynamo_marked_constant = True  # type: ignore[attr-defined]
 

@@ -78,20 +78,27 @@ def matmuls(weight: Tensor, dtype: torch.dtype) -> Matmuls:
 
 @dataclass(frozen=True, eq=False)
 class NativeMatmuls(Matmuls):
-    """The matmuls below, of one weight."""
+    """Matmuls of ``csrc/cpu``, in one of ``matmul_ways``.
+
+    The bits of a row depend on neither the other rows nor the number of threads.
+
+    Operands are float32, bfloat16 or float16, all the same, with any strides; the bias has any floating dtype. Results
+    are float32, with any row stride. Gradients of logits are float32 with any strides, and rounded to bf16 where
+    ``matmul_arithmetic`` says so. Anything else is a ValueError.
+    """
 
     repeatable: ClassVar[bool] = True
 
     def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        logits_matmul(hidden, self.weight, bias, out)
+        _native().logits_matmul(hidden, self.weight, bias, out)
 
     def d_hidden(self, d_logits: Tensor) -> Tensor:
         out = d_logits.new_empty(d_logits.shape[0], self.weight.shape[1])
-        d_hidden_matmul(d_logits, self.weight, out)
+        _native().d_hidden_matmul(d_logits, self.weight, out)
         return out
 
     def add_d_weight(self, d_logits: Tensor, hidden: Tensor, total: Tensor, first: bool) -> None:
-        d_weight_matmul(d_logits, hidden, total, add=not first)
+        _native().d_weight_matmul(d_logits, hidden, total, not first)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -176,60 +183,14 @@ def forced_matmuls(way: str) -> Iterator[None]:
 
 
 def matmuls_unavailable(dtype: torch.dtype) -> str:
-    """Why this machine does not run the matmuls below for a weight of this dtype; empty where it does."""
+    """Why this machine does not run ``NativeMatmuls`` of a weight of this dtype; empty where it does."""
     return _native().matmuls_unavailable(dtype)
 
 
 def matmul_arithmetic(dtype: torch.dtype) -> str:
-    """What the matmuls below multiply where the weight has this dtype; sums are fp32 in any case.
+    """What ``NativeMatmuls`` multiplies where the weight has this dtype; sums are fp32 in any case.
 
     Returns:
         "bf16", to which gradients of logits are rounded, or "fp32", to which 16-bit operands are widened.
     """
     return _native().matmul_arithmetic(dtype)
-
-
-def logits_matmul(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out_tv = sum_d hidden_td weight_vd + bias_v, the logits of a linear head in fp32.
-
-    The bits of a row depend on neither the other rows nor the number of threads; so for the two matmuls below.
-
-    Args:
-        hidden: [n, D]; float32, bfloat16 or float16, any strides.
-        weight: [V, D], the same dtype, any strides.
-        bias: [V], any floating dtype, or None.
-        out: [n, V], float32, any row stride; overwritten.
-
-    Raises:
-        ValueError: for arguments that are not so, or a dtype that ``matmuls_unavailable`` names.
-    """
-    _native().logits_matmul(hidden, weight, bias, out)
-
-
-def d_hidden_matmul(d_logits: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out_td = sum_v d_logits_tv weight_vd, the gradient of ``hidden`` in fp32.
-
-    Args:
-        d_logits: [n, V], float32, any strides. Rounded to bf16 where ``matmul_arithmetic`` says so.
-        weight: [V, D]; float32, bfloat16 or float16, any strides.
-        out: [n, D], float32, any row stride; overwritten.
-
-    Raises:
-        ValueError: as for ``logits_matmul``.
-    """
-    _native().d_hidden_matmul(d_logits, weight, out)
-
-
-def d_weight_matmul(d_logits: Tensor, hidden: Tensor, total: Tensor, add: bool) -> None:
-    """total_vd = sum_t d_logits_tv hidden_td, the gradient of ``weight`` in fp32, or added to ``total``.
-
-    Args:
-        d_logits: [n, V], float32, any strides. Rounded to bf16 where ``matmul_arithmetic`` says so.
-        hidden: [n, D]; float32, bfloat16 or float16, any strides.
-        total: [V, D], float32, any row stride.
-        add: whether the sum is added to what ``total`` holds, or replaces it.
-
-    Raises:
-        ValueError: as for ``logits_matmul``.
-    """
-    _native().d_weight_matmul(d_logits, hidden, total, add)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,12 @@ TILE = (128, 256)
 
 TOKENS_OF_CHUNK = (512, 1280)
 """Bounds of the tokens whose fp32 logits exist at a time: fewer are slower matmuls, more are memory for nothing."""
+
+MULTIPLICATIONS_PER_BYTE = 100
+"""Of all multiprocessors while a byte crosses the memory: 84 on an H200, 120 on an H100."""
+
+MOST_GROUPS_MORE = 2
+"""So many times as many groups as the memory asks for are tried."""
 
 LOGITS_SHARE = 3
 """The part of the memory that fp32 logits take at most is one in so many; gradients take the rest."""
@@ -47,34 +54,38 @@ class Sizes(NamedTuple):
     group: int  # whose gradients do: what the other matmuls are made of
 
 
+@lru_cache
 def sizes_of(shape: Shape) -> Sizes | None:
-    """Chunks and groups where logits and their gradient have memory of their own; None where it is too little.
-
-    As few groups as can be, and then the chunk that takes the fewest waves for a token.
-    """
+    """Chunks and groups where logits and their gradient have memory of their own, those that are predicted to take the
+    least time; None where the memory is too little."""
     step = TILE[0]
     most = min(shape.memory // LOGITS_SHARE // shape.logits, TOKENS_OF_CHUNK[1]) // step * step
     if most == 0:
         return None
-
-    def kept(chunk: int) -> int:
-        return (shape.memory - chunk * shape.logits) // shape.gradient // step * step
-
-    def cost(chunk: int) -> tuple[int, float]:
-        return -(-shape.tokens // kept(chunk)), waves(chunk, shape.vocab, shape.processors) / chunk
-
-    chunk = min(range(most, min(most, TOKENS_OF_CHUNK[0]) - 1, -step), key=cost)
-    return Sizes(chunk, _rows_of_group(shape, kept(chunk)))
+    found = []
+    for chunk in range(most, min(most, TOKENS_OF_CHUNK[0]) - 1, -step):
+        kept = (shape.memory - chunk * shape.logits) // shape.gradient // step * step
+        least = kept if kept >= shape.tokens else max(chunk, -(-kept // MOST_GROUPS_MORE // step) * step)
+        found += [Sizes(chunk, group) for group in range(kept, least - 1, -step)]
+    return min(found, key=lambda sizes: _work_of(shape, sizes))
 
 
-def _rows_of_group(shape: Shape, most: int) -> int:
-    """Tokens of a group: the groups are as few as can be, and make d_hidden, [tokens, D], in the fewest waves."""
-    step, tokens = TILE[0], shape.tokens
-    groups = -(-tokens // most)
-    if groups <= 1:
-        return most
+def _work_of(shape: Shape, sizes: Sizes) -> float:
+    """What depends on the sizes: multiplications of a multiprocessor, and as many as it could do meanwhile where fp32
+    sums of d_weight cross the memory."""
+    groups = -(-shape.tokens // sizes.group)
+    passes = 0 if groups <= 1 else 2 * groups - 1  # all groups write, all but the first read
+    per_pass = 4 * shape.vocab * shape.d * MULTIPLICATIONS_PER_BYTE / shape.processors
+    return _over(shape.tokens, sizes.group, lambda rows: _matmuls(shape, rows, sizes.chunk)) + passes * per_pass
 
-    def total(rows: int) -> int:
-        return sum(waves(min(rows, tokens - at), shape.d, shape.processors) for at in range(0, tokens, rows))
 
-    return min(range(-(-tokens // (groups * step)) * step, most + 1, step), key=total)
+def _matmuls(shape: Shape, rows: int, chunk: int) -> float:
+    """Multiplications of a multiprocessor for a group's logits and d_hidden. Those of d_weight are the same whatever
+    the sizes are: its result is many waves."""
+    logits = _over(rows, chunk, lambda part: waves(part, shape.vocab, shape.processors)) * shape.d
+    return TILE[0] * TILE[1] * (logits + waves(rows, shape.d, shape.processors) * shape.vocab)
+
+
+def _over(n: int, part: int, cost: Callable[[int], float]) -> float:
+    """The cost of n tokens in parts of which the last one may be smaller."""
+    return n // part * cost(part) + (cost(n % part) if n % part else 0)

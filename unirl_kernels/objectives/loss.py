@@ -276,16 +276,19 @@ class Loss:
             raise UnsupportedOperation(self._traced)
         if self._traced is None:
             raise ValueError(f"a {self.scope}-scope objective has no scalar program")
-        return self._traced[on_policy]
+        return self._traced[int(on_policy)]  # torch.compile of torch 2.11 takes no bool for an index
 
-    def params(self, on_policy: bool, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """[n_params] float64: the program's parameters for rows in ``dtype``, on the device of ``like``."""
-        device, params = like.device, self.traced(on_policy).params_of(dtype)
+    def params(self, batch: Batch, dtype: torch.dtype) -> Tensor:
+        """[n_params] float64: the program's parameters for rows in ``dtype`` of a batch, on its device."""
+        traced, device = self.traced(batch.on_policy), batch.target.device
+        given = batch.given() if traced.graph.limits else {}
+        wide = tuple(name for name, x in given.items() if x.dtype == torch.float64)
+        params = traced.params_of(dtype, wide)
         if torch.compiler.is_compiling():
-            kept = self._params if dtype == torch.float32 else None
-            return _compiled(params, device) if kept is None else kept[on_policy].to(device)
+            kept = None if traced.graph.limits else self._params
+            return _compiled(params, device) if kept is None else kept[int(batch.on_policy)].to(device)
         # What is made in FakeTensorMode must not be kept.
-        return _on_device(params, device) if has_values(like) else _tensor(params).to(device)
+        return _on_device(params, device) if has_values(batch.target) else _tensor(params).to(device)
 
     def composed(self, tokens: Tokens, weights: Sequence[Tensor]) -> Tensor:
         """The loss as plain PyTorch, 0-dim: the sum of its terms, each with its weights (see ``Term.composed``)."""

@@ -54,7 +54,7 @@ def flat(groups: Iterable[object]) -> list[Any]:
     values: list[Any] = []
     for group in groups:
         if isinstance(group, tuple):
-            values += group
+            values.extend(group)
         else:
             values.append(group)
     return values

@@ -1,6 +1,5 @@
 """One definition of an objective, derived for every kernel: trace, differentiate, encode."""
 
-from unirl_kernels.program.evaluate import evaluate
 from unirl_kernels.program.ir import (
     MAX_FIELDS,
     MAX_INSTRUCTIONS,
@@ -10,9 +9,11 @@ from unirl_kernels.program.ir import (
     ZERO,
     Op,
     Program,
+    evaluate,
     parsed,
 )
-from unirl_kernels.program.trace import Traced, UnsupportedOperation, trace, weight_name
+from unirl_kernels.program.operands import UnsupportedOperation
+from unirl_kernels.program.trace import Traced, trace, weight_name
 
 __all__ = [
     "MAX_FIELDS",

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from unirl_kernels.program import kinks
-from unirl_kernels.program.graph import Graph, ancestors
+from unirl_kernels.program.graph import Expr, Graph, ancestors, apply, equal, where
 from unirl_kernels.program.ir import (
     MAX_FIELDS,
     MAX_INSTRUCTIONS,
@@ -17,123 +16,107 @@ from unirl_kernels.program.ir import (
     Op,
     Program,
 )
+from unirl_kernels.program.kinks import Rule
 
-Rule = Callable[[Graph, int, tuple[int, ...], tuple[int, ...]], int]
 
-
-def _along(slope: Callable[[Graph, int, int], int]) -> Rule:
+def _along(slope: Callable[[Expr, Expr], Expr]) -> Rule:
     """Rule of a function of one argument: slope(x, y) dx, where y is the function's value."""
-    return lambda g, y, x, dx: _times(g, slope(g, x[0], y), dx[0])
+    return lambda y, x, dx: _times(slope(x[0], y), dx[0])
 
 
-def _times(g: Graph, factor: int, dx: int) -> int:
+def _steep(slope: Callable[[Expr, Expr], Expr]) -> Rule:
+    """``_along`` of a function whose slope can be infinite."""
+    return lambda y, x, dx: _selected(dx[0], _times(slope(x[0], y), dx[0]))
+
+
+def _times(factor: Expr, dx: Expr) -> Expr:
     """factor dx; 0 where ``where``, ``clamp`` or the like made dx 0, even if a computed factor overflowed or is NaN."""
-    product = g.op(Op.MUL, factor, dx)
-    computed = isinstance(g.nodes[factor].kind, Op)
-    chosen = computed and any(g.nodes[x].kind is Op.WHERE for x in ancestors(g, dx))
-    return _selected(g, dx, product) if chosen else product
+    product = factor * dx
+    chosen = isinstance(factor.kind, Op) and any(x.kind is Op.WHERE for x in ancestors(dx))
+    return _selected(dx, product) if chosen else product
 
 
-def _selected(g: Graph, dx: int, product: int) -> int:
+def _selected(dx: Expr, product: Expr) -> Expr:
     """``product`` where dx is not 0, else 0: an infinite slope times a derivative that ``where``, ``clamp`` or ``relu``
     made 0 would be NaN, where PyTorch's backward pass selects and gives 0."""
-    if g.nodes[dx].kind in ("const", "param"):
-        return product
-    return g.op(Op.WHERE, dx, product, g.const(0))
+    return product if _is_number(dx) else where(dx, product, 0)
 
 
-def _steep(slope: Callable[[Graph, int, int], int]) -> Rule:
-    """``_along`` of a function whose slope can be infinite."""
-    along = _along(slope)
-    return lambda g, y, x, dx: _selected(g, dx[0], along(g, y, x, dx))
+def _is_number(x: Expr) -> bool:
+    """Whether x is the same for all tokens."""
+    return x.kind in ("const", "param")
 
 
-def _one_minus(g: Graph, x: int) -> int:
-    return g.op(Op.SUB, g.const(1), x)
+def _product(y: Expr, x: tuple[Expr, ...], dx: tuple[Expr, ...]) -> Expr:
+    return _times(x[1], dx[0]) + _times(x[0], dx[1])
 
 
-def _power(g: Graph, y: int, x: tuple[int, ...], dx: tuple[int, ...]) -> int:
-    """Rule of x ** c with a constant exponent: c x ** (c - 1)."""
-    slope = g.op(Op.MUL, x[1], g.op(Op.POW, x[0], g.op(Op.SUB, x[1], g.const(1))))
-    return _selected(g, dx[0], g.op(Op.MUL, slope, dx[0]))
+def _quotient(y: Expr, x: tuple[Expr, ...], dx: tuple[Expr, ...]) -> Expr:
+    """Of x / c for a number c: dx / c. Else (dx_0 - y dx_1) / x_1."""
+    if _is_number(x[1]):
+        return dx[0] / x[1]
+    change = dx[0] - _selected(dx[1], y * dx[1])
+    quotient = change / x[1]
+    return quotient if all(map(_is_number, dx)) else _selected(change, quotient)
 
 
-def _quotient(g: Graph, y: int, x: tuple[int, ...], dx: tuple[int, ...]) -> int:
-    if g.nodes[x[1]].kind in ("const", "param"):
-        return g.op(Op.DIV, dx[0], x[1])
-    change = g.op(Op.SUB, dx[0], _selected(g, dx[1], g.op(Op.MUL, y, dx[1])))
-    quotient = g.op(Op.DIV, change, x[1])
-    return quotient if all(g.nodes[d].kind in ("const", "param") for d in dx) else _selected(g, change, quotient)
+def _power(y: Expr, x: tuple[Expr, ...], dx: tuple[Expr, ...]) -> Expr:
+    """Of x ** c with a constant exponent: c x ** (c - 1)."""
+    slope = x[1] * apply(Op.POW, x[0], x[1] - 1)
+    return _selected(dx[0], slope * dx[0])
 
 
-def _product(g: Graph, y: int, x: tuple[int, ...], dx: tuple[int, ...]) -> int:
-    return g.op(Op.ADD, _times(g, x[1], dx[0]), _times(g, x[0], dx[1]))
-
-
-def _step(g: Graph, y: int, x: tuple[int, ...], dx: tuple[int, ...]) -> int:
-    return g.const(0)
-
-
-def _sigmoid_slope(g: Graph, x: int, y: int) -> int:
-    return g.op(Op.MUL, y, _one_minus(g, y))
+def _step(y: Expr, x: tuple[Expr, ...], dx: tuple[Expr, ...]) -> Expr:
+    return y.graph.const(0)
 
 
 RULES: dict[Op, Rule] = {
-    Op.ADD: lambda g, y, x, dx: g.op(Op.ADD, *dx),
-    Op.SUB: lambda g, y, x, dx: g.op(Op.SUB, *dx),
+    Op.ADD: lambda y, x, dx: dx[0] + dx[1],
+    Op.SUB: lambda y, x, dx: dx[0] - dx[1],
     Op.MUL: _product,
     Op.DIV: _quotient,
-    Op.NEG: lambda g, y, x, dx: g.op(Op.NEG, *dx),
-    Op.ABS: _along(kinks.abs_slope),
+    Op.NEG: lambda y, x, dx: -dx[0],
+    Op.ABS: _along(lambda x, y: apply(Op.SIGN, x) + kinks.KINKS.abs * equal(x, 0)),
     Op.SIGN: _step,
-    Op.MINIMUM: kinks.extremum((0, 1)),
-    Op.MAXIMUM: kinks.extremum((1, 0)),
+    Op.MINIMUM: kinks.extremum(lambda x, y: x <= y),
+    Op.MAXIMUM: kinks.extremum(lambda x, y: y <= x),
     Op.CLAMP: kinks.clamp,
-    Op.EXP: _along(lambda g, x, y: y),
-    Op.EXPM1: _along(lambda g, x, y: g.op(Op.EXP, x)),
-    Op.LOG: _steep(lambda g, x, y: g.op(Op.DIV, g.const(1), x)),
-    Op.LOG1P: _steep(lambda g, x, y: g.op(Op.DIV, g.const(1), g.op(Op.ADD, g.const(1), x))),
-    Op.SQRT: _steep(lambda g, x, y: g.op(Op.DIV, g.const(0.5), y)),
-    Op.TANH: _along(lambda g, x, y: _one_minus(g, g.op(Op.MUL, y, y))),
-    Op.SIGMOID: _along(_sigmoid_slope),
-    Op.LOGSIGMOID: _along(lambda g, x, y: g.op(Op.SIGMOID, g.op(Op.NEG, x))),
+    Op.EXP: _along(lambda x, y: y),
+    Op.EXPM1: _along(lambda x, y: apply(Op.EXP, x)),
+    Op.LOG: _steep(lambda x, y: 1 / x),
+    Op.LOG1P: _steep(lambda x, y: 1 / (x + 1)),
+    Op.SQRT: _steep(lambda x, y: 0.5 / y),
+    Op.TANH: _along(lambda x, y: 1 - y * y),
+    Op.SIGMOID: _along(lambda x, y: y * (1 - y)),
+    Op.LOGSIGMOID: _along(lambda x, y: apply(Op.SIGMOID, -x)),
     Op.LT: _step,
     Op.LE: _step,
     Op.EQ: _step,
-    Op.WHERE: lambda g, y, x, dx: g.op(Op.WHERE, x[0], dx[1], dx[2]),
+    Op.WHERE: lambda y, x, dx: where(x[0], dx[1], dx[2]),
     Op.POW: _power,
 }
-"""Derivative of each operation: rule(graph, value, arguments, their derivatives). PyTorch's conventions at kinks."""
+"""Derivative of each operation, at kinks as PyTorch has it."""
 
 
-def derivative(g: Graph, of: int, wrt: str) -> int:
-    """Node of the derivative of ``of`` with respect to the input named ``wrt`` (forward mode, dual numbers)."""
-    zero = g.const(0)
-    tangent: dict[int, int] = {}
-    for x in ancestors(g, of):
-        node = g.nodes[x]
-        if node.kind == "input":
-            tangent[x] = g.const(1) if node.value == wrt else zero
-        elif isinstance(node.kind, Op):
-            inner = tuple(tangent[a] for a in node.args)
-            flat = all(d == zero for d in inner)
-            tangent[x] = zero if flat else RULES[node.kind](g, x, node.args, inner)
+def derivative(of: Expr, wrt: str) -> Expr:
+    """The derivative of ``of`` with respect to the input named ``wrt`` (forward mode, dual numbers)."""
+    zero = of.graph.const(0)
+    tangent: dict[Expr, Expr] = {}
+    for x in ancestors(of):
+        inner = tuple(tangent[a] for a in x.args)
+        if isinstance(x.kind, Op) and any(d is not zero for d in inner):
+            tangent[x] = RULES[x.kind](x, x.args, inner)
         else:
-            tangent[x] = zero
+            tangent[x] = of.graph.const(x.kind == "input" and x.value == wrt)
     return tangent[of]
 
 
-def weighted(g: Graph, term: int, weight: int) -> int:
-    """Node of weight * term; exactly 0 where the weight is 0, whatever the term is there (NaN, inf)."""
-    return g.op(Op.WHERE, weight, g.op(Op.MUL, weight, term), g.const(0))
-
-
-def assemble(g: Graph, terms: Sequence[int], weights: Sequence[str]) -> tuple[Program, tuple[str, ...], list[float]]:
+def assemble(g: Graph, terms: Sequence[Expr], weights: Sequence[str]) -> tuple[Program, tuple[str, ...], list[float]]:
     """Differentiate the weighted sum of terms and lay the expressions out as a program.
 
     Args:
         g: the expressions.
-        terms: nodes of the losses of a token, one for each term.
+        terms: the losses of a token, one for each term.
         weights: name of the field that holds each term's weight.
 
     Returns:
@@ -144,50 +127,47 @@ def assemble(g: Graph, terms: Sequence[int], weights: Sequence[str]) -> tuple[Pr
         ValueError: when the program is longer than kernels take.
     """
     at_weight = [g.input(name) for name in weights]
-
-    def total(nodes: Sequence[int]) -> int:
-        sum_of = g.const(0)
-        for node, weight in zip(nodes, at_weight, strict=True):
-            if g.constant_value(node) != 0:
-                sum_of = g.op(Op.ADD, sum_of, weighted(g, node, weight))
-        return sum_of
-
-    slopes = [_visible(g, [derivative(g, x, name) for name in STATISTICS]) for x in terms]
-    outputs = [total(terms), *(total(of_terms) for of_terms in zip(*slopes, strict=True))]
-    outputs = [ZERO if g.constant_value(x) == 0 else x for x in outputs]
-    order = ancestors(g, *outputs)
-    constants = sorted({float(g.nodes[x].value) for x in order if g.nodes[x].kind == "const"})
-    inputs = [str(g.nodes[x].value) for x in order if g.nodes[x].kind == "input"]
-    fields = tuple(name for name in inputs if name not in STATISTICS)
-    params = [*g.params, *constants]
-    first = {"input": 0, "param": len(STATISTICS) + len(fields)}
-    first["const"] = first["param"] + len(g.params)
-    numbers: dict[str, list[Any]] = {"input": [*STATISTICS, *fields], "const": constants}
-    register: dict[int, int] = {ZERO: ZERO}
+    slopes = [_visible([derivative(x, name) for name in STATISTICS]) for x in terms]
+    outputs = [_weighted_sum(of_terms, at_weight) for of_terms in (terms, *zip(*slopes, strict=True))]
+    used = ancestors(*(x for x in outputs if x.constant != 0))
+    constants = sorted({float(x.value) for x in used if x.kind == "const"})
+    fields = tuple(str(x.value) for x in used if x.kind == "input" and x.value not in STATISTICS)
+    inputs: list[tuple[str, str | int | float]] = [
+        *(("input", name) for name in (*STATISTICS, *fields)),
+        *(("param", k) for k in range(len(g.params))),
+        *(("const", value) for value in constants),
+    ]
+    numbered = {of_input: k for k, of_input in enumerate(inputs)}
+    register: dict[Expr, int] = {}
     instructions: list[Instruction] = []
-    for x in order:
-        node = g.nodes[x]
-        if isinstance(node.kind, Op):
-            register[x] = first["const"] + len(constants) + len(instructions)
-            instructions.append(Instruction(node.kind, tuple(register[a] for a in node.args)))
-        elif node.kind == "param":
-            register[x] = first["param"] + int(node.value)
-        elif node.kind == "detach":
-            register[x] = register[node.args[0]]
+    for x in used:
+        if isinstance(x.kind, Op):
+            register[x] = len(inputs) + len(instructions)
+            instructions.append(Instruction(x.kind, tuple(register[a] for a in x.args)))
         else:
-            register[x] = first[node.kind] + numbers[node.kind].index(node.value)
+            register[x] = register[x.args[0]] if x.kind == "detach" else numbered[x.kind, x.value]
+    params = [*g.params, *constants]
     _check_size(len(instructions), len(params), len(fields))
-    at = [register[x] for x in outputs]
-    return Program(len(fields), len(params), tuple(instructions), (at[0], at[1], at[2], at[3])), fields, params
+    loss, d_logp, d_entropy, d_lse = (ZERO if x.constant == 0 else register[x] for x in outputs)
+    return Program(len(fields), len(params), tuple(instructions), (loss, d_logp, d_entropy, d_lse)), fields, params
 
 
-def _visible(g: Graph, slopes: list[int]) -> list[int]:
+def _weighted_sum(values: Sequence[Expr], weights: Sequence[Expr]) -> Expr:
+    """The sum of weight * value; exactly 0 where the weight is 0, whatever the value is there (NaN, inf)."""
+    total = weights[0].graph.const(0)
+    for x, weight in zip(values, weights, strict=True):
+        if x.constant != 0:
+            total = total + where(weight, weight * x, 0)
+    return total
+
+
+def _visible(slopes: list[Expr]) -> list[Expr]:
     """Derivatives of a term, NaN in a row with NaN logits: a clamp's would be 0 there, and hide it. PyTorch's backward
     of log_softmax multiplies even 0 by the row's NaN."""
-    lse = g.input("lse")
     for k, slope in enumerate(slopes):
-        if g.constant_value(slope) != 0:
-            return [*slopes[:k], g.op(Op.ADD, slope, g.op(Op.SUB, lse, lse)), *slopes[k + 1 :]]
+        if slope.constant != 0:
+            lse = slope.graph.input("lse")
+            return [*slopes[:k], slope + (lse - lse), *slopes[k + 1 :]]
     return slopes
 
 

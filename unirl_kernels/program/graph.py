@@ -5,47 +5,113 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from unirl_kernels.program.ir import ZERO, Op
-
-
-@dataclass(frozen=True)
-class Node:
-    """One expression. ``kind`` is an ``Op``, or ``input`` (a name), ``param`` (an index), ``const`` (a number),
-    ``detach`` (the value of its argument, with derivative zero). ``value`` of a clamp says what its bounds are."""
-
-    kind: Op | str
-    args: tuple[int, ...] = ()
-    value: str | int | float = 0
-
+from unirl_kernels.program.ir import Op
 
 LARGEST_FP32 = (2 - 2.0**-23) * 2.0**127
 
 
-@dataclass
+def _binary(op: Op) -> Callable[[Expr, Expr | float], Expr]:
+    return lambda x, y: apply(op, x, y)
+
+
+def _reflected(op: Op) -> Callable[[Expr, float], Expr]:
+    return lambda x, y: apply(op, y, x)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Expr:
+    """One expression of a graph, with the operators of arithmetic. A number beside it is a constant.
+
+    Equal expressions of a graph are one object.
+
+    Args:
+        kind: an ``Op``, or ``input`` (a name), ``param`` (an index), ``const`` (a number), ``detach`` (the value of its
+            argument, with derivative zero).
+        args: what it is made of.
+        value: name, index or number. Of a clamp: what its bounds are.
+        graph, index: where it stands. Arguments stand before what is made of them.
+    """
+
+    kind: Op | str
+    args: tuple[Expr, ...]
+    value: str | int | float
+    graph: Graph
+    index: int
+
+    @property
+    def constant(self) -> float | None:
+        """The number that it is, None where it varies."""
+        return float(self.value) if self.kind == "const" else None
+
+    @property
+    def opposite(self) -> Expr | None:
+        """-x where that is simpler than x: x is a negation or a negative constant."""
+        if self.constant is not None and self.constant < 0:
+            return self.graph.const(-self.constant)
+        return self.args[0] if self.kind is Op.NEG else None
+
+    __add__ = _binary(Op.ADD)
+    __sub__ = _binary(Op.SUB)
+    __rsub__ = _reflected(Op.SUB)
+    __mul__ = _binary(Op.MUL)
+    __rmul__ = _reflected(Op.MUL)
+    __truediv__ = _binary(Op.DIV)
+    __rtruediv__ = _reflected(Op.DIV)
+    __lt__ = _binary(Op.LT)
+    __le__ = _binary(Op.LE)
+
+    def __neg__(self) -> Expr:
+        return apply(Op.NEG, self)
+
+
+def apply(op: Op, *operands: Expr | float, value: str = "") -> Expr:
+    """The expression ``op(*operands)``, or a simpler one that is equal to it."""
+    graph = next(x.graph for x in operands if isinstance(x, Expr))
+    args = tuple(x if isinstance(x, Expr) else graph.const(x) for x in operands)
+    simpler = REWRITES[op](*args) if op in REWRITES else None
+    return graph.intern(op, args, value) if simpler is None else simpler
+
+
+def equal(x: Expr, y: Expr | float) -> Expr:
+    """x == y, as 1 or 0."""
+    return apply(Op.EQ, x, y)
+
+
+def where(condition: Expr, x: Expr | float, y: Expr | float) -> Expr:
+    """x where the condition is not 0, else y."""
+    return apply(Op.WHERE, condition, x, y)
+
+
+@dataclass(eq=False)
 class Graph:
-    """Nodes in topological order; equal expressions share a node. ``at_largest`` is the parameter that holds the
-    largest finite number of the rows' dtype, if one does."""
+    """Expressions of one loss.
 
-    nodes: list[Node] = field(default_factory=list)
+    Args:
+        params: values of the parameters, for rows in fp32 and fields that are not wider.
+        limits: parameters that hold the largest finite number of an expression's dtype, by the wide inputs of that
+            expression; see ``Operand.wide``.
+    """
+
     params: list[float] = field(default_factory=list)
-    at_largest: int | None = None
-    _index: dict[Node, int] = field(default_factory=dict)
-    _integers: dict[int, int] = field(default_factory=dict)
+    limits: dict[frozenset[str], Expr] = field(default_factory=dict)
+    _known: dict[tuple[Op | str, tuple[Expr, ...], str | int | float], Expr] = field(default_factory=dict)
+    _integers: dict[int, Expr] = field(default_factory=dict)
 
-    def _intern(self, node: Node) -> int:
-        if node not in self._index:
-            self._index[node] = len(self.nodes)
-            self.nodes.append(node)
-        return self._index[node]
+    def intern(self, kind: Op | str, args: tuple[Expr, ...] = (), value: str | int | float = "") -> Expr:
+        """The expression of this kind, made where there is none yet."""
+        key = (kind, args, value)
+        if key not in self._known:
+            self._known[key] = Expr(kind, args, value, self, len(self._known))
+        return self._known[key]
 
-    def input(self, name: str) -> int:
-        return self._intern(Node("input", value=name))
+    def input(self, name: str) -> Expr:
+        return self.intern("input", value=name)
 
-    def const(self, value: float) -> int:
+    def const(self, value: float) -> Expr:
         """A number that belongs to the structure (from the rules of calculus): simplified away where possible."""
-        return self._intern(Node("const", value=float(value)))
+        return self.intern("const", value=float(value))
 
-    def param(self, value: float) -> int:
+    def param(self, value: float) -> Expr:
         """A number of the objective: a run-time parameter, so that a new value needs no new kernel.
 
         Equal integers share one, since they are literals of the code as a rule. Equal floats do not: two coefficients
@@ -54,103 +120,74 @@ class Graph:
         if isinstance(value, int) and value in self._integers:
             return self._integers[value]
         self.params.append(float(value))
-        node = self._intern(Node("param", value=len(self.params) - 1))
+        made = self.intern("param", value=len(self.params) - 1)
         if isinstance(value, int):
-            self._integers[value] = node
-        return node
+            self._integers[value] = made
+        return made
 
-    def largest(self) -> int:
-        """The largest finite number of the rows' dtype. A parameter, as the program is the same for fp32 and fp64."""
-        if self.at_largest is None:
-            self.at_largest = len(self.params)
+    def largest(self, wide: frozenset[str]) -> Expr:
+        """The largest finite number of the dtype of an expression. A parameter, as the program does not depend on the
+        dtypes of rows and fields."""
+        if wide not in self.limits:
             self.params.append(LARGEST_FP32)
-        return self._intern(Node("param", value=self.at_largest))
+            self.limits[wide] = self.intern("param", value=len(self.params) - 1)
+        return self.limits[wide]
 
-    def detach(self, x: int) -> int:
-        return self._intern(Node("detach", (x,)))
-
-    def op(self, op: Op, *args: int, value: str = "") -> int:
-        simpler = REWRITES[op](self, args) if op in REWRITES else None
-        return self._intern(Node(op, args, value)) if simpler is None else simpler
-
-    def constant_value(self, x: int) -> float | None:
-        node = self.nodes[x]
-        return float(node.value) if node.kind == "const" else None
-
-    def negated(self, x: int) -> int:
-        return self.op(Op.NEG, x)
-
-    def opposite(self, x: int) -> int | None:
-        """Node of -x where that is simpler than x: x is a negation or a negative constant."""
-        node = self.nodes[x]
-        if node.kind == "const" and float(node.value) < 0:
-            return self.const(-float(node.value))
-        return node.args[0] if node.kind is Op.NEG else None
+    def detach(self, x: Expr) -> Expr:
+        return self.intern("detach", (x,))
 
 
-Rewrite = Callable[["Graph", tuple[int, ...]], "int | None"]
-
-
-def _simpler_sum(g: Graph, args: tuple[int, ...]) -> int | None:
-    x, y = args
-    if g.constant_value(x) == 0:
+def _simpler_sum(x: Expr, y: Expr) -> Expr | None:
+    if x.constant == 0:
         return y
-    if g.constant_value(y) == 0:
+    if y.constant == 0:
         return x
-    if (opposite := g.opposite(y)) is not None:
-        return g.op(Op.SUB, x, opposite)
-    if (opposite := g.opposite(x)) is not None:
-        return g.op(Op.SUB, y, opposite)
-    return None
+    if y.opposite is not None:
+        return x - y.opposite
+    return None if x.opposite is None else y - x.opposite
 
 
-def _simpler_difference(g: Graph, args: tuple[int, ...]) -> int | None:
-    x, y = args
-    if g.constant_value(y) == 0:
+def _simpler_difference(x: Expr, y: Expr) -> Expr | None:
+    if y.constant == 0:
         return x
-    if g.constant_value(x) == 0:
-        return g.op(Op.NEG, y)
-    opposite = g.opposite(y)
-    return None if opposite is None else g.op(Op.ADD, x, opposite)
+    if x.constant == 0:
+        return -y
+    return None if y.opposite is None else x + y.opposite
 
 
-def _simpler_product(g: Graph, args: tuple[int, ...]) -> int | None:
-    for x, y in (args, args[::-1]):
-        if g.constant_value(x) == 0:
-            return x
-        if g.constant_value(x) == 1:
-            return y
-        if (opposite := g.opposite(x)) is not None:
-            return g.op(Op.NEG, g.op(Op.MUL, opposite, y))
-    return g.op(Op.MUL, args[1], args[0]) if args[0] > args[1] else None
+def _simpler_product(x: Expr, y: Expr) -> Expr | None:
+    for one, other in ((x, y), (y, x)):
+        if one.constant == 0:
+            return one
+        if one.constant == 1:
+            return other
+        if one.opposite is not None:
+            return -(one.opposite * other)
+    return y * x if x.index > y.index else None
 
 
-def _simpler_quotient(g: Graph, args: tuple[int, ...]) -> int | None:
-    x, y = args
-    if g.constant_value(x) == 0 or g.constant_value(y) == 1:
+def _simpler_quotient(x: Expr, y: Expr) -> Expr | None:
+    if x.constant == 0 or y.constant == 1:
         return x
-    opposite = g.opposite(x)
-    return None if opposite is None else g.op(Op.NEG, g.op(Op.DIV, opposite, y))
+    return None if x.opposite is None else -(x.opposite / y)
 
 
-def _simpler_negation(g: Graph, args: tuple[int, ...]) -> int | None:
-    node = g.nodes[args[0]]
-    if node.kind == "const":
-        return g.const(-float(node.value))
-    if node.kind is Op.SUB:
-        return g.op(Op.SUB, *reversed(node.args))
-    return g.opposite(args[0])
+def _simpler_negation(x: Expr) -> Expr | None:
+    if x.constant is not None:
+        return x.graph.const(-x.constant)
+    if x.kind is Op.SUB:
+        return x.args[1] - x.args[0]
+    return x.opposite
 
 
-def _simpler_choice(g: Graph, args: tuple[int, ...]) -> int | None:
-    condition, x, y = args
-    if x == y:
+def _simpler_choice(condition: Expr, x: Expr, y: Expr) -> Expr | None:
+    if x is y:
         return x
-    known = g.constant_value(condition)
+    known = condition.constant
     return None if known is None else x if known else y
 
 
-REWRITES: dict[Op, Rewrite] = {
+REWRITES: dict[Op, Callable[..., Expr | None]] = {
     Op.ADD: _simpler_sum,
     Op.SUB: _simpler_difference,
     Op.MUL: _simpler_product,
@@ -161,13 +198,13 @@ REWRITES: dict[Op, Rewrite] = {
 """Exact rewrites: the identities of 0 and 1, and signs moved outwards. None where nothing applies."""
 
 
-def ancestors(g: Graph, *of: int) -> list[int]:
-    """Every node that ``of`` depends on, arguments before values."""
-    seen: set[int] = set()
-    stack = [x for x in of if x != ZERO]
+def ancestors(*of: Expr) -> list[Expr]:
+    """Every expression that ``of`` depend on, arguments before values."""
+    seen: set[Expr] = set()
+    stack = list(of)
     while stack:
         x = stack.pop()
         if x not in seen:
             seen.add(x)
-            stack.extend(g.nodes[x].args)
-    return sorted(seen)
+            stack.extend(x.args)
+    return sorted(seen, key=lambda x: x.index)

@@ -15,9 +15,14 @@ instruction. Names of fields stay outside: kernels know numbers only. ``csrc/pro
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 STATISTICS = ("logp", "entropy", "lse")
 OUTPUTS = ("loss", "d_logp", "d_entropy", "d_lse")
@@ -35,38 +40,44 @@ WORD = 4
 
 
 class Op(IntEnum):
-    """Instructions of a program. Truth values are the numbers 1 and 0; the order is the encoding."""
+    """Operations of a program, each with its number of operands and what it means on tensors.
 
-    ADD = 0
-    SUB = 1
-    MUL = 2
-    DIV = 3
-    NEG = 4
-    ABS = 5
-    SIGN = 6
-    MINIMUM = 7
-    MAXIMUM = 8
-    CLAMP = 9
-    EXP = 10
-    EXPM1 = 11
-    LOG = 12
-    LOG1P = 13
-    SQRT = 14
-    TANH = 15
-    SIGMOID = 16
-    LOGSIGMOID = 17
-    LT = 18
-    LE = 19
-    EQ = 20
-    WHERE = 21
-    POW = 22
+    The order is the encoding, as in ``csrc/program.h``. Truth values are the numbers 1 and 0.
+    """
 
+    arity: int
+    on_tensors: Callable[..., Tensor]
 
-ARITY = dict.fromkeys(Op, 2) | {
-    **dict.fromkeys((Op.NEG, Op.ABS, Op.SIGN, Op.EXP, Op.EXPM1, Op.LOG, Op.LOG1P), 1),
-    **dict.fromkeys((Op.SQRT, Op.TANH, Op.SIGMOID, Op.LOGSIGMOID), 1),
-    **dict.fromkeys((Op.CLAMP, Op.WHERE), 3),
-}
+    def __new__(cls, arity: int, on_tensors: Callable[..., Tensor]) -> Op:
+        op = int.__new__(cls, len(cls.__members__))
+        op._value_ = int(op)
+        op.arity = arity
+        op.on_tensors = on_tensors
+        return op
+
+    ADD = 2, torch.add
+    SUB = 2, torch.sub
+    MUL = 2, torch.mul
+    DIV = 2, torch.div
+    NEG = 1, torch.neg
+    ABS = 1, torch.abs
+    SIGN = 1, torch.sign
+    MINIMUM = 2, torch.minimum
+    MAXIMUM = 2, torch.maximum
+    CLAMP = 3, torch.clamp
+    EXP = 1, torch.exp
+    EXPM1 = 1, torch.expm1
+    LOG = 1, torch.log
+    LOG1P = 1, torch.log1p
+    SQRT = 1, torch.sqrt
+    TANH = 1, torch.tanh
+    SIGMOID = 1, torch.sigmoid
+    LOGSIGMOID = 1, logsigmoid
+    LT = 2, lambda x, y: (x < y).to(x.dtype)
+    LE = 2, lambda x, y: (x <= y).to(x.dtype)
+    EQ = 2, lambda x, y: (x == y).to(x.dtype)
+    WHERE = 3, lambda c, x, y: torch.where(c != 0, x, y)
+    POW = 2, torch.pow
 
 
 @dataclass(frozen=True)
@@ -121,8 +132,8 @@ class Program:
             raise ValueError(f"program must hold {HEADER} + {WORD} n numbers, got {len(numbers)}")
         instructions = []
         for at in range(HEADER, len(numbers), WORD):
-            op = Op(numbers[at])
-            instructions.append(Instruction(op, tuple(numbers[at + 1 : at + 1 + ARITY[op]])))
+            op = Op(numbers[at])  # type: ignore[call-arg]  # by its number
+            instructions.append(Instruction(op, tuple(numbers[at + 1 : at + 1 + op.arity])))
         loss, d_logp, d_entropy, d_lse = numbers[3:HEADER]
         return cls(numbers[0], numbers[1], tuple(instructions), (loss, d_logp, d_entropy, d_lse))
 
@@ -131,3 +142,24 @@ class Program:
 def parsed(text: str) -> Program:
     """``Program.parse``, once per distinct program."""
     return Program.parse(text)
+
+
+def evaluate(program: Program, stats: Sequence[Tensor], fields: Tensor, params: Tensor) -> tuple[Tensor, ...]:
+    """Run ``program`` on tensors: what the eager backend does, and what programs mean.
+
+    Args:
+        program: what to compute.
+        stats: logp, entropy, lse; tensors of one shape and dtype.
+        fields: [n_fields, *shape], of the statistics' dtype.
+        params: [n_params] float64, on the statistics' device.
+
+    Returns:
+        loss, d_logp, d_entropy, d_lse: the shape and dtype of the statistics.
+    """
+    like = stats[0]
+    registers = [*stats, *fields.unbind(), *(p.to(like.dtype).expand_as(like) for p in params.unbind())]
+    for instruction in program.instructions:
+        operands = [registers[r] for r in instruction.args]
+        registers.append(instruction.op.on_tensors(*operands))
+    zero = torch.zeros_like(like)
+    return tuple(zero if r == ZERO else registers[r] for r in program.outputs)

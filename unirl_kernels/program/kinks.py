@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unirl_kernels.program.graph import Graph
+from unirl_kernels.program.graph import Expr, apply, equal, where
 from unirl_kernels.program.ir import Op
+
+Rule = Callable[[Expr, tuple[Expr, ...], tuple[Expr, ...]], Expr]
+"""Derivative of an operation: rule(value, arguments, their derivatives)."""
 
 NUMBERS, TENSORS = "numbers", "tensors"
 """What the bounds of a clamp are: torch has a function for each, and they differ at the bounds."""
@@ -77,88 +80,80 @@ def asked() -> Kinks:
 KINKS = asked()
 
 
-def clamp(g: Graph, y: int, x: tuple[int, ...], dx: tuple[int, ...]) -> int:
+def clamp(y: Expr, x: tuple[Expr, ...], dx: tuple[Expr, ...]) -> Expr:
     """Derivative of clamp: outside, a bound that is a tensor has it, the upper one where it is below the lower one.
 
     Args:
-        g, y, x, dx: as for every rule; ``value`` of the node y says what the bounds are.
+        y, x, dx: as for every rule; ``value`` of y says what the bounds are.
     """
-    of_numbers = g.nodes[y].value == NUMBERS
-    at_bound = _part(g, KINKS.number, dx[0]) if of_numbers else _at_bounds(g, x, dx)
-    between, inside, zero = _within(g, x, Op.LT), _within(g, x, Op.LE), g.const(0)
-    if all(bound == zero for bound in dx[1:]):
-        if at_bound == zero:
-            return g.op(Op.WHERE, between, dx[0], zero)
-        return g.op(Op.WHERE, inside, g.op(Op.WHERE, between, dx[0], at_bound), zero)
-    at_bound = g.op(Op.WHERE, between, dx[0], at_bound)
-    equal_bounds = _sum(g, KINKS.below, dx)
-    below = dx[1] if _open(g, x[2]) else g.op(Op.WHERE, g.op(Op.LT, x[1], x[2]), dx[1], equal_bounds)
-    above = g.op(Op.WHERE, g.op(Op.LT, x[2], x[0]), dx[2], zero)
-    outside = g.op(Op.WHERE, g.op(Op.LT, x[0], x[1]), below, above)
-    crossed = g.op(Op.LT, x[2], x[1])
-    return g.op(Op.WHERE, crossed, dx[2], g.op(Op.WHERE, inside, at_bound, outside))
+    zero = y.graph.const(0)
+    at_bound = KINKS.number * dx[0] if y.value == NUMBERS else _at_bounds(x, dx)
+    between, inside = _within(x, Op.LT), _within(x, Op.LE)
+    if dx[1] is dx[2] is zero:
+        if at_bound is zero:
+            return where(between, dx[0], zero)
+        return where(inside, where(between, dx[0], at_bound), zero)
+    at_bound = where(between, dx[0], at_bound)
+    below = dx[1] if _open(x[2]) else where(x[1] < x[2], dx[1], _sum(KINKS.below, dx))
+    above = where(x[2] < x[0], dx[2], zero)
+    outside = where(x[0] < x[1], below, above)
+    return where(x[2] < x[1], dx[2], where(inside, at_bound, outside))
 
 
-def _within(g: Graph, x: tuple[int, ...], before: Op) -> int:
-    """Node of lower < x < upper, or <=; of one comparison where there is one bound."""
-    of_x, low, high = x
-    sides = ((low, (low, of_x)), (high, (of_x, high)))
-    compared = [g.op(before, *pair) for bound, pair in sides if not _open(g, bound)]
-    return compared[0] if len(compared) == 1 else g.op(Op.MUL, *compared)
+def _within(x: tuple[Expr, ...], before: Op) -> Expr:
+    """lower < x < upper, or <=; one comparison where there is one bound."""
+    value, low, high = x
+    if _open(low):
+        return apply(before, value, high)
+    above = apply(before, low, value)
+    return above if _open(high) else above * apply(before, value, high)
 
 
-def _open(g: Graph, bound: int) -> bool:
+def _open(bound: Expr) -> bool:
     """Whether there is no such bound."""
-    value = g.constant_value(bound)
-    return value is not None and math.isinf(value)
+    return bound.constant is not None and math.isinf(bound.constant)
 
 
-def _at_bounds(g: Graph, x: tuple[int, ...], dx: tuple[int, ...]) -> int:
+def _at_bounds(x: tuple[Expr, ...], dx: tuple[Expr, ...]) -> Expr:
     """Derivative where x is at one bound or at both, which are tensors."""
-    low, high = (g.op(Op.EQ, x[0], bound) for bound in x[1:])
-    upper = g.op(Op.WHERE, high, _sum(g, KINKS.tensor, (dx[0], dx[2])), dx[0])
-    at_low = g.op(Op.WHERE, high, _sum(g, KINKS.both, dx), _sum(g, KINKS.tensor, dx[:2]))
-    if _open(g, x[1]):
-        return upper
-    if _open(g, x[2]):
-        return _sum(g, KINKS.tensor, dx[:2])
-    return g.op(Op.WHERE, low, at_low, upper)
+    at_low, at_high = equal(x[0], x[1]), equal(x[0], x[2])
+    of_low = _sum(KINKS.tensor, dx[:2])
+    of_high = where(at_high, _sum(KINKS.tensor, (dx[0], dx[2])), dx[0])
+    if _open(x[1]):
+        return of_high
+    if _open(x[2]):
+        return of_low
+    return where(at_low, where(at_high, _sum(KINKS.both, dx), of_low), of_high)
 
 
-def extremum(order: tuple[int, int]) -> Callable[[Graph, int, tuple[int, ...], tuple[int, ...]], int]:
-    """Rule of minimum and maximum: the chosen argument's derivative, a share of both at a tie, their sum where an
-    argument is NaN."""
+def extremum(is_first: Callable[[Expr, Expr], Expr]) -> Rule:
+    """Rule of minimum or maximum: the chosen argument's derivative, a share of both at a tie, their sum where an
+    argument is NaN.
 
-    def rule(g: Graph, y: int, x: tuple[int, ...], dx: tuple[int, ...]) -> int:
-        if dx[0] == dx[1]:
+    Args:
+        is_first: is_first(x, y): whether x is the minimum, or the maximum, of x and y.
+    """
+
+    def rule(y: Expr, x: tuple[Expr, ...], dx: tuple[Expr, ...]) -> Expr:
+        if dx[0] is dx[1]:
             return dx[0]
-        first, second = (g.op(Op.LE, x[k], x[1 - k]) for k in order)
-        if_first = g.op(Op.WHERE, second, _sum(g, KINKS.tie, dx), dx[0])
-        return g.op(Op.WHERE, first, if_first, g.op(Op.WHERE, second, dx[1], g.op(Op.ADD, *dx)))
+        first, second = is_first(x[0], x[1]), is_first(x[1], x[0])
+        if_first = where(second, _sum(KINKS.tie, dx), dx[0])
+        return where(first, if_first, where(second, dx[1], dx[0] + dx[1]))
 
     return rule
 
 
-def abs_slope(g: Graph, x: int, y: int) -> int:
-    """Slope of abs."""
-    return g.op(Op.ADD, g.op(Op.SIGN, x), _part(g, KINKS.abs, g.op(Op.EQ, x, g.const(0))))
+def relu(x: Expr) -> Expr:
+    """relu; NaN stays NaN."""
+    return where(x < 0 if KINKS.relu else x <= 0, 0, x)
 
 
-def relu(g: Graph, x: int) -> int:
-    """Node of relu; NaN stays NaN."""
-    zero = g.const(0)
-    return g.op(Op.WHERE, g.op(Op.LT if KINKS.relu else Op.LE, x, zero), zero, x)
-
-
-def _part(g: Graph, share: float, x: int) -> int:
-    return g.op(Op.MUL, g.const(share), x)
-
-
-def _sum(g: Graph, shares: tuple[float, ...], dx: tuple[int, ...]) -> int:
-    """Node of the sum of shares of derivatives; equal shares are factored out."""
+def _sum(shares: tuple[float, ...], dx: tuple[Expr, ...]) -> Expr:
+    """The sum of shares of derivatives; equal shares are factored out."""
     if len(shares) == 2 and shares[0] == shares[1]:
-        return _part(g, shares[0], g.op(Op.ADD, *dx))
-    total = g.const(0)
+        return shares[0] * (dx[0] + dx[1])
+    total = dx[0].graph.const(0)
     for share, d in zip(shares, dx, strict=True):
-        total = g.op(Op.ADD, total, _part(g, share, d))
+        total = total + share * d
     return total

@@ -2,53 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from typing import Any, ClassVar, NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 
-from unirl_kernels.program.graph import Graph
-
-
-class UnsupportedOperation(TypeError):
-    """An objective uses an operation that the one-pass kernels cannot run.
-
-    The text names the operation, lists those that can be used, and says how to run the objective all the same.
-
-    Examples:
-        >>> loss = uk.Loss(lambda t: torch.special.i0(t.logp))
-        >>> try:
-        ...     loss.traced()
-        ... except uk.UnsupportedOperation as error:
-        ...     print("special_i0" in str(error), "Plan(kernel='composed')" in str(error))
-        True True
-    """
+from unirl_kernels.program.functions import FUNCTIONS, record
+from unirl_kernels.program.operands import Operand, UnsupportedOperation
 
 
 def _operator(name: str) -> Callable[..., Symbol]:
     """The method of an operator, which records the function ``name``."""
-    return lambda *args: Symbol.record(name, args, {}, method=False)
+    return lambda *args: Symbol.of_call(name, args, {})
 
 
-class Symbol:
-    """A scalar of one token. Behaves like a tensor for the supported operations.
-
-    Args:
-        graph, node: the expression.
-        truth: whether a tensor in its place would be of dtype bool, whose arithmetic differs from that of numbers.
-            None for a user's field, which may be either.
-    """
+class Symbol(Operand):
+    """An operand that behaves like a tensor for the supported operations."""
 
     dtype = torch.float32
     device = torch.device("cpu")
-    # What functions record stands in ``functions``, which needs symbols itself and sets these two.
-    functions: ClassVar[Collection[str]] = ()
-    record: ClassVar[Callable[..., Symbol]]
 
-    def __init__(self, graph: Graph, node: int, truth: bool | None = False) -> None:
-        self.graph = graph
-        self.node = node
-        self.truth = truth
+    @classmethod
+    def of_call(cls, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], method: bool = False) -> Symbol:
+        """What the torch function ``name`` gives, or the tensor's method of that name."""
+        found = record(name, args, kwargs, method=method)
+        return cls(found.expr, found.truth, found.wide)
 
     @classmethod
     def __torch_function__(
@@ -59,14 +37,14 @@ class Symbol:
         kwargs: dict[str, Any] | None = None,
     ) -> Symbol:
         name = getattr(func, "__name__", str(func))
-        return cls.record(name, args, kwargs or {}, method=func is getattr(torch.Tensor, name, None))
+        return cls.of_call(name, args, kwargs or {}, method=func is getattr(torch.Tensor, name, None))
 
     def __getattr__(self, name: str) -> Callable[..., Symbol]:
         if name.startswith("__"):
             raise AttributeError(name)
-        if name not in self.functions:
-            raise UnsupportedOperation(f"uses .{name}; one-pass kernels run {', '.join(sorted(self.functions))}")
-        return lambda *args, **kwargs: self.record(name, (self, *args), kwargs, method=True)
+        if name not in FUNCTIONS:
+            raise UnsupportedOperation(f"uses .{name}; one-pass kernels run {', '.join(sorted(FUNCTIONS))}")
+        return lambda *args, **kwargs: self.of_call(name, (self, *args), kwargs, method=True)
 
     def __bool__(self) -> NoReturn:
         raise UnsupportedOperation("branches on the value of a token: choose with torch.where")

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from unirl_kernels.program.derive import assemble
-from unirl_kernels.program.functions import node_of
-from unirl_kernels.program.graph import Graph
+from unirl_kernels.program.graph import Expr, Graph
 from unirl_kernels.program.ir import STATISTICS, Program
-from unirl_kernels.program.symbols import Symbol, UnsupportedOperation
-
-__all__ = ["Objective", "Traced", "UnsupportedOperation", "trace", "weight_name"]
+from unirl_kernels.program.operands import FLOAT64, UnsupportedOperation, expr_of
+from unirl_kernels.program.symbols import Symbol
 
 WAY_OUT = "Run it with Plan(kernel='composed'): statistics first, then the objective as plain PyTorch under autograd"
 
@@ -30,11 +29,12 @@ class Traced:
 
     Args:
         program: the weighted loss and its derivatives, shared by all values of the objectives' scalars.
-        params: values of the program's parameters, for rows in fp32; see ``params_of``.
+        params: values of the program's parameters, for rows and fields in fp32; see ``params_of``.
         text: the program as operators take it.
         fields: names of the fields that the program reads, in their order. The weight of term k is
             ``weight_name(k)``.
-        graph, terms: the expressions it was made from, and the node of each term's unweighted loss.
+        graph: the expressions it was made from.
+        terms: each term's unweighted loss.
     """
 
     program: Program
@@ -42,14 +42,24 @@ class Traced:
     text: str
     fields: tuple[str, ...]
     graph: Graph
-    terms: tuple[int, ...]
+    terms: tuple[Expr, ...]
 
-    def params_of(self, dtype: torch.dtype) -> tuple[float, ...]:
-        """The parameters for rows in a dtype, float32 or float64: ``nan_to_num`` replaces infinities by its limits."""
-        at = self.graph.at_largest
-        if at is None or dtype == torch.float32:
+    def params_of(self, dtype: torch.dtype, wide: Collection[str] = ()) -> tuple[float, ...]:
+        """The parameters for rows in a dtype: ``nan_to_num`` replaces infinities by the limits of its argument's dtype.
+
+        Args:
+            dtype: float32 or float64.
+            wide: names of the fields that are float64. Their limit is inf in rows of float32.
+        """
+        if not self.graph.limits:
             return self.params
-        return (*self.params[:at], torch.finfo(dtype).max, *self.params[at + 1 :])
+        params = list(self.params)
+        for inputs, limit in self.graph.limits.items():
+            if dtype == torch.float64:
+                params[int(limit.value)] = torch.finfo(dtype).max
+            elif not inputs.isdisjoint({FLOAT64, *wide}):
+                params[int(limit.value)] = math.inf
+        return tuple(params)
 
 
 def weight_name(term: int) -> str:
@@ -82,14 +92,16 @@ def trace(objectives: Sequence[Objective], reserved: frozenset[str] = frozenset(
     return Traced(program, tuple(params), program.text, fields, graph, terms)
 
 
-def _recorded(graph: Graph, objective: Objective, tokens: SymbolicTokens) -> int:
+def _recorded(graph: Graph, objective: Objective, tokens: SymbolicTokens) -> Expr:
     try:
-        return node_of(graph, objective(tokens))
+        return expr_of(graph, objective(tokens))
     except UnsupportedOperation as error:
-        raise UnsupportedOperation(f"objective {name_of(objective)} {error}. {WAY_OUT}") from None
+        refused = error.args[0]
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise UnsupportedOperation(f"objective {name_of(objective)} cannot be traced ({reason}). {WAY_OUT}") from error
+    # Behind the handler instead of "from None", which torch.compile of torch 2.11 cannot follow.
+    raise UnsupportedOperation(f"objective {name_of(objective)} {refused}. {WAY_OUT}")
 
 
 def name_of(objective: Objective) -> str:
@@ -116,6 +128,7 @@ class SymbolicTokens:
                 f"uses t.{name}, which looks beyond one token: give it a scope of 'sequence', 'pair' or 'batch'"
             )
         if name == "old_logp" and self._on_policy:
-            return Symbol(self._graph, self._graph.detach(self._graph.input("logp")))
-        number = name in STATISTICS or name in NUMBERS
-        return Symbol(self._graph, self._graph.input(name), False if number else None)
+            return Symbol(self._graph.detach(self._graph.input("logp")))
+        if name in STATISTICS:
+            return Symbol(self._graph.input(name))
+        return Symbol(self._graph.input(name), False if name in NUMBERS else None, frozenset({name}))

@@ -70,19 +70,19 @@ def multiplied(d_logits: Tensor, dtype: torch.dtype) -> Tensor:
 
 def logits_of(x: Case, bias: Tensor | None = None) -> Tensor:
     out = torch.full((len(x.hidden), len(x.weight)), torch.nan)
-    cpu.logits_matmul(x.hidden, x.weight, bias, out)
+    native.logits_matmul(x.hidden, x.weight, bias, out)
     return out
 
 
 def d_hidden_of(x: Case) -> Tensor:
     out = torch.full((len(x.d_logits), x.weight.shape[1]), torch.nan)
-    cpu.d_hidden_matmul(x.d_logits, x.weight, out)
+    native.d_hidden_matmul(x.d_logits, x.weight, out)
     return out
 
 
 def d_weight_of(x: Case) -> Tensor:
     total = torch.full((x.d_logits.shape[1], x.hidden.shape[1]), torch.nan)
-    cpu.d_weight_matmul(x.d_logits, x.hidden, total, False)
+    native.d_weight_matmul(x.d_logits, x.hidden, total, False)
     return total
 
 
@@ -170,9 +170,9 @@ def test_results_in_rows_that_lie_apart(dtype: torch.dtype) -> None:
         return torch.full((rows, columns + 5), 3.0)[:, :columns]
 
     logits, d_hidden, d_weight = apart(37, 203), apart(37, 70), apart(203, 70)
-    cpu.logits_matmul(x.hidden, x.weight, None, logits)
-    cpu.d_hidden_matmul(x.d_logits, x.weight, d_hidden)
-    cpu.d_weight_matmul(x.d_logits, x.hidden, d_weight, False)
+    native.logits_matmul(x.hidden, x.weight, None, logits)
+    native.d_hidden_matmul(x.d_logits, x.weight, d_hidden)
+    native.d_weight_matmul(x.d_logits, x.hidden, d_weight, False)
     for got, matmul in zip((logits, d_hidden, d_weight), MATMULS.values(), strict=True):
         assert torch.equal(got, matmul(x))
         memory = got.as_strided((len(got), got.stride(0)), got.stride())
@@ -202,7 +202,7 @@ def test_accumulation_adds_to_what_is_there(n: int, dtype: torch.dtype) -> None:
     exact, plain = wide(x, torch.float64), wide(x, torch.float32)
     truth = torch.addmm(total.double(), exact.d_logits.t(), exact.hidden)
     expected = torch.addmm(total, plain.d_logits.t(), plain.hidden)
-    cpu.d_weight_matmul(x.d_logits, x.hidden, total, True)
+    native.d_weight_matmul(x.d_logits, x.hidden, total, True)
     assert not violations(total, expected, truth)
 
 
@@ -289,7 +289,7 @@ def test_empty_dimensions(dtype: torch.dtype) -> None:
     assert logits_of(no_tokens).shape == (0, 7)
     assert torch.equal(d_weight_of(no_tokens), torch.zeros(7, 5))
     total = torch.ones(7, 5)
-    cpu.d_weight_matmul(no_tokens.d_logits, no_tokens.hidden, total, True)
+    native.d_weight_matmul(no_tokens.d_logits, no_tokens.hidden, total, True)
     assert torch.equal(total, torch.ones(7, 5))
     assert torch.equal(d_hidden_of(no_columns), torch.zeros(3, 5))
     assert torch.equal(logits_of(no_units, no_units.bias), no_units.bias.expand(3, 7))
@@ -331,7 +331,7 @@ def test_arguments_are_checked() -> None:
         ((h.to("meta"), w, b, logits), "hidden must be a dense tensor on the cpu"),
     ):
         with pytest.raises(ValueError, match=message):
-            cpu.logits_matmul(*arguments)
+            native.logits_matmul(*arguments)
     for arguments, message in (
         ((g, w.double(), d_hidden), "weight must have a dtype that"),
         ((g[0], w, d_hidden), "d_logits must have two dimensions"),
@@ -342,7 +342,7 @@ def test_arguments_are_checked() -> None:
         ((without_memory(g), w, d_hidden), "d_logits must have memory"),
     ):
         with pytest.raises(ValueError, match=message):
-            cpu.d_hidden_matmul(*arguments)
+            native.d_hidden_matmul(*arguments)
     for arguments, message in (
         ((g, h.double(), d_weight, True), "hidden must have a dtype that"),
         ((g[0], h, d_weight, True), "d_logits must have two dimensions"),
@@ -353,7 +353,7 @@ def test_arguments_are_checked() -> None:
         ((g, h, without_memory(d_weight), True), "total must have memory"),
     ):
         with pytest.raises(ValueError, match=message):
-            cpu.d_weight_matmul(*arguments)
+            native.d_weight_matmul(*arguments)
 
 
 def test_says_where_matmuls_run() -> None:
@@ -398,6 +398,21 @@ def test_the_way_that_is_forced_runs() -> None:
             assert cpu.matmul_arithmetic(torch.bfloat16) == way.split("-")[1]
     with pytest.raises(RuntimeError, match=r"UNIRL_CPU_MATMULS must be one that this machine has \(.*\), got brgemm"):
         native.force_matmuls("brgemm")
+
+
+@needs_matmuls
+@in_each_way
+def test_onednn_is_disabled_later() -> None:
+    """Right all the same, or an error of our own."""
+    x = case(17, 33, 129, torch.bfloat16)
+    expected = logits_of(x)
+    with torch.backends.mkldnn.flags(enabled=False):
+        if native.matmul_way(torch.bfloat16) == "brgemm-bf16":
+            with pytest.raises(RuntimeError, match=r"torch.backends.mkldnn must be enabled for .*; torch says: .*\Z"):
+                logits_of(x)
+        else:
+            assert_right("logits", logits_of(x), x)
+    assert torch.equal(logits_of(x), expected)
 
 
 @needs_matmuls

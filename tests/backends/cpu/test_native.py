@@ -24,7 +24,7 @@ from unirl_kernels.program import (
     Program,
     evaluate,
 )
-from unirl_kernels.program.ir import ARITY, Instruction
+from unirl_kernels.program.ir import Instruction
 
 native = cpu._native()
 IDENTITY = ReadoutArgs(1.0, None, 1.0, None)
@@ -62,12 +62,12 @@ def expected(program: Program, fields: Tensor, params: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("op", Op)
 def test_instructions_mean_what_evaluate_says(op: Op) -> None:
     special = [0.0, -0.0, 1.0, -1.0, 0.5, 2.0, 3.0, 40.0, -800.0, torch.inf, -torch.inf, torch.nan]
-    grid = torch.tensor(list(itertools.product(special, repeat=ARITY[op])), dtype=torch.float64).T
-    fields = torch.cat([grid, torch.randn(ARITY[op], 200, dtype=torch.float64) * 3], 1)
+    grid = torch.tensor(list(itertools.product(special, repeat=op.arity)), dtype=torch.float64).T
+    fields = torch.cat([grid, torch.randn(op.arity, 200, dtype=torch.float64) * 3], 1)
     if op is Op.CLAMP:
         fields = fields[:, ~(fields[1] > fields[2])]
-    args = tuple(range(3, 3 + ARITY[op]))
-    program = Program(ARITY[op], 0, (Instruction(op, args),), (3 + ARITY[op], ZERO, ZERO, ZERO))
+    args = tuple(range(3, 3 + op.arity))
+    program = Program(op.arity, 0, (Instruction(op, args),), (3 + op.arity, ZERO, ZERO, ZERO))
     none = torch.empty(0, dtype=torch.float64)
     got, truth = run(program.text, fields, none), expected(program, fields, none)
     torch.testing.assert_close(got[0], truth[0], rtol=2e-15, atol=0, equal_nan=True)
@@ -81,7 +81,7 @@ def random_program(n: int, reach: int) -> Program:
         recent = list(range(max(first, first + i - reach), first + i)) + torch.randint(0, first, (2,)).tolist()
         args = tuple(recent[int(k)] for k in torch.randint(0, len(recent), (2,)))
         op = (Op.ADD, Op.SUB, Op.MUL, Op.TANH)[int(torch.randint(0, 4, ()))]
-        instructions.append(Instruction(op, args[: ARITY[op]]))
+        instructions.append(Instruction(op, args[: op.arity]))
     outputs = torch.randint(0, first + n, (4,)).tolist()
     return Program(MAX_FIELDS, MAX_PARAMS, tuple(instructions), (first + n - 1, *outputs[1:]))
 

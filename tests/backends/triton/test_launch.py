@@ -24,9 +24,9 @@ from tests.backends.triton.rows import (
     make_rows,
     run,
 )
+from unirl_kernels.backends import RowMoments
 from unirl_kernels.backends.triton import geometry
 from unirl_kernels.backends.triton.split_row import number, publish
-from unirl_kernels.backends.triton.statistics import Moments
 from unirl_kernels.backends.triton.tiles import head_and_body
 from unirl_kernels.batch import IGNORE
 
@@ -141,7 +141,7 @@ def test_split_rows_fit_on_the_device(
 @triton.jit
 def published(x: tl.tensor, record: tl.tensor, out: tl.tensor) -> None:
     value = tl.load(x)
-    publish(record, Moments(value, value, value, value))
+    publish(record, RowMoments(value, value, value, value))
     tl.debug_barrier()
     tl.store(out, number(tl.load(record), value.dtype))
 

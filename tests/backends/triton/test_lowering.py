@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import linecache
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,11 +17,11 @@ from torch import Tensor
 
 import unirl_kernels as uk
 from tests.backends.triton.rows import DEVICE, OBJECTIVES
-from unirl_kernels.backends.triton import scalar_math
+from unirl_kernels.backends.triton import lowering, scalar_math
 from unirl_kernels.backends.triton.lowering import OPERATORS, device_function, source
 from unirl_kernels.backends.triton.rows import row_fields
-from unirl_kernels.program import ZERO, Op, Program, evaluate, trace
-from unirl_kernels.program.ir import ARITY, Instruction
+from unirl_kernels.program import ZERO, Op, Program, evaluate, parsed, trace
+from unirl_kernels.program.ir import Instruction
 
 NUMBERS = (
     *(0.0, 1e-30, 1e-8, 1e-4, 0.3, 0.55, 0.7, 1.0, 1.5, 2.0, 5.0, 20.0, 88.5, 95.0, 1e4, 3e37),
@@ -73,11 +75,11 @@ def tolerance_of(op: Op, dtype: torch.dtype) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("op", list(Op), ids=lambda op: op.name)
 def test_instructions(op: Op, dtype: torch.dtype) -> None:
-    numbers = NUMBERS if ARITY[op] < 3 else FEW
-    operands = torch.tensor(list(itertools.product(numbers, repeat=ARITY[op])), dtype=dtype).T
+    numbers = NUMBERS if op.arity < 3 else FEW
+    operands = torch.tensor(list(itertools.product(numbers, repeat=op.arity)), dtype=dtype).T
     inputs = torch.zeros(3, operands.shape[1], dtype=dtype)
-    inputs[: ARITY[op]] = operands
-    program = Program(0, 0, (Instruction(op, tuple(range(ARITY[op]))),), (3, 0, ZERO, 1))
+    inputs[: op.arity] = operands
+    program = Program(0, 0, (Instruction(op, tuple(range(op.arity))),), (3, 0, ZERO, 1))
     got, meaning = run(program, inputs)
     for g, truth in zip(got, meaning, strict=True):
         same(g, truth, tolerance_of(op, dtype))
@@ -118,6 +120,17 @@ def test_parameters_do_not_make_a_new_function() -> None:
     assert one.params != other.params
     assert device_function(one.text) is device_function(other.text)
     assert device_function(trace([uk.sft().objective]).text) is not device_function(one.text)
+
+
+def test_a_generated_function_is_named_after_its_module_and_source() -> None:
+    """Copies of the package in one process may print a program differently; neither may find the other's lines."""
+    text = trace([uk.grpo().objective]).text
+    function = device_function(text).fn
+    assert function.__module__.startswith(f"{lowering.__name__}.objective_")
+    assert inspect.getsource(function) == source(parsed(text))
+    files = [name for name in linecache.cache if "objective_" in name]
+    assert files
+    assert all(name.startswith(f"<{lowering.__name__}.") for name in files)
 
 
 def test_source_needs_no_triton_and_reads_like_the_program() -> None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from unirl_kernels.backends import RowMoments, RowStats
 from unirl_kernels.backends.triton.kernel import kernel
 from unirl_kernels.backends.triton.rows import (
     Matrix,
@@ -28,12 +29,12 @@ from unirl_kernels.backends.triton.rows import (
     u_of,
 )
 from unirl_kernels.backends.triton.scalar_math import LN2, exp, expm1
-from unirl_kernels.backends.triton.statistics import FLOOR, Moments, Stats, finite_base, statistics_of
+from unirl_kernels.backends.triton.statistics import FLOOR, finite_base, statistics_of
 from unirl_kernels.backends.triton.tiles import fill, fringe, head_and_body, is_column, load, store
 
 
 class Gradients(NamedTuple):
-    """``backends.RowGradients`` of a row."""
+    """``backends.RowGradients`` of a row, 0 where there is none."""
 
     d_logp: tl.tensor
     d_entropy: tl.tensor
@@ -52,7 +53,7 @@ class Terms(NamedTuple):
 
 @triton.jit
 def evaluated(
-    OBJECTIVE: tl.constexpr, parameters: tl.tensor, stats: Stats, fields: tl.tuple
+    OBJECTIVE: tl.constexpr, parameters: tl.tensor, stats: RowStats, fields: tl.tuple
 ) -> tuple[tl.tensor, Gradients]:
     """The loss of a row, and its gradients."""
     loss, d_logp, d_entropy, d_lse = OBJECTIVE(parameters, *stats, *fields)
@@ -60,7 +61,9 @@ def evaluated(
 
 
 @triton.jit
-def terms_of(moments: Moments, stats: Stats, gradients: Gradients, readout: Readout, READOUT: tl.constexpr) -> Terms:
+def terms_of(
+    moments: RowMoments, stats: RowStats, gradients: Gradients, readout: Readout, READOUT: tl.constexpr
+) -> Terms:
     d_logp, d_entropy, d_lse = gradients
     # dz/dx at x = 0: du/dx is 1, or -1 for a negative scale, or the slope of tanh's argument.
     outer = readout.kappa * readout.inner
@@ -158,8 +161,8 @@ def write_row(
     row: Row,
     d_row: tl.tensor,
     readout: Readout,
-    moments: Moments,
-    stats: Stats,
+    moments: RowMoments,
+    stats: RowStats,
     gradients: Gradients,
     ENTROPY: tl.constexpr,
     READOUT: tl.constexpr,
@@ -205,7 +208,7 @@ def backward(
     d_x = start_of_row(Matrix(d_logits, length, d_stride_b, d_stride_l), row)
     if is_computed(y, size):
         readout = readout_of(Readouts(inner, factor, row_temperature), row, COMPUTE)
-        moments = Moments(tl.load(top + row), tl.load(s_minus_1 + row), tl.load(sz + row), tl.load(u_target + row))
+        moments = RowMoments(tl.load(top + row), tl.load(s_minus_1 + row), tl.load(sz + row), tl.load(u_target + row))
         gradients = Gradients(
             optional(d_logp, row, COMPUTE), optional(d_entropy, row, COMPUTE), optional(d_lse, row, COMPUTE)
         )

@@ -58,16 +58,17 @@ def _expression(op: Op, args: list[str]) -> str:
 def device_function(text: str) -> Any:
     """The ``triton.jit`` function of a program's text, one per distinct program.
 
-    Its name is derived from the program, so that Triton's compilation cache on disk recognises it in a later process.
+    Its name is derived from its source, so that Triton's compilation cache on disk recognises it in a later process.
     """
     from unirl_kernels.backends.triton import scalar_math
 
     code = source(parsed(text))
-    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    filename = f"<unirl_kernels objective {digest}>"
+    # Of the module too: a copy of this package prints programs by itself.
+    name = f"{__name__}.objective_{hashlib.sha256(code.encode()).hexdigest()[:16]}"
+    filename = f"<{name}>"
     # Triton reads a function's source through inspect, which looks here for files that do not exist.
     linecache.cache[filename] = (len(code), None, code.splitlines(keepends=True), filename)
     namespace = {name: value for name, value in vars(scalar_math).items() if not name.startswith("_")}
-    namespace["__name__"] = f"unirl_kernels.objective_{digest}"
+    namespace["__name__"] = name
     exec(compile(code, filename, "exec"), namespace)
     return namespace["objective"]

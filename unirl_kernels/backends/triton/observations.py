@@ -13,10 +13,10 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from unirl_kernels.backends import RowMoments, RowObservations
 from unirl_kernels.backends.triton.rows import Readout, Row, u_of
 from unirl_kernels.backends.triton.scalar_math import log1p, minimum
 from unirl_kernels.backends.triton.statistics import (
-    Moments,
     Sums,
     exponents,
     finite_base,
@@ -115,20 +115,13 @@ def log_sum_of_squares(seen: Seen, s_minus_1: tl.tensor, rate: tl.tensor) -> tl.
     return minimum(log1p(sum_minus_1(s2)) - 2.0 * log1p(s_minus_1), 0.0)
 
 
-class Observations(NamedTuple):
-    """``backends.RowObservations`` of a row."""
-
-    log_sum_sq_probs: tl.tensor
-    mean_logit: tl.tensor
-    largest: tl.tensor
-    argmax: tl.tensor
-
-
 @triton.jit
-def observations_of(seen: Seen, column: tl.tensor, moments: Moments, readout: Readout, size: tl.tensor) -> Observations:
+def observations_of(
+    seen: Seen, column: tl.tensor, moments: RowMoments, readout: Readout, size: tl.tensor
+) -> RowObservations:
     """Observations of a row of ``size`` columns whose largest logit is first in ``column``."""
     broken = moments.s_minus_1 != moments.s_minus_1
-    return Observations(
+    return RowObservations(
         log_sum_of_squares(seen, moments.s_minus_1, readout.rate),
         readout.kappa * (tl.sum(seen.su, 0) / size),
         tl.where(broken, float("nan"), tl.max(seen.largest, 0)),

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from unirl_kernels.backends import RowMoments, RowStats
 from unirl_kernels.backends.triton.gradient import (
     Gradients,
     Terms,
@@ -49,8 +50,6 @@ from unirl_kernels.backends.triton.rows import (
 from unirl_kernels.backends.triton.scalar_math import LN2
 from unirl_kernels.backends.triton.statistics import (
     FLOOR,
-    Moments,
-    Stats,
     Sums,
     finite_base,
     lane_sums,
@@ -61,13 +60,13 @@ from unirl_kernels.backends.triton.statistics import (
 from unirl_kernels.backends.triton.tiles import fill_slice, is_column, store
 
 RECORD = tl.constexpr(4)
-"""Numbers in a slice's record: its ``Moments``, with sz in bits."""
+"""Numbers in a slice's record: its ``RowMoments``, with sz in bits."""
 
 
 class Slice(NamedTuple):
     """What a program holds of its slice."""
 
-    moments: Moments  # with sz in bits
+    moments: RowMoments  # with sz in bits
     d: tl.tensor  # u_j - max u; -inf beyond the slice
     e: tl.tensor  # 2^(d rate)
 
@@ -91,7 +90,7 @@ def read_slice(x: Row, readout: Readout, READOUT: tl.constexpr, TILE: tl.constex
     s, sz = lane_sums(t, e)
     ones = tl.floor(s)
     s, ones, sz = tl.reduce((s - ones, ones, sz), 0, add)
-    return Slice(Moments(top, s + (ones - 1.0), sz, u_target), d, e)
+    return Slice(RowMoments(top, s + (ones - 1.0), sz, u_target), d, e)
 
 
 @triton.jit
@@ -101,7 +100,7 @@ def draw(scratch: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def publish(record: tl.tensor, moments: Moments) -> None:
+def publish(record: tl.tensor, moments: RowMoments) -> None:
     """Write a record over zeros: each entry is the bits of its number plus 1, hence not 0."""
     entry = tl.arange(0, RECORD)
     value = tl.where(entry == 2, moments.sz, moments.u_target)
@@ -126,7 +125,7 @@ def number(entry: tl.tensor, COMPUTE: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def merged(entries: tl.tensor, rate: tl.tensor, SPLIT: tl.constexpr) -> Moments:
+def merged(entries: tl.tensor, rate: tl.tensor, SPLIT: tl.constexpr) -> RowMoments:
     """Moments of a row from the records of its slices."""
     exists = tl.arange(0, SPLIT.padded) < SPLIT.slices
     even, odd = tl.split(tl.reshape(number(entries, rate.dtype), SPLIT.padded, 2, 2))
@@ -139,13 +138,13 @@ def merged(entries: tl.tensor, rate: tl.tensor, SPLIT: tl.constexpr) -> Moments:
     # Slices that hold the row's largest logit have left out its 1; all of these but one are added again.
     holds = tops == base
     row_s_minus_1 = tl.sum(tl.where(holds, s_minus_1, s), 0) + (tl.sum(holds.to(tl.int32), 0) - 1)
-    return Moments(top, row_s_minus_1, tl.sum(sz, 0) * LN2, tl.max(tl.where(exists, u_target, float("-inf")), 0))
+    return RowMoments(top, row_s_minus_1, tl.sum(sz, 0) * LN2, tl.max(tl.where(exists, u_target, float("-inf")), 0))
 
 
 @triton.jit
 def exchange(
-    scratch: tl.tensor, row: tl.tensor, part: tl.tensor, moments: Moments, rate: tl.tensor, SPLIT: tl.constexpr
-) -> tuple[Moments, tl.tensor]:
+    scratch: tl.tensor, row: tl.tensor, part: tl.tensor, moments: RowMoments, rate: tl.tensor, SPLIT: tl.constexpr
+) -> tuple[RowMoments, tl.tensor]:
     """Publish the moments of a slice and wait for those of the others. The moments of the row, and the next ticket.
 
     The ticket is drawn while the program waits if all tickets of the row are drawn, else afterwards. A branch must go
@@ -176,8 +175,8 @@ def write_slice(
     d_x: tl.tensor,
     held: Slice,
     readout: Readout,
-    moments: Moments,
-    stats: Stats,
+    moments: RowMoments,
+    stats: RowStats,
     gradients: Gradients,
     ENTROPY: tl.constexpr,
     READOUT: tl.constexpr,
@@ -232,9 +231,10 @@ def split_row(
         y = tl.load(call.target + row)
         count = tl.minimum(width, call.size - first)
         d_x = start_of_row(call.d_logits, row) + first
+        # A row without a gradient is filled with one value, ignored or not: the code of that stands once, at the end.
         value = absent(y, COMPUTE)
-        silent = not is_computed(y, call.size)
-        if silent:
+        filled = not is_computed(y, call.size)
+        if filled:
             if part == 0:
                 write_to_all(call.results, row, value)
             ticket = draw(scratch)
@@ -249,8 +249,8 @@ def split_row(
             if part == 0:
                 write(call.results, row, (loss, stats.logp, stats.entropy, stats.lse))
             value = tl.full((), 0.0, COMPUTE)
-            silent = is_zero(gradients)
-            if not silent:
+            filled = is_zero(gradients)
+            if not filled:
                 write_slice(x, d_x, held, readout, moments, stats, gradients, ENTROPY, READOUT, SPLIT)
-        if silent:
+        if filled:
             fill_slice(d_x, count, value, TILE)

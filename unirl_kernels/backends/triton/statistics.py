@@ -15,6 +15,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from unirl_kernels.backends import RowMoments, RowStats
 from unirl_kernels.backends.triton.rows import Readout, Row, u_of, u_of_target
 from unirl_kernels.backends.triton.scalar_math import LN2, log1p, maximum, minimum
 from unirl_kernels.backends.triton.tiles import is_below, load
@@ -29,23 +30,6 @@ class Sums(NamedTuple):
     top: tl.tensor  # max u, -inf where all of it is
     s: tl.tensor  # relative to top, as sz
     sz: tl.tensor
-
-
-class Moments(NamedTuple):
-    """``backends.RowMoments`` of a row, with sz in nats."""
-
-    top: tl.tensor
-    s_minus_1: tl.tensor
-    sz: tl.tensor
-    u_target: tl.tensor
-
-
-class Stats(NamedTuple):
-    """``backends.RowStats`` of a row."""
-
-    logp: tl.tensor
-    entropy: tl.tensor
-    lse: tl.tensor
 
 
 @triton.jit
@@ -104,11 +88,11 @@ def sum_minus_1(s: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def combine(sums: Sums, u_target: tl.tensor, rate: tl.tensor) -> Moments:
+def combine(sums: Sums, u_target: tl.tensor, rate: tl.tensor) -> RowMoments:
     """Moments of a row from the sums of its lanes."""
     top = tl.max(sums.top, 0)
     s, sz = rescaled(finite_base(top), sums, rate)
-    return Moments(top, sum_minus_1(s), tl.sum(sz, 0) * LN2, u_target)
+    return RowMoments(top, sum_minus_1(s), tl.sum(sz, 0) * LN2, u_target)
 
 
 @triton.jit
@@ -127,7 +111,7 @@ def masked(row: Row, start: tl.tensor, readout: Readout, READOUT: tl.constexpr, 
 
 
 @triton.jit
-def sweep(row: Row, readout: Readout, READOUT: tl.constexpr, TILE: tl.constexpr) -> Moments:
+def sweep(row: Row, readout: Readout, READOUT: tl.constexpr, TILE: tl.constexpr) -> RowMoments:
     """Moments of a row."""
     COLUMNS: tl.constexpr = TILE.unroll * TILE.lanes * TILE.vector
     COMPUTE: tl.constexpr = readout.rate.dtype
@@ -143,10 +127,10 @@ def sweep(row: Row, readout: Readout, READOUT: tl.constexpr, TILE: tl.constexpr)
 
 
 @triton.jit
-def statistics_of(moments: Moments, readout: Readout) -> Stats:
+def statistics_of(moments: RowMoments, readout: Readout) -> RowStats:
     """Statistics of a row: logp <= 0 although tanh of the target may round otherwise than in the sweep, and H >= 0."""
     log_s = log1p(moments.s_minus_1)
     base = finite_base(moments.top)
     logp = (moments.u_target - base) * readout.kappa - log_s
     entropy = log_s - moments.sz / (1.0 + moments.s_minus_1)
-    return Stats(minimum(logp, 0.0), maximum(entropy, 0.0), base * readout.kappa + log_s)
+    return RowStats(minimum(logp, 0.0), maximum(entropy, 0.0), base * readout.kappa + log_s)

@@ -1,0 +1,97 @@
+"""What torch functions are called with while an objective is traced."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+import torch
+
+from unirl_kernels.program.graph import Expr, Graph, equal
+
+
+class UnsupportedOperation(TypeError):
+    """An objective uses an operation that the one-pass kernels cannot run.
+
+    The text names the operation, lists those that can be used, and says how to run the objective all the same.
+
+    Examples:
+        >>> loss = uk.Loss(lambda t: torch.special.i0(t.logp))
+        >>> try:
+        ...     loss.traced()
+        ... except uk.UnsupportedOperation as error:
+        ...     print("special_i0" in str(error), "Plan(kernel='composed')" in str(error))
+        True True
+    """
+
+
+FLOAT64 = "torch.float64"
+"""Stands among names of fields; it is no identifier, so that no field can have it."""
+
+
+class Operand:
+    """A scalar of one token.
+
+    Args:
+        expr: how it is computed.
+        truth: whether a tensor in its place would be of dtype bool, whose arithmetic differs from that of numbers.
+            None for a user's field, which may be either.
+        wide: what may make a tensor in its place wider than the rows: the fields that its dtype comes of, and
+            ``FLOAT64`` where it was converted to that.
+    """
+
+    def __init__(self, expr: Expr, truth: bool | None = False, wide: frozenset[str] = frozenset()) -> None:
+        self.expr = expr
+        self.truth = truth
+        self.wide = wide
+
+
+def expr_of(g: Graph, x: Any) -> Expr:
+    """The expression of an operand: a symbol's, or a scalar, which becomes a run-time parameter."""
+    if isinstance(x, Operand):
+        return x.expr
+    if isinstance(x, torch.Tensor):
+        if x.requires_grad:
+            raise UnsupportedOperation(
+                "uses a tensor that requires a gradient, which one-pass kernels do not give it: detach it, or "
+                "call fused_loss with Plan(kernel='composed'), which does"
+            )
+        if x.numel() != 1:
+            raise UnsupportedOperation(f"uses a tensor of shape {tuple(x.shape)}; constants must be scalars")
+        x = x.item()
+    if isinstance(x, numbers.Integral):
+        return g.param(int(x))
+    if isinstance(x, numbers.Real):
+        return g.param(float(x))
+    raise UnsupportedOperation(f"uses an operand of type {type(x).__name__}; operands are tokens and numbers")
+
+
+def is_truth(x: Any) -> bool | None:
+    """Whether x is a truth value; None for a user's field, which may be one."""
+    if isinstance(x, torch.Tensor):
+        return x.dtype == torch.bool
+    return x.truth if isinstance(x, Operand) else isinstance(x, bool)
+
+
+def wide_inputs(*operands: Any) -> frozenset[str]:
+    """``Operand.wide`` of what is computed from these: as torch promotes dtypes, without numbers and 0-dim tensors."""
+    found: set[str] = set()
+    for x in operands:
+        if isinstance(x, Operand):
+            found |= x.wide
+        elif isinstance(x, torch.Tensor) and x.dim() and x.dtype == torch.float64:
+            found.add(FLOAT64)
+    return frozenset(found)
+
+
+def truth_of(g: Graph, x: Any) -> Expr:
+    """x != 0, as 1 or 0."""
+    expr = expr_of(g, x)
+    return expr if is_truth(x) else 1 - equal(expr, 0)
+
+
+def condition_of(g: Graph, x: Any, use: str) -> Expr:
+    """``truth_of`` of what PyTorch wants to be a truth value."""
+    if is_truth(x) is False:
+        raise UnsupportedOperation(f"{use} what is not a truth value: compare it first, as in (x > 0)")
+    return truth_of(g, x)
