@@ -201,7 +201,7 @@ def test_the_exponential_of_sums(temperature: float, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("scale", [1.0, -1.0])
 def test_the_largest_of_logits_of_16_bits(scale: float, dtype: torch.dtype) -> None:
-    """They are compared as whole numbers: of one sign or both, of zeros, NaN and inf, in whole steps and in the rest."""
+    """They are compared as whole numbers: of one sign or both, zeros, NaN and inf, in whole steps and in the rest."""
     vocab = SEGMENT + 7
     base = torch.rand(vocab) * 8
     rows = [base, -base - 1, base - 4, torch.zeros(vocab), -torch.zeros(vocab), base - 200, base * 12]
