@@ -97,9 +97,9 @@ FAILED = re.compile(r"^(?:(?:FAILED|ERROR) |Would reformat: |[A-Z]{1,4}\d{3} |\S
 
 
 def failures(printed: str) -> list[str]:
-    """What failed, by name; what a check printed last where none is named."""
+    """What failed, by name; what a check printed last where none is named and nothing stopped it."""
     found = [line.replace(str(COPY), ".")[:400] for line in dict.fromkeys(FAILED.findall(printed))]
-    return found or printed.splitlines()[-5:]
+    return found if found or STOPPED.search(printed) else printed.splitlines()[-5:]
 
 
 def main() -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from unirl_kernels.checks import check_device, check_dtype, check_layout, check_memory, name_of, readable
+from unirl_kernels.checks import check_device, check_dtype, check_memory, check_target, name_of, readable
 from unirl_kernels.collectives import Group, all_gather, group_of
 from unirl_kernels.split_sequences import agree, refuse
 
@@ -110,11 +110,7 @@ class Batch:
         object.__setattr__(self, "_lengths", all_gather(self.own_lengths, ranks))
 
     def _check(self) -> None:
-        check_dtype("target", self.target, torch.int64)
-        if self.target.is_nested:
-            raise TypeError("target must be a dense tensor, got a nested tensor: pack it, with cu_seqlens")
-        check_memory("target", self.target)
-        check_layout(self.target)
+        check_target(self.target)
         shape = tuple(self.target.shape)
         if len(shape) == 1:
             self._check_packed()

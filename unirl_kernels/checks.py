@@ -20,8 +20,12 @@ def readable(x: Tensor) -> bool:
     return x.device.type == "cpu" and has_values(x) and not torch.compiler.is_compiling()
 
 
-def check_layout(target: Tensor) -> None:
-    """Raise a ``ValueError`` unless targets are padded or packed."""
+def check_target(target: Tensor) -> None:
+    """Raise a ``TypeError`` or ``ValueError`` unless targets are padded or packed, int64, and have memory."""
+    check_dtype("target", target, torch.int64)
+    if target.is_nested:
+        raise TypeError("target must be a dense tensor, got a nested tensor: pack it, with cu_seqlens")
+    check_memory("target", target)
     if target.dim() not in (1, 2):
         hint = "; fold its first dimensions into the batch: target.flatten(0, -2)" if target.dim() > 2 else ""
         raise ValueError(f"target must have shape [B, L] or [T], got {tuple(target.shape)}{hint}")

@@ -115,12 +115,12 @@ def _linear(loss: Loss, batch: Batch | None, weight: Tensor | None, plan: Plan) 
             return "three matmuls, a chunk of tokens at a time."
         return f"three matmuls where each {loss.scope} fits a chunk, else\n{apart}. Give batch and weight to see."
     backend = choose(weight.device, plan.backend, plan.kernel).backend
-    head = Head(weight, weight, None, weight.dtype, backend)
+    head = Head(weight, weight, None, weight.dtype, backend, plan.max_chunk_bytes)
     if loss.scope == "token" and head.matmuls.gradient_bytes:
-        chunks, group = head.chunks(batch.target.reshape(-1), plan.max_chunk_bytes)
+        chunks, group = head.chunks(batch.target)
         most = max((chunk.n for chunk in chunks), default=0)
         return f"three matmuls; chunks: {len(chunks)}, of at most {most} tokens; gradients are kept for {group} tokens."
-    rows = head.rows_per_chunk(plan.max_chunk_bytes)
+    rows = head.rows_per_chunk()
     groups = by_units(batch, loss.scope, rows)
     if groups is None:
         return f"{apart}:\na {loss.scope} is longer than a chunk of {rows} tokens."

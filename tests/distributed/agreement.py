@@ -112,7 +112,7 @@ def check_operands() -> None:
     x, y, shard = columns_of(logits, widths, rank), batch.target, shard_of(widths, rank)
     function = uk.token_observations if last else uk.token_stats
     refused(
-        f"the function that is called {ON_ALL}'shard_moments without a loss' on rank 0",
+        f"the function that is called {ON_ALL}'token_stats without a loss' on rank 0",
         lambda: function(x, y, shard=shard),
     )
     wide = x.double() if last else x

@@ -307,8 +307,9 @@ def test_two_sizes_of_chunks(tokens: int, groups: int, ignored: bool, monkeypatc
 @pytest.mark.usefixtures("_mixed_matmuls_on_the_cpu")
 def test_a_shard_is_measured_in_the_chunks_of_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A matmul of other sizes rounds otherwise."""
-    head = Head(torch.randn(700, 16).bfloat16(), torch.randn(40, 16).bfloat16(), None, torch.bfloat16, "eager")
-    target, memory, sizes = torch.randint(0, 40, (1, 700)), 128 * 160 * 3, []
+    operands = torch.randn(700, 16).bfloat16(), torch.randn(40, 16).bfloat16(), None
+    head = Head(*operands, torch.bfloat16, "eager", max_chunk_bytes=128 * 160 * 3)
+    target, sizes = torch.randint(0, 40, (1, 700)), []
 
     class Seen(Wrapped):
         def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -316,8 +317,8 @@ def test_a_shard_is_measured_in_the_chunks_of_its_gradient(monkeypatch: pytest.M
             self.matmuls.logits(hidden, bias, out)
 
     with changed_matmuls(monkeypatch, "eager", lambda _: Seen(Mixed(head.weight))):
-        moments_in_chunks(head, target, ReadoutArgs(1.0, None, 1.0, None), Tiles(40, 1), memory)
-        chunks, _ = head.chunks(target.reshape(-1), memory)
+        moments_in_chunks(head, target, ReadoutArgs(1.0, None, 1.0, None), Tiles(40, 1))
+        chunks, _ = head.chunks(target)
     assert sizes == [chunk.n for chunk in chunks]
     assert max(sizes) == 128
 

@@ -71,6 +71,7 @@ def test_tests_are_stopped_after_a_time(latest: ModuleType, monkeypatch: pytest.
 @pytest.mark.parametrize("printed", ["!!!! KeyboardInterrupt !!!!\n", "  File a.py, line 3\nKeyboardInterrupt\n"])
 def test_an_interrupt_is_no_failure(latest: ModuleType, printed: str) -> None:
     assert latest.outcome("wheel", False, printed) == "stopped"
+    assert latest.failures(printed) == []
     assert latest.outcome("wheel", False, "E   KeyboardInterrupt: by a test\n") == "failed"
 
 

@@ -27,7 +27,7 @@ def operator_arguments(runner: Runner, logits: Tensor, batch: uk.Batch) -> dict[
     readout = ReadoutArgs(1.0, None, 1.0, None)
     program = program_args(uk.grpo(), batch, torch.float32)
     moments = rows.token_stats(logits, batch.target, readout, runner.backend).moments
-    backward = (batch.target, readout, moments, RowGradients(row, None, row), runner.backend)
+    backward = (batch.target, readout, moments, RowGradients(row, None, row), logits.shape[-1], runner.backend)
     return {
         "token_stats": (logits, batch.target, readout, runner.backend),
         "token_observations": (logits, batch.target, readout, runner.backend),

@@ -2,29 +2,70 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from unirl_kernels.backends import COMPOSED, Choice, choices_by_vocab, choose
 from unirl_kernels.batch import Batch
-from unirl_kernels.checks import check_device, check_dtype, check_layout, check_memory, has_values, name_of
+from unirl_kernels.checks import check_device, check_memory, check_target, has_values, name_of
 from unirl_kernels.objectives import Loss
+from unirl_kernels.operators.linear import HeadArgs
+from unirl_kernels.operators.shards import Operators
 from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout
+from unirl_kernels.shard import VocabShard
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_kinds(**values: object) -> None:
-    """Raise a ``TypeError`` unless ``batch``, ``loss``, ``readout`` and ``plan`` are what they are called."""
-    kinds = {"batch": Batch, "loss": Loss, "readout": Readout, "plan": Plan}
-    for name, value in values.items():
-        if not isinstance(value, kinds[name]):
-            kind, got = kinds[name], type(value)
-            if got.__name__ == kind.__name__:  # a kernel of the Hub beside the installed package, or two kernels
-                here, there = (x.__module__.split(".")[0] for x in (kind, got))
-                raise TypeError(f"{name} must be a {kind.__name__} of {here}, got one of {there}: they share no types")
-            raise TypeError(f"{name} must be a {kind.__name__}, got {got.__name__}")
+class Given(NamedTuple):
+    """What functions on logits and on linear heads are given alike, and what they find: nobody has checked it."""
+
+    operators: Operators
+    target: Tensor
+    readout: Readout
+    plan: Plan
+    shard: VocabShard | None
+    of_loss: tuple[Batch, Loss] | None = None
+
+    @classmethod
+    def for_loss(
+        cls,
+        operators: Operators,
+        batch: Batch,
+        loss: Loss,
+        readout: Readout,
+        plan: Plan,
+        shard: VocabShard | None,
+    ) -> Given:
+        # What has no target is refused by the check of the types.
+        target = batch.target if isinstance(batch, Batch) else torch.empty(0, dtype=torch.int64)
+        return cls(operators, target, readout, plan, shard, (batch, loss))
+
+    @property
+    def batch(self) -> Batch | None:
+        return None if self.of_loss is None else self.of_loss[0]
+
+    def check_kinds(self) -> None:
+        """Raise a ``TypeError`` unless batch, loss, readout and plan are what they are called."""
+        if self.of_loss is not None:
+            batch, loss = self.of_loss
+            check_kind("batch", batch, Batch)
+            check_kind("loss", loss, Loss)
+        check_kind("readout", self.readout, Readout)
+        check_kind("plan", self.plan, Plan)
+
+
+def check_kind(name: str, value: object, kind: type) -> None:
+    if isinstance(value, kind):
+        return
+    got = type(value)
+    if got.__name__ == kind.__name__:  # a kernel of the Hub beside the installed package, or two kernels
+        here, there = (x.__module__.split(".")[0] for x in (kind, got))
+        raise TypeError(f"{name} must be a {kind.__name__} of {here}, got one of {there}: they share no types")
+    raise TypeError(f"{name} must be a {kind.__name__}, got {got.__name__}")
 
 
 def check_input(name: str, value: object) -> Tensor:
@@ -74,7 +115,6 @@ def _check_readable(name: str, value: Tensor) -> None:
 
 def check_positions(name: str, value: Tensor, target: Tensor, last: str) -> None:
     """Raise a ``ValueError`` unless the shape is target's, and one dimension more, called ``last``."""
-    check_layout(target)
     if value.dim() != target.dim() + 1 or value.shape[:-1] != target.shape:
         expected = ", ".join(str(n) for n in target.shape)
         shape, hint = tuple(value.shape), ""
@@ -87,35 +127,29 @@ def check_positions(name: str, value: Tensor, target: Tensor, last: str) -> None
         raise ValueError(f"{name} must have shape ({expected}, {last}), got {shape}{hint}")
 
 
-def _check_part(name: str, value: Tensor, target: Tensor, parts: int, dim: int) -> None:
-    """Raise a ``ValueError`` unless a value has an equal part of target's dimension dim, and one dimension more."""
-    check_layout(target)
+def _check_part(hidden: Tensor, target: Tensor, shard: VocabShard) -> None:
+    """Raise a ``ValueError`` unless hidden states are those of an equal part of target's sequences or positions."""
+    parts, dim = shard.parts, 0 if shard.hidden == "fsdp" else -1
     shape = list(target.shape)
     if shape[dim] % parts:
         unit = "sequences" if dim == 0 and target.dim() == 2 else "tokens"
         raise ValueError(f"target must have a multiple of {parts} {unit} for hidden that is split, got {shape[dim]}")
     shape[dim] //= parts
-    if value.dim() != target.dim() + 1 or list(value.shape[:-1]) != shape:
+    if hidden.dim() != target.dim() + 1 or list(hidden.shape[:-1]) != shape:
         expected = ", ".join(map(str, shape))
-        raise ValueError(f"{name} must have shape ({expected}, D) on each of {parts} ranks, got {tuple(value.shape)}")
+        raise ValueError(f"hidden must have shape ({expected}, D) on each of {parts} ranks, got {tuple(hidden.shape)}")
 
 
-def check_logits(logits: Tensor, target: Tensor) -> None:
-    """Raise a ``TypeError`` or ``ValueError`` unless logits and target fit each other."""
-    check_shard_of_logits(logits, target)
-    if logits.shape[-1] == 0:
-        raise ValueError(f"logits must have at least one column, got shape {tuple(logits.shape)}")
-
-
-def check_shard_of_logits(logits: Tensor, target: Tensor) -> None:
-    """As ``check_logits``, but a shard may have no columns."""
+def check_logits(logits: Tensor, target: Tensor, shard: VocabShard | None = None) -> None:
+    """Raise a ``TypeError`` or ``ValueError`` unless logits and target fit each other. A shard may have no columns."""
     check_input("logits", logits)
-    check_dtype("target", target, torch.int64)
-    check_memory("target", target)
+    check_target(target)
     check_positions("logits", logits, target, "V")
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise ValueError(f"logits must be contiguous in the last dimension, got strides {logits.stride()}")
     check_device("target", target, logits.device, "logits")
+    if logits.shape[-1] == 0 and shard is None:
+        raise ValueError(f"logits must have at least one column, got shape {tuple(logits.shape)}")
 
 
 def wants_gradient(logits: Tensor) -> bool:
@@ -138,45 +172,49 @@ def check_overwritable(logits: Tensor) -> None:
         reach += (size - 1) * stride
 
 
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> None:
-    """Raise a ``TypeError`` or ``ValueError`` unless the parts of a linear head fit one another."""
-    check_shard_of_head(hidden, weight, bias, target)
-    if weight.shape[0] == 0:
-        raise ValueError(f"weight must have at least one row and column, got shape {tuple(weight.shape)}")
+def check_head(head: HeadArgs, target: Tensor, shard: VocabShard | None = None) -> None:
+    """Raise a ``TypeError`` or ``ValueError`` unless the parts of a linear head fit one another.
 
-
-def check_shard_of_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, parts: int = 1, dim: int = -1
-) -> None:
-    """As ``check_head``, but a shard may have no rows, and hidden one of several equal parts of target along dim."""
-    check_dtype("target", target, torch.int64)
-    check_memory("target", target)
-    for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+    The weight of a shard may have no rows, and its hidden states may be a part of the whole.
+    """
+    check_target(target)
+    for name, value in zip(HeadArgs._fields, head, strict=True):
         if name != "bias" or value is not None:
             check_device(name, check_input(name, value), target.device, "target")
-    if parts == 1:
+    hidden, weight, bias = head
+    if shard is None or shard.parts == 1:
         check_positions("hidden", hidden, target, "D")
     else:
-        _check_part("hidden", hidden, target, parts, dim)
+        _check_part(hidden, target, shard)
     d = hidden.shape[-1]
     if weight.dim() != 2 or weight.shape[1] != d:
         hint = "; it looks transposed" if weight.dim() == 2 and weight.shape[0] == d else ""
         raise ValueError(f"weight must have shape (V, {d}) for hidden of D = {d}, got {tuple(weight.shape)}{hint}")
-    if d == 0:
+    if d == 0 or (weight.shape[0] == 0 and shard is None):
         raise ValueError(f"weight must have at least one row and column, got shape {tuple(weight.shape)}")
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
 
 
-def kernel_of(loss: Loss, plan: Plan, device: torch.device, dtype: torch.dtype, vocab: int) -> Choice:
-    """Backend and kernel that compute a loss; the kernel is ``composed`` for what looks beyond single tokens.
+def check_split(shard: VocabShard, columns: int, given: Given, device: torch.device) -> None:
+    """Raise a ``ValueError`` where a call cannot work on a shard of so many columns."""
+    choose(device, given.plan.backend, given.plan.kernel)
+    if given.of_loss is not None and given.plan.kernel not in (None, COMPOSED):  # no kernel sees a whole row
+        raise ValueError(f"kernel must be None or {COMPOSED!r} for a split vocabulary, got {given.plan.kernel!r}")
+    if shard.tiles is None:
+        return
+    if not given.operators.in_tiles:
+        raise ValueError(f"shard.tiles must be None for observations, got {shard.tiles}")
+    most = shard.slots * shard.tile
+    if shard.used(columns) > most:
+        raise ValueError(
+            f"each of {shard.ranks.size} ranks must have at most {shard.slots} of {shard.tiles} tiles, {most} columns, "
+            f"got {shard.used(columns)}"
+        )
 
-    Args:
-        loss: of any scope.
-        plan: may name them.
-        device: of the logits.
-        dtype: of the logits.
-        vocab: columns of the logits.
+
+def kernel_of(loss: Loss, plan: Plan, device: torch.device, dtype: torch.dtype, vocab: int) -> Choice:
+    """Backend and kernel for a loss of logits on a device, [..., vocab]; ``composed`` for a scope beyond single tokens.
 
     Raises:
         UnsupportedOperation: when an objective uses what a one-pass kernel cannot run.

@@ -36,11 +36,10 @@ def compared_lines(value: object, values: bool) -> list[str]:
         value: an argument.
         values: whether numbers and the values of tensors count, not only types, shapes and dtypes.
     """
-    program = _program(value, values) if isinstance(value, Loss) else None
-    if program is None or not isinstance(value, Loss):
-        return shown_lines(value, values)
-    weights = [(term.aggregation, term.coefficient) for term in value.terms]
-    return [*program, *shown_lines(weights, values)]
+    if isinstance(value, Loss) and (program := _program(value, values)) is not None:
+        weights = [(term.aggregation, term.coefficient) for term in value.terms]
+        return [*program, *shown_lines(weights, values)]
+    return shown_lines(value, values)
 
 
 def shown_lines(value: object, values: bool) -> list[str]:

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from unirl_kernels.api.arguments import check_head, check_kinds, kernel_of
-from unirl_kernels.api.dtensors import shard_of_head
+from unirl_kernels.api.arguments import Given, kernel_of
+from unirl_kernels.api.heads import CheckedHead, checked_head, wanted_of
 from unirl_kernels.api.outputs import LossOutput, TokenObservations, TokenStats
-from unirl_kernels.api.rows import as_rows, program_args, readout_args, sweep_args
-from unirl_kernels.api.split_linear import fused_shard, measured_shard
+from unirl_kernels.api.rows import as_rows, program_args
 from unirl_kernels.backends import COMPOSED, row_dtype
 from unirl_kernels.batch import Batch
 from unirl_kernels.checks import has_values
-from unirl_kernels.head import (
-    ComposedLinear,
-    Composition,
-    Group,
-    Head,
-    ObservedRows,
-    Rows,
-    by_units,
-    observations,
-)
+from unirl_kernels.collectives import SumGradient
+from unirl_kernels.head import ComposedLinear, Composition, Head, by_units, rows_per_chunk
 from unirl_kernels.objectives import Loss, Tokens
-from unirl_kernels.operators import linear
-from unirl_kernels.operators.declare import Operator
-from unirl_kernels.operators.linear import HeadArgs, SweepArgs, Wanted
+from unirl_kernels.operators.linear import OBSERVATIONS, STATISTICS, HeadArgs
 from unirl_kernels.operators.linear_autograd import LinearStatistics, OnePassLinear
 from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout
@@ -76,12 +63,8 @@ def linear_token_stats(
         >>> uk.linear_token_stats(hidden, weight, torch.tensor([[3, uk.IGNORE]])).logp
         tensor([[-1.3863,  0.0000]])
     """
-    head, shard = shard_of_head(HeadArgs(hidden, weight, bias), shard)
-    if shard is not None:
-        found = measured_shard(linear.linear_shard_moments, head, target, readout, plan, shard)
-        return TokenStats(*found)
-    found = _measured(linear.linear_token_stats, hidden, weight, bias, target, readout, plan)
-    return TokenStats(*found)
+    given = Given(STATISTICS, target, readout, plan, shard)
+    return TokenStats(*_measured(checked_head(HeadArgs(hidden, weight, bias), given), given))
 
 
 def linear_token_observations(
@@ -122,31 +105,8 @@ def linear_token_observations(
         >>> uk.linear_token_observations(hidden, weight, torch.tensor([[3, 1]]), bias=bias).argmax
         tensor([[3, 3]])
     """
-    head, shard = shard_of_head(HeadArgs(hidden, weight, bias), shard)
-    if shard is not None:
-        found = measured_shard(linear.linear_shard_observations, head, target, readout, plan, shard)
-        return TokenObservations.of_rows(found)
-    found = _measured(linear.linear_token_observations, hidden, weight, bias, target, readout, plan)
-    return TokenObservations.of_rows(found)
-
-
-def _measured(
-    operator: Operator,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    readout: Readout,
-    plan: Plan,
-    batch: Batch | None = None,
-) -> list[Tensor]:
-    """What an operator finds in each row, in target's shape."""
-    check_kinds(readout=readout, plan=plan)
-    check_head(hidden, weight, bias, target)
-    sweep = sweep_args(hidden, weight, bias, plan)
-    of_readout = readout_args(readout, target, row_dtype(sweep.dtype), batch)
-    found = LinearStatistics.apply(_flat(hidden), weight, bias, as_rows(target), of_readout, sweep, operator, None)
-    return [x.view(target.shape) for x in found]
+    given = Given(OBSERVATIONS, target, readout, plan, shard)
+    return TokenObservations.of_rows(_measured(checked_head(HeadArgs(hidden, weight, bias), given), given))
 
 
 def fused_linear_loss(
@@ -196,32 +156,17 @@ def fused_linear_loss(
         >>> weight.grad[:, 0]
         tensor([ 0.2500,  0.2500,  0.2500, -0.7500])
     """
-    operands, shard = shard_of_head(HeadArgs(hidden, weight, bias), shard)
-    if shard is not None:
-        return fused_shard(operands, batch, loss, readout, plan, shard)
-    check_kinds(batch=batch, loss=loss, readout=readout, plan=plan)
-    check_head(hidden, weight, bias, batch.target)
-    head, sweep = HeadArgs(_flat(hidden), weight, bias), sweep_args(hidden, weight, bias, plan)
-    choice = kernel_of(loss, plan, hidden.device, row_dtype(sweep.dtype), weight.shape[0])
-    if choice.kernel == COMPOSED:
-        loss.check_scopes()
-    wanted = Wanted(*(torch.is_grad_enabled() and x is not None and x.requires_grad for x in head))
-    dtype = row_dtype(sweep.dtype)
-    found: Sequence[Tensor] | None = None
-    if any(wanted):
-        of_readout = readout_args(readout, batch.target, dtype, batch)
-        if choice.kernel != COMPOSED:
-            program, sweep = program_args(loss, batch, dtype), sweep._replace(backend=choice.backend)
-            target = as_rows(batch.target)
-            found = OnePassLinear.apply(*head, target, of_readout, program, choice.kernel, sweep, wanted)
-        elif (groups := _groups(head, sweep, batch, loss)) is not None:
-            composition = Composition(batch, loss, groups, of_readout, Rows(sweep.backend))
-            found = ComposedLinear.apply(*head, composition, sweep)
-    if found is not None:
-        value, *stats = found
-        return LossOutput.of(value, stats, batch, loss)
-    stats = _measured(linear.linear_token_stats, hidden, weight, bias, batch.target, readout, plan, batch)
-    value = loss.composed(Tokens(batch, *stats), loss.weights(batch))
+    given = Given.for_loss(STATISTICS, batch, loss, readout, plan, shard)
+    checked = checked_head(HeadArgs(hidden, weight, bias), given)
+    if checked.shard is None:
+        dtype = row_dtype(checked.sweep.dtype)
+        choice = kernel_of(loss, plan, hidden.device, dtype, weight.shape[0])
+        if choice.kernel != COMPOSED and any(wanted := wanted_of(checked.head)):
+            of_rows = (as_rows(batch.target), checked.readout, program_args(loss, batch, dtype))
+            sweep = checked.sweep._replace(backend=choice.backend)
+            value, *stats = OnePassLinear.apply(*checked.head, *of_rows, choice.kernel, sweep, wanted)
+            return LossOutput.of(value, stats, batch, loss)
+    value, *stats = _composed(checked, given, batch, loss)
     return LossOutput.of(value, stats, batch, loss)
 
 
@@ -248,33 +193,46 @@ def observed_linear_loss(
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as ``fused_linear_loss`` does.
     """
-    check_kinds(batch=batch, loss=loss, readout=readout, plan=plan)
-    check_head(hidden, weight, bias, batch.target)
+    given = Given.for_loss(OBSERVATIONS, batch, loss, readout, plan, None)
+    checked = checked_head(HeadArgs(hidden, weight, bias), given)
+    value, *rows = _composed(checked, given, batch, loss)
+    seen = TokenObservations.of_rows([x.detach().view(batch.target.shape) for x in rows])
+    return LossOutput.of(value, seen[:3], batch, loss), seen
+
+
+def _measured(checked: CheckedHead, given: Given) -> list[Tensor]:
+    """What operators find in each row, in target's shape."""
+    head, readout, sweep, shard, sums, _ = checked
+    if shard is not None and sums and head.hidden.requires_grad:
+        hidden = SumGradient.apply(head.hidden, shard.ranks, row_dtype(head.hidden.dtype))
+        head = head._replace(hidden=hidden)
+    found = LinearStatistics.apply(*head, as_rows(given.target), readout, sweep, given.operators, shard)
+    return [x.view(given.target.shape) for x in found]
+
+
+def _composed(checked: CheckedHead, given: Given, batch: Batch, loss: Loss) -> tuple[Tensor, ...]:
+    """Loss, and what operators find in each row: in chunks, or where that cannot be of all tokens first."""
     loss.check_scopes()
-    head, sweep = HeadArgs(_flat(hidden), weight, bias), sweep_args(hidden, weight, bias, plan)
-    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head)
-    if wanted and (groups := _groups(head, sweep, batch, loss)) is not None:
-        of_readout = readout_args(readout, batch.target, row_dtype(sweep.dtype), batch)
-        composition = Composition(batch, loss, groups, of_readout, ObservedRows(sweep.backend))
-        value, *stats = ComposedLinear.apply(*head, composition, sweep)
-        seen: Sequence[Tensor] = (*stats, *observations(composition))
-    else:
-        seen = _measured(linear.linear_token_observations, hidden, weight, bias, batch.target, readout, plan, batch)
-        value = loss.composed(Tokens(batch, *seen[:3]), loss.weights(batch))
-    found = TokenObservations.of_rows([x.detach().view(batch.target.shape) for x in seen])
-    return LossOutput.of(value, found[:3], batch, loss), found
+    found = _in_chunks(checked, batch, loss, given.operators is OBSERVATIONS)
+    if found is None:
+        rows = _measured(checked, given)
+        found = loss.composed(Tokens(batch, *rows[:3]), loss.weights(batch)), *rows
+    return found
 
 
-def _groups(head: HeadArgs, sweep: SweepArgs, batch: Batch, loss: Loss) -> Sequence[Group] | None:
-    """What to work on together; None where that cannot be, and the statistics of all tokens have to come first."""
+def _in_chunks(checked: CheckedHead, batch: Batch, loss: Loss, observes: bool) -> tuple[Tensor, ...] | None:
+    """Loss and rows with the gradients made in the same pass; None where none is wanted, or that cannot be."""
+    head, readout, sweep, shard, sums, row_bytes = checked
     # A compiler cannot follow an objective inside an autograd function; without values there are no lengths.
-    if torch.compiler.is_compiling() or not has_values(head.hidden):
+    if not any(wanted_of(head)) or torch.compiler.is_compiling() or not has_values(head.hidden):
         return None
     if any(x.requires_grad for x in batch.fields.values()):  # their gradients come from the loss as a whole
         return None
-    return by_units(batch, loss.scope, Head.of(head, sweep).rows_per_chunk(sweep.max_chunk_bytes))
-
-
-def _flat(hidden: Tensor) -> Tensor:
-    """[T, D] of either layout."""
-    return hidden.reshape(-1, hidden.shape[-1])
+    if row_bytes is None:
+        row_bytes = Head.of(head, sweep).matmuls.row_bytes
+    groups = by_units(batch, loss.scope, rows_per_chunk(row_bytes, head.weight.device, sweep.max_chunk_bytes))
+    if groups is None:
+        return None
+    composition = Composition(batch, loss, groups, readout, observes, shard, sums)
+    found: tuple[Tensor, ...] = ComposedLinear.apply(*head, composition, sweep)
+    return found

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from unirl_kernels.api.agreement import LossArgs
-from unirl_kernels.api.arguments import check_kinds, check_logits, check_overwritable, kernel_of, wants_gradient
+from unirl_kernels.api.agreement import Brought, agreed
+from unirl_kernels.api.arguments import (
+    Given,
+    check_kind,
+    check_logits,
+    check_overwritable,
+    check_split,
+    kernel_of,
+    wants_gradient,
+)
 from unirl_kernels.api.dtensors import shard_of_logits
 from unirl_kernels.api.outputs import LossOutput, TokenObservations, TokenStats
 from unirl_kernels.api.rows import as_rows, program_args, readout_args
-from unirl_kernels.api.split import measured_shard
-from unirl_kernels.backends import COMPOSED, Choice, choose, row_dtype
+from unirl_kernels.backends import COMPOSED, ReadoutArgs, choose, row_dtype
 from unirl_kernels.batch import Batch
 from unirl_kernels.objectives import Loss, Tokens
-from unirl_kernels.operators import rows, shards
 from unirl_kernels.operators.autograd import OnePass, Statistics
-from unirl_kernels.operators.declare import Operator
+from unirl_kernels.operators.shards import OBSERVATIONS, STATISTICS, ShardArgs
 from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout
 from unirl_kernels.shard import VocabShard
@@ -65,10 +71,8 @@ def token_stats(
         >>> logits.grad[0, 0]
         tensor([-0.2500, -0.2500, -0.2500,  0.7500])
     """
-    logits, shard = shard_of_logits(logits, shard)
-    if shard is not None:
-        return TokenStats(*measured_shard(shards.shard_moments, logits, target, readout, plan, shard))
-    return TokenStats(*_measured(rows.token_stats, logits, target, readout, plan))
+    given = Given(STATISTICS, target, readout, plan, shard)
+    return TokenStats(*_measured(_checked(logits, given), given))
 
 
 def token_observations(
@@ -104,26 +108,8 @@ def token_observations(
         >>> seen.argmax, seen.mean_logit
         (tensor([[1]]), tensor([[1.3333]]))
     """
-    logits, shard = shard_of_logits(logits, shard)
-    if shard is not None:
-        found = measured_shard(shards.shard_observations, logits, target, readout, plan, shard)
-        return TokenObservations.of_rows(found)
-    return TokenObservations.of_rows(_measured(rows.token_observations, logits, target, readout, plan))
-
-
-def _measured(
-    operator: Operator, logits: Tensor, target: Tensor, readout: Readout, plan: Plan, batch: Batch | None = None
-) -> list[Tensor]:
-    """What an operator finds in each row, in target's shape."""
-    check_kinds(readout=readout, plan=plan)
-    check_logits(logits, target)
-    backend = choose(logits.device, plan.backend, plan.kernel).backend
-    of_rows = (as_rows(target), readout_args(readout, target, row_dtype(logits.dtype), batch), backend, operator)
-    if not wants_gradient(logits):
-        return [x.view(target.shape) for x in Statistics.without_gradient(logits, *of_rows)]
-    if plan.overwrite_logits:
-        check_overwritable(logits)
-    return [x.view(target.shape) for x in Statistics.apply(logits, *of_rows, plan.overwrite_logits, None)]
+    given = Given(OBSERVATIONS, target, readout, plan, shard)
+    return TokenObservations.of_rows(_measured(_checked(logits, given), given))
 
 
 def fused_loss(
@@ -143,9 +129,9 @@ def fused_loss(
     f is the objective, f_x = df/dx, and w_t the weight that the aggregation gives token t. z are the logits of the
     token after the readout, p = softmax(z), y is the target and H the entropy.
 
-    A loss of token scope reads the logits once and writes their gradient once. Two cases take two passes, the
-    statistics first and the gradient in ``backward``: a loss of a wider scope, and fp16 logits unless ``plan`` names a
-    kernel. The gradient of fp16 logits must not be rounded before the loss scale has multiplied it.
+    A loss of token scope reads the logits once and writes their gradient once. A loss of a wider scope takes two
+    passes: the statistics first, the gradient in ``backward``. So do fp16 logits unless ``plan`` names a kernel, for
+    their gradient must not be rounded before the loss scale has multiplied it.
 
     Args:
         logits: [B, L, V] or [T, V], in the layout of ``batch.target``; float32, bfloat16 or float16 (float64 for
@@ -154,7 +140,8 @@ def fused_loss(
         loss: an objective and its aggregation, or a sum of losses.
         readout: how logits become a distribution.
         plan: how the machine computes it.
-        shard: as in ``token_stats``. The loss then takes two passes, and is the same on all ranks.
+        shard: this rank's columns of a vocabulary that is split over ranks, as in ``token_stats``. The loss then takes
+            two passes, and is the same on all ranks.
 
     Returns:
         ``LossOutput``. Its ``loss`` is differentiable in the logits. The gradient is computed in the forward;
@@ -176,32 +163,63 @@ def fused_loss(
         >>> logits.grad[0, 0]  # -2 (1[j = 3] - 1/4)
         tensor([ 0.5000,  0.5000,  0.5000, -1.5000])
     """
-    logits, shard = shard_of_logits(logits, shard)
-    if shard is not None:
-        of_loss = LossArgs(batch, loss)
-        found = measured_shard(shards.shard_moments, logits, of_loss.target, readout, plan, shard, of_loss)
-        return _composed(found, batch, loss)
-    check_kinds(batch=batch, loss=loss, readout=readout, plan=plan)
-    check_logits(logits, batch.target)
-    choice = kernel_of(loss, plan, logits.device, logits.dtype, logits.shape[-1])
-    # A gradient in fp16 has to wait for the upstream one, which holds the loss scale: 1e-8 would be 0.
-    waits = logits.dtype == torch.float16 and plan.kernel is None
-    if choice.kernel != COMPOSED and wants_gradient(logits) and not waits:
-        return _one_pass(logits, batch, loss, readout, plan, choice)
-    stats = _measured(rows.token_stats, logits, batch.target, readout, plan, batch)
-    return _composed(stats, batch, loss)
+    given = Given.for_loss(STATISTICS, batch, loss, readout, plan, shard)
+    checked = _checked(logits, given)
+    if checked.shard is None:
+        logits = checked.logits
+        choice = kernel_of(loss, plan, logits.device, logits.dtype, logits.shape[-1])
+        # A gradient in fp16 has to wait for the upstream one, which holds the loss scale: 1e-8 would be 0.
+        waits = logits.dtype == torch.float16 and plan.kernel is None
+        if choice.kernel != COMPOSED and wants_gradient(logits) and not waits:
+            program = program_args(loss, batch, row_dtype(logits.dtype))
+            of_rows = (as_rows(batch.target), checked.readout, program)
+            how = (choice.backend, choice.kernel, plan.overwrite_logits)
+            value, *stats = OnePass.apply(logits, *of_rows, *how)
+            return LossOutput.of(value, stats, batch, loss)
+    stats = _measured(checked, given)
+    return LossOutput.of(loss.composed(Tokens(batch, *stats), loss.weights(batch)), stats, batch, loss)
 
 
-def _composed(stats: Sequence[Tensor], batch: Batch, loss: Loss) -> LossOutput:
-    value = loss.composed(Tokens(batch, *stats), loss.weights(batch))
-    return LossOutput.of(value, stats, batch, loss)
+class CheckedLogits(NamedTuple):
+    """Logits whose arguments have been checked; of a shard also compared with those of the other ranks."""
+
+    logits: Tensor
+    readout: ReadoutArgs
+    shard: ShardArgs | None
 
 
-def _one_pass(logits: Tensor, batch: Batch, loss: Loss, readout: Readout, plan: Plan, choice: Choice) -> LossOutput:
-    dtype, target = row_dtype(logits.dtype), batch.target
-    program, of_readout = program_args(loss, batch, dtype), readout_args(readout, target, dtype, batch)
-    if plan.overwrite_logits:
+def _checked(logits: Tensor, given: Given) -> CheckedLogits:
+    logits, shard = shard_of_logits(logits, given.shard)
+    if shard is None:
+        return CheckedLogits(logits, _readout(logits, given, None), None)
+    check_kind("shard", shard, VocabShard)
+
+    def check() -> tuple[ReadoutArgs, Brought]:
+        readout, columns = _readout(logits, given, shard), logits.shape[-1]
+        check_split(shard, columns, given, logits.device)
+        return readout, Brought(columns)
+
+    own = {"operand": getattr(logits, "dtype", None)}
+    readout, of_shard, _ = agreed(shard, logits, given, own, check)
+    return CheckedLogits(logits, readout, of_shard)
+
+
+def _readout(logits: Tensor, given: Given, shard: VocabShard | None) -> ReadoutArgs:
+    """The readout of logits; raises where arguments do not fit one another."""
+    given.check_kinds()
+    check_logits(logits, given.target, shard)
+    if given.plan.overwrite_logits and wants_gradient(logits):
         check_overwritable(logits)
-    how = (choice.backend, choice.kernel, plan.overwrite_logits)
-    value, *stats = OnePass.apply(logits, as_rows(target), of_readout, program, *how)
-    return LossOutput.of(value, stats, batch, loss)
+    return readout_args(given.readout, given.target, row_dtype(logits.dtype), given.batch)
+
+
+def _measured(checked: CheckedLogits, given: Given) -> list[Tensor]:
+    """What operators find in each row, in target's shape."""
+    logits, target, plan = checked.logits, given.target, given.plan
+    backend = choose(logits.device, plan.backend, plan.kernel).backend
+    of_rows = (as_rows(target), checked.readout, backend, given.operators)
+    if checked.shard is None and not wants_gradient(logits):
+        found = Statistics.without_gradient(logits, *of_rows)
+    else:
+        found = Statistics.apply(logits, *of_rows, plan.overwrite_logits, checked.shard)
+    return [x.view(target.shape) for x in found]

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from unirl_kernels.api.arguments import check_input, check_kinds
+from unirl_kernels.api.arguments import check_input, check_kind
 from unirl_kernels.api.linear import linear_token_stats
 from unirl_kernels.api.logits import token_stats
 from unirl_kernels.checks import name_of
@@ -48,15 +48,10 @@ def logprobs(
         >>> uk.logprobs(logits, labels)[0]
         tensor([[-1.3863, -1.3863,  0.0000]])
     """
-    check_input("logits", logits)
-    check_kinds(readout=readout)
-    _check_labels("logits", logits, labels)
-    if logits.shape[-1] != 1 and logits.stride(-1) != 1:
-        logits = logits.contiguous()
-    target = _targets(labels)
-    if labels.dim() not in (1, 2):
-        logits, target, readout = logits.reshape(-1, logits.shape[-1]), target.reshape(-1), _flat(readout, labels)
-    return token_stats(logits, target, readout=readout, plan=plan).logp.view(labels.shape)
+    rows, target, readout = _as_tokens("logits", logits, labels, readout)
+    if rows.shape[-1] != 1 and rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    return token_stats(rows, target, readout=readout, plan=plan).logp.view(labels.shape)
 
 
 def linear_logprobs(
@@ -94,14 +89,26 @@ def linear_logprobs(
         >>> uk.linear_logprobs(hidden, weight, torch.zeros(2, 1, 2, dtype=torch.uint8))[0]
         tensor([[-1.3863, -1.3863]])
     """
-    check_input("hidden", hidden)
-    check_kinds(readout=readout)
-    _check_labels("hidden", hidden, labels)
-    target = _targets(labels)
-    if labels.dim() not in (1, 2):
-        hidden, target, readout = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1), _flat(readout, labels)
-    stats = linear_token_stats(hidden, weight, target, bias=bias, readout=readout, plan=plan)
-    return stats.logp.view(labels.shape)
+    rows, target, readout = _as_tokens("hidden", hidden, labels, readout)
+    return linear_token_stats(rows, weight, target, bias=bias, readout=readout, plan=plan).logp.view(labels.shape)
+
+
+def _as_tokens(name: str, rows: Tensor, labels: Tensor, readout: Readout) -> tuple[Tensor, Tensor, Readout]:
+    """Rows, labels and readout with leading dimensions that ``token_stats`` takes."""
+    check_input(name, rows)
+    check_kind("readout", readout, Readout)
+    _check_labels(name, rows, labels)
+    target = labels.long()
+    if labels.dtype == torch.uint64:  # from 2^63 on they would wrap around, one of them to IGNORE
+        target = torch.where(target < 0, torch.iinfo(torch.int64).max, target)
+    if labels.dim() in (1, 2):
+        return rows, target, readout
+    temperature = readout.temperature
+    if isinstance(temperature, Tensor):
+        if temperature.shape != labels.shape:
+            raise ValueError(f"temperature must have shape {tuple(labels.shape)}, got {tuple(temperature.shape)}")
+        readout = replace(readout, temperature=temperature.reshape(-1))
+    return rows.reshape(-1, rows.shape[-1]), target.reshape(-1), readout
 
 
 def _check_labels(name: str, rows: Tensor, labels: object) -> None:
@@ -116,20 +123,3 @@ def _check_labels(name: str, rows: Tensor, labels: object) -> None:
             f"labels must have shape {tuple(rows.shape[:-1])} like {name} without its last dimension, "
             f"got {tuple(labels.shape)}"
         )
-
-
-def _targets(labels: Tensor) -> Tensor:
-    target = labels.long()
-    if labels.dtype == torch.uint64:  # from 2^63 on they would wrap around, one of them to IGNORE
-        target = torch.where(target < 0, torch.iinfo(torch.int64).max, target)
-    return target
-
-
-def _flat(readout: Readout, labels: Tensor) -> Readout:
-    """With a temperature per label as one per row."""
-    temperature = readout.temperature
-    if not isinstance(temperature, Tensor):
-        return readout
-    if temperature.shape != labels.shape:
-        raise ValueError(f"temperature must have shape {tuple(labels.shape)}, got {tuple(temperature.shape)}")
-    return replace(readout, temperature=temperature.reshape(-1))

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
-from unirl_kernels.backends import RowObservations
 from unirl_kernels.batch import Batch
 from unirl_kernels.objectives import Loss, Tokens
 from unirl_kernels.objectives.penalties import kl_estimate
@@ -69,9 +68,9 @@ class TokenObservations(NamedTuple):
 
     @classmethod
     def of_rows(cls, rows: Sequence[Tensor]) -> TokenObservations:
-        """From statistics and ``RowObservations``, which have one field more."""
-        named = dict(zip((*TokenStats._fields, *RowObservations._fields), rows, strict=True))
-        return cls(**{name: named[name] for name in cls._fields})
+        """From ``RowStats`` and ``RowObservations``, which also have the largest logit."""
+        logp, entropy, lse, log_sum_sq_probs, mean_logit, _, argmax = rows
+        return cls(logp, entropy, lse, log_sum_sq_probs, mean_logit, argmax)
 
 
 @dataclass(frozen=True, eq=False)

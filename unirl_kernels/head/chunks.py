@@ -29,15 +29,10 @@ def chunk_bytes(device: torch.device, max_chunk_bytes: int | None) -> int:
 
 
 def rows_per_chunk(row_bytes: int, device: torch.device, max_chunk_bytes: int | None) -> int:
-    """Tokens whose logits fit into the memory of one chunk.
-
-    Args:
-        row_bytes: memory for the logits of one token, and for what is made of them.
-        device: where they lie.
-        max_chunk_bytes: of ``Plan``.
+    """Tokens that fit into the memory of one chunk; each takes ``row_bytes`` for its logits and what is made of them.
 
     Raises:
-        ValueError: when not even one row fits into a ``max_chunk_bytes`` that somebody gave.
+        ValueError: when not even one fits into a ``max_chunk_bytes`` that somebody gave.
     """
     rows = chunk_bytes(device, max_chunk_bytes) // row_bytes
     if not rows and max_chunk_bytes is not None:
@@ -47,19 +42,16 @@ def rows_per_chunk(row_bytes: int, device: torch.device, max_chunk_bytes: int | 
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Some of T tokens.
+    """Some of T tokens."""
 
-    Args:
-        positions: which; a slice where they lie next to each other, else [n] int64.
-        n: how many.
-    """
-
-    positions: slice | Tensor
+    positions: slice | Tensor  # a slice where they lie next to each other, else [n] int64
     n: int
 
-    def take(self, x: Tensor) -> Tensor:
+    def take(self, x: Tensor, dim: int = 0) -> Tensor:
         """[n, ...] of [T, ...]: the chunk's part, a view where it can be."""
-        return x[self.positions] if isinstance(self.positions, slice) else x.index_select(0, self.positions)
+        if isinstance(self.positions, slice):
+            return x.narrow(dim, self.positions.start, self.n)
+        return x.index_select(dim, self.positions)
 
     def row(self, x: Tensor) -> Tensor:
         """[1, n] of [T], in any shape, as row kernels take it."""
@@ -71,11 +63,7 @@ class Chunk:
 
     def program(self, program: ProgramArgs) -> ProgramArgs:
         """The program on the chunk's fields, [n_fields, 1, n]."""
-        fields = program.fields.flatten(1)
-        fields = (
-            fields[:, self.positions] if isinstance(self.positions, slice) else fields.index_select(1, self.positions)
-        )
-        return program._replace(fields=fields.unsqueeze(1).contiguous())
+        return program._replace(fields=self.take(program.fields.flatten(1), 1).unsqueeze(1).contiguous())
 
     def put(self, whole: Tensor, part: Tensor) -> None:
         """Write the chunk's part, [n, ...], of [T, ...]."""
@@ -83,30 +71,17 @@ class Chunk:
 
 
 def counted_tokens(target: Tensor) -> tuple[Tensor | None, int]:
-    """Positions of the tokens that count, and how many they are; None where they are all, in order.
+    """Positions of the tokens that count, of target [T], and how many they are; None where they are all, in order.
 
     Finding them waits for an accelerator once. A CUDA graph that is being recorded cannot wait, and gets all T.
-
-    Args:
-        target: [T].
     """
     counted = None if _is_recorded(target) else (target != IGNORE).nonzero().squeeze(-1)
     n = target.numel() if counted is None else counted.numel()
     return (None, n) if n == target.numel() else (counted, n)
 
 
-def by_tokens(target: Tensor, most: int) -> list[Chunk]:
-    """All tokens that count, in order, in as few chunks of about equal size as can be.
-
-    Args:
-        target: [T].
-        most: tokens per chunk.
-    """
-    return evenly(*counted_tokens(target), most)
-
-
 def evenly(counted: Tensor | None, n: int, most: int) -> list[Chunk]:
-    """Chunks of about equal size, as few as can be, from what ``counted_tokens`` returns."""
+    """What ``counted_tokens`` finds in as few chunks of at most ``most`` tokens as can be, of about equal size."""
     return [_chunk(counted, start, end) for start, end in _even(n, most)]
 
 
@@ -141,7 +116,7 @@ def joined(chunks: Sequence[Chunk]) -> Chunk:
 
 
 def without_ignored(hidden: Tensor, target: Tensor) -> Tensor:
-    """Hidden states, [T, D], that chunks may take: zeros at ignored tokens where ``by_tokens`` has to include those.
+    """Hidden states, [T, D], that chunks may take: zeros at ignored tokens where they have to include those.
 
     Their logits' gradients are zeros, and 0 * NaN would not be 0 in that of the weight.
     """
@@ -160,19 +135,12 @@ def _even(n: int, most: int) -> Iterator[tuple[int, int]]:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """A part of a batch whose losses do not depend on the rest, and that fits one chunk.
+    """A part of a batch whose losses do not depend on the rest, and that fits one chunk."""
 
-    Args:
-        batch: the part, ignored positions included.
-        positions: of the part, among the flat positions of the whole.
-        chunk: the tokens that count, among those of the whole.
-        pairs: [first, last) of the pairs that it holds; [0, 0) where the scope is narrower.
-    """
-
-    batch: Batch
-    positions: slice | Tensor
-    chunk: Chunk
-    pairs: tuple[int, int]
+    batch: Batch  # the part, ignored positions included
+    positions: slice | Tensor  # of the part, among the flat positions of the whole
+    chunk: Chunk  # the tokens that count, among those of the whole
+    pairs: tuple[int, int]  # [first, last) of the pairs that it holds; [0, 0) where the scope is narrower
 
     def weights(self, of_term: Tensor, scope: str) -> Tensor:
         """The part's weights of a term with a scope: of its pairs, or of its positions."""
@@ -182,12 +150,7 @@ class Group:
 
 
 def by_units(batch: Batch, scope: str, most: int) -> list[Group] | None:
-    """All of the batch, cut where its losses do not depend on one another; None where one unit is too long for a chunk.
-
-    Args:
-        batch: the batch.
-        scope: of the loss: ``token`` may be cut anywhere, ``batch`` nowhere.
-        most: tokens per chunk.
+    """All of the batch in groups of at most ``most`` tokens; None where a unit that may not be cut is longer.
 
     Raises:
         ValueError: when the sequences of a loss of pairs are odd in number.

@@ -15,12 +15,14 @@ from torch import Tensor
 from unirl_kernels.backends import ReadoutArgs, RowGradients, RowObservations, RowStats
 from unirl_kernels.batch import Batch
 from unirl_kernels.head.chunks import Group
-from unirl_kernels.head.rows import ObservedRows, Rows
-from unirl_kernels.head.sweep import Head, sweep
+from unirl_kernels.head.statistics import no_rows
+from unirl_kernels.head.sweep import AtOnce, Head, Summed, sweep
 from unirl_kernels.objectives import Loss, Tokens
+from unirl_kernels.operators.declare import flat
 from unirl_kernels.operators.linear import HeadArgs, HeadGradients, SweepArgs, Wanted
 from unirl_kernels.operators.linear_autograd import keep, scaled_gradients
 from unirl_kernels.operators.rows import check_targets
+from unirl_kernels.operators.shards import ShardArgs, rows_of
 
 
 class Composition(NamedTuple):
@@ -30,11 +32,13 @@ class Composition(NamedTuple):
     loss: Loss
     groups: Sequence[Group]
     readout: ReadoutArgs
-    rows: Rows
+    observes: bool = False  # what can be observed of whole rows besides their statistics
+    shard: ShardArgs | None = None
+    sums: bool = False  # the gradient of hidden over the ranks
 
 
 class ComposedLinear(torch.autograd.Function):
-    """Loss, logp, entropy, lse of a ``Composition``, [T] each, with its gradients made in the forward."""
+    """Loss, statistics and observations of a ``Composition``, [T] each, with its gradients made in the forward."""
 
     @staticmethod
     def forward(
@@ -42,54 +46,44 @@ class ComposedLinear(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         head = HeadArgs(hidden, weight, bias)
         with torch.autocast(hidden.device.type, enabled=False):
-            loss, stats, gradients = _composed(head, composition, how, Wanted(*ctx.needs_input_grad[:3]))
+            loss, found, gradients = _composed(head, composition, how, Wanted(*ctx.needs_input_grad[:3]))
         keep(ctx, head, gradients, how.backend)
-        ctx.mark_non_differentiable(*stats)
-        return loss, *stats
+        ctx.mark_non_differentiable(*found)
+        return loss, *found
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         return *scaled_gradients(ctx, d_loss), None, None
 
 
-def observations(composition: Composition) -> RowObservations:
-    """What ``ObservedRows`` observed of a composition that has run, [T] each; argmax -1 at ignored tokens, else 0."""
-    assert isinstance(composition.rows, ObservedRows)
-    target = composition.batch.target.reshape(-1)
-    dtype = composition.rows.found[0].mean_logit.dtype if composition.rows.found else torch.float32
-    a, b, c = (torch.zeros_like(target, dtype=dtype) for _ in range(3))
-    whole = RowObservations(a, b, c, argmax=torch.full_like(target, -1))
-    for group, found in zip(composition.groups, composition.rows.found, strict=True):
-        for of_all, of_chunk in zip(whole, found, strict=True):
-            group.chunk.put(of_all, of_chunk.squeeze(0))
-    return whole
-
-
 def _composed(
     args: HeadArgs, composition: Composition, how: SweepArgs, wanted: Wanted
-) -> tuple[Tensor, RowStats, HeadGradients]:
-    batch, loss, groups, readout, rows = composition
-    check_targets(batch.target, rows.vocab(args.weight.shape[0]))
+) -> tuple[Tensor, list[Tensor], HeadGradients]:
+    batch, loss, groups, readout, observes, shard, sums = composition
+    check_targets(batch.target, args.weight.shape[0] if shard is None else shard.vocab)
     head = Head.of(args, how)
     target = batch.target.reshape(-1)
     weights = loss.weights(batch)
-    whole = RowStats(*(args.hidden.new_zeros(target.shape, dtype=head.row_dtype) for _ in RowStats._fields))
+    whole = flat(no_rows(target, head, *([RowStats, RowObservations] if observes else [RowStats])))
     losses: list[Tensor] = []
 
     def work(logits: Tensor, d_logits: Tensor, k: int) -> None:
         group, chunk = groups[k], groups[k].chunk
         at, of_readout = chunk.row(target), chunk.rows(readout)
-        stats, moments = rows.measure(logits, at, of_readout)
+        function = head.kernels.token_observations if observes else head.kernels.token_stats
+        stats, moments, others = rows_of(function, logits, at, of_readout, shard)
         of_group = [group.weights(w, term.scope) for w, term in zip(weights, loss.terms, strict=True)]
         value, d_stats = _differentiated(loss, group.batch, stats, of_group)
         if logits.shape[-1]:
-            head.kernels.token_stats_backward(logits, rows.target(at), of_readout, moments, d_stats, d_logits)
+            own = at if shard is None else shard.target(at)
+            head.kernels.token_stats_backward(logits, own, of_readout, moments, d_stats, d_logits)
         losses.append(value)
-        for of_all, of_chunk in zip(whole, stats, strict=True):
+        for of_all, of_chunk in zip(whole, (*stats, *others), strict=True):
             chunk.put(of_all, of_chunk.squeeze(0))
 
-    gradients = sweep(head, [group.chunk for group in groups], work, wanted, of_hidden=rows.of_hidden())
-    total = torch.stack(losses).sum() if losses else whole.logp.new_zeros(())
+    of_hidden = Summed(shard.ranks) if shard is not None and sums else AtOnce()
+    gradients = sweep(head, [group.chunk for group in groups], work, wanted, of_hidden=of_hidden)
+    total = torch.stack(losses).sum() if losses else whole[0].new_zeros(())
     return total.to(head.row_dtype), whole, gradients
 
 

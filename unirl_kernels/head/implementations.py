@@ -18,7 +18,13 @@ from unirl_kernels.backends import (
     RowStats,
 )
 from unirl_kernels.head.chunks import Chunk, without_ignored
-from unirl_kernels.head.statistics import in_tiles, moments_in_chunks, observe_chunks
+from unirl_kernels.head.statistics import (
+    measured_in_tiles,
+    moments_in_chunks,
+    no_rows,
+    observed_in_chunks,
+    observed_in_tiles,
+)
 from unirl_kernels.head.sweep import Head, sweep
 from unirl_kernels.operators import linear
 from unirl_kernels.operators.declare import Operator
@@ -42,19 +48,19 @@ def _implements(operator: Operator) -> Callable[[Callable[..., Any]], None]:
 
 @_implements(linear.linear_token_stats)
 def _token_stats(args: HeadArgs, target: Tensor, readout: ReadoutArgs, how: SweepArgs) -> Measured:
-    return in_tiles(_checked(args, target, how), target, readout, how.max_chunk_bytes, Measured)
+    return measured_in_tiles(_checked(args, target, how), target, readout)
 
 
 @_implements(linear.linear_token_observations)
 def _token_observations(args: HeadArgs, target: Tensor, readout: ReadoutArgs, how: SweepArgs) -> Observed:
-    return in_tiles(_checked(args, target, how), target, readout, how.max_chunk_bytes, Observed)
+    return observed_in_tiles(_checked(args, target, how), target, readout)
 
 
 def _checked(args: HeadArgs, target: Tensor, how: SweepArgs) -> Head:
     check_targets(target, args.weight.shape[0])
     head = Head.of(args, how)
     if how.max_chunk_bytes is not None:
-        head.rows_per_chunk(how.max_chunk_bytes)  # what the backward would refuse is refused here
+        head.rows_per_chunk()  # what the backward would refuse is refused here
     return head
 
 
@@ -68,35 +74,36 @@ def _token_stats_backward(
     how: SweepArgs,
     wanted: Wanted,
 ) -> HeadGradients:
-    def measured(head: Head, chunk: Chunk, logits: Tensor) -> RowMoments:
-        if head.matmuls.repeatable:
-            return chunk.rows(moments)
-        # Moments of other bits give probabilities that do not add up to 1: at a low temperature by percents.
-        return head.kernels.token_stats(logits, chunk.row(target), chunk.rows(readout)).moments
-
-    return _gradients(args, target, readout, gradients, how, wanted, measured)
+    # Moments of other bits give probabilities that do not add up to 1: at a low temperature by percents.
+    known = moments if Head.of(args, how).matmuls.repeatable else None
+    return _stats_backward(args, target, readout, known, gradients, how, wanted)
 
 
-def _gradients(
+def _stats_backward(
     args: HeadArgs,
     target: Tensor,
     readout: ReadoutArgs,
+    moments: RowMoments | None,
     gradients: RowGradients,
     how: SweepArgs,
     wanted: Wanted,
-    moments_of: Callable[[Head, Chunk, Tensor], RowMoments],
 ) -> HeadGradients:
-    """The gradients of a head from those of the statistics, with the moments that a chunk's logits have."""
-    head = Head.of(args._replace(hidden=without_ignored(args.hidden, target.reshape(-1))), how)
-    chunks, group = head.chunks(target.reshape(-1), how.max_chunk_bytes)
+    """The gradients of a head from those of the statistics. Without moments each chunk is measured again."""
+    head, chunks, group = _chunked(args, target, how)
 
     def work(logits: Tensor, d_logits: Tensor, k: int) -> None:
         chunk = chunks[k]
-        moments = moments_of(head, chunk, logits)
-        of_rows = (chunk.row(target), chunk.rows(readout), moments, chunk.rows(gradients))
-        head.kernels.token_stats_backward(logits, *of_rows, d_logits)
+        of_rows = chunk.row(target), chunk.rows(readout)
+        known = head.kernels.token_stats(logits, *of_rows).moments if moments is None else chunk.rows(moments)
+        head.kernels.token_stats_backward(logits, *of_rows, known, chunk.rows(gradients), d_logits)
 
     return sweep(head, chunks, work, wanted, group)
+
+
+def _chunked(args: HeadArgs, target: Tensor, how: SweepArgs) -> tuple[Head, list[Chunk], int]:
+    """A head, the chunks in which the gradient of its logits is made, and how many tokens form a group."""
+    head = Head.of(args._replace(hidden=without_ignored(args.hidden, target.reshape(-1))), how)
+    return head, *head.chunks(target)
 
 
 @_implements(linear.fused_linear_loss)
@@ -110,17 +117,16 @@ def _fused_loss(
     wanted: Wanted,
 ) -> FusedHead:
     check_targets(target, args.weight.shape[0])
-    head = Head.of(args._replace(hidden=without_ignored(args.hidden, target.reshape(-1))), how)
-    chunks, group = head.chunks(target.reshape(-1), how.max_chunk_bytes)
+    head, chunks, group = _chunked(args, target, how)
     losses: list[Tensor] = []
-    stats = RowStats(*(head.hidden.new_zeros(target.shape, dtype=head.row_dtype) for _ in RowStats._fields))
+    (stats,) = no_rows(target, head, RowStats)
 
     def work(logits: Tensor, d_logits: Tensor, k: int) -> None:
         chunk = chunks[k]
         of_rows = chunk.row(target), chunk.rows(readout), chunk.program(program)
         rows = head.kernels.fused_loss(logits, *of_rows, d_logits, kernel)
         losses.append(rows.loss.sum())
-        for whole, of_chunk in zip(stats, (rows.logp, rows.entropy, rows.lse), strict=True):
+        for whole, of_chunk in zip(stats, rows[1:], strict=True):
             chunk.put(whole.view(-1), of_chunk.squeeze(0))
 
     gradients = sweep(head, chunks, work, wanted, group)
@@ -130,24 +136,14 @@ def _fused_loss(
 
 @_implements(linear.linear_shard_moments)
 def _shard_moments(args: HeadArgs, target: Tensor, readout: ReadoutArgs, tiles: Tiles, how: SweepArgs) -> RowMoments:
-    return moments_in_chunks(Head.of(args, how), target, readout, tiles, how.max_chunk_bytes)
+    return moments_in_chunks(Head.of(args, how), target, readout, tiles)
 
 
 @_implements(linear.linear_shard_observations)
 def _shard_observations(args: HeadArgs, target: Tensor, readout: ReadoutArgs, tiles: Tiles, how: SweepArgs) -> Observed:
     if not args.weight.shape[0]:
         return no_columns(target, how.dtype)
-    return observe_chunks(Head.of(args, how), target, readout, how.max_chunk_bytes)
+    return observed_in_chunks(Head.of(args, how), target, readout)
 
 
-@_implements(linear.linear_shard_stats_backward)
-def _shard_stats_backward(
-    args: HeadArgs,
-    target: Tensor,
-    readout: ReadoutArgs,
-    moments: RowMoments,
-    gradients: RowGradients,
-    how: SweepArgs,
-    wanted: Wanted,
-) -> HeadGradients:
-    return _gradients(args, target, readout, gradients, how, wanted, lambda head, chunk, logits: chunk.rows(moments))
+_implements(linear.linear_shard_stats_backward)(_stats_backward)

@@ -6,7 +6,8 @@ A tile gives the moments of its columns; those of all tiles are merged once, in 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,79 +22,60 @@ from unirl_kernels.backends import (
 )
 from unirl_kernels.backends.moments import kappa_of, merge, merge_observations, statistics, target_in
 from unirl_kernels.batch import IGNORE
-from unirl_kernels.head.chunks import Chunk, by_tokens, chunk_bytes
+from unirl_kernels.head.chunks import Chunk, counted_tokens, evenly
 from unirl_kernels.head.sweep import Head
 from unirl_kernels.operators.shards import Tiles, moments_of_tiles, tiles_like
 
 TOKENS_OF_TILE = 1024
 """Enough for a matmul to run at full speed; the rest of a tile's memory goes into its width."""
 
-
-KERNELS = {Measured: "token_stats", Observed: "token_observations"}
-GROUPS = (RowStats, RowMoments, RowObservations)
-"""What kernels find, in the order of the fields of ``Observed``."""
-
-Found = TypeVar("Found", Measured, Observed)
+Function = Callable[[Tensor, Tensor, ReadoutArgs], Any]
+"""Of a backend, that measures rows."""
 
 
-def in_tiles(
-    head: Head, target: Tensor, readout: ReadoutArgs, max_chunk_bytes: int | None, result: type[Found]
-) -> Found:
-    """What is measured or observed of all tokens, in target's shape.
+def measured_in_tiles(head: Head, target: Tensor, readout: ReadoutArgs) -> Measured:
+    """Statistics and moments of all tokens, in target's shape.
 
-    It is 0 where the target is ``IGNORE``, NaN where it is otherwise outside [0, V), and the argmax -1 in both cases.
-
-    Args:
-        head: what makes the logits.
-        target: [B, L].
-        readout: how logits become log-probabilities.
-        max_chunk_bytes: memory for a tile; None for the default.
-        result: ``Measured`` or ``Observed``.
+    They are 0 where the target is ``IGNORE``, and NaN where it is otherwise outside [0, V).
     """
-    found, vocab = _no_rows(result, target, head), head.weight.shape[0]
-    for chunk, tiles in _tiles(head, target, readout, max_chunk_bytes, getattr(head.kernels, KERNELS[result])):
-        _put(chunk, found, _merged(tiles, chunk.rows(readout), vocab), target)
+    found = Measured(*no_rows(target, head, RowStats, RowMoments))
+    _in_tiles(head, target, readout, head.kernels.token_stats, found)
     return found
 
 
-def moments_in_chunks(
-    head: Head, target: Tensor, readout: ReadoutArgs, tiles: Tiles, max_chunk_bytes: int | None
-) -> RowMoments:
+def observed_in_tiles(head: Head, target: Tensor, readout: ReadoutArgs) -> Observed:
+    """The same, and observations; the argmax is -1 where the target is outside [0, V)."""
+    found = Observed(*no_rows(target, head, RowStats, RowMoments, RowObservations))
+    _in_tiles(head, target, readout, head.kernels.token_observations, found)
+    return found
+
+
+def moments_in_chunks(head: Head, target: Tensor, readout: ReadoutArgs, tiles: Tiles) -> RowMoments:
     """Moments of all tokens, [slots, B, L], of the chunks of logits that the gradient is made in.
 
     A matmul of other sizes rounds otherwise, and moments of other logits give probabilities that do not add up to 1.
     """
+    measure = partial(moments_of_tiles, head.kernels.token_stats, tiles=tiles)
     if not head.weight.shape[0]:
-        return moments_of_tiles(head.kernels.token_stats, head.empty(*target.shape, 0), target, readout, tiles)
+        return measure(head.empty(*target.shape, 0), target, readout)
     found = RowMoments(*(x.zero_() for x in tiles_like(target, head.row_dtype, tiles)))
-
-    def measure(logits: Tensor, target: Tensor, readout: ReadoutArgs) -> RowMoments:
-        return moments_of_tiles(head.kernels.token_stats, logits, target, readout, tiles)
-
-    for chunk, of_chunk in _chunks(head, target, readout, max_chunk_bytes, measure):
-        for k in range(tiles.slots):
-            whole, part = (RowMoments(*(x[k] for x in moments)) for moments in (found, of_chunk))
+    for chunk, of_chunk in _chunks(head, target, readout, measure):
+        for whole, part in zip(zip(*found, strict=True), zip(*of_chunk, strict=True), strict=True):
             _put(chunk, (whole,), (part,), target)
     return found
 
 
-def observe_chunks(head: Head, target: Tensor, readout: ReadoutArgs, max_chunk_bytes: int | None) -> Observed:
+def observed_in_chunks(head: Head, target: Tensor, readout: ReadoutArgs) -> Observed:
     """Statistics, moments and observations of all tokens, of the same chunks."""
-    found = _no_rows(Observed, target, head)
-    for chunk, of_chunk in _chunks(head, target, readout, max_chunk_bytes, head.kernels.token_observations):
+    found = Observed(*no_rows(target, head, RowStats, RowMoments, RowObservations))
+    for chunk, of_chunk in _chunks(head, target, readout, head.kernels.token_observations):
         _put(chunk, found, of_chunk, target)
     return found
 
 
-def _chunks(
-    head: Head,
-    target: Tensor,
-    readout: ReadoutArgs,
-    max_chunk_bytes: int | None,
-    function: Callable[[Tensor, Tensor, ReadoutArgs], Any],
-) -> Iterator[tuple[Chunk, Any]]:
-    """What a function of the backend finds in the rows of each chunk."""
-    chunks, _ = head.chunks(target.reshape(-1), max_chunk_bytes)
+def _chunks(head: Head, target: Tensor, readout: ReadoutArgs, function: Function) -> Iterator[tuple[Chunk, Any]]:
+    """What a function finds in the rows of each chunk."""
+    chunks, _ = head.chunks(target)
     memory = head.empty(max((chunk.n for chunk in chunks), default=0), head.weight.shape[0])
     for chunk in chunks:
         logits = memory[: chunk.n]
@@ -105,17 +87,17 @@ Tile = tuple[Any, range]
 """What a backend found in a tile, and the columns of the tile."""
 
 
-def _tiles(
-    head: Head,
-    target: Tensor,
-    readout: ReadoutArgs,
-    max_chunk_bytes: int | None,
-    function: Callable[[Tensor, Tensor, ReadoutArgs], Any],
-) -> Sequence[tuple[Chunk, list[Tile]]]:
-    """What a function of the backend finds in the tiles of each chunk of tokens."""
+def _in_tiles(head: Head, target: Tensor, readout: ReadoutArgs, function: Function, whole: Measured | Observed) -> None:
+    """Write what a function finds in the rows of all tokens."""
+    for chunk, tiles in _tiles(head, target, readout, function):
+        _put(chunk, whole, _merged(tiles, chunk.rows(readout), head.weight.shape[0]), target)
+
+
+def _tiles(head: Head, target: Tensor, readout: ReadoutArgs, function: Function) -> Sequence[tuple[Chunk, list[Tile]]]:
+    """What a function finds in the tiles of each chunk of tokens."""
     vocab = head.weight.shape[0]
-    logits = max(1, chunk_bytes(head.weight.device, max_chunk_bytes) // head.row_dtype.itemsize)
-    chunks = by_tokens(target.reshape(-1), min(TOKENS_OF_TILE, logits))
+    logits = max(1, head.chunk_bytes // head.row_dtype.itemsize)
+    chunks = evenly(*counted_tokens(target.reshape(-1)), min(TOKENS_OF_TILE, logits))
     width = min(max(1, logits // TOKENS_OF_TILE), vocab)
     memory = head.empty(max((chunk.n for chunk in chunks), default=0) * width)
     found: list[tuple[Chunk, list[Tile]]] = [(chunk, []) for chunk in chunks]
@@ -152,14 +134,14 @@ def _merged(tiles: Sequence[Tile], readout: ReadoutArgs, vocab: int) -> Measured
     return Observed(stats, row, merge_observations(seen, moments, row, kappa))
 
 
-def _no_rows(result: type[Found], target: Tensor, head: Head) -> Found:
-    """What stands for tokens that are ignored. No views: users may change in place what an operator returns."""
+def no_rows(target: Tensor, head: Head, *groups: type[Any]) -> list[Any]:
+    """Groups as they are for tokens that are ignored. No views: users may change what an operator returns in place."""
+    dtype = head.row_dtype
 
-    def zeros(group: Any) -> Any:
-        values = {name: target.new_zeros(target.shape, dtype=head.row_dtype) for name in group._fields}
-        return group(**values | ({"argmax": torch.full_like(target, -1)} if "argmax" in values else {}))
+    def value(field: str) -> Tensor:
+        return torch.full_like(target, -1) if field == "argmax" else target.new_zeros(target.shape, dtype=dtype)
 
-    return result._make(map(zeros, GROUPS[: len(result._fields)]))
+    return [group(*map(value, group._fields)) for group in groups]
 
 
 def _put(chunk: Chunk, whole: Any, found: Any, target: Tensor) -> None:

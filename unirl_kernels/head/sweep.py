@@ -28,21 +28,14 @@ from unirl_kernels.operators.linear import HeadArgs, HeadGradients, SweepArgs, W
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """What makes logits.
+    """What makes logits, and how: ``HeadArgs`` and ``SweepArgs`` in one."""
 
-    Args:
-        hidden: [T, D].
-        weight: [V, D].
-        bias: [V] or None.
-        dtype: of the matmuls' operands.
-        backend: name of the one that multiplies, and whose row kernels work on the logits.
-    """
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    dtype: torch.dtype
-    backend: str
+    hidden: Tensor  # [T, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    dtype: torch.dtype  # of the matmuls' operands
+    backend: str  # multiplies, and its row kernels work on the logits
+    max_chunk_bytes: int | None = None
 
     @property
     def row_dtype(self) -> torch.dtype:
@@ -54,7 +47,7 @@ class Head:
 
     @classmethod
     def of(cls, head: HeadArgs, sweep: SweepArgs) -> Head:
-        return cls(*head, sweep.dtype, sweep.backend)
+        return cls(*head, sweep.dtype, sweep.backend, sweep.max_chunk_bytes)
 
     @cached_property
     def matmuls(self) -> Matmuls:
@@ -67,27 +60,32 @@ class Head:
         bias = None if self.bias is None else self.bias[start:stop]
         return replace(self, weight=self.weight[start:stop], bias=bias)
 
-    def rows_per_chunk(self, max_chunk_bytes: int | None) -> int:
-        """Tokens whose logits and gradient exist at a time where both are made of all of them at once."""
-        return rows_per_chunk(self.matmuls.row_bytes, self.weight.device, max_chunk_bytes)
+    @property
+    def chunk_bytes(self) -> int:
+        """Memory for the logits of one chunk."""
+        return chunk_bytes(self.weight.device, self.max_chunk_bytes)
 
-    def chunks(self, target: Tensor, max_chunk_bytes: int | None) -> tuple[list[Chunk], int]:
-        """The tokens that count, [T], where chunks may be cut anywhere; and how many tokens form a group."""
-        counted, n = counted_tokens(target)
-        sizes = self._sizes(n, max_chunk_bytes)
+    def rows_per_chunk(self) -> int:
+        """Tokens whose logits and gradient exist at a time where both are made of all of them at once."""
+        return rows_per_chunk(self.matmuls.row_bytes, self.weight.device, self.max_chunk_bytes)
+
+    def chunks(self, target: Tensor) -> tuple[list[Chunk], int]:
+        """The tokens that count, where chunks may be cut anywhere; and how many tokens form a group."""
+        counted, n = counted_tokens(target.reshape(-1))
+        sizes = self._sizes(n)
         if sizes is not None:
             return by_sizes(counted, n, sizes), sizes.group
-        rows = self.rows_per_chunk(max_chunk_bytes)
+        rows = self.rows_per_chunk()
         return evenly(counted, n, rows), rows
 
-    def _sizes(self, tokens: int, max_chunk_bytes: int | None) -> Sizes | None:
+    def _sizes(self, tokens: int) -> Sizes | None:
         """Two sizes where the gradient of the logits has memory of its own, and there is enough of it."""
-        gradient, device = self.matmuls.gradient_bytes, self.weight.device
+        gradient = self.matmuls.gradient_bytes
         if not gradient:
             return None
-        (vocab, d), memory = self.weight.shape, chunk_bytes(device, max_chunk_bytes)
-        logits = vocab * self.row_dtype.itemsize
-        return sizes_of(Shape(tokens, vocab, d, logits, gradient, memory, multiprocessors(device)))
+        vocab, d = self.weight.shape
+        logits, processors = vocab * self.row_dtype.itemsize, multiprocessors(self.weight.device)
+        return sizes_of(Shape(tokens, vocab, d, logits, gradient, self.chunk_bytes, processors))
 
     def empty(self, *shape: int) -> Tensor:
         """Uninitialised memory of the rows' dtype."""
@@ -105,11 +103,7 @@ class AtOnce:
 
 
 class Summed(AtOnce):
-    """Writes the sum of that gradient over ranks, which is formed in fp32 while the next chunk is worked on.
-
-    Args:
-        ranks: each of which has a part of the weight.
-    """
+    """Writes the sum of that gradient over ranks, which is formed in fp32 while the next chunk is worked on."""
 
     def __init__(self, ranks: Group) -> None:
         self._ranks = ranks
@@ -136,7 +130,8 @@ def sweep(
 ) -> HeadGradients:
     """Make the logits of each chunk, let ``work`` find their gradient, and form the other gradients from it.
 
-    Three matmuls per token in all, two or one where fewer gradients are wanted.
+    Three matmuls per token in all, two or one where fewer gradients are wanted. Gradients are zero at tokens in no
+    chunk.
 
     Args:
         head: what makes the logits.
@@ -146,10 +141,6 @@ def sweep(
         wanted: which gradients.
         group: tokens whose gradients are kept until they are multiplied; at least one chunk is.
         of_hidden: what becomes of the gradient of a chunk's hidden states.
-
-    Returns:
-        ``HeadGradients`` in the dtypes of hidden states, weight and bias, but fp32 for fp16, which holds the gradients
-        of single tokens only after a loss scale; zero at tokens in no chunk.
     """
     vocab, d = head.weight.shape
     tokens = head.hidden.shape[0] if wanted.hidden else 0

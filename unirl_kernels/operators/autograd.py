@@ -8,10 +8,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends import Measured, Observed, ProgramArgs, ReadoutArgs, RowGradients, RowMoments, RowStats
+from unirl_kernels.backends import ProgramArgs, ReadoutArgs, RowGradients, RowMoments, RowStats
 from unirl_kernels.operators import rows
-from unirl_kernels.operators.declare import Operator
-from unirl_kernels.operators.shards import ShardArgs, merged, shard_stats_backward
+from unirl_kernels.operators.shards import Operators, ShardArgs, Whole, measured
 
 Result = TypeVar("Result")
 
@@ -75,15 +74,6 @@ def overwrite(logits: Tensor, write: Callable[[Tensor], Result]) -> Result:
     return result
 
 
-Whole = tuple[RowStats, RowMoments, tuple[Tensor, ...]]
-"""Statistics and moments of whole rows, and observations where the operator makes them."""
-
-
-def measured(found: Measured | Observed) -> Whole:
-    stats, moments, *observations = found
-    return stats, moments, tuple(x for group in observations for x in group)
-
-
 def save_statistics(
     ctx: Any, found: Whole, readout: ReadoutArgs, inputs: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
@@ -107,11 +97,11 @@ class Statistics(torch.autograd.Function):
 
     @staticmethod
     def without_gradient(
-        logits: Tensor, target: Tensor, readout: ReadoutArgs, backend: str, operator: Operator
+        logits: Tensor, target: Tensor, readout: ReadoutArgs, backend: str, operators: Operators
     ) -> tuple[Tensor, ...]:
         """What ``apply`` returns where no gradient is wanted, in less of the host's time."""
         refuse_forward_mode(logits)
-        stats, _, others = measured(operator(as_rows(logits), target, readout, backend))
+        stats, _, others = measured(operators, as_rows(logits), target, readout, backend, None)
         return *stats, *others
 
     @staticmethod
@@ -121,17 +111,13 @@ class Statistics(torch.autograd.Function):
         target: Tensor,
         readout: ReadoutArgs,
         backend: str,
-        operator: Operator,
+        operators: Operators,
         overwrites: bool,
         shard: ShardArgs | None,
     ) -> tuple[Tensor, ...]:
         refuse_forward_mode(logits)
-        if shard is None:
-            found = measured(operator(as_rows(logits), target, readout, backend))
-        else:
-            own = as_rows(logits)[..., : shard.columns]
-            part = operator(own, shard.target(target), readout, shard.tiles, backend)
-            found = merged(part, target, readout, shard)
+        used = as_rows(logits) if shard is None else as_rows(logits)[..., : shard.columns]
+        found = measured(operators, used, target, readout, backend, shard)
         ctx.backend, ctx.overwrites, ctx.shard = backend, overwrites, shard
         return save_statistics(ctx, found, readout, (logits, target))
 
@@ -140,25 +126,17 @@ class Statistics(torch.autograd.Function):
         refuse_double_backward()
         logits, target, row_temperature, *moments = saved_rows(ctx)
         shard, readout = ctx.shard, ctx.readout._replace(row_temperature=row_temperature)
-        at = target if shard is None else shard.target(target)
-        arguments = (at, readout, RowMoments(*moments), of_stats(*gradients[:3]))
+        at, columns = (target, logits.shape[-1]) if shard is None else (shard.target(target), shard.columns)
+        arguments = (at, readout, RowMoments(*moments), of_stats(*gradients[:3]), columns, ctx.backend)
+        if not ctx.overwrites:
+            d_logits = rows.token_stats_backward(as_rows(logits), *arguments).view(logits.shape)
+            return d_logits, None, None, None, None, None, None
 
         def write(memory: Tensor) -> Tensor:
-            of_rows = as_rows(memory)
-            own = of_rows if shard is None else of_rows[..., : shard.columns]
-            if own.shape[-1]:
-                rows.token_stats_backward_(own, *arguments, ctx.backend)
-            if shard is not None:
-                of_rows[..., shard.columns :] = 0
+            rows.token_stats_backward_(as_rows(memory), *arguments)
             return memory
 
-        if ctx.overwrites:
-            d_logits = overwrite(logits, write)
-        elif shard is None:
-            d_logits = rows.token_stats_backward(as_rows(logits), *arguments, ctx.backend).view(logits.shape)
-        else:
-            found = shard_stats_backward(as_rows(logits), *arguments, shard.columns, ctx.backend)
-            d_logits = found.view(logits.shape)
+        d_logits = overwrite(logits, write)
         return d_logits, None, None, None, None, None, None
 
 

@@ -5,7 +5,8 @@ Hidden states are [T, D] and per-row tensors [B, L], with B * L = T.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from unirl_kernels.backends import (
     rows_like,
 )
 from unirl_kernels.operators.declare import Operator
-from unirl_kernels.operators.shards import Tiles, tiles_like
+from unirl_kernels.operators.shards import Operators, Tiles, tiles_like
 
 
 class HeadArgs(NamedTuple):
@@ -80,14 +81,18 @@ def _gradients_like(head: HeadArgs, wanted: Wanted) -> HeadGradients:
     )
 
 
-# Each function below declares an operator and is its fake; ``head`` implements them.
+def _declared(function: Callable[..., Any]) -> Operator:
+    """Decorator: an operator of these arguments; the function is its fake, and ``head`` implements it."""
+    return Operator(function.__name__, function, function)
 
 
-def _stats(head: HeadArgs, target: Tensor, readout: ReadoutArgs, sweep: SweepArgs) -> Measured:
+@_declared
+def linear_token_stats(head: HeadArgs, target: Tensor, readout: ReadoutArgs, sweep: SweepArgs) -> Measured:
     return measured_like(target, sweep.dtype)
 
 
-def _observations(head: HeadArgs, target: Tensor, readout: ReadoutArgs, sweep: SweepArgs) -> Observed:
+@_declared
+def linear_token_observations(head: HeadArgs, target: Tensor, readout: ReadoutArgs, sweep: SweepArgs) -> Observed:
     return observed_like(target, sweep.dtype)
 
 
@@ -103,7 +108,12 @@ def _backward(
     return _gradients_like(head, wanted)
 
 
-def _loss(
+linear_token_stats_backward = Operator("linear_token_stats_backward", _backward, _backward)
+linear_shard_stats_backward = Operator("linear_shard_stats_backward", _backward, _backward)
+
+
+@_declared
+def fused_linear_loss(
     head: HeadArgs,
     target: Tensor,
     readout: ReadoutArgs,
@@ -116,22 +126,22 @@ def _loss(
     return FusedHead(loss, RowStats._make(rows_like(target, sweep.dtype, 3)), _gradients_like(head, wanted))
 
 
-def _shard_moments(head: HeadArgs, target: Tensor, readout: ReadoutArgs, tiles: Tiles, sweep: SweepArgs) -> RowMoments:
+# Of a shard; a target may be ELSEWHERE. Its rows are measured in the chunks of the backward, which takes their moments.
+
+
+@_declared
+def linear_shard_moments(
+    head: HeadArgs, target: Tensor, readout: ReadoutArgs, tiles: Tiles, sweep: SweepArgs
+) -> RowMoments:
     return tiles_like(target, sweep.dtype, tiles)
 
 
-def _shard_observations(
+@_declared
+def linear_shard_observations(
     head: HeadArgs, target: Tensor, readout: ReadoutArgs, tiles: Tiles, sweep: SweepArgs
 ) -> Observed:
     return observed_like(target, sweep.dtype)
 
 
-linear_token_stats = Operator("linear_token_stats", _stats, _stats)
-linear_token_observations = Operator("linear_token_observations", _observations, _observations)
-linear_token_stats_backward = Operator("linear_token_stats_backward", _backward, _backward)
-fused_linear_loss = Operator("fused_linear_loss", _loss, _loss)
-# Of a shard of the weight; a target may be ELSEWHERE. Rows are measured in the chunks of the backward, which so goes by
-# moments of the same bits.
-linear_shard_moments = Operator("linear_shard_moments", _shard_moments, _shard_moments)
-linear_shard_observations = Operator("linear_shard_observations", _shard_observations, _shard_observations)
-linear_shard_stats_backward = Operator("linear_shard_stats_backward", _backward, _backward)
+STATISTICS = Operators(linear_token_stats, linear_shard_moments, in_tiles=True)
+OBSERVATIONS = Operators(linear_token_observations, linear_shard_observations, in_tiles=False)

@@ -11,16 +11,14 @@ from torch import Tensor
 from unirl_kernels.backends import ProgramArgs, ReadoutArgs, RowMoments
 from unirl_kernels.operators import linear
 from unirl_kernels.operators.autograd import (
-    measured,
     of_stats,
     refuse_double_backward,
     refuse_forward_mode,
     save_statistics,
     scaled,
 )
-from unirl_kernels.operators.declare import Operator
 from unirl_kernels.operators.linear import HeadArgs, HeadGradients, SweepArgs, Wanted
-from unirl_kernels.operators.shards import ShardArgs, merged
+from unirl_kernels.operators.shards import Operators, ShardArgs, measured
 
 
 class LinearStatistics(torch.autograd.Function):
@@ -39,15 +37,12 @@ class LinearStatistics(torch.autograd.Function):
         target: Tensor,
         readout: ReadoutArgs,
         sweep: SweepArgs,
-        operator: Operator,
+        operators: Operators,
         shard: ShardArgs | None,
     ) -> tuple[Tensor, ...]:
         head = HeadArgs(hidden, weight, bias)
         refuse_forward_mode(*head)
-        if shard is None:
-            found = measured(operator(head, target, readout, sweep))
-        else:
-            found = merged(operator(head, shard.target(target), readout, shard.tiles, sweep), target, readout, shard)
+        found = measured(operators, head, target, readout, sweep, shard)
         ctx.sweep, ctx.shard = sweep, shard
         return save_statistics(ctx, found, readout, (*head, target))
 

@@ -81,19 +81,47 @@ def token_observations(logits: Tensor, target: Tensor, readout: ReadoutArgs, bac
 
 @operator(fake=lambda logits, *_: _gradient_like(logits))
 def token_stats_backward(
-    logits: Tensor, target: Tensor, readout: ReadoutArgs, moments: RowMoments, gradients: RowGradients, backend: str
+    logits: Tensor,
+    target: Tensor,
+    readout: ReadoutArgs,
+    moments: RowMoments,
+    gradients: RowGradients,
+    columns: int,
+    backend: str,
 ) -> Tensor:
+    """The gradient of the first columns; that of the others, which are padding of a shard, is 0."""
     kernels = load(backend)
     d_logits = kernels.empty(logits.shape, logits.dtype, logits.device)
-    kernels.token_stats_backward(logits, target, readout, moments, gradients, d_logits)
-    return d_logits
+    used, d_used = _first(logits, columns), _first(d_logits, columns)
+    if columns:
+        kernels.token_stats_backward(used, target, readout, moments, gradients, d_used)
+    return _zero_from(d_logits, columns)
 
 
 @operator(fake=lambda *_: None, mutates=("logits",))
 def token_stats_backward_(
-    logits: Tensor, target: Tensor, readout: ReadoutArgs, moments: RowMoments, gradients: RowGradients, backend: str
+    logits: Tensor,
+    target: Tensor,
+    readout: ReadoutArgs,
+    moments: RowMoments,
+    gradients: RowGradients,
+    columns: int,
+    backend: str,
 ) -> None:
-    load(backend).token_stats_backward(logits, target, readout, moments, gradients, logits)
+    used = _first(logits, columns)
+    if columns:
+        load(backend).token_stats_backward(used, target, readout, moments, gradients, used)
+    _zero_from(logits, columns)
+
+
+def _first(x: Tensor, columns: int) -> Tensor:
+    return x if columns == x.shape[-1] else x[..., :columns]
+
+
+def _zero_from(x: Tensor, column: int) -> Tensor:
+    if column < x.shape[-1]:
+        x[..., column:] = 0
+    return x
 
 
 @operator(fake=lambda logits, target, *_: FusedWithGradient(*_loss_like(target, logits), _gradient_like(logits)))

@@ -1,5 +1,5 @@
-"""Statistics of rows that are split over a process group, and their gradient. No operator communicates: each works on
-the columns of this rank, and what follows from the whole row is made here, of the moments that the ranks exchange.
+"""Statistics of rows, whole or split over a process group. No operator communicates: each works on the columns of this
+rank, and what follows from the whole row is made here, of the moments that the ranks exchange.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from unirl_kernels.backends import (
     Measured,
     Observed,
     ReadoutArgs,
-    RowGradients,
     RowMoments,
     RowObservations,
     RowStats,
@@ -27,7 +26,8 @@ from unirl_kernels.backends import (
 from unirl_kernels.backends.moments import kappa_of, merge, merge_observations, statistics, target_in
 from unirl_kernels.batch import IGNORE
 from unirl_kernels.collectives import Group, all_gather
-from unirl_kernels.operators.declare import operator
+from unirl_kernels.operators import rows
+from unirl_kernels.operators.declare import Operator, operator
 
 
 class Tiles(NamedTuple):
@@ -66,24 +66,48 @@ def shard_observations(logits: Tensor, target: Tensor, readout: ReadoutArgs, til
     return load(backend).token_observations(logits, target, readout)
 
 
-@operator(fake=lambda logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format))
-def shard_stats_backward(
+class Operators(NamedTuple):
+    """What measures rows: whole ones, and those of which a rank has a shard."""
+
+    whole: Operator
+    of_shard: Operator
+    in_tiles: bool  # whether a shard may have more than one tile
+
+
+STATISTICS = Operators(rows.token_stats, shard_moments, in_tiles=True)
+OBSERVATIONS = Operators(rows.token_observations, shard_observations, in_tiles=False)
+
+Whole = tuple[RowStats, RowMoments, tuple[Tensor, ...]]
+"""Statistics and moments of whole rows, and observations where they are made."""
+
+
+def measured(
+    operators: Operators, operand: object, target: Tensor, readout: ReadoutArgs, how: object, shard: ShardArgs | None
+) -> Whole:
+    """What operators find in the rows of logits or of a head; without a shard they are whole."""
+    if shard is None:
+        return _whole(operators.whole(operand, target, readout, how))
+    part = operators.of_shard(operand, shard.target(target), readout, shard.tiles, how)
+    return merged(part, target, readout, shard)
+
+
+def rows_of(
+    function: Callable[[Tensor, Tensor, ReadoutArgs], Measured | Observed],
     logits: Tensor,
     target: Tensor,
     readout: ReadoutArgs,
-    moments: RowMoments,
-    gradients: RowGradients,
-    columns: int,
-    backend: str,
-) -> Tensor:
-    """``token_stats_backward`` of the first columns; the gradient of the others, which are padding, is 0."""
-    kernels = load(backend)
-    d_logits = kernels.empty(logits.shape, logits.dtype, logits.device)
-    if columns:
-        used = d_logits[..., :columns]
-        kernels.token_stats_backward(logits[..., :columns], target, readout, moments, gradients, used)
-    d_logits[..., columns:] = 0
-    return d_logits
+    shard: ShardArgs | None,
+) -> Whole:
+    """What a function of a backend finds in the rows of a chunk of logits; without a shard they are whole."""
+    if shard is None:
+        return _whole(function(logits, target, readout))
+    part = moments_of_tiles(function, logits, shard.target(target), readout, shard.tiles)
+    return merged(part, target, readout, shard)
+
+
+def _whole(found: Measured | Observed) -> Whole:
+    stats, moments, *others = found
+    return stats, moments, tuple(*others)
 
 
 def tiles_like(target: Tensor, dtype: torch.dtype, tiles: Tiles) -> RowMoments:
@@ -92,7 +116,7 @@ def tiles_like(target: Tensor, dtype: torch.dtype, tiles: Tiles) -> RowMoments:
 
 
 def moments_of_tiles(
-    token_stats: Callable[[Tensor, Tensor, ReadoutArgs], Measured],
+    token_stats: Callable[[Tensor, Tensor, ReadoutArgs], Measured | Observed],
     logits: Tensor,
     target: Tensor,
     readout: ReadoutArgs,
@@ -142,9 +166,7 @@ def target_hash(target: Tensor) -> Tensor:
     return ((mixed ^ (mixed >> 29)) * -7723592293110705685).sum()
 
 
-def merged(
-    part: RowMoments | Observed, target: Tensor, readout: ReadoutArgs, shard: ShardArgs
-) -> tuple[RowStats, RowMoments, tuple[Tensor, ...]]:
+def merged(part: RowMoments | Observed, target: Tensor, readout: ReadoutArgs, shard: ShardArgs) -> Whole:
     """Statistics, moments and, where they are in the part, observations of whole rows.
 
     Args:
