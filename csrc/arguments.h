@@ -55,8 +55,8 @@ inline void require_storages(const RowGradients& gradients) {
   if (d_lse) require_storage(*d_lse, "d_lse");
 }
 
-// A tensor whose storage is not freed; sharded training frees the memory of parameters that keep their shape. A freed
-// storage is at address 0, and a tensor of it at its offset, which is smaller than any address that is not looked at.
+// Sharded training frees the storage of parameters that keep their shape. A freed storage is at address 0, so that a
+// tensor in it is at its offset: only small addresses have to be looked at.
 inline void require_memory(const Tensor& x, const char* name) {
   constexpr uintptr_t BEYOND_OFFSETS = uintptr_t(1) << 46;
   if (reinterpret_cast<uintptr_t>(x.data_ptr()) < BEYOND_OFFSETS) require_storage(x, name);
@@ -81,8 +81,7 @@ inline void require_per_row(const Tensor& x, const Tensor& logits, Dtype dtype, 
   require_memory(x, name);
 }
 
-// What a backend's Rows say of all rows but where their logits are. column makes its columns, of a tensor that may be
-// missing, the logits and a name.
+// A backend's Rows, all but where the logits are. column(tensor or none, logits, name) makes the backend's columns.
 template <class Rows, class Column>
 Rows rows_without_logits(
     const Tensor& logits,

@@ -13,8 +13,8 @@ struct MatmulWay {
   const PanelKernels* kernels;
 };
 
-// How factors of a format are multiplied; null where they are not. UNIRL_CPU_MATMULS names a way instead of the table:
-// one in bf16 is for bf16 alone, others are then multiplied by the same means in fp32.
+// How factors of a format are multiplied; null where they are not. UNIRL_CPU_MATMULS forces a way for bf16; factors of
+// other formats then take the fp32 form of it, as brgemm-fp32 for brgemm-bf16.
 // Throws std::runtime_error when UNIRL_CPU_MATMULS names none, or one that this machine lacks.
 const MatmulWay* way_of(Format format);
 

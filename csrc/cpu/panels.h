@@ -24,7 +24,7 @@ struct Tile {
 };
 
 // A panel is made of units of 32 bits, [unit][lane]: a float, or two bf16 that are neighbours in depth. A slice becomes
-// panels one after the other; lanes beyond its own, up to a multiple of LANES, and depth beyond its own are zero.
+// panels one after the other, padded with zeros: lanes to a multiple of LANES, depth to whole units.
 struct PanelKernels {
   int64_t unit_depth;   // elements in a unit
   int64_t lanes;        // LANES

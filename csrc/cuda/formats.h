@@ -26,7 +26,7 @@ struct Float32 {
   }
 };
 
-// What the two formats of 16 bits have in common. Pair: of two logits in 32 bits.
+// What the two formats of 16 bits have in common. A pair is two logits in 32 bits.
 template <class Self, class Type, bool BRAIN>
 struct Half {
   typedef Type Storage;

@@ -61,8 +61,7 @@ struct FusedColumns {
   StatisticsColumns statistics;
 };
 
-// What a launch that failed says. The next call that asks for the last error, which may be torch's, is not to get this
-// one.
+// Why a launch failed. Clears CUDA's last error, which torch may ask for next.
 inline std::string failure(const char* kernel, cudaError_t error) {
   const std::string reason = cudaGetErrorString(error);
   cudaGetLastError();

@@ -10,7 +10,7 @@ namespace unirl::cuda {
 // Bytes by which an address lies beyond a multiple of 16.
 inline __device__ int misalignment(const void* address) { return reinterpret_cast<uintptr_t>(address) & 15; }
 
-// Until at most `pending` of this thread's groups of copies are under way. The instruction takes a constant.
+// Waits until at most `pending` of this thread's groups of copies are under way. The instruction takes a constant only.
 inline __device__ void wait_for_copies(int pending) {
   static_assert(COPY_GROUPS == 4, "a case for each group");
   if (pending == 3) {
@@ -44,7 +44,7 @@ struct Slice {
     return (chunks() + COPY_GROUPS * THREADS - 1) / (COPY_GROUPS * THREADS) * THREADS;
   }
 
-  // Starts all copies. Chunks that reach beyond the slice, whose bytes are another block's, are copied by logits.
+  // Starts all copies. Of chunks that reach beyond the slice, its own logits are copied one by one.
   __device__ void copy(const Storage* x) const {
     const auto* from = reinterpret_cast<const unsigned char*>(x) - shift;
     const int per_group = chunks_per_group();
@@ -106,7 +106,8 @@ __device__ int head_of(const typename Format::Storage* d_x, int n) {
   return shift != 0 ? min(n, (VECTOR_BYTES - shift) / static_cast<int>(sizeof *d_x)) : 0;
 }
 
-// Writes value(k), k in [0, n), for vectors that are aligned in d_x: values(k, N numbers) for those, one at the edges.
+// Writes n values from d_x on: vectors of N where addresses allow it, single values before and after them.
+// values(k, of) fills the array of, of N numbers or of 1, from the k-th value on.
 template <class Format, class Values>
 __device__ void store(typename Format::Storage* d_x, int n, const Values& values) {
   constexpr int N = Format::N;

@@ -1,4 +1,4 @@
-#include "cluster_rows.h"
+#include "launch.h"
 
 namespace unirl::cuda {
 namespace {

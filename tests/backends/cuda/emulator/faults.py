@@ -41,7 +41,8 @@ def _fault(name: str, symptom: str, *edits: tuple[str, str, str]) -> Fault:
     return Fault(name, symptom, tuple(Edit(*edit) for edit in edits))
 
 
-_ROWS, _SLICE = "cuda/cluster_rows.h", "cuda/slice.h"
+_ROWS, _SLICE, _LAUNCH = "cuda/cluster_rows.h", "cuda/slice.h", "cuda/launch.h"
+_EXCHANGE, _SWEEPS = "cuda/exchange.h", "cuda/sweeps.h"
 _ARRIVE = 'asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");'
 _SENT = "*cluster.map_shared_rank(&exchange.parts[cluster.block_rank()], lane) = part;"
 _X_TARGET = "exchange.parts[column / width].x_target"
@@ -68,30 +69,30 @@ FOUND = (
         "parts are sent before all blocks have started",
         "written before its block started",
         (_ROWS, "// in this block's slice, or not\n  cluster_started();", ""),
-        (_ROWS, _TOLD, "__syncthreads();"),
+        (_EXCHANGE, _TOLD, "__syncthreads();"),
     ),
     _fault(
         "parts are read before all blocks have sent theirs",
         "got nan|written after its block ended",
-        (_ROWS, _ALL_TOLD, "return;"),
+        (_EXCHANGE, _ALL_TOLD, "return;"),
     ),
     _fault(
         "parts are sent without a release",
         "got nan|written after its block ended",
-        (_ROWS, _ARRIVE, _ARRIVE.replace("release", "relaxed")),
+        (_EXCHANGE, _ARRIVE, _ARRIVE.replace("release", "relaxed")),
     ),
-    _fault("parts go to one block", "got nan", (_ROWS, _SENT, _SENT.replace("lane)", "0)"))),
-    _fault("parts go to no block", "no block of rank", (_ROWS, _SENT, _SENT.replace("lane)", "lane + 1)"))),
-    _fault("parts are mixed up", "got nan", (_ROWS, _SENT, _SENT.replace("cluster.block_rank()", "lane"))),
+    _fault("parts go to one block", "got nan", (_EXCHANGE, _SENT, _SENT.replace("lane)", "0)"))),
+    _fault("parts go to no block", "no block of rank", (_EXCHANGE, _SENT, _SENT.replace("lane)", "lane + 1)"))),
+    _fault("parts are mixed up", "got nan", (_EXCHANGE, _SENT, _SENT.replace("cluster.block_rank()", "lane"))),
     _fault("memory of a block that may have ended is read", "got nan", (_ROWS, _X_TARGET, f"({_PEER})")),
     _fault("the readout is read too early", "got nan", (_ROWS, _READOUT, _READOUT.removesuffix("__syncthreads();"))),
-    _fault("sums of warps are read too early", "got nan", (_ROWS, _TOLD, "cluster_wait();")),
+    _fault("sums of warps are read too early", "got nan", (_EXCHANGE, _TOLD, "cluster_wait();")),
     _fault("terms are read too early", "got nan", (_ROWS, _TERMS, "if (!Step::WRITES) return;")),
-    _fault("copies of other threads are read too early", "got nan", (_ROWS, _LANDED, _LANDED.partition("\n")[0])),
+    _fault("copies of other threads are read too early", "got nan", (_SWEEPS, _LANDED, _LANDED.partition("\n")[0])),
     _fault(
         "copies are waited for a group too late",
         "got nan|copies were under way",
-        (_ROWS, _LANDED, "wait_for_copies(min(COPY_GROUPS - group, COPY_GROUPS - 1)); __syncthreads();"),
+        (_SWEEPS, _LANDED, "wait_for_copies(min(COPY_GROUPS - group, COPY_GROUPS - 1)); __syncthreads();"),
     ),
     _fault(
         "fields are copied after the logits",
@@ -113,7 +114,7 @@ FOUND = (
     _fault(
         "a barrier is not waited for",
         "arrives twice without a wait",
-        (_ROWS, _TOLD, "__syncthreads();"),
+        (_EXCHANGE, _TOLD, "__syncthreads();"),
     ),
     _fault(
         "threads of a block meet at two barriers",
@@ -123,7 +124,7 @@ FOUND = (
     _fault(
         "lanes of a warp shuffle in two places",
         "diverged: .*__shfl_xor_sync",
-        (_ROWS, _LARGEST, f"if (threadIdx.x % 2 == 0) {_LARGEST}\n else {_LARGEST}"),
+        (_EXCHANGE, _LARGEST, f"if (threadIdx.x % 2 == 0) {_LARGEST}\n else {_LARGEST}"),
     ),
     _fault("vectors are read unaligned", "misaligned access", (_SLICE, "memory + at - offset", "memory + at")),
     _fault("vectors are written unaligned", "a store of 16 bytes is misaligned", (_SLICE, _HEAD, "0")),
@@ -134,24 +135,24 @@ FOUND = (
     _fault(
         "the memory of a slice ends too early",
         "written beyond its end",
-        (_ROWS, "cut.width * bytes + Slice<Format>::SLACK", "cut.width * bytes"),
+        (_LAUNCH, "cut.width * bytes + Slice<Format>::SLACK", "cut.width * bytes"),
     ),
     _fault(
         "less memory is allowed than a launch takes",
         "the kernel's attribute allows 4096 bytes",
-        (_ROWS, _ALLOWED, _ALLOWED.replace("bytes)", "4096)")),
+        (_LAUNCH, _ALLOWED, _ALLOWED.replace("bytes)", "4096)")),
     ),
     _fault(
         "more memory is allowed than a block has",
         "no block has 262144 bytes",
-        (_ROWS, _ALLOWED, _ALLOWED.replace("bytes)", "262144)")),
+        (_LAUNCH, _ALLOWED, _ALLOWED.replace("bytes)", "262144)")),
     ),
 )
 """What the tests find."""
 
 HIDDEN = (
     # A thread arrives for itself here; the hardware wants all lanes of a warp to do so together.
-    _fault("lanes arrive while others still send", "", (_ROWS, _ALL_TOLD, "cluster_arrive();")),
+    _fault("lanes arrive while others still send", "", (_EXCHANGE, _ALL_TOLD, "cluster_arrive();")),
 )
 """What the emulator cannot find."""
 
