@@ -9,29 +9,21 @@ divergence, a pass without a gradient, is part of every way.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import hardware
-from benchmarks.arguments import at_least
-from benchmarks.measure import interleaved_times, peak_extra_bytes
-from benchmarks.memory import CHECKOUT, KEEP_NOTHING
+from benchmarks.trainer_heads import run
 
 WAYS = ("trl", "patch", "fuse")
 PROMPT = 8
 TRAINERS = {"grpo": "GRPO", "rloo": "RLOO", "dpo": "DPO", "kto": "KTO", "sft": "SFT"}
 REFERENCE = -8.0
-"""Log-probability of a token under references that are given, about that of V = 49152 equal words."""
+"""Log-probability of a token under references that are given, about that of V = 49152 equal tokens."""
 
 
 class Head:
@@ -177,77 +169,12 @@ def _options(options: argparse.Namespace) -> dict[str, Any]:
     return found | ({"loss_type": options.loss} if options.trainer == "grpo" else {})
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Check that all ways agree, then time them, then measure their memory."""
-    head = Head(options)
-    calls = {way: head.step(way) for way in WAYS}
-    values = {way: call() for way, call in calls.items()}
-    elsewhere = hardware.Elsewhere()
-    times = interleaved_times(calls, torch.device("cpu"), rounds=options.rounds)
-    share = elsewhere.share()
-    sizes = {
-        name: getattr(options, name) for name in ("trainer", "sequences", "length", "hidden", "vocab", "dtype", "loss")
-    }
-    return {
-        "command": " ".join(["python -m benchmarks.trl_head", *sys.argv[1:]]),
-        "date": hardware.now(),
-        "commit": hardware.commit(),
-        "versions": hardware.versions(),
-        "hardware": hardware.hardware(torch.device("cpu")),
-        "work": sizes,
-        "rounds": options.rounds,
-        "elsewhere": share,
-        "loss_and_gradient_norm": values,
-        "seconds": {way: asdict(time) for way, time in times.items()},
-        "peak_extra_bytes": {way: _peak(way) for way in WAYS},
-        "fuse_by_patch": times["fuse"].median / times["patch"].median,
-        "fuse_by_trl": times["fuse"].median / times["trl"].median,
-    }
-
-
-def _peak(way: str) -> int:
-    """In a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.trl_head", *sys.argv[1:], "--memory-of", way]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=CHECKOUT, env=os.environ | KEEP_NOTHING, check=True
-    )
-    return int(done.stdout.split()[-1])
-
-
-def table(found: Mapping[str, Any]) -> str:
-    """The record in Markdown."""
-    lines = ["| way | ms | by patch | peak MB |", "| --- | ---: | ---: | ---: |"]
-    seconds, peaks = found["seconds"], found["peak_extra_bytes"]
-    for way in WAYS:
-        median = seconds[way]["median"]
-        ratio = median / seconds["patch"]["median"]
-        lines.append(f"| {way} | {1e3 * median:.0f} | {ratio:.2f} | {peaks[way] / 1e6:.0f} |")
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--trainer", choices=tuple(TRAINERS), default="grpo", help="of TRL")
-    add("--sequences", type=at_least(2), default=4, help="of the micro-batch")
-    add("--length", type=at_least(1), default=256, help="of a completion")
-    add("--hidden", type=at_least(1), default=576, help="size of a hidden state; SmolLM2-135M's")
-    add("--vocab", type=at_least(2), default=49152, help="size of the vocabulary; SmolLM2's")
-    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the matmuls' operands; bf16 by autocast")
-    add("--loss", default="dapo", help="GRPOConfig.loss_type; of GRPO alone")
-    add("--rounds", type=at_least(2), default=9, help="timed calls of each way")
-    add("--out", type=Path, metavar="FILE.json", help="where to save the record")
-    add("--memory-of", choices=WAYS, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.memory_of:
-        call = Head(options).step(options.memory_of)
-        call()
-        sys.stdout.write(f"{peak_extra_bytes(call, torch.device('cpu'))}\n")
-        return
-    found = measure(options)
-    sys.stdout.write(table(found))
-    if options.out:
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
+    def add_options(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--trainer", choices=tuple(TRAINERS), default="grpo", help="of TRL")
+        parser.add_argument("--loss", default="dapo", help="GRPOConfig.loss_type; of GRPO alone")
+
+    run("trl_head", __doc__, WAYS, Head, add_options)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from unirl_kernels.api import token_stats
 from unirl_kernels.batch import IGNORE, shift_targets
-from unirl_kernels.integrations.patching import Patch, Replacement, known
-from unirl_kernels.integrations.transformers import causal_lm_loss
+from unirl_kernels.integrations.patching import Patch, Replacement, Switch, known
+from unirl_kernels.integrations.transformers import LOSS_PARAMETERS, causal_lm_loss
 from unirl_kernels.integrations.versions import check_release
 
 TRIED = "0.9"
 
-_active: Patch | None = None
+_switch = Switch()
 
 
 def patch() -> Patch:
@@ -37,29 +37,23 @@ def patch() -> Patch:
         ImportError: when LLaMA-Factory is not installed, or what it needs is not.
         RuntimeError: when it does not have what was looked for. A release that was not tried warns.
     """
-    global _active
     check_release("llamafactory", TRIED, TRIED)
-    unpatch()
+    _switch.off()
     utils = importlib.import_module("llamafactory.train.trainer_utils")
     losses = importlib.import_module("transformers.loss.loss_utils")
     summed, _ = known(utils, "get_batch_logps", ("logits", "labels", "label_pad_token_id", "ld_alpha"))
-    taken = ("logits", "labels", "vocab_size", "num_items_in_batch", "ignore_index", "shift_labels", "kwargs")
-    loss, _ = known(losses, "ForCausalLMLoss", taken)
-    _active = Patch(
+    loss, _ = known(losses, "ForCausalLMLoss", LOSS_PARAMETERS)
+    return _switch.on(
         [
             Replacement(summed, get_batch_logps, "llamafactory"),
             Replacement(loss, causal_lm_loss, "transformers.loss.loss_utils"),
         ]
     )
-    return _active
 
 
 def unpatch() -> None:
     """Give LLaMA-Factory and transformers their own functions back. Without a patch it does nothing."""
-    global _active
-    if _active is not None:
-        _active.undo()
-        _active = None
+    _switch.off()
 
 
 def get_batch_logps(
@@ -88,6 +82,6 @@ def get_batch_logps(
     if ld_alpha is None:
         return logp.sum(-1), lengths
     public = torch.minimum(*lengths.chunk(2)).repeat(2)
-    # From the first label on, whether or not all places in between count.
-    place = torch.arange(labels.shape[1], device=labels.device) - valid.int().argmax(-1, keepdim=True)
-    return torch.where(place < public.unsqueeze(-1), logp, ld_alpha * logp).sum(-1), lengths
+    # From the first label on, whether or not all positions in between count.
+    position = torch.arange(labels.shape[1], device=labels.device) - valid.int().argmax(-1, keepdim=True)
+    return torch.where(position < public.unsqueeze(-1), logp, ld_alpha * logp).sum(-1), lengths

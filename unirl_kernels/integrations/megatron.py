@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from unirl_kernels.api import token_stats
+from unirl_kernels.integrations.rows import entropy, whole_rows
 from unirl_kernels.shard import VocabShard
 
 
@@ -37,17 +38,14 @@ def vocab_parallel_log_probs_from_logits(logits: Tensor, labels: Tensor) -> Tens
     Returns:
         [...] float32, the same on all ranks of the group.
     """
-    rows = _rows(logits)
+    rows = whole_rows(logits)
     target = labels.reshape(rows.shape[:-1])
     return token_stats(rows, target, shard=_shard(logits)).logp.view(labels.shape)
 
 
 def vocab_parallel_entropy(vocab_parallel_logits: Tensor) -> Tensor:
     """H of each distribution, [...] float32, from logits [..., V / n], the columns of this rank."""
-    rows = _rows(vocab_parallel_logits)
-    target = torch.zeros(rows.shape[:-1], dtype=torch.int64, device=rows.device)
-    found = token_stats(rows, target, shard=_shard(vocab_parallel_logits)).entropy
-    return found.view(vocab_parallel_logits.shape[:-1])
+    return entropy(vocab_parallel_logits, _shard(vocab_parallel_logits))
 
 
 def vocab_parallel_entropy_with_chunking(vocab_parallel_logits: Tensor, chunk_size: int = 2048) -> Tensor:
@@ -63,8 +61,3 @@ def vocab_parallel_entropy_with_chunking(vocab_parallel_logits: Tensor, chunk_si
 def _shard(logits: Tensor) -> VocabShard:
     state = importlib.import_module("megatron.core.parallel_state")
     return even_shard(state.get_tensor_model_parallel_group(), logits.shape[-1])
-
-
-def _rows(logits: Tensor) -> Tensor:
-    logits = logits if logits.stride(-1) == 1 else logits.contiguous()
-    return logits if logits.dim() in (2, 3) else logits.reshape(-1, logits.shape[-1])

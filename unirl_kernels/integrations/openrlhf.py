@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import importlib
 
-import torch
 from torch import Tensor
 
-from unirl_kernels.api import logprobs, token_stats
-from unirl_kernels.integrations.patching import Patch, Replacement, known
+from unirl_kernels.api import logprobs
+from unirl_kernels.integrations.patching import Patch, Replacement, Switch, known
+from unirl_kernels.integrations.rows import entropy
 from unirl_kernels.integrations.versions import check_release
 from unirl_kernels.readout import Readout
 
 TRIED = "0.11"
 
-_active: Patch | None = None
+_switch = Switch()
 
 
 def patch() -> Patch:
@@ -34,25 +34,20 @@ def patch() -> Patch:
         ImportError: when OpenRLHF is not installed, or what it needs is not.
         RuntimeError: when it does not have what was looked for. A release that was not tried warns.
     """
-    global _active
     check_release("openrlhf", TRIED, TRIED)
-    unpatch()
+    _switch.off()
     utils = importlib.import_module("openrlhf.models.utils")
     importlib.import_module("openrlhf.models.actor")
     scored, _ = known(utils, "log_probs_from_logits", ("logits", "labels", "temperature"))
-    entropy, _ = known(utils, "compute_entropy", ("logits",))
-    _active = Patch(
-        [Replacement(scored, log_probs_from_logits, "openrlhf"), Replacement(entropy, compute_entropy, "openrlhf")]
+    entropies, _ = known(utils, "compute_entropy", ("logits",))
+    return _switch.on(
+        [Replacement(scored, log_probs_from_logits, "openrlhf"), Replacement(entropies, compute_entropy, "openrlhf")]
     )
-    return _active
 
 
 def unpatch() -> None:
     """Give OpenRLHF its own functions back. Without a patch it does nothing."""
-    global _active
-    if _active is not None:
-        _active.undo()
-        _active = None
+    _switch.off()
 
 
 def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
@@ -71,6 +66,4 @@ def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1
 
 def compute_entropy(logits: Tensor) -> Tensor:
     """H of each distribution, [...] float32, from logits [..., V]."""
-    rows = logits.reshape(-1, logits.shape[-1])
-    target = torch.zeros(len(rows), dtype=torch.int64, device=logits.device)
-    return token_stats(rows, target).entropy.view(logits.shape[:-1])
+    return entropy(logits)

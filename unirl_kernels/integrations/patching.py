@@ -73,6 +73,29 @@ class Patch:
         self.undo()
 
 
+class Switch:
+    """The patch of one library: there is one at a time, or none."""
+
+    def __init__(self) -> None:
+        self._patch: Patch | None = None
+
+    def on(self, replacements: Sequence[Replacement]) -> Patch:
+        """End the patch before, and begin another.
+
+        Raises:
+            RuntimeError: as ``Patch``.
+        """
+        self.off()
+        self._patch = Patch(replacements)
+        return self._patch
+
+    def off(self) -> None:
+        """End the patch. Without one it does nothing."""
+        if self._patch is not None:
+            self._patch.undo()
+            self._patch = None
+
+
 def _swap(replacement: Replacement) -> None:
     for holder, name in list(_holders(replacement)):
         holder[name] = replacement.new

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import importlib
 
-import torch
 from torch import Tensor
 
-from unirl_kernels.api import logprobs, token_stats
-from unirl_kernels.integrations.patching import Patch, Replacement, known
+from unirl_kernels.api import logprobs
+from unirl_kernels.integrations.patching import Patch, Replacement, Switch, known
+from unirl_kernels.integrations.rows import entropy
 from unirl_kernels.integrations.versions import check_release
 
 TRIED = "4"
 
-_active: Patch | None = None
+_switch = Switch()
 
 
 def patch() -> Patch:
@@ -35,25 +35,20 @@ def patch() -> Patch:
         ImportError: when ms-swift is not installed, or what it needs is not.
         RuntimeError: when it does not have what was looked for. A release that was not tried warns.
     """
-    global _active
     check_release("ms-swift", TRIED, TRIED)
-    unpatch()
+    _switch.off()
     mixin = importlib.import_module("swift.rlhf_trainers.rlhf_mixin")
     trainer = importlib.import_module("swift.rlhf_trainers.grpo_trainer")
     scored, _ = known(mixin, "selective_log_softmax", ("logits", "index"))
-    entropy, _ = known(trainer, "entropy_from_logits", ("logits", "chunk_size"))
-    _active = Patch(
-        [Replacement(scored, selective_log_softmax, "swift"), Replacement(entropy, entropy_from_logits, "swift")]
+    entropies, _ = known(trainer, "entropy_from_logits", ("logits", "chunk_size"))
+    return _switch.on(
+        [Replacement(scored, selective_log_softmax, "swift"), Replacement(entropies, entropy_from_logits, "swift")]
     )
-    return _active
 
 
 def unpatch() -> None:
     """Give ms-swift the functions back that it had. Without a patch it does nothing."""
-    global _active
-    if _active is not None:
-        _active.undo()
-        _active = None
+    _switch.off()
 
 
 def selective_log_softmax(logits: Tensor, index: Tensor) -> Tensor:
@@ -76,6 +71,4 @@ def entropy_from_logits(logits: Tensor, chunk_size: int = 1) -> Tensor:
         logits: [..., V].
         chunk_size: of TRL's chunks, which keep its copies of the logits small; here there are none.
     """
-    rows = logits.reshape(-1, logits.shape[-1])
-    target = torch.zeros(len(rows), dtype=torch.int64, device=logits.device)
-    return token_stats(rows, target).entropy.view(logits.shape[:-1])
+    return entropy(logits)

@@ -24,6 +24,10 @@ from unirl_kernels.readout import Readout
 P = ParamSpec("P")
 
 
+LOSS_PARAMETERS = (*("logits", "labels", "vocab_size", "num_items_in_batch", "ignore_index", "shift_labels", "kwargs"),)
+"""What transformers' own ``ForCausalLMLoss`` takes."""
+
+
 def causal_lm_loss(
     logits: Tensor,
     labels: Tensor | None,
@@ -39,7 +43,7 @@ def causal_lm_loss(
 
     Args:
         logits: [B, L, V], any floating dtype; not converted, and internals are float32.
-        labels: [B, L] int64, the tokens themselves: place t is scored against label t + 1.
+        labels: [B, L] int64, the tokens themselves: position t is scored against label t + 1.
         vocab_size: V.
         num_items_in_batch: labels of the whole optimisation step, > 0, which is more than this batch holds under
             gradient accumulation; a number, or a tensor that holds one. None counts those of the batch.
@@ -176,7 +180,7 @@ class FusedHead:
 
         was_training, hook = model.training, model.base_model.register_forward_hook(in_place_of_backbone)
         ids = torch.zeros(1, 3, dtype=torch.int64, device=model.device)
-        # A place that is masked and has a label shows whether the loss looks at anything but labels.
+        # A position that is masked and has a label shows whether the loss looks at anything but labels.
         mask = torch.tensor([[1, 1, 0]], device=model.device)
         try:
             model.eval()

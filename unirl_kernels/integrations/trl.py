@@ -22,7 +22,8 @@ from unirl_kernels.api import linear_token_observations, linear_token_stats, tok
 from unirl_kernels.batch import IGNORE
 from unirl_kernels.integrations.losses.trl import loss as loss
 from unirl_kernels.integrations.one_pass import awaited
-from unirl_kernels.integrations.patching import Patch, Replacement, known
+from unirl_kernels.integrations.patching import Patch, Replacement, Switch, known
+from unirl_kernels.integrations.rows import whole_rows
 from unirl_kernels.integrations.trl_fuse import OnePassGRPO, OnePassRLOO, OnePassTrainer
 from unirl_kernels.integrations.trl_fuse_judged import OnePassDPO, OnePassKTO, OnePassSFT
 from unirl_kernels.integrations.versions import check_release
@@ -45,7 +46,7 @@ ZERO3 = "weight must not be partitioned by ZeRO-3: TRL gathers it for the backwa
 FUSED: tuple[type[OnePassTrainer], ...] = (OnePassGRPO, OnePassRLOO, OnePassDPO, OnePassKTO, OnePassSFT)
 """What ``fuse`` does for each class of trainers."""
 
-_active: Patch | None = None
+_switch = Switch()
 
 
 def patch(plan: Plan = Plan()) -> Patch:
@@ -69,20 +70,15 @@ def patch(plan: Plan = Plan()) -> Patch:
             ``integrations.versions``.
         ValueError: later, from a trainer that is made for DeepSpeed's ZeRO-3, whose weights are not whole.
     """
-    global _active
     check_release("trl", FIRST, LAST)
-    unpatch()
+    _switch.off()
     utils = importlib.import_module("trl.trainer.utils")
-    _active = Patch([*_of_logits(utils, plan), *_of_hidden_states(utils, plan)])
-    return _active
+    return _switch.on([*_of_logits(utils, plan), *_of_hidden_states(utils, plan)])
 
 
 def unpatch() -> None:
     """Give TRL its own functions back. Without a patch it does nothing."""
-    global _active
-    if _active is not None:
-        _active.undo()
-        _active = None
+    _switch.off()
 
 
 def fuse(trainer: Any, plan: Plan = Plan()) -> None:
@@ -162,7 +158,7 @@ def _of_hidden_states(utils: ModuleType, plan: Plan) -> list[Replacement]:
     if hasattr(utils, "add_fused_lm_head"):
         replacements.append(Replacement(utils.add_fused_lm_head, _refusing_zero3(utils.add_fused_lm_head), "trl"))
     if hasattr(utils, "_use_triton"):
-        # Where there is no Triton device TRL scores every place, prompts and padding too; here only what counts.
+        # Where there is no Triton device TRL scores every position, prompts and padding too; here only what counts.
         chooser, _ = known(utils, "_use_triton", ("device",))
         replacements.append(Replacement(chooser, lambda device: True, utils.__name__))
     return replacements
@@ -198,13 +194,13 @@ class LogitFunctions:
     def selective_log_softmax(
         self, logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
     ) -> Tensor:
-        """log pi of the words in ``index``, [...] or, for several of each place, [..., K]; 0 where the mask is."""
+        """log pi of the tokens in ``index``, [...] or, of several for each position, [..., K]; 0 where the mask is."""
         if index.dim() == logits.dim():
             return self._several(logits, index, temperature, row_mask)
         return self.selective_log_softmax_and_entropy(logits, index, True, temperature, row_mask)[0]
 
     def entropy_from_logits(self, logits: Tensor, chunk_size: int = 128) -> Tensor:
-        """H of each place, [...]."""
+        """H of each position, [...]."""
         index = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
         return self.selective_log_softmax_and_entropy(logits, index)[1]
 
@@ -216,10 +212,9 @@ class LogitFunctions:
         temperature: float = 1.0,
         row_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """log pi of the word in ``index``, and H; [...], 0 where the mask is."""
+        """log pi of the token in ``index``, and H; [...], 0 where the mask is."""
         target = index.long() if row_mask is None else torch.where(row_mask == 0, IGNORE, index.long())
-        logits = _with_whole_rows(logits)
-        rows = logits if logits.dim() in (2, 3) else logits.reshape(-1, logits.shape[-1])
+        rows = whole_rows(logits)
         readout = Readout(temperature=float(temperature))
         stats = token_stats(rows, target.reshape(rows.shape[:-1]), readout=readout, plan=self._plan)
         # Copies: trainers write zeros into what they get, and the gradient is made of the statistics.
@@ -227,16 +222,11 @@ class LogitFunctions:
         return logp, entropy if entropy_requires_grad else entropy.detach()
 
     def _several(self, logits: Tensor, index: Tensor, temperature: float, row_mask: Tensor | None) -> Tensor:
-        rows = _with_whole_rows(logits).reshape(-1, logits.shape[-1])
+        rows = whole_rows(logits).reshape(-1, logits.shape[-1])
         target = torch.zeros(len(rows), dtype=torch.int64, device=logits.device)
         lse = token_stats(rows, target, readout=Readout(temperature=float(temperature)), plan=self._plan).lse
         logp = logits.gather(-1, index).to(lse.dtype) / temperature - lse.view(*logits.shape[:-1], 1)
         return logp if row_mask is None else logp.masked_fill(row_mask == 0, 0.0)
-
-
-def _with_whole_rows(logits: Tensor) -> Tensor:
-    """Kernels read a row as it lies; TRL's functions take any strides."""
-    return logits if logits.stride(-1) == 1 else logits.contiguous()
 
 
 class FusedHead:
@@ -249,34 +239,14 @@ class FusedHead:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
 
-    def without_bias(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        temperature: float,
-        chunk_size: int,
-        final_logit_softcapping: float | None = None,
-        logit_scale: float = 1.0,
-    ) -> tuple[Tensor | None, ...]:
+    def without_bias(self, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
         """TRL 1.7 to 1.10: log-probability and entropy, whose gradient that version drops and this one gives."""
-        readout = (temperature, chunk_size, final_logit_softcapping, logit_scale)
-        return self.with_entropy(hidden, weight, None, targets, *readout)
+        return self.with_entropy(hidden, weight, None, *rest)
 
-    def with_entropy(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        temperature: float,
-        chunk_size: int,
-        final_logit_softcapping: float | None = None,
-        logit_scale: float = 1.0,
-    ) -> tuple[Tensor | None, ...]:
+    def with_entropy(self, *given: Any) -> tuple[Tensor | None, ...]:
         """TRL up to 1.14: log-probability and entropy."""
-        readout = (temperature, chunk_size, final_logit_softcapping, logit_scale)
-        return self.score(hidden, weight, bias, targets, *readout, outputs=("entropy",))[:2]
+        score: Callable[..., tuple[Tensor | None, ...]] = self.score
+        return score(*given, outputs=("entropy",))[:2]
 
     def score(
         self,

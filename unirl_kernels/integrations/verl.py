@@ -32,7 +32,8 @@ from unirl_kernels.api import linear_token_stats, token_stats
 from unirl_kernels.integrations import megatron
 from unirl_kernels.integrations.losses.verl import loss as loss
 from unirl_kernels.integrations.one_pass import awaited
-from unirl_kernels.integrations.patching import Patch, Replacement, known, parameters_of
+from unirl_kernels.integrations.patching import Patch, Replacement, Switch, known, parameters_of
+from unirl_kernels.integrations.rows import entropy, whole_rows
 from unirl_kernels.integrations.verl_fuse import OnePassActor
 from unirl_kernels.integrations.versions import check_release
 from unirl_kernels.plan import Plan
@@ -44,7 +45,7 @@ TRIED = "0.9"
 OF_SHARDS = ("vocab_parallel_log_probs_from_logits", "vocab_parallel_entropy", "vocab_parallel_entropy_with_chunking")
 """Functions of ``integrations/megatron.py`` that take the places of verl's."""
 
-_active: Patch | None = None
+_switch = Switch()
 
 
 def patch() -> Patch:
@@ -62,9 +63,8 @@ def patch() -> Patch:
         RuntimeError: when it does not have what was looked for. A release that was not tried warns, see
             ``integrations.versions``.
     """
-    global _active
     check_release("verl", TRIED, TRIED)
-    unpatch()
+    _switch.off()
     of_logits = importlib.import_module("verl.utils.torch_functional")
     of_hidden = importlib.import_module("verl.utils.experimental.torch_functional")
     of_kernel = importlib.import_module("verl.utils.kernel.linear_cross_entropy")
@@ -83,16 +83,12 @@ def patch() -> Patch:
         raise RuntimeError(f"looked for linear_cross_entropy = LinearCrossEntropy.apply in {of_kernel.__name__}")
     # Another read of ``apply`` is another object: what takes its place takes that of the one in verl's modules.
     replacements.append(Replacement(of_kernel.linear_cross_entropy, linear_cross_entropy, "verl"))
-    _active = Patch(replacements)
-    return _active
+    return _switch.on(replacements)
 
 
 def unpatch() -> None:
     """Give verl its own functions back. Without a patch it does nothing."""
-    global _active
-    if _active is not None:
-        _active.undo()
-        _active = None
+    _switch.off()
 
 
 def fuse(worker: Any) -> None:
@@ -111,9 +107,11 @@ def fuse(worker: Any) -> None:
     Raises:
         ImportError, RuntimeError: as ``patch`` and ``loss`` do.
         TypeError: when the engine or the loss function is another (Megatron, VeOmni, distillation, critics).
-        ValueError: when one pass cannot make what the configuration asks for (Ulysses, ``clip_cov``,
-            ``seq-mean-token-sum-norm`` without ``loss_scale_factor``, and what ``loss`` refuses), by the name of the
-            option; nothing is changed then. Later, from a micro-batch that comes without fused kernels or with padding.
+        ValueError: when one pass cannot make what the configuration asks for (no ``use_fused_kernels`` or
+            ``use_remove_padding``, a model without verl's fused forward, Ulysses, ``clip_cov``,
+            ``calculate_sum_pi_squared``, ``seq-mean-token-sum-norm`` without ``loss_scale_factor``, and what ``loss``
+            refuses), by the name of the option; nothing is changed then. Later, from a micro-batch that says otherwise
+            than the configuration.
     """
     check_release("verl", TRIED, TRIED)
     one_pass = OnePassActor(worker)
@@ -145,15 +143,13 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
         [...] float32, also for 16-bit logits.
     """
     of_leaf = logits.is_leaf or (logits._base is not None and logits._base.is_leaf)
-    rows, plan = _rows(logits), Plan(overwrite_logits=inplace_backward and not of_leaf)
+    rows, plan = whole_rows(logits), Plan(overwrite_logits=inplace_backward and not of_leaf)
     return token_stats(rows, labels.reshape(rows.shape[:-1]), plan=plan).logp.view(logits.shape[:-1])
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
     """H of each distribution, [...] float32, from logits [..., V]."""
-    rows = _rows(logits)
-    target = torch.zeros(rows.shape[:-1], dtype=torch.int64, device=logits.device)
-    return token_stats(rows, target).entropy.view(logits.shape[:-1])
+    return entropy(logits)
 
 
 def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) -> Tensor:
@@ -197,8 +193,8 @@ def linear_cross_entropy(
     shard = None
     if dist_process_group is not None and torch.distributed.get_world_size(dist_process_group) > 1:
         shard = megatron.even_shard(dist_process_group, weight.shape[0], hidden="partial")
-    logp, entropy = _scored(hidden, weight, labels, temperature, shard)
-    return reductions[reduction.lower()](logp), entropy
+    logp, h = _scored(hidden, weight, labels, temperature, shard)
+    return reductions[reduction.lower()](logp), h
 
 
 class FusedLinearForPPO(torch.nn.Module):
@@ -231,14 +227,8 @@ class FusedLinearForPPO(torch.nn.Module):
         Returns:
             log-probabilities and entropies, of input_ids' shape; float32, differentiable.
         """
-        logp, entropy = _scored(hidden_states, vocab_weights, input_ids, temperature)
-        return logp.view(input_ids.shape), entropy.view(input_ids.shape)
-
-
-def _rows(logits: Tensor) -> Tensor:
-    """[T, V] or [B, L, V]. Kernels read a row as it lies; verl's functions take any strides."""
-    logits = logits if logits.stride(-1) == 1 else logits.contiguous()
-    return logits if logits.dim() in (2, 3) else logits.reshape(-1, logits.shape[-1])
+        logp, h = _scored(hidden_states, vocab_weights, input_ids, temperature)
+        return logp.view(input_ids.shape), h.view(input_ids.shape)
 
 
 def _scored(
@@ -251,5 +241,5 @@ def _scored(
     how: Any = {"readout": Readout(temperature=temperature), "shard": shard}
     if (work := awaited()) is not None:
         return work.run(rows, weight, target, **how)
-    logp, entropy, _ = linear_token_stats(rows, weight, target, **how)
-    return logp, entropy
+    logp, h, _ = linear_token_stats(rows, weight, target, **how)
+    return logp, h

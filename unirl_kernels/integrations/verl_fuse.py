@@ -21,6 +21,9 @@ from unirl_kernels.objectives import Loss
 COUNTS = ("dp_size", "batch_num_tokens", "global_batch_size")
 """What verl's ``ppo_loss`` reads of a micro-batch to normalise its loss."""
 
+FUSED_FORWARDS = ("forward_with_torch_backend", "forward_with_triton_backend")
+"""verl's forwards that call the head that is replaced, in ``verl.models.transformers``."""
+
 WEIGHTED = {"bypass_mode": False, "rollout_is": "token"}
 """A correction whose weights the micro-batch brings."""
 
@@ -141,10 +144,30 @@ def _checked_config(engine: Any, loss_fn: Any) -> Any:
             f"ulysses_sequence_parallel_size must be 1, got {engine.ulysses_sequence_parallel_size}: a rank sees a "
             "part of each sequence"
         )
+    for name in ("use_fused_kernels", "use_remove_padding"):
+        if not getattr(engine.engine_config, name):
+            raise ValueError(
+                f"actor_rollout_ref.model.{name} must be True for a loss in one pass of the head, got False: set it, "
+                "or use patch()"
+            )
+    if not any(type(module).forward.__name__ in FUSED_FORWARDS for module in engine.module.modules()):
+        raise ValueError(
+            "fused_kernel_options.impl_backend must be 'torch', 'triton' or 'liger', for a model that verl has a fused "
+            f"forward of; {type(engine.module).__name__} has its own forward: set it, or use patch()"
+        )
     config = loss_fn.keywords["config"]
-    options = Options(config, "ActorConfig")
+    _check_options(Options(config, "ActorConfig"))
+    return config
+
+
+def _check_options(options: Options) -> None:
+    """Refuse what one pass cannot make, beside what no loss can."""
     if options.part("policy_loss").get("loss_mode") == "clip_cov":
         raise options.part("policy_loss").refused("loss_mode", "verl chooses tokens at random; use patch()")
     if options.get("loss_agg_mode") == "seq-mean-token-sum-norm" and options.get("loss_scale_factor") is None:
         raise options.refused("loss_agg_mode", "the length of padded responses is not known: set loss_scale_factor")
-    return config
+    if options.flag("calculate_sum_pi_squared"):
+        raise ValueError(
+            f"{options.title}.calculate_sum_pi_squared must be False with use_fused_kernels, got True: verl needs "
+            "the logits for it; choose an advantage estimator other than the optimal token baseline"
+        )

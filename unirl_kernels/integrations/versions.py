@@ -11,6 +11,9 @@ SWITCH = "UNIRL_UNTRIED_VERSIONS"
 
 CHOICES = ("warn", "allow", "refuse")
 
+AXOLOTL = "0.19"
+"""The release of axolotl that was tried; ``integrations.axolotl`` needs axolotl to be imported."""
+
 
 def check_release(package: str, first: str, last: str) -> None:
     """Say that the installed release of a package was not tried.

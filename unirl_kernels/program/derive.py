@@ -103,11 +103,12 @@ def derivative(of: Expr, wrt: str) -> Expr:
     zero = of.graph.const(0)
     tangent: dict[Expr, Expr] = {}
     for x in ancestors(of):
-        inner = tuple(tangent[a] for a in x.args)
-        if isinstance(x.kind, Op) and any(d is not zero for d in inner):
+        inner = tuple([tangent[a] for a in x.args])
+        tangent[x] = zero
+        if x.kind == "input" and x.value == wrt:
+            tangent[x] = of.graph.const(1)
+        elif isinstance(x.kind, Op) and any(d is not zero for d in inner):
             tangent[x] = RULES[x.kind](x, x.args, inner)
-        else:
-            tangent[x] = of.graph.const(x.kind == "input" and x.value == wrt)
     return tangent[of]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from unirl_kernels.program.ir import Op
 
@@ -18,11 +19,11 @@ def _reflected(op: Op) -> Callable[[Expr, float], Expr]:
     return lambda x, y: apply(op, y, x)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class Expr:
     """One expression of a graph, with the operators of arithmetic. A number beside it is a constant.
 
-    Equal expressions of a graph are one object.
+    Equal expressions of a graph are one object, which does not change.
 
     Args:
         kind: an ``Op``, or ``input`` (a name), ``param`` (an index), ``const`` (a number), ``detach`` (the value of its
@@ -30,6 +31,7 @@ class Expr:
         args: what it is made of.
         value: name, index or number. Of a clamp: what its bounds are.
         graph, index: where it stands. Arguments stand before what is made of them.
+        constant: the number that it is, None where it varies.
     """
 
     kind: Op | str
@@ -37,11 +39,7 @@ class Expr:
     value: str | int | float
     graph: Graph
     index: int
-
-    @property
-    def constant(self) -> float | None:
-        """The number that it is, None where it varies."""
-        return float(self.value) if self.kind == "const" else None
+    constant: float | None
 
     @property
     def opposite(self) -> Expr | None:
@@ -67,8 +65,9 @@ class Expr:
 def apply(op: Op, *operands: Expr | float, value: str = "") -> Expr:
     """The expression ``op(*operands)``, or a simpler one that is equal to it."""
     graph = next(x.graph for x in operands if isinstance(x, Expr))
-    args = tuple(x if isinstance(x, Expr) else graph.const(x) for x in operands)
-    simpler = REWRITES[op](*args) if op in REWRITES else None
+    args = tuple([x if isinstance(x, Expr) else graph.const(x) for x in operands])
+    rewrite = REWRITES.get(op)
+    simpler = None if rewrite is None else rewrite(*args)
     return graph.intern(op, args, value) if simpler is None else simpler
 
 
@@ -100,9 +99,11 @@ class Graph:
     def intern(self, kind: Op | str, args: tuple[Expr, ...] = (), value: str | int | float = "") -> Expr:
         """The expression of this kind, made where there is none yet."""
         key = (kind, args, value)
-        if key not in self._known:
-            self._known[key] = Expr(kind, args, value, self, len(self._known))
-        return self._known[key]
+        known = self._known.get(key)
+        if known is None:
+            constant = float(value) if kind == "const" else None
+            known = self._known[key] = Expr(kind, args, value, self, len(self._known), constant)
+        return known
 
     def input(self, name: str) -> Expr:
         return self.intern("input", value=name)
@@ -207,4 +208,4 @@ def ancestors(*of: Expr) -> list[Expr]:
         if x not in seen:
             seen.add(x)
             stack.extend(x.args)
-    return sorted(seen, key=lambda x: x.index)
+    return sorted(seen, key=attrgetter("index"))

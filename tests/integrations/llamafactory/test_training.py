@@ -29,16 +29,12 @@ except (ImportError, OSError):  # reads sounds alone, and its wheels want a torc
 from llamafactory.train import trainer_utils
 from llamafactory.train.tuner import run_exp
 
+from tests.integrations.logged import differences
 from tests.integrations.trl.models import SENTENCES, save
 from unirl_kernels.integrations import llamafactory
 from unirl_kernels.integrations.patching import Patch, Replacement
 from unirl_kernels.testing import oracle
 from unirl_kernels.testing.budgets import condition_of, violations
-
-RELATIVE = 1e-5
-"""What a logged value may be off by, relative to itself; and twice what its own rounding does, against fp64 heads."""
-
-CLOCKS = ("runtime", "per_second", "flos", "train_loss")
 
 Head = Callable[[], AbstractContextManager[Any]]
 
@@ -136,18 +132,6 @@ def exact() -> Patch:
             Replacement(loss_utils.ForCausalLMLoss, loss, "transformers.loss.loss_utils"),
         ]
     )
-
-
-def differences(got: list[dict[str, float]], own: list[dict[str, float]], true: list[dict[str, float]]) -> list[str]:
-    found = []
-    assert len(got) == len(own) == len(true) >= 3
-    for step, (a, b, c) in enumerate(zip(got, own, true, strict=True), 1):
-        assert a.keys() == b.keys()
-        for key in a:
-            allowed = RELATIVE * abs(c[key]) + 2 * abs(b[key] - c[key])
-            if not key.endswith(CLOCKS) and not abs(a[key] - c[key]) <= allowed:
-                found.append(f"{key} of step {step}: {a[key]} for {b[key]} and {c[key]}, allowed {allowed:.3g}")
-    return found
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])

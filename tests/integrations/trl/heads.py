@@ -72,7 +72,7 @@ def exact() -> Patch:
 
 
 def reordered(seed: int) -> Patch:
-    """Let TRL's trainers have their own head, of words and features in another order and of logits that are shifted.
+    """Let TRL's trainers have their own head, of tokens and features in another order and of logits that are shifted.
 
     The same up to rounding.
     """
@@ -90,13 +90,13 @@ def in_orders(seeds: Iterator[int]) -> Patch:
 
     def apply(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *rest: Any) -> Any:
         seed = next(seeds)
-        words, features = order(len(weight), seed), order(weight.shape[1], seed)
-        bias = None if bias is None else bias[words]
-        return HEAD.apply(hidden[:, features], weight[words][:, features], bias, words.argsort()[targets], *rest)
+        tokens, features = order(len(weight), seed), order(weight.shape[1], seed)
+        bias = None if bias is None else bias[tokens]
+        return HEAD.apply(hidden[:, features], weight[tokens][:, features], bias, tokens.argsort()[targets], *rest)
 
     def selected(logits: Tensor, index: Tensor) -> Tensor:
-        words = order(logits.shape[-1], next(seeds))
-        return logp(logits[..., words] + shift, words.argsort()[index])
+        tokens = order(logits.shape[-1], next(seeds))
+        return logp(logits[..., tokens] + shift, tokens.argsort()[index])
 
     def entropy_of(logits: Tensor) -> Tensor:
         return entropy(logits[..., order(logits.shape[-1], next(seeds))] + shift)

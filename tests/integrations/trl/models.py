@@ -64,7 +64,7 @@ def load(family: str, folder: Path) -> Any:
 
 
 def acquaint(model: Any, tokenizer: Any) -> None:
-    """Let a model read the sentences a few times, until it gets some words right."""
+    """Let a model read the sentences a few times, until it gets some tokens right."""
     batch = tokenizer(SENTENCES, padding=True, return_tensors="pt")
     labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
     optimizer = torch.optim.Adam(model.parameters(), 5e-3)

@@ -74,7 +74,7 @@ def test_entropy_without_gradient() -> None:
 
 
 @pytest.mark.skipif(not FUSED, reason="trl before 1.15 takes no mask")
-def test_several_words_of_masked_rows() -> None:
+def test_several_tokens_of_masked_rows() -> None:
     logits, index = torch.randn(2, 5, V), torch.randint(0, V, (2, 5, 3))
     mask = torch.rand(2, 5, 1) < 0.5
     theirs, truth = (utils.selective_log_softmax(x, index, 0.7, mask) for x in (logits, logits.double()))

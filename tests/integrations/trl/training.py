@@ -25,7 +25,8 @@ RELATIVE = 1e-5
 """What a logged value may be off by, relative to itself, and a parameter, relative to the change that training made.
 
 Beyond that, since terms may cancel, twice what rounding does: the range of TRL's own values over the run as it is and
-``ORDERS`` runs whose head takes words and features in other orders; and for a parameter the rounding of each step.
+``ORDERS`` runs whose head takes the vocabulary and features in other orders; and for a parameter the rounding of each
+step.
 """
 
 ORDERS = 8

@@ -45,7 +45,8 @@ def _ours(name: str) -> bool:
 
 
 @functools.cache
-def _loaded() -> dict[str, ModuleType]:
+def loaded() -> dict[str, ModuleType]:
+    """verl's modules by their names, loaded with names alone in the place of ``NEEDLESS``."""
     if importlib.util.find_spec("verl") is None:
         pytest.skip(f"verl is not installed: {INSTALL}")
     kept = {name: sys.modules.pop(name) for name in list(sys.modules) if _ours(name)}
@@ -75,7 +76,10 @@ class Engine(NamedTuple):
         engine = object.__new__(self.implementation.FSDPEngineWithLMHead)
         engine.module, engine.pad_to_length, engine._autocast_dtype = model, False, torch.float32
         engine.use_ulysses_sp, engine.ulysses_sequence_parallel_size = False, 1
-        engine.engine_config = SimpleNamespace(entropy_checkpointing=False, entropy_from_logits_with_chunking=False)
+        flags = {"entropy_checkpointing": False, "entropy_from_logits_with_chunking": False}
+        # As TrainingWorker sets them, of ``actor_rollout_ref.model``.
+        flags |= {"use_fused_kernels": True, "use_remove_padding": True}
+        engine.engine_config = SimpleNamespace(**{name: options.pop(name, x) for name, x in flags.items()})
         engine.compute_entropy_from_logits = importlib.import_module("verl.utils.torch_functional").entropy_from_logits
         engine.get_data_parallel_group = lambda: None
         vars(engine).update(options)
@@ -84,7 +88,7 @@ class Engine(NamedTuple):
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
-    for name, module in _loaded().items():
+    for name, module in loaded().items():
         monkeypatch.setitem(sys.modules, name, module)
     implementation = sys.modules[ENGINE]
     monkeypatch.setattr(implementation, "get_device_id", lambda: "cpu")

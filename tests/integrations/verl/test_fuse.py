@@ -182,6 +182,10 @@ def test_what_one_pass_cannot_do_is_refused_by_name(engine: Engine) -> None:
     refused(ValueError, "loss_mode='clip_cov'", worker(make(engine, mode="clip_cov")))
     refused(ValueError, "set loss_scale_factor", worker(make(engine, loss_agg_mode="seq-mean-token-sum-norm")))
     refused(ValueError, "kl_loss_type='full'", worker(make(engine, use_kl_loss=True, kl_loss_type="full")))
+    refused(ValueError, "calculate_sum_pi_squared must be False", worker(make(engine, calculate_sum_pi_squared=True)))
+    for name in ("use_fused_kernels", "use_remove_padding"):
+        refused(ValueError, rf"model\.{name} must be True", worker(make(engine), **{name: False}))
+    refused(ValueError, "impl_backend must be .* LlamaForCausalLM has its own", engine.worker(model, make(engine)))
     others = worker(make(engine))
     refused(TypeError, "loss_fn must be partial", SimpleNamespace(engine=others.engine, loss_fn=print))
     value_head = object.__new__(engine.implementation.FSDPEngine)
