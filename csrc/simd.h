@@ -25,6 +25,8 @@ namespace unirl::cpu::UNIRL_ISA {
 typedef float F32 __attribute__((vector_size(UNIRL_SIMD_BYTES)));
 typedef double F64 __attribute__((vector_size(UNIRL_SIMD_BYTES)));
 typedef uint32_t U32 __attribute__((vector_size(UNIRL_SIMD_BYTES)));
+typedef int16_t S16 __attribute__((vector_size(UNIRL_SIMD_BYTES)));
+typedef uint16_t U16 __attribute__((vector_size(UNIRL_SIMD_BYTES)));
 typedef uint16_t U16Half __attribute__((vector_size(UNIRL_SIMD_BYTES / 2)));
 
 constexpr int LANES = UNIRL_SIMD_BYTES / 4;
@@ -89,14 +91,27 @@ UNIRL_ALWAYS_INLINE F32 maximum(F32 a, F32 b) {
 #endif
 }
 
-// By halves, here and below: in order, a row of few logits would wait for its lanes as long as for its exponentials.
-UNIRL_ALWAYS_INLINE float largest(F32 x) {
-  float top[LANES];
-  store(top, x);
-  UNIRL_HALVES for (int n = LANES / 2; n > 0; n /= 2) {
-    for (int i = 0; i < n; ++i) top[i] = top[i + n] > top[i] || top[i] != top[i] ? top[i + n] : top[i];
+template <class Lane, int BYTES>
+struct Wide {
+  typedef Lane Type __attribute__((vector_size(BYTES)));
+};
+
+// The best of the lanes. By halves, here and below: in order, a row of few logits would wait for its lanes as long as
+// for its exponentials.
+template <class Lane, int BYTES, class Best>
+UNIRL_ALWAYS_INLINE Lane reduced(typename Wide<Lane, BYTES>::Type x, const Best& best) {
+  constexpr int N = BYTES / sizeof(Lane);
+  Lane lanes[N];
+  store(lanes, x);
+  if constexpr (BYTES > 16) {
+    typedef typename Wide<Lane, BYTES / 2>::Type Half;
+    return reduced<Lane, BYTES / 2>(best(load<Half>(lanes), load<Half>(lanes + N / 2)), best);
+  } else {
+    UNIRL_HALVES for (int n = N / 2; n > 0; n /= 2) {
+      for (int i = 0; i < n; ++i) lanes[i] = best(lanes[i], lanes[i + n]);
+    }
+    return lanes[0];
   }
-  return top[0];
 }
 
 // Sum of the lanes in double: in fp32 a lane that holds 1 would swallow a tail of 1e-9 in the others.
@@ -122,6 +137,7 @@ struct Float32 {
   typedef float Storage;
   static constexpr Storage INFINITY_BITS[2] = {__builtin_inff(), -__builtin_inff()};
   static constexpr int column(int k, int lane) { return k * LANES + lane; }
+  static UNIRL_ALWAYS_INLINE float value(Storage x) { return x; }
   static UNIRL_ALWAYS_INLINE Block load(const Storage* x) {
     Block block;
     for (int k = 0; k < VECTORS; ++k) block.of[k] = UNIRL_ISA::load<F32>(x + k * LANES);
@@ -142,6 +158,7 @@ struct BFloat16 {
   typedef uint16_t Storage;
   static constexpr Storage INFINITY_BITS[2] = {0x7f80, 0xff80};
   static constexpr int column(int k, int lane) { return k / 2 * 2 * LANES + 2 * lane + k % 2; }
+  static UNIRL_ALWAYS_INLINE float value(Storage x) { return __builtin_bit_cast(float, uint32_t(x) << 16); }
   static UNIRL_ALWAYS_INLINE Block load(const Storage* x) {
     Block block;
     for (int k = 0; k < VECTORS; k += 2) {
@@ -172,6 +189,10 @@ struct Float16 {
   typedef uint16_t Storage;
   static constexpr Storage INFINITY_BITS[2] = {0x7c00, 0xfc00};
   static constexpr int column(int k, int lane) { return k * LANES + lane; }
+  static UNIRL_ALWAYS_INLINE float value(Storage x) {
+    const Storage entry[LANES] = {x};
+    return widened(entry)[0];
+  }
   static UNIRL_ALWAYS_INLINE Block load(const Storage* x) {
     Block block;
     for (int k = 0; k < VECTORS; ++k) block.of[k] = widened(x + k * LANES);
@@ -217,124 +238,5 @@ struct Float16 {
   }
 #endif
 };
-
-// 2^f on [-1/2, 1/2]: polynomials of least relative error, lowest power first. Those of degree 4 and 5 have the value 1
-// at 0. That of degree 3 errs by 0 on average and by 2e-5 at 0: with the value 1 it would err by 1.0e-4 at most, and
-// make gradients too large by 4.4e-5.
-template <int DEGREE>
-constexpr float EXP2[DEGREE + 1] = {};
-template <>
-constexpr float EXP2<3>[] = {
-    0.9999799728393555f, 0.6938114166259766f, 0.24206402897834778f, 0.05274371802806854f};  // 1.5e-4
-template <>
-constexpr float EXP2<4>[] = {  // 2.8e-6
-    1, 0.6931241750717163f, 0.24024099111557007f, 0.055906426161527634f, 0.009582852944731712f};
-template <>
-constexpr float EXP2<5>[] = {  // 9.2e-8
-    1,
-    0.6931470036506653f,
-    0.24022242426872253f,
-    0.05550733581185341f,
-    0.009671512991189957f,
-    0.001326472731307149f};
-
-// e^(kappa d) for d <= 0 as 2^t, t = kappa log2(e) d, with log2(e) kappa in two floats. DEGREE 5 errs by at most
-// 1.9e-7, relative; lower ones are for results that are rounded to 16 bits.
-template <int DEGREE>
-struct Exponential {
-  float high, low;
-  float floor;  // the d of t = -127, where the result is 0
-
-  explicit UNIRL_ALWAYS_INLINE Exponential(double kappa) {
-    const double rate = kappa * 1.4426950408889634;
-#ifdef UNIRL_HAS_FMA
-    high = (float)rate;
-#else
-    // Without FMA the reduction is exact where the product of 12 bits by 12 bits is.
-    const float nearest = (float)rate;
-    uint32_t bits;
-    memcpy(&bits, &nearest, sizeof bits);
-    bits &= 0xfffff000u;
-    memcpy(&high, &bits, sizeof high);
-#endif
-    low = (float)(rate - high);
-    floor = (float)(-127 / rate);
-  }
-
-  // scale e^(kappa d); from DEGREE 4 on exactly scale at d = 0. No d is less than floor, or it is NaN, which stays.
-  template <int N>
-  UNIRL_ALWAYS_INLINE void evaluate(const F32 (&d)[N], float scale, F32 (&result)[N]) const {
-    // 1.5 * 2^23 + 127: the sum's last bits are the rounded exponent, biased; -127 gives the factor 0.
-    const float magic = 12583039.0f;
-    F32 biased[N], f[N], p[N];
-#ifdef UNIRL_HAS_FMA
-    for (int k = 0; k < N; ++k) biased[k] = d[k] * high + magic;
-    for (int k = 0; k < N; ++k) f[k] = d[k] * high - (biased[k] - magic);
-    if (DEGREE == 5) {
-      for (int k = 0; k < N; ++k) f[k] = d[k] * low + f[k];
-    }
-#else
-    for (int k = 0; k < N; ++k) {
-      const F32 lead = (F32)((U32)d[k] & 0xfffff000u);
-      const F32 rest = (d[k] - lead) * high + d[k] * low;
-      biased[k] = lead * high + rest + magic;
-      f[k] = (lead * high - (biased[k] - magic)) + rest;
-    }
-#endif
-    for (int k = 0; k < N; ++k) p[k] = splat(scale * EXP2<DEGREE>[DEGREE]);
-    for (int power = DEGREE - 1; power >= 0; --power) {
-      for (int k = 0; k < N; ++k) p[k] = p[k] * f[k] + scale * EXP2<DEGREE>[power];
-    }
-    for (int k = 0; k < N; ++k) result[k] = p[k] * (F32)((U32)biased[k] << 23);
-  }
-
-  UNIRL_ALWAYS_INLINE Block operator()(const Block& d, float scale) const {
-    Block e;
-    evaluate(d.of, scale, e.of);
-    return e;
-  }
-
-  UNIRL_ALWAYS_INLINE F32 operator()(F32 d) const {
-    const F32 in[] = {d};
-    F32 out[1];
-    evaluate(in, 1.0f, out);
-    return out[0];
-  }
-};
-
-// v as it is rounded. v is a product, and what adds to a product may be contracted with either of its products: a tanh
-// would then be another one in another function, and the target's logit not the row's largest, which it is.
-UNIRL_ALWAYS_INLINE F32 uncontracted(F32 v) {
-#if defined(__x86_64__)
-  __asm__("" : "+x"(v));
-#elif defined(__aarch64__)
-  __asm__("" : "+w"(v));
-#else
-  __asm__("" : "+m"(v));
-#endif
-  return v;
-}
-
-// tanh(v), and 1 - tanh(v)^2 without the cancellation: both from w = e^(-2|v|).
-struct Tanh {
-  F32 value, slope;
-};
-
-UNIRL_ALWAYS_INLINE Tanh hyperbolic_tangent(F32 product) {
-  const F32 v = uncontracted(product);
-  const Exponential<5> exponential(2);
-  const F32 magnitude = (F32)((U32)v & 0x7fffffffu);
-  const F32 w = exponential(maximum(splat(exponential.floor), -magnitude));
-  const F32 inverse = 1.0f / (1.0f + w);
-  const F32 large = (F32)((U32)((1.0f - w) * inverse) | ((U32)v & 0x80000000u));
-  // v + v^3 P(v^2) on [-0.625, 0.625], fitted to the least relative error (4.4e-9): there 1 - w would cancel.
-  const F32 v2 = v * v;
-  F32 p = v2 * -0.005704985931515694f + 0.02063908614218235f;
-  p = p * v2 - 0.05373971536755562f;
-  p = p * v2 + 0.13331441581249237f;
-  p = p * v2 - 0.3333328068256378f;
-  const F32 small = p * (v2 * v) + v;
-  return {magnitude < 0.625f ? small : large, 4.0f * w * inverse * inverse};
-}
 
 }  // namespace unirl::cpu::UNIRL_ISA

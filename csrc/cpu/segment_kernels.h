@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "../simd.h"
+#include "../exponential.h"
 #include "segment.h"
 
 namespace unirl::cpu::UNIRL_ISA {
@@ -11,7 +11,7 @@ namespace unirl::cpu::UNIRL_ISA {
 // u and du/dv of a row's logits, from v = gain x (see row_math.h). Without a softcap gain is 1 or -1.
 // signed_x: x, or -x under a negative scale; z increases with it.
 struct Plain {
-  static constexpr bool BOUNDED = false;
+  static constexpr bool BOUNDED = false, NEGATES = false;
   explicit Plain(double) {}
   UNIRL_ALWAYS_INLINE F32 signed_x(F32 x) const { return x; }
   UNIRL_ALWAYS_INLINE F32 v(F32 x) const { return x; }
@@ -19,7 +19,7 @@ struct Plain {
 };
 
 struct Negated {
-  static constexpr bool BOUNDED = false;
+  static constexpr bool BOUNDED = false, NEGATES = true;
   explicit Negated(double) {}
   UNIRL_ALWAYS_INLINE F32 signed_x(F32 x) const { return -x; }
   UNIRL_ALWAYS_INLINE F32 v(F32 x) const { return -x; }
@@ -62,6 +62,9 @@ struct Steps {
   }
 };
 
+constexpr auto larger = [](auto a, auto b) { return a > b ? a : b; };
+constexpr auto smaller = [](auto a, auto b) { return a < b ? a : b; };
+
 // Logits that are summed before their sum joins the segment's. A lane that adds hundreds of like numbers rounds them
 // all alike: without runs a segment of equal logits would be off by 6e-6 in the baseline.
 constexpr int64_t RUN = 32 * STEP;
@@ -82,16 +85,49 @@ UNIRL_ALWAYS_INLINE void add_given(Block& sum, Block u, const Steps<Format>& x, 
 
 // What the first way over a segment finds.
 struct Overview {
-  float top;  // the largest of +-x (see Map::signed_x)
-  Block su;   // where it is wanted
+  float top;     // the largest of +-x (see Map::signed_x)
+  float bottom;  // what none of the whole steps is below
+  Block su;      // where it is wanted
 };
 
-template <bool WITH_SU, class Map, class Format>
+// For logits of 16 bits, which are twice as many to a vector as when they are widened. Read as whole numbers, those
+// with a sign lie above those without. A NaN is found as an end, or by the sums.
+template <class Map, class Format>
+Overview packed_overview(const Steps<Format>& x) {
+  constexpr int N = 2 * LANES, VECTORS_OF_STEP = STEP / N;
+  const U16 flip = U16{} + uint16_t(Map::NEGATES ? 0x8000 : 0);
+  const auto block = [&](const uint16_t* from, int k) { return load<U16>(from + k * N) ^ flip; };
+  S16 high[VECTORS_OF_STEP];
+  U16 low[VECTORS_OF_STEP] = {};
+  for (S16& of : high) of = S16{} + int16_t(INT16_MIN);
+  for (int64_t i = 0; i < x.whole; i += STEP) {
+    for (int k = 0; k < VECTORS_OF_STEP; ++k) {
+      const U16 bits = block(x.x + i, k);
+      high[k] = larger(high[k], (S16)bits);
+      low[k] = larger(low[k], bits);
+    }
+  }
+  for (int k = 0; k < VECTORS_OF_STEP && x.rest > 0; ++k) high[k] = larger(high[k], (S16)block(x.tail, k));
+  for (int k = 1; k < VECTORS_OF_STEP; ++k) high[0] = larger(high[0], high[k]), low[0] = larger(low[0], low[k]);
+  uint16_t top = reduced<int16_t, UNIRL_SIMD_BYTES>(high[0], larger);
+  const uint16_t lowest = reduced<uint16_t, UNIRL_SIMD_BYTES>(low[0], larger);
+  if (top & 0x8000) {  // all have a sign: the largest is nearest to 0
+    U16 nearest = ~U16{};
+    for (int64_t i = 0; i < x.end(); i += STEP) {
+      for (int k = 0; k < VECTORS_OF_STEP; ++k) nearest = smaller(nearest, block(i < x.whole ? x.x + i : x.tail, k));
+    }
+    top = reduced<uint16_t, UNIRL_SIMD_BYTES>(nearest, smaller);
+  }
+  return {Format::value(top), Format::value(lowest & 0x8000 ? lowest : 0), {}};
+}
+
+template <bool PACKED, bool WITH_SU, class Map, class Format>
 UNIRL_ALWAYS_INLINE Overview overview(const Steps<Format>& x, const Map& map) {
+  if constexpr (PACKED) return packed_overview<Map>(x);
   Block tops, su{};
   for (F32& top : tops.of) top = splat(-__builtin_inff());
   for (int64_t run = 0; run < x.end(); run += RUN) {
-    const int64_t end = run + RUN < x.end() ? run + RUN : x.end();
+    const int64_t end = smaller(run + RUN, x.end());
     Block run_su{};
     for (int64_t i = run; i < end; i += STEP) {
       Block block = x.load(i);
@@ -102,7 +138,7 @@ UNIRL_ALWAYS_INLINE Overview overview(const Steps<Format>& x, const Map& map) {
     if (WITH_SU) add(su, run_su);
   }
   for (int k = 1; k < VECTORS; ++k) tops.of[0] = maximum(tops.of[0], tops.of[k]);
-  return {largest(tops.of[0]), su};
+  return {reduced<float, UNIRL_SIMD_BYTES>(tops.of[0], larger), -__builtin_inff(), su};
 }
 
 // Logits whose exponentials lie in their order: they may take the place of fp32 logits.
@@ -125,33 +161,33 @@ struct Kept {
 };
 
 // Sums: Moments<double>, or Observed<double>.
-template <class Sums, class Map, bool KEEPS = false, class Format>
-Sums sums(const Steps<Format>& x, const Readout<double>& readout, Kept<Format>* kept = nullptr) {
+template <class Sums, class Exp, class Map, bool KEEPS, class Format>
+Sums sums(const Steps<Format>& x, const Readout<double>& readout, Kept<Format>* kept) {
   constexpr bool OBSERVES = std::is_same_v<Sums, Observed<double>>;
   // u is +-x or costs a tanh. What costs nothing is summed first, where vectors are free to hold its sum.
   constexpr bool SU_FIRST = OBSERVES && !Map::BOUNDED, SU_HERE = OBSERVES && Map::BOUNDED;
+  constexpr bool PACKED = sizeof(typename Format::Storage) == 2 && !OBSERVES && !Map::BOUNDED;
   const Map map(readout.gain);
-  const Exponential<5> exponential(readout.kappa);
-  const Overview first = overview<SU_FIRST>(x, map);
+  const Exp exponential(readout.kappa);
+  const Overview first = overview<PACKED, SU_FIRST>(x, map);
   const float m = Map::map(map.v(map.signed_x(splat(first.top)))).value[0];
   // A segment of -inf alone has no finite maximum; its sum is then an exact zero.
   const float reference = m == -__builtin_inff() ? 0.0f : m;
   Block s{}, sz{}, s2{}, su = first.su;
-  for (int64_t run = 0; run < x.end(); run += RUN) {
-    const int64_t end = run + RUN < x.end() ? run + RUN : x.end();
+  const auto add_run = [&](int64_t run, int64_t end, auto clamps) {
     Block run_s{}, run_sz{}, run_s2{}, run_su{};
     for (int64_t i = run; i < end; i += STEP) {
       // The next segment arrives while this one is summed.
       for (size_t at = 0; at < STEP * sizeof *x.x; at += 64) __builtin_prefetch((const char*)(x.x + i + SEGMENT) + at);
-      Block u = x.load(i), d;
+      Block u = x.load(i), d, e;
       for (F32& v : u.of) v = Map::map(map.v(v)).value;
       if (SU_HERE) add_given(run_su, u, x, i);
-      for (int k = 0; k < VECTORS; ++k) d.of[k] = maximum(splat(exponential.floor), u.of[k] - reference);
-      if (Map::BOUNDED && i >= x.whole) {
-        const Block filling = x.filling();
-        for (int k = 0; k < VECTORS; ++k) d.of[k] = maximum(splat(exponential.floor), d.of[k] + filling.of[k]);
+      for (int k = 0; k < VECTORS; ++k) d.of[k] = u.of[k] - reference;
+      if (Map::BOUNDED && i >= x.whole) add(d, x.filling());
+      if constexpr (clamps) {
+        for (F32& of : d.of) of = maximum(splat(exponential.floor), of);
       }
-      const Block e = exponential(d, 1.0f);
+      exponential.evaluate(d.of, 1.0f, e.of);
       if (KEEPS) kept->put(x, i, e);
       for (int k = 0; k < VECTORS; ++k) {
         run_s.of[k] += e.of[k];
@@ -163,6 +199,17 @@ Sums sums(const Steps<Format>& x, const Readout<double>& readout, Kept<Format>* 
     add(sz, run_sz);
     if (OBSERVES) add(s2, run_s2);
     if (SU_HERE) add(su, run_su);
+  };
+  // Where no logit is far below the largest, whole steps do without a clamp.
+  int64_t run = 0;
+  if constexpr (PACKED) {
+    const int64_t near = readout.kappa * (double(first.bottom) - first.top) > -87 ? x.whole : 0;
+    for (; run < near; run += RUN) add_run(run, smaller(run + RUN, near), std::false_type{});
+    run = near;
+  }
+  for (int64_t end; run < x.end(); run = end) {
+    end = run < x.whole ? smaller(run + RUN, x.whole) : x.end();
+    add_run(run, end, std::true_type{});
   }
   if (KEEPS) kept->finish(x);
   const Moments<double> moments = {m, sum(s), sum(sz)};
@@ -171,6 +218,22 @@ Sums sums(const Steps<Format>& x, const Readout<double>& readout, Kept<Format>* 
   } else {
     return moments;
   }
+}
+
+// With the exponential that is the fastest for kappa. In fp32, where memory binds, with the most exact one.
+template <class Sums, class Map, bool KEEPS, class Format>
+Sums sums(const Steps<Format>& x, const Readout<double>& readout, Kept<Format>* kept) {
+  if constexpr (HAS_POWERS && !Map::BOUNDED && !std::is_same_v<Format, Float32>) {
+    if (step_is_exact(readout.kappa)) {
+      return sums<Sums, Exponential<5, true>, Map, KEEPS>(x, readout, kept);
+    }
+  }
+  return sums<Sums, Exponential<5>, Map, KEEPS>(x, readout, kept);
+}
+
+template <class Sums, bool KEEPS, class Format>
+Sums signed_sums(const Steps<Format>& x, const Readout<double>& readout, Kept<Format>* kept) {
+  return readout.gain < 0 ? sums<Sums, Negated, KEEPS>(x, readout, kept) : sums<Sums, Plain, KEEPS>(x, readout, kept);
 }
 
 template <class Map, bool WITH_LINEAR, class Format>
@@ -191,7 +254,8 @@ void gradient(
       slope.of[k] = mapped.slope;
     }
     // Without a linear term the constant goes into the polynomial, where it costs nothing.
-    Block result = exponential(d, WITH_LINEAR ? 1.0f : constant);
+    Block result;
+    exponential.evaluate(d.of, WITH_LINEAR ? 1.0f : constant, result.of);
     for (int k = 0; k < VECTORS; ++k) {
       if (WITH_LINEAR) result.of[k] *= d.of[k] * linear + constant;
       if (Map::BOUNDED) result.of[k] *= slope.of[k];
@@ -204,16 +268,15 @@ void gradient(
 template <class Format, class Sums>
 Sums sums(const void* from, int64_t n, const Readout<double>& readout) {
   const Steps<Format> x(from, n, readout.gain);
-  if (readout.capped) return sums<Sums, Capped>(x, readout);
-  return readout.gain < 0 ? sums<Sums, Negated>(x, readout) : sums<Sums, Plain>(x, readout);
+  Kept<Format>* const none = nullptr;
+  return readout.capped ? sums<Sums, Capped, false>(x, readout, none) : signed_sums<Sums, false>(x, readout, none);
 }
 
 template <class Format>
 Moments<double> exponentials(const void* from, int64_t n, const Readout<double>& readout, float* e) {
   const Steps<Format> x(from, n, readout.gain);
   Kept<Format> kept = {e, {}};
-  return readout.gain < 0 ? sums<Moments<double>, Negated, true>(x, readout, &kept)
-                          : sums<Moments<double>, Plain, true>(x, readout, &kept);
+  return signed_sums<Moments<double>, true>(x, readout, &kept);
 }
 
 template <class Format>
@@ -282,7 +345,7 @@ void gradient(
 
 template <class Format>
 double read(const void* x) {
-  return Steps<Format>(x, 1, 1).load(0).of[0][0];
+  return Format::value(*static_cast<const typename Format::Storage*>(x));
 }
 
 template <class Format>

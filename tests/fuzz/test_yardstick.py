@@ -19,7 +19,7 @@ CSRC = Path(__file__).parents[2] / "csrc"
 @pytest.mark.parametrize(("dtype", "degree"), [("bfloat16", 3), ("float16", 4)])
 def test_errors_of_the_short_exponentials(dtype: str, degree: int) -> None:
     """Those of the polynomials in the kernels' source, which takes them for that dtype."""
-    source = (CSRC / "simd.h").read_text()
+    source = (CSRC / "exponential.h").read_text()
     found = re.search(rf"EXP2<{degree}>\[\] = {{([^}}]*)}}", source)
     assert found is not None
     coefficients = [float(x.strip().rstrip("f")) for x in re.sub(r"//.*", "", found[1]).split(",")]

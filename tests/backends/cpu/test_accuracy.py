@@ -185,6 +185,41 @@ def test_the_exponential(temperature: float) -> None:
     assert not far[0, 0, 1:].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.37, 30.0])
+def test_the_exponential_of_sums(temperature: float, dtype: torch.dtype) -> None:
+    """Of two logits one is 0: s - 1 is e^z, sz is z e^z. At 0.37 and 30 AVX-512 does not step by one float."""
+    z = torch.linspace(-20, -1e-3, 20_001)
+    logits = torch.stack([torch.zeros_like(z), z * temperature], -1).unsqueeze(0).to(dtype)
+    readout = IDENTITY._replace(temperature=temperature)
+    found = cpu.token_stats(logits, torch.zeros(1, len(z), dtype=torch.int64), readout).moments
+    exact = logits[..., 1].double() / temperature
+    for x, truth, allowed in ((found.s_minus_1, exact.exp(), 2.2e-7), (found.sz, exact * exact.exp(), 2.7e-7)):
+        assert ((x - truth) / truth).abs().max() < allowed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scale", [1.0, -1.0])
+def test_the_largest_of_logits_of_16_bits(scale: float, dtype: torch.dtype) -> None:
+    """They are compared as whole numbers: of one sign or both, zeros, NaN and inf, in whole steps and in the rest."""
+    vocab = SEGMENT + 7
+    base = torch.rand(vocab) * 8
+    rows = [base, -base - 1, base - 4, torch.zeros(vocab), -torch.zeros(vocab), base - 200, base * 12]
+    for value in (torch.inf, -torch.inf, torch.nan, -torch.tensor(torch.nan), -0.0):
+        for at in (5, SEGMENT - 1, vocab - 1):
+            for sign in (1, -1):
+                rows.append((base + 1) * sign)
+                rows[-1][at] = value
+    rows.append(torch.full((vocab,), -scale * torch.inf))
+    logits = torch.stack(rows).unsqueeze(1).to(dtype)
+    target = torch.full((len(rows), 1), 3)
+    readout = IDENTITY._replace(scale=scale)
+    ours, wide = (cpu.token_stats(x, target, readout) for x in (logits, logits.float()))
+    assert torch.equal(ours.moments.top.nan_to_num(9e9), wide.moments.top.nan_to_num(9e9))
+    for x, y in zip((*ours.stats, *ours.moments), (*wide.stats, *wide.moments), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
 def test_gradients_do_not_depend_on_a_shift() -> None:
     """All logits 1000 higher: lse has lost three digits, the gradient none, not even a bit."""
     logits, target = rows_of(torch.float32, 3, 5000)
