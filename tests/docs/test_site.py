@@ -67,7 +67,7 @@ def test_examples_run(page: str) -> None:
             assert run(example, keep=True) == ""
             names = example.globs
         else:
-            assert language in ("sh", "text")
+            assert language in ("sh", "text", "yaml")
 
 
 def test_variables_of_the_environment_are_named() -> None:
