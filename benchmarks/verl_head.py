@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.trainer_heads import run
-from tests.integrations.verl.engine import ENGINE, LOSSES, Engine, Sampled, loaded
+from benchmarks.verl_engine import ENGINE, LOSSES, Engine, Sampled, loaded
 
 WAYS = ("verl", "patch", "fuse")
 PROMPT = 8
@@ -42,7 +42,8 @@ class Head:
         self.worker = Engine(implementation, sys.modules[LOSSES]).worker(
             self.model, _config(options.loss), _autocast_dtype=dtype
         )
-        tokens, flags = options.sequences * options.length, {"use_remove_padding": True, "use_fused_kernels": True}
+        tokens = options.sequences * options.length
+        flags: dict[str, Any] = {"use_remove_padding": True, "use_fused_kernels": True}
         counts = {"dp_size": 1, "batch_num_tokens": tokens, "global_batch_size": options.sequences}
         self.micro_batch = sampled.micro_batch(**counts, **flags, temperature=1.0, calculate_entropy=True)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.verl_engine import Absent
 from tests.integrations.verl.modules import INSTALL
 
 PACKAGES = ("workers", "workers/config", "workers/utils", "trainer", "trainer/ppo")
@@ -21,17 +22,6 @@ AROUND = (
     *("utils.tensordict_utils", "workers.utils.padding"),
 )
 """What no loss needs: engines, models, profilers."""
-
-
-class Absent(ModuleType):
-    """A module of which only names are needed."""
-
-    MISSING = "???"
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return type(name, (dict,), {})
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.integrations.verl.engine import Engine, Sampled
+from benchmarks.verl_engine import Engine, Sampled
 from tests.integrations.verl.engine import engine as engine
 from tests.integrations.verl.test_loss import config_of
 from unirl_kernels.integrations import one_pass
