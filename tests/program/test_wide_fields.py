@@ -117,3 +117,10 @@ def test_limits_are_those_of_the_field(infinity: float, gradient: bool, runner: 
         assert uk.fused_loss(logits, batch, loss, plan=runner.plan()).loss.item() == expected, dtype
         narrow = uk.Loss(lambda t: 0.5 * torch.nan_to_num(t.field.float()) + 0 * t.logp, uk.TokenMean())
         assert uk.fused_loss(logits, batch, narrow, plan=runner.plan()).loss.item() == batch_of[torch.float32], dtype
+
+
+@pytest.mark.parametrize("made", [torch.zeros_like, lambda x: 1 - torch.ones_like(x)], ids=["zeros_like", "ones_like"])
+def test_an_infinity_times_a_made_zero_is_not_simplified(made: Callable[[Any], Any]) -> None:
+    """It is NaN, as in PyTorch."""
+    values = tokens(0) | {"advantage": torch.full(SHAPE, math.inf)}
+    assert by_program(lambda t: t.advantage * made(t.logp) + t.logp, values).isnan().all()

@@ -200,7 +200,7 @@ FUNCTIONS: dict[str, Function] = {op.name.lower(): _direct(op) for op in Op} | {
     "minimum": _extremum(Op.MINIMUM),
     "nan_to_num": _nan_to_num,
     "ne": _of(_unequal),
-    "ones_like": lambda g, x, **_: g.const(1),
+    "ones_like": lambda g, x, **_: g.param(1),
     "pow": _power,
     "rdiv": _of(lambda x, y: y / x),
     "reciprocal": _of(lambda x: 1 / x),
@@ -213,7 +213,7 @@ FUNCTIONS: dict[str, Function] = {op.name.lower(): _direct(op) for op in Op} | {
     "true_divide": _direct(Op.DIV),
     "type_as": _to,
     "where": _where,
-    "zeros_like": lambda g, x, **_: g.const(0),
+    "zeros_like": lambda g, x, **_: g.param(0),
 }
 """Supported torch functions, by name. An operation of programs is the torch function of its name, but for those that
 stand here."""
