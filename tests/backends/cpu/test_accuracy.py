@@ -205,7 +205,7 @@ def test_the_largest_of_logits_of_16_bits(scale: float, dtype: torch.dtype) -> N
     vocab = SEGMENT + 7
     base = torch.rand(vocab) * 8
     rows = [base, -base - 1, base - 4, torch.zeros(vocab), -torch.zeros(vocab), base - 200, base * 12]
-    for value in (torch.inf, -torch.inf, torch.nan, -torch.tensor(torch.nan), -0.0):
+    for value in (torch.inf, -torch.inf, torch.nan, -torch.tensor(torch.nan), -0.0, 200.0):
         for at in (5, SEGMENT - 1, vocab - 1):
             for sign in (1, -1):
                 rows.append((base + 1) * sign)
