@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 IGNORE = -100
-"""Target of a token that is no part of the loss: prompt, padding, tool output. The only spelling of a mask."""
+"""Target of a token that is not part of the loss: prompt, padding, tool output. There is no other mask."""
 
 
 FIELDS = ("advantage", "old_logp", "ref_logp")
@@ -30,18 +30,18 @@ RESERVED = frozenset(
         *("pairs", "same_group", "group_sum", "group_mean"),
     }
 )
-"""What an objective finds on its tokens besides fields: no field can have these names."""
+"""Attributes of ``Tokens`` that are not fields. A field cannot have one of these names."""
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Sequences of tokens to learn from, padded or packed.
 
-    Padded, ``target`` is [B, L] and each row is a sequence (S = B). Packed, ``target`` is [T] and sequence s holds
-    the tokens ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]``.
+    In the padded layout ``target`` is [B, L] and each row is a sequence (S = B). In the packed layout ``target`` is [T]
+    and sequence s holds the tokens ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]``.
 
-    Fields may have any real, integer or bool dtype. In a packed batch with S = T a field of shape [T] has one value
-    for each token.
+    Fields may have any real, integer or bool dtype. In a packed batch with S = T, a field of shape [T] has one value
+    per token.
 
     Args:
         target: [B, L] or [T] int64, the token that the logits at this position predict, in [0, V), or ``IGNORE``.
@@ -55,12 +55,12 @@ class Batch:
             others are the rejected ones in the same order. ``"interleaved"``: chosen and rejected in turn.
         sequence_group: process group over which each sequence is split (context parallelism); None: sequences are
             whole. The batch of each rank holds a part of every sequence, in the order of ranks, and the values per
-            sequence. Lengths and sums over sequences are then those of whole sequences, and the loss of the step is the
-            sum of the ranks' losses. Making the batch, its losses and metrics of sequences and pairs exchange values:
-            all ranks have to do the same.
+            sequence. Lengths and sums over sequences are those of whole sequences. The loss of the step is the sum of
+            the ranks' losses. The ranks communicate when a batch is made, and when losses or metrics of sequences or
+            pairs are computed: all ranks must make the same calls.
 
     Raises:
-        TypeError: when an argument is not a tensor of a fitting dtype, or ``fields`` is not a mapping.
+        TypeError: when an argument is not a tensor or has a wrong dtype, or ``fields`` is not a mapping.
         ValueError: when a shape, a device, a field's name, ``pairs`` or the cumulative lengths do not fit.
 
     Examples:
@@ -142,7 +142,7 @@ class Batch:
         object.__setattr__(self, "_of_sequences", frozenset(spread))
 
     def given(self) -> dict[str, Tensor]:
-        """The fields that there are."""
+        """The fields that are not None."""
         values = {name: getattr(self, name) for name in FIELDS} | dict(self.fields)
         return {name: x for name, x in values.items() if x is not None}
 
@@ -205,7 +205,7 @@ class Batch:
         return self.n_sequences // 2
 
     def split_pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """One value per sequence, [S], as those of the chosen and of the rejected, [S/2] each."""
+        """Split one value per sequence, [S], into the chosen and the rejected ones, [S/2] each."""
         n = self.n_pairs
         return (x[:n], x[n:]) if self.pairs == "halves" else (x[::2], x[1::2])
 
@@ -213,7 +213,7 @@ class Batch:
     def offsets(self) -> Tensor:
         """[S + 1] int64, rising, in [0, T]: sequence s holds the flat tokens offsets[s] to offsets[s + 1]."""
         if self.cu_seqlens is not None:
-            # What could not be checked when the batch was made must not lead out of the tensors.
+            # On a GPU the values were not checked: clamp them, so that no index leaves the tensors.
             return self.cu_seqlens.to(torch.int64).clamp(0, self.target.numel()).cummax(0).values
         n, length = self.target.shape
         return torch.arange(n + 1, device=self.target.device) * length
@@ -288,13 +288,13 @@ class Batch:
             ValueError: when the batch lacks it, or it has a value per token.
         """
         value, shape = self.get(name), (self.n_sequences,)
-        # Where every sequence is one token, a value for each token is a value for each sequence.
+        # If every sequence is one token, a value per token is a value per sequence.
         if value.dim() and tuple(value.shape) != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
         return value.expand(shape)
 
     def sequences(self, chosen: Tensor) -> Batch:
-        """Some of the sequences, whole and in the order given, as a packed batch.
+        """The chosen sequences as a packed batch, in the given order.
 
         Args:
             chosen: [n] int64.
@@ -314,7 +314,7 @@ class Batch:
         return value.reshape(-1)[positions] if value.dim() else value
 
     def positions_of(self, sequences: Tensor) -> tuple[Tensor, Tensor]:
-        """Flat positions of some sequences, [n], and the cumulative lengths of these, [s + 1] int64."""
+        """Flat positions of the given sequences, [n], and the cumulative lengths of these sequences, [s + 1] int64."""
         starts, sizes = self.offsets[sequences], self.offsets.diff()[sequences]
         ends = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
         within = torch.arange(int(ends[-1]), device=ends.device)
@@ -332,17 +332,17 @@ class Batch:
 def shift_targets(input_ids: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
     """Next-token targets for logits that are not sliced: the logits at position t predict token t + 1.
 
-    There is no need for ``logits[:, :-1]``, which is a copy: the last position gets ``IGNORE``, and its row of logits
-    is not read.
+    This replaces ``logits[:, :-1]``, which would be a copy: the last position gets ``IGNORE``, and its row of logits is
+    not read.
 
     Args:
         input_ids: [B, L] int64, or packed [T] with ``cu_seqlens``, the tokens given to the model.
-        mask: of their shape, bool or 0/1: 1 where the *token* is part of the loss (the completion), else 0 (prompt,
-            padding). None: all of them.
+        mask: shape of ``input_ids``, bool or 0/1: 1 where the *token* is part of the loss (the completion), else 0
+            (prompt, padding). None: all tokens.
         cu_seqlens: [S + 1] int32, as in ``Batch``: no sequence predicts the first token of the next one.
 
     Returns:
-        Of the same shape, int64: the token at t + 1 where it is of the same sequence and part of the loss, else
+        Shape of ``input_ids``, int64: the token at t + 1 if it is in the same sequence and part of the loss, else
         ``IGNORE``.
 
     Raises:

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 def global_count(batch: Batch, group: ProcessGroup, of: Literal["tokens", "sequences", "pairs"] = "tokens") -> Tensor:
-    """How many tokens, sequences or pairs the batches of all ranks hold: ``count=`` of an aggregation.
+    """The number of tokens, sequences or pairs in the batches of all ranks, for ``count=`` of an aggregation.
 
-    With it the loss of the step is the sum of the ranks' losses. One all-reduce of 8 bytes, without waiting for the
-    device. Counts of micro-batches can be added up.
+    With this count the loss of the step is the sum of the ranks' losses. It takes one all-reduce of 8 bytes, and does
+    not wait for the device. The counts of micro-batches can be added.
 
     Args:
         batch: of this rank. Sequences that are split over a ``sequence_group`` count once.
-        group: all ranks whose losses are added up; not those that share a vocabulary, which have the same loss.
+        group: all ranks whose losses are added. Ranks that share a vocabulary have the same loss and are not in it.
         of: what is counted: valid tokens (``TokenMean``), sequences (``SequenceMean``, ``FixedLength``) or pairs
             (``PairMean``).
 
@@ -32,7 +32,8 @@ def global_count(batch: Batch, group: ProcessGroup, of: Literal["tokens", "seque
 
     Raises:
         TypeError: when ``batch`` is not a ``Batch``, or ``group`` not a process group.
-        ValueError: when ``of`` is another word, or the sequences of pairs are odd in number.
+        ValueError: when ``of`` is not one of the three words, or when pairs are counted and the number of sequences is
+            odd.
 
     Examples:
         >>> import torch.distributed as dist
@@ -56,20 +57,21 @@ def global_count(batch: Batch, group: ProcessGroup, of: Literal["tokens", "seque
 
 
 def global_batch(batch: Batch, group: ProcessGroup) -> Batch:
-    """The batches of all ranks as one, in the order of ranks: for ``VocabShard.of_fsdp``.
+    """The batches of all ranks as one batch, in the order of ranks; for ``VocabShard.of_fsdp``.
 
-    Targets, fields and lengths are gathered; a 0-dim field is taken as it is. Waits for the device once.
+    Targets, fields and lengths are gathered. A 0-dim field is not: this rank's value is used. Waits for the device
+    once.
 
     Args:
-        batch: of this rank; of the same shapes and dtypes on all ranks.
+        batch: the batch of this rank; its shapes and dtypes must be the same on all ranks.
         group: the ranks.
 
     Returns:
-        A batch of n times as many sequences, [n B, L] or [n T]. Losses of pairs need ``pairs="interleaved"``.
+        A batch with the sequences of all n ranks, [n B, L] or [n T]. Losses of pairs need ``pairs="interleaved"``.
 
     Raises:
         TypeError: when ``batch`` is not a ``Batch``, or ``group`` not a process group.
-        ValueError: when shapes or dtypes differ, on every rank, or sequences are split over a ``sequence_group``.
+        ValueError: on every rank, when shapes or dtypes differ, or when sequences are split over a ``sequence_group``.
 
     Examples:
         >>> import torch.distributed as dist

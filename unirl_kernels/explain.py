@@ -1,4 +1,4 @@
-"""Shows what the package made of a loss."""
+"""``explain``: the derivative, the generated function and the backends of a loss, as text."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Explanation:
 
     Args:
         paradigm: the row of the unified paradigm's table; empty for an objective outside it.
-        schedule: how many passes over the logits, and why.
-        coefficient: the loss of a token and its derived gradient coefficient GC; empty when it is not traced.
-        function: source of the generated device function; empty likewise.
-        backends: where it would run on this machine, and why not elsewhere.
+        schedule: the number of passes over the logits, and why.
+        coefficient: the loss of a token and its derived gradient coefficient GC; empty if it is not traced.
+        function: source of the generated device function; empty if it is not traced.
+        backends: which backends would run it on this machine, and why the others would not.
     """
 
     paradigm: str
@@ -56,13 +56,13 @@ class Explanation:
 def explain(
     loss: Loss, *, batch: Batch | None = None, weight: Tensor | None = None, plan: Plan = Plan()
 ) -> Explanation:
-    """What a loss is, what was derived from it, and what would run.
+    """Show what a loss is, the coefficient that was derived from it, and what would run it.
 
         GC = -d loss / d logp                    Shao et al. 2024 (arXiv:2402.03300v3), eq. 1
 
     Args:
         loss: an objective and its aggregation, or a sum of losses.
-        batch: with ``weight``, shows how ``fused_linear_loss`` would cut the batch into chunks.
+        batch: give it with ``weight`` to see how ``fused_linear_loss`` would cut the batch into chunks.
         weight: [V, D], the weight of a linear head.
         plan: how the machine would compute it.
 
@@ -143,8 +143,7 @@ def _row(loss: Loss) -> str:
 
 
 def _coefficient(traced: Traced) -> str:
-    """Loss and derivatives of each term as formulas. The sign of GC is the paradigm's: the objective is minus the
-    loss."""
+    """Loss and derivatives of each term as formulas. GC is minus the derivative of the loss, as in the paradigm."""
     outputs = []
     for k, term in enumerate(traced.terms):
         at = f"[{k}]" if len(traced.terms) > 1 else ""
@@ -172,7 +171,7 @@ def _backends(loss: Loss) -> str:
 
 
 def defaults(device: torch.device) -> str:
-    """What runs on a device where a plan names nothing, by dtype of the logits where it depends on that."""
+    """The default backend and kernel of a device; per dtype of the logits if it depends on the dtype."""
     texts = {name: told(choices_by_vocab(device, None, None, dtype)) for name, dtype in DTYPES.items()}
     same = len(set(texts.values())) == 1
     lines = [f"{device.type:<5} {'' if same else name:<7} default: {text}" for name, text in texts.items()]

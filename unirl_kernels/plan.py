@@ -1,4 +1,4 @@
-"""How the machine computes a loss; never what."""
+"""Which backend and kernel compute a loss, and in how much memory."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Plan:
-    """Which backend and kernel run, and in how much memory. No choice changes a value beyond rounding.
+    """Which backend and kernel run, and in how much memory. Values change only by rounding.
 
     Args:
-        backend: ``cpu``, ``triton``, ``cuda`` or ``eager``; None takes the first of its device's backends that runs.
-        kernel: the name of one of the backend's kernels, or ``composed``: the statistics, then the objective as plain
-            PyTorch under autograd, then the gradient. ``composed`` runs what kernels cannot. None takes the backend's
-            default; for fp16 logits ``composed``.
-        overwrite_logits: write the gradient into the logits' memory, in the forward where a kernel has one pass, else
-            in the backward, of which there may be one. The logits, and the tensor that they are a view of, are left
-            empty, so that nobody reads a gradient for logits: most functions raise, a sum is 0. Do not use other views
-            of that memory, aliases by ``detach()``, and under ``torch.compile`` the logits themselves: they hold the
-            gradient from then on. Linear heads always do so with the logits that they compute.
-        max_chunk_bytes: linear heads' memory for the logits of one chunk of tokens, bytes, > 0; at least one token
-            must fit. None: 256 MiB on a CPU, 2.75 GiB elsewhere.
+        backend: ``cpu``, ``triton``, ``cuda`` or ``eager``; None: the first backend of the device that can run.
+        kernel: one of the backend's kernels, or ``composed``: the statistics, then the objective as plain PyTorch under
+            autograd, then the gradient. ``composed`` runs objectives that one-pass kernels cannot. None: the backend's
+            default; ``composed`` for fp16 logits.
+        overwrite_logits: write the gradient into the logits' memory: in the forward for a one-pass kernel, else in the
+            backward, which may then run only once. The logits, and the tensor that they are a view of, become empty, so
+            that nobody reads a gradient as logits: most functions raise on them, and their sum is 0. Other views and
+            ``detach()`` aliases of that memory hold the gradient; so do the logits themselves under ``torch.compile``.
+            Do not use them. Linear heads always overwrite the logits that they compute.
+        max_chunk_bytes: for linear heads, memory for the logits of one chunk of tokens, bytes, > 0; at least one token
+            must fit. None: 256 MiB on a CPU, 2.75 GiB on other devices.
 
     Raises:
         TypeError: when ``max_chunk_bytes`` is not an int, or ``overwrite_logits`` not a bool.

@@ -16,7 +16,7 @@ class Readout:
 
         z = softcap * tanh(scale * x / softcap) / temperature         (without softcap: z = scale * x / temperature)
 
-    Compiled code (torch.compile) takes another temperature as it is; another softcap or scale compiles it again.
+    Under ``torch.compile`` a new temperature does not compile again. A new softcap or scale does.
 
     Args:
         temperature: sampling temperature, > 0; or one per token, a float32 tensor of target's shape.

@@ -1,4 +1,4 @@
-"""Which columns of a split vocabulary a rank has."""
+"""The columns of a split vocabulary that one rank holds."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VocabShard:
-    """The columns that this rank has of a vocabulary that is split over a process group.
+    """The columns that this rank holds of a vocabulary that is split over a process group.
 
-    A rank's logits are [..., n], or its weight [n, D], for the columns ``start`` to ``start + n``. The shards follow
-    one another in the order of ranks; n may differ and may be 0. Columns from ``vocab`` on are padding: they are left
-    out, and their gradient is 0. Targets and the other fields are those of the whole vocabulary, the same on all ranks,
-    and so are the results, to the bit.
+    A rank's logits are [..., n], or its weight is [n, D], for the columns ``start`` to ``start + n``. The shards follow
+    one another in the order of ranks. n may differ between ranks and may be 0. Columns from ``vocab`` on are padding:
+    they are left out, and their gradient is 0. All ranks pass the same targets, of the whole vocabulary, and the same
+    fields. All ranks get the same results, to the bit.
 
     Args:
         group: the process group over which the vocabulary is split.
         start: the first column of this rank, >= 0.
         vocab: V, columns of the whole vocabulary without padding, > 0.
         hidden: hidden states of linear heads. ``"whole"``: each rank has those of all tokens, and their gradient is
-            summed over the group in float32. ``"partial"``: the same, but the gradient is this rank's part of the sum,
-            for who sums it himself (Megatron's copy_to and gather_from regions). ``"split"``: each rank has an equal
-            part of the tokens, in the order of ranks: [B, L / n, D] or [T / n, D] for a target of all tokens (sequence
-            parallelism). They are gathered once, and their gradient is reduced and scattered. ``"fsdp"``: each rank has
-            other sequences, as ``of_fsdp`` says.
-        tiles: how many equal parts of the vocabulary are exchanged and merged in their order, instead of one per rank:
-            log-probabilities then have the same bits on any number of ranks that divides ``tiles``, 1 included. Every
-            shard starts at a tile, a multiple of ceil(V / tiles). A rank holds 16 tiles bytes per token for it. Heads
-            need matmuls whose logits do not depend on the number of columns, as those of the CPU backend. None: one
-            part per rank. Observations take None alone.
+            summed over the group in float32. ``"partial"``: the same, but the gradient is not summed: it is this rank's
+            part, and the caller sums it (Megatron's copy_to and gather_from regions). ``"split"``: each rank has an
+            equal part of the tokens, in the order of ranks, [B, L / n, D] or [T / n, D] on n ranks, with a target of
+            all tokens (sequence parallelism). Hidden states are gathered once, and their gradient is reduced and
+            scattered. ``"fsdp"``: each rank has other sequences, see ``of_fsdp``.
+        tiles: None: each rank sends one set of partial sums. A number: the vocabulary is cut into so many equal tiles,
+            whose partial sums are sent and merged in order. Log-probabilities then have the same bits for every number
+            of ranks that divides ``tiles``, 1 included. Every shard must start at a tile, a multiple of ceil(V /
+            tiles). A rank needs 16 * ``tiles`` bytes per token. Heads need matmuls whose logits do not depend on the
+            number of columns, as those of the CPU backend. Observations need None.
 
     Raises:
         TypeError: when ``group`` is not a process group, or ``start``, ``vocab`` or ``tiles`` not an int.
-        ValueError: when ``start``, ``vocab`` or ``tiles`` is out of range, ``start`` is within a tile, ``hidden`` is
-            another word, or this process is not in the group.
+        ValueError: when ``start``, ``vocab`` or ``tiles`` is out of range, ``start`` is inside a tile, ``hidden`` is
+            not one of the four words, or this process is not in the group.
 
     Examples:
         A group of one rank, which has all columns:
@@ -60,7 +60,7 @@ class VocabShard:
     vocab: int
     hidden: Literal["whole", "partial", "split", "fsdp"] = "whole"
     tiles: int | None = None
-    # No field of the dataclass: it follows from the group.
+    # Not a field of the dataclass: it follows from the group.
     ranks: ClassVar[Group]
 
     def __post_init__(self) -> None:
@@ -83,19 +83,19 @@ class VocabShard:
     def of_fsdp(cls, weight: Tensor, model: torch.nn.Module) -> VocabShard:
         """The shard of a head's weight that FSDP2 has sharded, for a loss that does not gather the weight.
 
-        Hidden states are gathered instead, and their gradient is reduced and scattered. Give the head
-        ``weight.to_local()``, hidden states [B, L, D] or [T, D] of this rank's sequences, and
-        ``global_batch(batch, group)``, the batch of all ranks. All ranks have as many tokens.
+        Hidden states are gathered instead, and their gradient is reduced and scattered. Pass to the loss function
+        ``weight.to_local()``, the hidden states [B, L, D] or [T, D] of this rank's sequences, and
+        ``global_batch(batch, group)``, the batch of all ranks. All ranks must have the same number of tokens.
 
-        Gradients are those of the mean over ranks, as FSDP2 has them, if the loss is the mean of the ranks' losses (any
-        aggregation of all sequences or tokens without a ``count``): the gradient of the shard is complete, and that of
-        hidden is n times the loss's, since FSDP2 divides by the n ranks what comes of it.
+        FSDP2 takes the mean of the gradients over the n ranks. The gradients fit this if the loss is the mean of the
+        ranks' losses (any aggregation of all sequences or tokens without a ``count``): the gradient of the shard is
+        complete, and that of hidden is multiplied by n, since FSDP2 divides by n all gradients that follow from it.
 
         Args:
             weight: [V, D], the parameter as ``fully_shard`` keeps it: a DTensor of placement ``Shard(0)`` on a mesh of
                 one dimension. The head needs a ``fully_shard`` of its own; else FSDP2 gathers it with the others.
-            model: the whole model, which must hold the weight once: where it is tied to an embedding, FSDP2 gathers it
-                and reduces a gradient of its own.
+            model: the whole model, which must hold the weight once: FSDP2 gathers a weight that is tied to an
+                embedding, and reduces a second gradient for it.
 
         Raises:
             TypeError: when ``weight`` is not a DTensor, or ``model`` not a module.
@@ -124,12 +124,12 @@ class VocabShard:
 
     @property
     def parts(self) -> int:
-        """Over how many ranks hidden states are split."""
+        """The number of ranks over which hidden states are split."""
         return self.ranks.size if self.hidden in ("split", "fsdp") else 1
 
     @property
     def tile(self) -> int:
-        """Columns of a tile; all of the vocabulary where there are none."""
+        """Columns of a tile; the whole vocabulary without tiles."""
         return -(-self.vocab // (self.tiles or 1))
 
     @property
@@ -138,5 +138,5 @@ class VocabShard:
         return -(-(self.tiles or 1) // (self.ranks.size if self.tiles else 1))
 
     def used(self, columns: int) -> int:
-        """How many of a rank's columns are no padding."""
+        """The number of a rank's columns that are not padding."""
         return max(0, min(columns, self.vocab - self.start))

@@ -1,4 +1,4 @@
-"""Levels 1 and 2 on hidden states and the weight of a linear head: the logits exist in chunks only."""
+"""Levels 1 and 2 on hidden states and the weight of a linear head. Logits are computed in chunks and never kept."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ def linear_token_stats(
         lse = log sum_j e^{z_j}        logp = z_y - lse        H = lse - sum_j p_j z_j,        p = softmax(z)
 
     The forward takes one matmul, in tiles of tokens by vocabulary that are not kept. The backward computes the logits
-    again and takes three.
+    again, and takes three matmuls.
 
     Args:
         hidden: [B, L, D] or [T, D]; float32, bfloat16 or float16 (float64 for checks). Under autocast the operands of
-            the matmuls have its dtype. The logits are always float32.
+            the matmuls have the autocast dtype. The logits are always float32.
         weight: [V, D], of hidden's dtype.
-        target: [B, L] or [T] int64 in [0, V), or ``IGNORE``: such a token is left out of the matmuls and gets zero
+        target: [B, L] or [T] int64 in [0, V), or ``IGNORE``: such a token takes no part in the matmuls and gets zero
             gradient.
         bias: [V], of weight's dtype, or None.
         readout: how logits become a distribution.
         plan: how the machine computes it; ``max_chunk_bytes`` bounds the memory for logits.
-        shard: the rows of the weight, and of the bias, that this rank has, where the vocabulary is split over a process
-            group. A weight that is a DTensor of placement ``Shard(0)`` gives it by itself if hidden is a DTensor that
-            is replicated on the same mesh dimension. The statistics are those of the whole vocabulary.
+        shard: the rows of weight and bias that this rank holds, if the vocabulary is split over a process group. The
+            statistics are those of the whole vocabulary. A weight that is a DTensor with placement ``Shard(0)`` needs
+            no ``shard`` if hidden is a DTensor that is replicated on the same mesh dimension.
 
     Returns:
         ``TokenStats``, differentiable in hidden, weight and bias.
@@ -81,8 +81,8 @@ def linear_token_observations(
 
         log_sum_sq_probs = log sum_j p_j^2        mean_logit = 1/V sum_j z_j        argmax = min argmax_j z_j
 
-    It costs what ``linear_token_stats`` costs. Where two logits are equal but for rounding, the matmul's rounding
-    decides which is the argmax.
+    It costs as much as ``linear_token_stats``. If two logits differ only by rounding, the rounding of the matmul
+    decides which one is the argmax.
 
     Args:
         hidden: as in ``linear_token_stats``.
@@ -122,19 +122,19 @@ def fused_linear_loss(
 ) -> LossOutput:
     """``fused_loss`` of the logits hidden W^T + b, without a tensor of all logits.
 
-    The batch is cut into chunks of tokens. The logits of a chunk are computed in float32, one pass replaces them by
-    their gradient, and the gradients of hidden, weight and bias are formed from that. This takes three matmuls.
+    The batch is cut into chunks of tokens. For each chunk, a matmul computes the logits in float32, one pass replaces
+    them by their gradient, and two matmuls compute the gradients of hidden and weight from it. Together three matmuls.
 
     A loss of a wider scope takes three matmuls if each of its units (a sequence, a pair, the whole batch) fits a chunk.
-    Otherwise, and under ``torch.compile``, it takes four: the statistics come first. ``explain`` says which. Gradients
-    that nothing requires are not computed.
+    Otherwise, and under ``torch.compile``, it takes four: the statistics are computed first. ``explain`` tells which.
+    Gradients that nobody requires are not computed.
 
     Args:
         hidden: [B, L, D] or [T, D], in the layout of ``batch.target``; float32, bfloat16 or float16 (float64 for
-            checks). Under autocast the operands of the matmuls have its dtype. The logits, and the sum of the weight's
-            gradient over the chunks, are always float32.
+            checks). Under autocast the operands of the matmuls have the autocast dtype. The logits, and the sum of the
+            weight's gradient over the chunks, are always float32.
         weight: [V, D], of hidden's dtype.
-        batch: targets, and the fields that the objective reads. Ignored tokens are left out of the matmuls.
+        batch: targets, and the fields that the objective reads. Ignored tokens take no part in the matmuls.
         loss: an objective and its aggregation, or a sum of losses.
         bias: [V], of weight's dtype, or None.
         readout: how logits become a distribution.
@@ -146,7 +146,7 @@ def fused_linear_loss(
 
     Raises:
         TypeError, IndexError, RuntimeError: as ``fused_loss`` does.
-        ValueError: as ``fused_loss`` does, and when an objective looks further than its scope says.
+        ValueError: as ``fused_loss`` does, and when an objective depends on more tokens than its scope allows.
 
     Examples:
         >>> hidden = torch.ones(1, 2, 3)
@@ -180,9 +180,10 @@ def observed_linear_loss(
     readout: Readout = Readout(),
     plan: Plan = Plan(),
 ) -> tuple[LossOutput, TokenObservations]:
-    """``fused_linear_loss``, and ``linear_token_observations`` of the logits that gave it.
+    """``fused_linear_loss``, and ``linear_token_observations`` of the same logits.
 
-    Three matmuls where ``fused_linear_loss`` takes three for a composed loss: kernels of one pass observe nothing.
+    It takes three matmuls if ``fused_linear_loss`` takes three with ``kernel="composed"``: one-pass kernels do not
+    compute observations.
 
     Args:
         hidden, weight, batch, loss, bias, readout, plan: as in ``fused_linear_loss``.
@@ -201,7 +202,7 @@ def observed_linear_loss(
 
 
 def _measured(checked: CheckedHead, given: Given) -> list[Tensor]:
-    """What operators find in each row, in target's shape."""
+    """The results of the operators for each row, in target's shape."""
     head, readout, sweep, shard, sums, _ = checked
     if shard is not None and sums and head.hidden.requires_grad:
         hidden = SumGradient.apply(head.hidden, shard.ranks, row_dtype(head.hidden.dtype))
@@ -211,7 +212,7 @@ def _measured(checked: CheckedHead, given: Given) -> list[Tensor]:
 
 
 def _composed(checked: CheckedHead, given: Given, batch: Batch, loss: Loss) -> tuple[Tensor, ...]:
-    """Loss, and what operators find in each row: in chunks, or where that cannot be of all tokens first."""
+    """The loss and the results for each row: computed in chunks if possible, else all statistics first."""
     loss.check_scopes()
     found = _in_chunks(checked, batch, loss, given.operators is OBSERVATIONS)
     if found is None:
@@ -221,12 +222,13 @@ def _composed(checked: CheckedHead, given: Given, batch: Batch, loss: Loss) -> t
 
 
 def _in_chunks(checked: CheckedHead, batch: Batch, loss: Loss, observes: bool) -> tuple[Tensor, ...] | None:
-    """Loss and rows with the gradients made in the same pass; None where none is wanted, or that cannot be."""
+    """Loss and rows, with the gradients computed in the same pass; None if no gradient is wanted or it is
+    impossible."""
     head, readout, sweep, shard, sums, row_bytes = checked
-    # A compiler cannot follow an objective inside an autograd function; without values there are no lengths.
+    # torch.compile cannot trace an objective inside an autograd function. Without values the lengths are unknown.
     if not any(wanted_of(head)) or torch.compiler.is_compiling() or not has_values(head.hidden):
         return None
-    if any(x.requires_grad for x in batch.fields.values()):  # their gradients come from the loss as a whole
+    if any(x.requires_grad for x in batch.fields.values()):  # their gradients need the whole loss under autograd
         return None
     if row_bytes is None:
         row_bytes = Head.of(head, sweep).matmuls.row_bytes

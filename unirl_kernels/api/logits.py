@@ -49,16 +49,16 @@ def token_stats(
         target: [B, L] or [T] int64 in [0, V), or ``IGNORE``: such a row is not read and gets zero gradient.
         readout: how logits become a distribution.
         plan: how the machine computes it.
-        shard: the columns that this rank has, where the vocabulary is split over a process group. Logits that are a
-            DTensor of placement ``Shard(-1)`` give it by themselves. The statistics are those of the whole rows.
+        shard: the columns of this rank, if the vocabulary is split over a process group. The statistics are those of
+            the whole rows. Logits that are a DTensor with placement ``Shard(-1)`` need no ``shard``.
 
     Returns:
         ``TokenStats``.
 
     Raises:
-        TypeError: when an argument has a wrong type or dtype. The text names the argument, what was expected and what
-            came.
-        ValueError: when an argument has a wrong shape, device or value, in the same form.
+        TypeError: when an argument has a wrong type or dtype. The message names the argument, the expected and the
+            actual value.
+        ValueError: when an argument has a wrong shape, device or value, with a message of the same form.
         IndexError: when a target is outside the vocabulary (on the CPU; on an accelerator its row becomes NaN).
         RuntimeError: when the named backend cannot run here.
 
@@ -83,11 +83,11 @@ def token_observations(
     plan: Plan = Plan(),
     shard: VocabShard | None = None,
 ) -> TokenObservations:
-    """``token_stats``, and the collision probability, mean and largest of the logits, in the same read of them.
+    """``token_stats``, and also log sum p^2, the mean logit and the argmax, from the same read of the logits.
 
         log_sum_sq_probs = log sum_j p_j^2        mean_logit = 1/V sum_j z_j        argmax = min argmax_j z_j
 
-    Trainers report these beside the log-probabilities. logp, entropy and lse have gradients, the other three have none.
+    Trainers log these values. logp, entropy and lse have gradients, the other three do not.
 
     Args:
         logits: as in ``token_stats``.
@@ -126,12 +126,12 @@ def fused_loss(
         L = sum_t w_t f(t)
         dL/dz_j = w_t (f_logp (1[j = y] - p_j) + f_lse p_j - f_H p_j (log p_j + H))
 
-    f is the objective, f_x = df/dx, and w_t the weight that the aggregation gives token t. z are the logits of the
-    token after the readout, p = softmax(z), y is the target and H the entropy.
+    f is the objective, f_x = df/dx, and w_t is the weight that the aggregation gives to token t. z are the logits of
+    the token after the readout, p = softmax(z), y is the target and H the entropy.
 
     A loss of token scope reads the logits once and writes their gradient once. A loss of a wider scope takes two
-    passes: the statistics first, the gradient in ``backward``. So do fp16 logits unless ``plan`` names a kernel, for
-    their gradient must not be rounded before the loss scale has multiplied it.
+    passes: the forward computes the statistics, ``backward`` computes the gradient. fp16 logits also take two passes,
+    unless ``plan`` names a kernel: their gradient must be multiplied by the loss scale before it is rounded.
 
     Args:
         logits: [B, L, V] or [T, V], in the layout of ``batch.target``; float32, bfloat16 or float16 (float64 for
@@ -140,18 +140,18 @@ def fused_loss(
         loss: an objective and its aggregation, or a sum of losses.
         readout: how logits become a distribution.
         plan: how the machine computes it.
-        shard: this rank's columns of a vocabulary that is split over ranks, as in ``token_stats``. The loss then takes
-            two passes, and is the same on all ranks.
+        shard: the columns of this rank, as in ``token_stats``. The loss then takes two passes, and is the same on all
+            ranks.
 
     Returns:
-        ``LossOutput``. Its ``loss`` is differentiable in the logits. The gradient is computed in the forward;
-        ``backward`` multiplies it by the upstream gradient.
+        ``LossOutput``. Its ``loss`` is differentiable in the logits. In one pass, the forward computes the gradient,
+        and ``backward`` multiplies it by the upstream gradient.
 
     Raises:
-        TypeError: when an argument has a wrong type or dtype. The text names the argument, what was expected and what
-            came. Also when the objective uses an operation that the kernel cannot run (``UnsupportedOperation``).
-        ValueError: when an argument has a wrong shape, device or value, in the same form. Also when the objective
-            reads a field that the batch lacks.
+        TypeError: when an argument has a wrong type or dtype. The message names the argument, the expected and the
+            actual value. Also when the objective uses an operation that the kernel cannot run (``UnsupportedOperation``).
+        ValueError: when an argument has a wrong shape, device or value, with a message of the same form. Also when the
+            objective reads a field that the batch does not have.
         IndexError: when a target is outside the vocabulary (on the CPU; on an accelerator its row becomes NaN).
         RuntimeError: when the named backend cannot run here.
 
@@ -168,7 +168,7 @@ def fused_loss(
     if checked.shard is None:
         logits = checked.logits
         choice = kernel_of(loss, plan, logits.device, logits.dtype, logits.shape[-1])
-        # A gradient in fp16 has to wait for the upstream one, which holds the loss scale: 1e-8 would be 0.
+        # An fp16 gradient is formed in the backward, with the loss scale of the upstream one: 1e-8 would round to 0.
         waits = logits.dtype == torch.float16 and plan.kernel is None
         if choice.kernel != COMPOSED and wants_gradient(logits) and not waits:
             program = program_args(loss, batch, row_dtype(logits.dtype))
@@ -181,7 +181,7 @@ def fused_loss(
 
 
 class CheckedLogits(NamedTuple):
-    """Logits whose arguments have been checked; of a shard also compared with those of the other ranks."""
+    """Checked logits. With a shard, the arguments were also compared with those of the other ranks."""
 
     logits: Tensor
     readout: ReadoutArgs
@@ -205,7 +205,7 @@ def _checked(logits: Tensor, given: Given) -> CheckedLogits:
 
 
 def _readout(logits: Tensor, given: Given, shard: VocabShard | None) -> ReadoutArgs:
-    """The readout of logits; raises where arguments do not fit one another."""
+    """The readout of logits; raises if the arguments do not fit together."""
     given.check_kinds()
     check_logits(logits, given.target, shard)
     if given.plan.overwrite_logits and wants_gradient(logits):
@@ -214,7 +214,7 @@ def _readout(logits: Tensor, given: Given, shard: VocabShard | None) -> ReadoutA
 
 
 def _measured(checked: CheckedLogits, given: Given) -> list[Tensor]:
-    """What operators find in each row, in target's shape."""
+    """The results of the operators for each row, in target's shape."""
     logits, target, plan = checked.logits, given.target, given.plan
     backend = choose(logits.device, plan.backend, plan.kernel).backend
     of_rows = (as_rows(target), checked.readout, backend, given.operators)

@@ -1,4 +1,4 @@
-"""Level 1 in the form that trainers call: log-probabilities of labels of any leading shape."""
+"""Level 1 as trainers call it: log-probabilities of labels with any leading shape."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def logprobs(
 
         logp = z_y - log sum_j e^{z_j}
 
-    It is ``token_stats(...).logp`` for any leading shape. Logits whose last dimension is not contiguous, or whose
-    leading dimensions cannot be viewed as one, are copied.
+    This is ``token_stats(...).logp`` for any leading shape. It copies logits whose last dimension is not contiguous, or
+    whose leading dimensions cannot be viewed as one.
 
     Args:
         logits: [..., V]; float32, bfloat16 or float16 (float64 for checks).
@@ -67,8 +67,8 @@ def linear_logprobs(
 
         logp = z_y - log sum_j e^{z_j},        z = hidden W^T + b
 
-    It is ``linear_token_stats(...).logp`` for any leading shape. Hidden states whose leading dimensions cannot be
-    viewed as one are copied.
+    This is ``linear_token_stats(...).logp`` for any leading shape. It copies hidden states whose leading dimensions
+    cannot be viewed as one.
 
     Args:
         hidden: [..., D]; as in ``linear_token_stats``.

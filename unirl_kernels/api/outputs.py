@@ -17,7 +17,7 @@ from unirl_kernels.objectives.policy import ratio_to_old
 
 
 class TokenStats(NamedTuple):
-    """Statistics of each token's distribution, differentiable in what they were computed from.
+    """Statistics of each token's distribution, differentiable in logits, or in hidden, weight and bias.
 
     Each has target's shape, in float32 (float64 for float64 input), and is 0 where the target is ``IGNORE``.
 
@@ -38,7 +38,7 @@ class TokenStats(NamedTuple):
 
 
 class TokenObservations(NamedTuple):
-    """``TokenStats`` and three more observations of each token's distribution, which have no gradient.
+    """``TokenStats``, and three more values of each token's distribution that have no gradient.
 
     Each has target's shape, in float32 (float64 for float64 input). Where the target is ``IGNORE`` the argmax is -1 and
     the others are 0.
@@ -48,7 +48,7 @@ class TokenObservations(NamedTuple):
         entropy: as in ``TokenStats``, differentiable.
         lse: as in ``TokenStats``, differentiable.
         log_sum_sq_probs: log sum_j p_j^2, in [-log V, 0], nats; minus the Renyi entropy of order 2.
-        mean_logit: mean of z_j over the vocabulary; -inf where a z_j is.
+        mean_logit: mean of z_j over the vocabulary; -inf if a z_j is -inf.
         argmax: int64, the first column with the largest z; -1 where the target is not in the vocabulary, or a logit is
             NaN or inf. ``argmax == target`` says whether the target is the most probable token.
 
@@ -75,13 +75,13 @@ class TokenObservations(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class MetricParts:
-    """A metric in parts that ranks can reduce: add sums and counts, take the least min and the greatest max.
+    """A metric in parts that ranks can reduce: add sums and counts, take the smallest min and the largest max.
 
     Args:
-        sum: 0-dim, the sum of what counts.
-        count: 0-dim, how many values count.
-        min: 0-dim, the least of them; inf if there are none.
-        max: 0-dim, the greatest of them; -inf if there are none.
+        sum: 0-dim, the sum of the values.
+        count: 0-dim, the number of values.
+        min: 0-dim, the smallest value; inf if there are none.
+        max: 0-dim, the largest value; -inf if there are none.
 
     Examples:
         >>> logits = torch.zeros(1, 2, 4)
@@ -98,7 +98,7 @@ class MetricParts:
 
     @property
     def mean(self) -> Tensor:
-        """sum / count; 0 where nothing counts."""
+        """sum / count; 0 if there are no values."""
         return self.sum / self.count.clamp(min=1)
 
 
@@ -107,7 +107,7 @@ class LossOutput:
     """What ``fused_loss`` and ``fused_linear_loss`` return.
 
     Args:
-        loss: 0-dim, float32 (float64 for float64 input), differentiable in what it was computed from.
+        loss: 0-dim, float32 (float64 for float64 input), differentiable in logits, or in hidden, weight and bias.
         logp: target's shape, detached; 0 where the target is ``IGNORE``.
         entropy: target's shape, detached; 0 where the target is ``IGNORE``.
         lse: target's shape, detached; 0 where the target is ``IGNORE``.
@@ -138,10 +138,10 @@ class LossOutput:
     def metrics(self) -> dict[str, Tensor]:
         """Means over valid tokens, sequences or pairs: 0-dim tensors, computed when read, without waiting for a device.
 
-        ``entropy``; ``ratio_mean``, pi / pi_old (1 on policy); ``kl``, estimate k3 of KL(pi || pi_ref), where the
-        batch has ``ref_logp``; and what the objectives add, such as ``clip_fraction``, which goes before these where
-        the name is the same. Two objectives of a sum that add the same name are told apart by the number of their
-        term: ``clip_fraction.1``.
+        Always: ``entropy``, and ``ratio_mean``, the mean of pi / pi_old (1 on policy). With ``ref_logp``: ``kl``, the
+        estimate k3 of KL(pi || pi_ref). Objectives add more, such as ``clip_fraction``; theirs replaces one of these if
+        the name is the same. If two objectives of a sum add the same name, the later one gets the number of its term:
+        ``clip_fraction.1``.
         """
         return {name: parts.mean for name, parts in self.metric_parts.items()}
 
@@ -171,7 +171,7 @@ class LossOutput:
         return Tokens(self._batch, self.logp, self.entropy, self.lse)
 
     def _parts(self, metric: Tensor | tuple[Tensor, Tensor]) -> MetricParts:
-        """Reduce a metric. Values per token count where the token is valid; values per sequence or pair all count."""
+        """Reduce a metric. Of values per token only valid tokens count; of values per sequence or pair all count."""
         value, chosen = metric if isinstance(metric, tuple) else (metric, None)
         value = value.to(self.logp.dtype)
         counted = self._batch.valid.reshape(-1)
@@ -187,7 +187,7 @@ class LossOutput:
         )
 
 
-# Wrappers such as DistributedDataParallel look for tensors in what a module returns by this registry.
+# DistributedDataParallel and other wrappers use this registry to find the tensors in a module's output.
 register_pytree_node(
     LossOutput,
     lambda out: ([out.loss, out.logp, out.entropy, out.lse], (out._batch, out._loss)),
