@@ -149,7 +149,8 @@ def fused_loss(
 
     Raises:
         TypeError: when an argument has a wrong type or dtype. The message names the argument, the expected and the
-            actual value. Also when the objective uses an operation that the kernel cannot run (``UnsupportedOperation``).
+            actual value. Also when the objective uses an operation that the kernel cannot run
+            (``UnsupportedOperation``).
         ValueError: when an argument has a wrong shape, device or value, with a message of the same form. Also when the
             objective reads a field that the batch does not have.
         IndexError: when a target is outside the vocabulary (on the CPU; on an accelerator its row becomes NaN).

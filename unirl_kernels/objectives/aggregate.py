@@ -1,4 +1,4 @@
-"""How the losses of tokens become one number: a weight per token or pair, known from the batch alone."""
+"""Aggregations: the weights with which the losses of tokens or pairs are summed. They depend only on the batch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Empty = Literal["count", "skip"]
 
 
 class Aggregation(Protocol):
-    """L = sum over units of w * loss, the units being tokens or pairs of sequences.
+    """L = sum over units of w * loss, where units are tokens or pairs of sequences.
 
     A token of weight 0 adds exactly 0 to loss and gradient, whatever its loss is (NaN, inf).
     """
@@ -30,7 +30,7 @@ def _equal(x: object, default: object) -> bool:
 
 
 class _Value:
-    """Written as it is made: arguments that have their default are left out."""
+    """A base whose repr is the constructor call, without arguments that have their default."""
 
     def __repr__(self) -> str:
         given = [f for f in fields(self) if not _equal(getattr(self, f.name), f.default)]  # type: ignore[arg-type]
@@ -38,7 +38,7 @@ class _Value:
 
 
 def _sequences(batch: Batch, count: float | Tensor | None, empty: Empty) -> float | Tensor:
-    """How many sequences a mean over sequences counts; a tensor is 0-dim."""
+    """The number of sequences in a mean over sequences; a tensor is 0-dim."""
     if count is not None:
         return count
     return batch.n_sequences if empty == "count" else (batch.lengths > 0).sum().clamp(min=1).double()
@@ -62,14 +62,15 @@ class SequenceMean(_Value):
     Source: Shao et al. 2024 (arXiv:2402.03300v3), eq. 3.
 
     Args:
-        count: S, the sequences of the whole step, > 0, a number or a 0-dim tensor. Under gradient accumulation or data
-            parallelism they are more than this batch holds. None counts those of the batch.
-        empty: without ``count``, whether a sequence without tokens counts in S: ``"count"``, as in TRL, or ``"skip"``,
-            as in verl. Its loss is 0 either way.
+        count: S, the number of sequences of the whole step, > 0, a number or a 0-dim tensor. Give it under gradient
+            accumulation or data parallelism, where this batch holds only a part of them. None: the sequences of this
+            batch.
+        empty: without ``count``: whether a sequence without valid tokens counts in S. ``"count"``: yes, as in TRL.
+            ``"skip"``: no, as in verl. Its loss is 0 in both cases.
 
     Raises:
         TypeError: when ``count`` is not a number.
-        ValueError: when ``count`` is not positive, has dimensions or a gradient, or ``empty`` is another word.
+        ValueError: when ``count`` is not positive, has dimensions or a gradient, or ``empty`` has another value.
 
     Examples:
         >>> batch = uk.Batch(torch.tensor([[5, 7], [8, uk.IGNORE]]))  # lengths 2 and 1
@@ -97,8 +98,9 @@ class TokenMean(_Value):
     Source: Yu et al. 2025 (DAPO, arXiv:2503.14476), eq. 8.
 
     Args:
-        count: the tokens of the whole step, > 0, a number or a 0-dim tensor. Under gradient accumulation or data
-            parallelism they are more than this batch holds. None counts those of the batch; 1 gives the sum.
+        count: the number of tokens of the whole step, > 0, a number or a 0-dim tensor. Give it under gradient
+            accumulation or data parallelism, where this batch holds only a part of them. None: the tokens of this
+            batch. 1: the loss is the sum.
 
     Raises:
         TypeError: when ``count`` is not a number.
@@ -134,7 +136,7 @@ class FixedLength(_Value):
 
     Raises:
         TypeError: when ``n`` or ``count`` is not a number.
-        ValueError: when ``n`` or ``count`` is not positive, or ``empty`` is another word.
+        ValueError: when ``n`` or ``count`` is not positive, or ``empty`` has another value.
 
     Examples:
         >>> batch = uk.Batch(torch.tensor([[5, 7], [8, uk.IGNORE]]))
@@ -166,7 +168,7 @@ class GroupMean(_Value):
 
     Args:
         field: name of the field that holds each sequence's group, [S] integer.
-        count: G, the groups of the whole step, > 0; None counts the groups of the batch that have tokens.
+        count: G, the number of groups of the whole step, > 0. None: the groups of this batch that have valid tokens.
 
     Raises:
         TypeError: when ``count`` is not a number.
@@ -192,7 +194,7 @@ class GroupMean(_Value):
         lengths = batch.lengths
         same = group.unsqueeze(0) == group.unsqueeze(1)
         tokens = (same * lengths).sum(-1)
-        # Each group once: its sequences share it by their number among those that have tokens.
+        # Counts each group once: each of its sequences with tokens adds 1 / (number of such sequences).
         members = (same & (lengths > 0)).sum(-1).clamp(min=1)
         own = ((lengths > 0).double() / members).sum().clamp(min=1)
         count = own if self.count is None else self.count
@@ -204,7 +206,7 @@ class PairMean(_Value):
     """Mean over pairs of sequences, w = 1 / P; for objectives of pair scope (DPO).
 
     Args:
-        count: P, the pairs of the whole step, > 0; None counts those of the batch, S / 2.
+        count: P, the number of pairs of the whole step, > 0. None: the pairs of this batch, S / 2.
 
     Raises:
         TypeError: when ``count`` is not a number.
@@ -228,14 +230,14 @@ class PairMean(_Value):
 
 @dataclass(frozen=True, repr=False)
 class Weighted(_Value):
-    """Another aggregation's weights times a field: sample weights, loss scales, masks that keep the denominator.
+    """The weights of another aggregation times a field: sample weights, loss scales, masks that keep the denominator.
 
     A token whose field is 0 is left out of the sum, but still counts in the denominator of ``base``.
 
     Args:
         base: the aggregation.
-        field: name of the field, of shape [], [S] or target's. For pairs it has one value for each sequence, and the
-            weight of a pair is multiplied by both.
+        field: name of the field, of shape [], [S] or target's. For pairs it has one value per sequence, and the weight
+            of a pair is multiplied by the values of both sequences.
 
     Raises:
         TypeError: when ``base`` has no weights.
@@ -264,7 +266,7 @@ class Weighted(_Value):
 
 
 def _weighs_pairs(aggregation: Aggregation, weights: Tensor, batch: Batch) -> bool:
-    """Whether weights are of pairs. Their shape alone does not tell where a batch has as many pairs as tokens."""
+    """Whether weights are per pair. The shape alone does not tell if a batch has as many pairs as tokens."""
     if isinstance(aggregation, Weighted):
         return _weighs_pairs(aggregation.base, weights, batch)
     return isinstance(aggregation, PairMean) or weights.shape != batch.target.shape

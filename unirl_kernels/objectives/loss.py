@@ -1,4 +1,4 @@
-"""What a loss is: objectives, each with an aggregation, and their sum."""
+"""``Loss``: objectives with their aggregations, and sums of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from unirl_kernels.program.trace import name_of
 
 BEYOND_ONE_TOKEN = RESERVED - set(STATISTICS)
 Metrics = Mapping[str, Tensor | tuple[Tensor, Tensor]]
-"""Named values of tokens, sequences or pairs; (values, counted) where not all of them count."""
+"""Named values per token, sequence or pair; (values, counted) if only some of them count."""
 
 OF_TOKENS = (SequenceMean, TokenMean, FixedLength, GroupMean)
 """Aggregations that weigh tokens, not pairs."""
@@ -42,7 +42,7 @@ class Paradigm:
 
 
 class Objective(Parameters):
-    """Base of the published objectives: frozen dataclasses, whose parameters are checked when they are made."""
+    """Base of the published objectives: frozen dataclasses that check their parameters."""
 
     scope: ClassVar[str] = "token"
     paradigm: ClassVar[Paradigm | None] = None
@@ -78,8 +78,8 @@ class Term:
         """Weight of each token (target's shape, 0 at ignored ones) or pair ([S/2]), the coefficient included; float64.
 
         Raises:
-            ValueError: when the aggregation gives weights of another shape, or weights that require a gradient, or the
-                objective looks further than the split sequences of the batch allow.
+            ValueError: when the aggregation gives weights of a wrong shape or with a gradient, or when the objective
+                has batch scope and the sequences of the batch are split.
         """
         if batch.ranks is not None and self.scope == "batch":
             raise ValueError(
@@ -114,7 +114,7 @@ class Term:
         Args:
             tokens: statistics of each position, and the batch's fields.
             weights: of each token or pair, in any shape.
-            constant: whether one value stands for all tokens: an objective that could be traced sees one token.
+            constant: whether a single returned value holds for all tokens, as it does for an objective that was traced.
 
         Raises:
             TypeError: when the objective returns neither a tensor nor a number.
@@ -142,29 +142,30 @@ class Term:
 
 
 class Loss:
-    """A loss: an objective, which gives each token or pair a value, and an aggregation, which gives it a weight.
+    """A loss: an objective, which gives each token or pair a loss, and an aggregation, which gives it a weight.
 
         L = sum_t w_t f(t)
 
     An objective is any callable ``f(t)`` that returns the loss of each token from ``t.logp``, ``t.entropy``, ``t.lse``
-    and the fields of the batch, such as ``t.advantage``. Its attribute ``scope`` says how far it looks:
+    and the fields of the batch, such as ``t.advantage``. Its attribute ``scope`` says which tokens a loss depends on:
 
-    - ``token`` (the default): one token. It is traced once, differentiated, and run inside the one-pass kernels.
-    - ``sequence``: whole sequences, by the methods of ``Tokens``. Returns one loss per token.
-    - ``pair``: pairs of sequences. Returns one loss per pair.
-    - ``batch``: the whole batch, which is then never cut into chunks. Returns one loss per token, or per pair where the
-      aggregation is of pairs.
+    - ``token`` (the default): this token. The objective is traced once, differentiated, and run inside the one-pass
+      kernels.
+    - ``sequence``: its whole sequence, by the methods of ``Tokens``. Returns one loss per token.
+    - ``pair``: a pair of sequences. Returns one loss per pair.
+    - ``batch``: the whole batch, which is then never cut into chunks. Returns one loss per token, or one per pair if
+      the aggregation weighs pairs.
 
-    An optional method ``metrics(t)`` returns named values per token, sequence or pair; (values, counted) where not all
-    of them count.
+    An optional method ``metrics(t)`` returns named values per token, sequence or pair. It returns (values, counted) for
+    a name if only some of its values count.
 
     Losses can be added and multiplied by a number or a 0-dim tensor. Each term of a sum keeps its aggregation. Terms of
     token scope run in one pass together.
 
-    The objective is traced when the loss is made. A number that it reads from outside, and that changes later, has no
-    effect on the loss: make a new one. That takes a fraction of a millisecond and compiles nothing. A loss may also be
-    made inside a compiled function (torch.compile): numbers that change are then variables of its graph. The scope is
-    not checked there, since compiled code never cuts a batch.
+    The objective is traced when the loss is made. If it reads a number from outside and the number changes later, the
+    loss does not change: make a new loss. That takes a fraction of a millisecond and compiles nothing. A loss may also
+    be made inside a compiled function (torch.compile); numbers that change are then variables of its graph. The scope
+    is not checked there, since compiled code never cuts a batch into chunks.
 
     Args:
         objective: the objective.
@@ -175,7 +176,7 @@ class Loss:
         ValueError: when the scope is unknown, or the aggregation does not fit it.
 
     Warns:
-        UserWarning: when the objective looks further than its scope says. ``fused_linear_loss`` refuses it.
+        UserWarning: when the objective depends on more tokens than its scope allows. ``fused_linear_loss`` refuses it.
 
     Examples:
         An objective of your own, and an entropy bonus:
@@ -200,7 +201,8 @@ class Loss:
         _check_objective(objective)
         _check_aggregation(aggregation, scope_of(objective))
         self._set_terms((Term(objective, aggregation),))
-        # torch.compile would compile the check, too; it never cuts a batch of what is not traced.
+        # Not under torch.compile, which would compile the check too: compiled code never cuts a batch of an untraced
+        # loss.
         if not torch.compiler.is_compiling() and (self.scope != "token" or isinstance(self._traced, str)):
             self._fault = scope_fault(objective)
             if self._fault is not None:
@@ -210,7 +212,7 @@ class Loss:
         self.terms = terms
         self._fault = fault
         self.scope = SCOPES[max([SCOPES.index(term.scope) for term in terms])]
-        # Why an objective was refused is kept as text: an exception would keep every frame that it passed alive.
+        # Keep the reason as text: an exception would keep alive every frame that it passed.
         self._traced: str | tuple[Traced, Traced] | None = None
         self._params: tuple[Tensor, Tensor] | None = None
         if self.scope != "token":
@@ -236,7 +238,7 @@ class Loss:
         """Check that the loss may be computed on parts of a batch.
 
         Raises:
-            ValueError: naming an objective that looks further than its scope says, and the way out.
+            ValueError: when an objective depends on more tokens than its scope allows; names it and says what to do.
         """
         if self._fault is not None:
             raise ValueError(self._fault)
@@ -249,24 +251,24 @@ class Loss:
 
     @property
     def objective(self) -> Callable[[Any], Tensor]:
-        """The objective of a loss that is no sum."""
+        """The objective of a loss that is not a sum."""
         return self._single.objective
 
     @property
     def aggregation(self) -> Aggregation:
-        """The aggregation of a loss that is no sum."""
+        """The aggregation of a loss that is not a sum."""
         return self._single.aggregation
 
     @property
     def paradigm(self) -> Paradigm | None:
-        """The row of the paradigm's table, for the objectives that stand in it."""
+        """The row of the paradigm's table; None if the objective is not in the table."""
         return getattr(self.terms[0].objective, "paradigm", None) if len(self.terms) == 1 else None
 
     def traced(self, on_policy: bool = False) -> Traced:
         """The scalar program of a loss of token scope.
 
         Args:
-            on_policy: of a batch without ``old_logp``.
+            on_policy: whether the batch has no ``old_logp``.
 
         Raises:
             UnsupportedOperation: when an objective uses an operation that one-pass kernels cannot run.
@@ -287,7 +289,7 @@ class Loss:
         if torch.compiler.is_compiling():
             kept = None if traced.graph.limits else self._params
             return _compiled(params, device) if kept is None else kept[int(batch.on_policy)].to(device)
-        # What is made in FakeTensorMode must not be kept.
+        # Do not cache tensors made in FakeTensorMode.
         return _on_device(params, device) if has_values(batch.target) else _tensor(params).to(device)
 
     def composed(self, tokens: Tokens, weights: Sequence[Tensor]) -> Tensor:
@@ -389,13 +391,13 @@ def _tensor(params: tuple[float, ...]) -> Tensor:
 
 
 def _compiled(params: tuple[float, ...], device: torch.device) -> Tensor:
-    """Parameters of a loss that is made inside of a compiled function: a coefficient may be a variable of it."""
+    """Parameters of a loss that is made inside a compiled function, where a coefficient may be a variable."""
     one = torch.ones((), dtype=torch.float64, device=device)
-    # As multiplications, which torch.compile can move to tensors: it would compile again for each number of a list.
+    # Multiplications by a tensor, since torch.compile would compile again for each new number in a list.
     return torch.stack([one * p for p in params])
 
 
-# Copied once per value: a CUDA graph cannot record a copy from pageable memory, and what it recorded must stay.
+# Cached: a CUDA graph cannot record a copy from pageable memory, and a tensor that it recorded must stay alive.
 @lru_cache(maxsize=4096)
 def _on_device(params: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(params, dtype=torch.float64, device=device)

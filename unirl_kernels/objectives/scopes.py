@@ -1,8 +1,8 @@
-"""How far an objective looks: declared by its ``scope``, and checked on a small synthetic batch.
+"""Scopes: an objective declares which tokens its loss depends on, and a small synthetic batch checks it.
 
-An objective of token, sequence or pair scope may be run on a part of the batch, as linear heads do in chunks. Its
-losses on a part must be those on the whole. The check runs it on both, once when a loss is made, on the CPU. Linear
-heads refuse what does not pass; on logits, where the whole batch is at hand, making the loss warns.
+An objective of token, sequence or pair scope may be run on a part of the batch: linear heads do so in chunks. Its
+losses on a part must equal those on the whole batch. The check runs it on both, once when a loss is made, on the CPU.
+If it fails, making the loss warns, and linear heads refuse the loss. On logits the whole batch is there, so it runs.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ def scope_of(objective: object) -> str:
 
 
 def scope_fault(objective: Objective) -> str | None:
-    """Why an objective must not be run on parts of a batch: it looks further than its scope says, or cannot be run on
-    a synthetic batch at all. None where it looks no further.
+    """Check an objective on parts of the synthetic batch.
 
     Returns:
-        A sentence that names the objective and the way out.
+        A sentence that names the objective, says why it must not be run on parts of a batch, and what to do: its loss
+        depends on more tokens than its scope allows, or it cannot be run on the synthetic batch. None if all is well.
     """
     scope = scope_of(objective)
     if scope == "batch":
         return None
-    # Values (frozen dataclasses) are checked once per value; functions are equal only to themselves.
+    # Frozen dataclasses are checked once per value. Functions are equal only to themselves.
     by_value = hasattr(objective, "__dataclass_params__") and type(objective).__hash__ is not None
     fault = _remembered_fault(objective) if by_value else _fault(objective)
     if fault is None:
@@ -70,7 +70,7 @@ def _remembered_fault(objective: Objective) -> str | None:
 
 
 def _fault(objective: Objective) -> str | None:
-    """What is wrong with an objective's scope; None if nothing is."""
+    """What is wrong with an objective's scope; None if nothing."""
     first: str | None = None
     names: tuple[str, ...] = ()
     kinds_of_names: Iterator[tuple[torch.dtype, ...]] = iter([()])
@@ -91,20 +91,21 @@ def _fault(objective: Objective) -> str | None:
             except Exception as error:
                 first = first or f"cannot be run on a synthetic batch ({type(error).__name__}: {error})"
             if len(synthetic.fields) > len(names):
-                # What it reads shows while it runs: start again, with every kind for the fields known by now.
+                # Fields become known when the objective reads them: start again, with every dtype for the fields known
+                # now.
                 names = tuple(synthetic.fields)
                 kinds_of_names = itertools.product(KINDS, repeat=len(names))
     return first
 
 
 def _no_hooks() -> AbstractContextManager[None]:
-    """Hides the saved tensors of the check from activation checkpointing around it."""
+    """Hide the saved tensors of the check from an enclosing activation checkpoint."""
     return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)  # type: ignore[no-any-return]
 
 
 @contextmanager
 def _no_modes() -> Iterator[None]:
-    """Without the caller's FakeTensorMode or torch.func: what is found is remembered for other calls."""
+    """Leave the caller's FakeTensorMode and torch.func: the result is cached for other calls."""
     with _disable_current_modes(), temporarily_clear_interpreter_stack():
         yield
 
@@ -127,10 +128,10 @@ def _difference(objective: Objective, synthetic: Synthetic) -> str | None:
 
 
 class Part(NamedTuple):
-    """What a part of the synthetic batch holds of it."""
+    """A part of the synthetic batch."""
 
     tokens: Tensor  # [n] int64
-    lengths: Tensor  # of its sequences, as far as they are in it
+    lengths: Tensor  # tokens of each sequence that are in the part
     sequences: Tensor  # [m] int64
     units: Tensor  # tokens, or pairs
 
@@ -143,7 +144,7 @@ def _sequences(*indices: int, units: tuple[int, ...] | None = None) -> Part:
 
 
 PARTS = {
-    # A cut within a sequence: the third one has one token before it and three behind.
+    # Cut inside a sequence: the third one has one token before the cut and three after it.
     "token": (
         _sequences(0, 1, 2, 3),
         Part(torch.arange(6), torch.tensor([3, 2, 1]), torch.tensor([0, 1, 2]), torch.arange(6)),
@@ -183,13 +184,13 @@ class Synthetic:
         if name not in self.fields:
             kind = self._kinds.get(name, torch.float64)
             values = torch.randn(2, dtype=kind, generator=self._random) if kind.is_floating_point else torch.arange(2)
-            # Equal across the parts of both kinds, so that a look at the others of a group shows.
+            # Both kinds of parts split the groups, so that an objective that reads the rest of a group is found.
             self.fields[name] = values.to(kind)[torch.tensor([0, 1, 1, 0])]
         return self.fields[name]
 
 
 class Probe(Tokens):
-    """The tokens of a part of the synthetic batch, with whatever field is read."""
+    """The tokens of a part of the synthetic batch. Any field that is read exists."""
 
     def __init__(self, synthetic: Synthetic, part: Part, stats: Tensor) -> None:
         cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), part.lengths.cumsum(0)])

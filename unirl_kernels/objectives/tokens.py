@@ -1,4 +1,4 @@
-"""What an objective sees when it runs as plain PyTorch."""
+"""``Tokens``: the argument of an objective that runs as plain PyTorch."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from unirl_kernels.collectives import SumOverGroup
 class Tokens:
     """The tokens of a batch, as flat vectors over T positions; gradients flow through ``logp``, ``entropy``, ``lse``.
 
-    Every field of the batch is an attribute: ``t.advantage``, ``t.old_logp``, ``t.ref_logp``, and ``t.<name>`` for
-    each name in ``batch.fields``. It is [T], whatever shape the field was given in. Narrow dtypes come widened, so that
-    arithmetic on them neither rounds nor wraps around, as it does not in a one-pass kernel: floating-point fields have
-    at least the precision of the statistics, integers are int64. On policy ``t.old_logp`` is ``logp`` without its
-    gradient.
+    Every field of the batch is an attribute: ``t.advantage``, ``t.old_logp``, ``t.ref_logp``, and ``t.<name>`` for each
+    name in ``batch.fields``. It is [T], whatever the shape of the given field. Narrow dtypes are widened, so that
+    arithmetic on them neither rounds nor wraps around, as in the one-pass kernels: floating-point fields have at least
+    the precision of the statistics, integers are int64. On policy ``t.old_logp`` is ``logp`` without its gradient.
 
-    Ignored positions hold 0 and have weight 0. Objectives of token scope use these vectors alone; objectives that
-    look further also use the methods.
+    Ignored positions hold 0 and have weight 0. Objectives of token scope use only these vectors. Objectives of a wider
+    scope also use the methods.
 
     Args:
         batch: the batch.
@@ -48,12 +47,12 @@ class Tokens:
         return x.to(torch.promote_types(x.dtype, self.logp.dtype) if x.is_floating_point() else torch.int64)
 
     def _used(self, x: Tensor) -> Tensor:
-        # Whatever stands at ignored positions (infinities, NaN) must not reach the loss as 0 * inf.
+        # Infinities and NaN at ignored positions must not reach the loss as 0 * inf.
         return torch.where(self._batch.valid, x, torch.zeros_like(x)).reshape(-1)
 
     @property
     def valid(self) -> Tensor:
-        """[T] bool: the positions that count."""
+        """[T] bool: positions that are not ignored."""
         return self._batch.valid.reshape(-1)
 
     @property
@@ -63,7 +62,7 @@ class Tokens:
 
     @property
     def positions(self) -> Tensor:
-        """[T] int64: how many valid tokens of its sequence stand before each position."""
+        """[T] int64: the number of valid tokens of its sequence before each position."""
         counted, sequence = torch.nn.functional.pad(self.valid.cumsum(0), (1, 0)), self._batch.sequence_of_token
         here, before = counted[:-1] - counted[self._batch.offsets[sequence]], self._batch.lengths_before
         return here if before is None else here + before[sequence]
@@ -109,13 +108,13 @@ class Tokens:
 
             y_t = x_t + decay_t y_{t-1}        or, reversed,        y_t = x_t + decay_t y_{t+1}
 
-        with y = 0 outside the sequence. Ignored positions are passed over: their x counts 0 and their decay 1. A
+        with y = 0 outside the sequence. Ignored positions are skipped: their x is taken as 0 and their decay as 1. A
         cumulative product of positive values is ``exp(sequence_scan(log(x)))``. Added in fp64.
 
         Args:
             x: [T].
             decay: a number or [T].
-            reverse: whether sums run from the end of a sequence.
+            reverse: whether the sums start at the end of a sequence.
 
         Raises:
             NotImplementedError: when sequences are split over a ``sequence_group``.
@@ -127,7 +126,7 @@ class Tokens:
         factor = torch.where(self.valid, torch.as_tensor(decay, dtype=y.dtype, device=y.device), 1)
         if reverse:
             y, factor, sequence = y.flip(0), factor.flip(0), sequence.flip(0)
-        # Hillis and Steele: after each step a position has the sum of twice as many.
+        # Scan of Hillis and Steele: after each step a position has summed twice as many.
         step = 1
         while step < y.numel():
             before = torch.nn.functional.pad(sequence[:-step], (step, 0), value=-1) == sequence
@@ -147,7 +146,7 @@ class Tokens:
         return self._batch.split_pairs(x)
 
     def same_group(self, field: str = "group") -> Tensor:
-        """[S, S] bool: which sequences are of the same group, by a field with one value per sequence."""
+        """[S, S] bool: whether two sequences have the same group, given by a field with one value per sequence."""
         group = self.sequence_field(field)
         return group.unsqueeze(0) == group.unsqueeze(1)
 
