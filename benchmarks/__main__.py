@@ -6,11 +6,11 @@ import sys
 from collections.abc import Sequence
 
 from benchmarks import options
-from unirl_kernels.cli import run_alone
+from unirl_kernels.commands.cli import run_alone
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the bench; ``arguments`` and what is returned are those of ``unirl_kernels.cli.main``."""
+    """Run the bench; ``arguments`` and what is returned are those of ``unirl_kernels.commands.cli.main``."""
     return run_alone(options, "python -m benchmarks", arguments)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from unirl_kernels.cli import CommandFailed
+from unirl_kernels.commands.cli import CommandFailed
 
 DEVICES = ("cpu", "cuda")
 """Kinds of devices that compute in fp64, the truth of every comparison, and that ``measure`` knows."""

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.record import OK, Record, Row, Run, title
-from unirl_kernels.cli import CommandFailed
+from unirl_kernels.commands.cli import CommandFailed
 
 SLOWER, FASTER, SAME = "slower", "faster", "same"
 WRONG_NOW, RIGHT_NOW, LARGER, GONE = "wrong now", "right now", "more memory", "gone"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.record import Record, title
 from benchmarks.table import markdown
-from unirl_kernels.cli import CommandFailed
+from unirl_kernels.commands.cli import CommandFailed
 
 MARKDOWN, CSV = "markdown", "csv"
 

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.buffers import last_level_cache_bytes
 from unirl_kernels import __version__, backends
-from unirl_kernels.machine import processor
+from unirl_kernels.commands.machine import processor
 
 SOURCE = Path(__file__).parent
 PEERS = ("trl", "liger-kernel", "flash-linear-attention", "flash-attn", "quack-kernels", "cut-cross-entropy")

@@ -27,8 +27,8 @@ from torch import Tensor
 from benchmarks.inputs import Inputs, Values
 from benchmarks.providers import Bind, Function, Provider
 from benchmarks.work import FUSED, Work
-from unirl_kernels.cli import CommandFailed
-from unirl_kernels.user_file import load
+from unirl_kernels.commands.cli import CommandFailed
+from unirl_kernels.commands.user_file import load
 
 OPTION = "--provider"
 

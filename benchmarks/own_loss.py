@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 import unirl_kernels as uk
-from unirl_kernels.cli import CommandFailed
-from unirl_kernels.explain_file import loss_of
+from unirl_kernels.commands.cli import CommandFailed
+from unirl_kernels.commands.explain import loss_of
+from unirl_kernels.commands.user_file import load
 from unirl_kernels.objectives import Tokens
 from unirl_kernels.testing import oracle
-from unirl_kernels.user_file import load
 
 OPTION = "--loss"
 

@@ -14,7 +14,7 @@ from benchmarks.levels import level_of
 from benchmarks.picture import ACCENT, INK, WARM, new_figure, note, style
 from benchmarks.providers import OURS
 from benchmarks.record import Record, Row, Run, three_digits, title
-from unirl_kernels.cli import CommandFailed
+from unirl_kernels.commands.cli import CommandFailed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

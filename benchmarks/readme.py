@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.record import Record, title
 from benchmarks.table import QUIET, WIDTH, markdown
-from unirl_kernels.cli import CommandFailed
+from unirl_kernels.commands.cli import CommandFailed
 
 MARKED = re.compile(r"(?P<open><!-- bench:(?P<name>\S+) -->\n).*?(?P<close><!-- /bench -->)", re.DOTALL)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.measure import Timing
 from benchmarks.work import FUSED, Work
-from unirl_kernels.cli import CommandFailed
+from unirl_kernels.commands.cli import CommandFailed
 
 SCHEMA = 1
 

@@ -21,7 +21,7 @@ from benchmarks.selection import chosen
 from benchmarks.table import remarks, terminal
 from benchmarks.terminal import Stages, open_console
 from benchmarks.work import Work
-from unirl_kernels.cli import CommandFailed
+from unirl_kernels.commands.cli import CommandFailed
 
 
 def run_bench(options: argparse.Namespace) -> int:

@@ -32,7 +32,7 @@ except ModuleNotFoundError:  # Python 3.10
 HERE = Path(__file__).resolve().parent
 PACKAGE = HERE.parent / "unirl_kernels"
 NAME = PACKAGE.name
-COMMANDS = ("__main__.py", "cli.py", "doctor.py", "explain_file.py", "user_file.py", "machine.py")
+COMMANDS = ("__main__.py", "commands")
 """The command line: a kernel has none."""
 
 OLDER = '''"""Where ``kernels`` before 0.12 looks for the kernel."""
@@ -80,7 +80,7 @@ def copy_sources(folder: Path) -> None:
     """Copy the package's Python files."""
     for path in sorted(PACKAGE.rglob("*.py")):
         inner = path.relative_to(PACKAGE)
-        if str(inner) in COMMANDS:
+        if inner.parts[0] in COMMANDS:
             continue
         try:
             text = relative(path.read_text(), len(inner.parts) - 1)

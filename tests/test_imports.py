@@ -16,27 +16,25 @@ PACKAGE = ROOT / "unirl_kernels"
 
 ARROWS = {
     "checks": set(),
-    "collectives": set(),
-    "split_sequences": {"collectives"},
-    "shard": {"collectives"},
-    "batch": {"checks", "collectives", "split_sequences"},
-    "counts": {"batch", "checks", "collectives"},
+    "ranks": {"ranks"},
+    "batch": {"checks", "ranks"},
+    "counts": {"batch", "checks", "ranks"},
     "plan": set(),
     "readout": set(),
     "testing": {"testing"},
     "program": {"program"},
-    "objectives": {"objectives", "program", "batch", "checks", "collectives"},
+    "objectives": {"objectives", "program", "batch", "checks", "ranks"},
     "backends": {"backends", "program", "batch"},
-    "operators": {"operators", "backends", "batch", "checks", "collectives"},
-    "head": {"head", "operators", "objectives", "backends", "batch", "collectives"},
+    "operators": {"operators", "backends", "batch", "checks", "ranks"},
+    "head": {"head", "operators", "objectives", "backends", "batch", "ranks"},
     "api": {
         *{"api", "head", "operators", "backends", "objectives"},
-        *{"batch", "checks", "plan", "readout", "shard", "collectives"},
+        *{"batch", "checks", "plan", "readout", "ranks"},
     },
-    "integrations": {"integrations", "api", "objectives", "batch", "plan", "readout", "shard"},
+    "integrations": {"integrations", "api", "objectives", "batch", "plan", "readout", "ranks"},
     "explain": {"head", "objectives", "program", "backends", "batch", "plan"},
 }
-"""What each layer may import of the package. Commands on top (cli, doctor, ...) use everything."""
+"""What each layer may import of the package. ``commands``, on top, uses everything."""
 
 SHARED_TOOLS = {"arguments", "disturbance", "measure", "picture", "terminal"}
 """What the demo uses of the bench, and what that needs."""

@@ -24,8 +24,8 @@ from unirl_kernels.objectives.advantages import group_advantages
 from unirl_kernels.objectives.recipes import dpo, grpo, online_rft, ppo, rft, sft
 from unirl_kernels.plan import Plan
 from unirl_kernels.program import UnsupportedOperation
+from unirl_kernels.ranks.shard import VocabShard
 from unirl_kernels.readout import Readout
-from unirl_kernels.shard import VocabShard
 
 __all__ = [
     "IGNORE",

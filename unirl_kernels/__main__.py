@@ -1,8 +1,8 @@
-"""``python -m unirl_kernels``: see ``cli``."""
+"""``python -m unirl_kernels``: see ``commands``."""
 
 import sys
 
-from unirl_kernels.cli import main
+from unirl_kernels.commands.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from unirl_kernels.checks import check_device, check_dtype, check_memory, check_target, name_of, readable
-from unirl_kernels.collectives import Group, all_gather, group_of
-from unirl_kernels.split_sequences import agree, refuse
+from unirl_kernels.ranks.collectives import Group, all_gather, group_of
+from unirl_kernels.ranks.split_sequences import agree, refuse
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

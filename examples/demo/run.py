@@ -35,7 +35,7 @@ from examples.demo.sources import (
 from examples.demo.train import Step, optimise, passes
 from examples.demo.ways import on_hidden, on_logits
 from unirl_kernels import backends
-from unirl_kernels.cli import CommandFailed
+from unirl_kernels.commands.cli import CommandFailed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WARM_UP_STEPS = 2

@@ -14,7 +14,7 @@ import pytest
 from examples.demo.__main__ import main
 from examples.demo.options import PACKAGES
 from tests import ROOT
-from unirl_kernels.cli import WRONG_USAGE
+from unirl_kernels.commands.cli import WRONG_USAGE
 
 PROGRAM = "python -m examples.demo: "
 

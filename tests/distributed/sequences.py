@@ -15,8 +15,8 @@ import unirl_kernels as uk
 from tests.cases import BY_NAME, Shape, make_case
 from tests.distributed.split import changed
 from tests.linear import SequenceRatio
-from unirl_kernels.collectives import SumOverGroup
 from unirl_kernels.objectives import IPO, SFT, Scaled, Tokens, TopEntropy
+from unirl_kernels.ranks.collectives import SumOverGroup
 
 VOCAB = 31
 SHAPES = [Shape("padded", "", (12, 5, 0, 7), VOCAB), Shape("packed", "", (12, 5, 0, 7), VOCAB, packed=True)]

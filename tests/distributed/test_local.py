@@ -11,9 +11,9 @@ from torch import Tensor
 
 import unirl_kernels as uk
 from unirl_kernels.backends import ReadoutArgs, RowMoments
-from unirl_kernels.collectives import Gathered, Group, SumGradient, SumOverGroup, group_of
 from unirl_kernels.operators import shards
 from unirl_kernels.operators.shards import ShardArgs, Tiles
+from unirl_kernels.ranks.collectives import Gathered, Group, SumGradient, SumOverGroup, group_of
 
 local = pytest.importorskip("torch.distributed._local_tensor")
 

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import unirl_kernels as uk
 from tests.distributed.split import Traffic, changed
-from unirl_kernels.collectives import Gathered, reduce_scatter
+from unirl_kernels.ranks.collectives import Gathered, reduce_scatter
 
 WORLD, V, D = 2, 31, 8
 RANK: int

@@ -22,7 +22,7 @@ from benchmarks import __main__ as benchmarks
 from benchmarks.record import OK, Record
 from examples.demo import __main__ as demo
 from tests import ROOT
-from unirl_kernels import cli
+from unirl_kernels.commands import cli
 from unirl_kernels.testing import oracle
 from unirl_kernels.testing.budgets import condition_of, violations
 

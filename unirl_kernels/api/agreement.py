@@ -15,10 +15,10 @@ from unirl_kernels.api.arguments import Given
 from unirl_kernels.api.described import compared_lines, hash_of, shown_lines
 from unirl_kernels.api.rows import as_rows
 from unirl_kernels.checks import has_values
-from unirl_kernels.collectives import all_gather, all_texts
 from unirl_kernels.operators.rows import check_targets
 from unirl_kernels.operators.shards import ShardArgs, Tiles, target_hash
-from unirl_kernels.shard import VocabShard
+from unirl_kernels.ranks.collectives import all_gather, all_texts
+from unirl_kernels.ranks.shard import VocabShard
 
 Result = TypeVar("Result")
 

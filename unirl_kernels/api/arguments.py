@@ -14,8 +14,8 @@ from unirl_kernels.objectives import Loss
 from unirl_kernels.operators.linear import HeadArgs
 from unirl_kernels.operators.shards import Operators
 from unirl_kernels.plan import Plan
+from unirl_kernels.ranks.shard import VocabShard
 from unirl_kernels.readout import Readout
-from unirl_kernels.shard import VocabShard
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from unirl_kernels.operators.linear import HeadArgs
-from unirl_kernels.shard import VocabShard
+from unirl_kernels.ranks.shard import VocabShard
 
 
 def shard_of_logits(logits: Tensor, given: VocabShard | None) -> tuple[Tensor, VocabShard | None]:

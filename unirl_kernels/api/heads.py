@@ -12,11 +12,11 @@ from unirl_kernels.api.arguments import Given, check_head, check_kind, check_spl
 from unirl_kernels.api.dtensors import shard_of_head
 from unirl_kernels.api.rows import readout_args, sweep_args
 from unirl_kernels.backends import ReadoutArgs, row_dtype
-from unirl_kernels.collectives import Gathered
 from unirl_kernels.head import Head
 from unirl_kernels.operators.linear import HeadArgs, SweepArgs, Wanted
 from unirl_kernels.operators.shards import ShardArgs
-from unirl_kernels.shard import VocabShard
+from unirl_kernels.ranks.collectives import Gathered
+from unirl_kernels.ranks.shard import VocabShard
 
 
 class CheckedHead(NamedTuple):

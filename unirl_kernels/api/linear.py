@@ -12,14 +12,14 @@ from unirl_kernels.api.rows import as_rows, program_args
 from unirl_kernels.backends import COMPOSED, row_dtype
 from unirl_kernels.batch import Batch
 from unirl_kernels.checks import has_values
-from unirl_kernels.collectives import SumGradient
 from unirl_kernels.head import ComposedLinear, Composition, Head, by_units, rows_per_chunk
 from unirl_kernels.objectives import Loss, Tokens
 from unirl_kernels.operators.linear import OBSERVATIONS, STATISTICS, HeadArgs
 from unirl_kernels.operators.linear_autograd import LinearStatistics, OnePassLinear
 from unirl_kernels.plan import Plan
+from unirl_kernels.ranks.collectives import SumGradient
+from unirl_kernels.ranks.shard import VocabShard
 from unirl_kernels.readout import Readout
-from unirl_kernels.shard import VocabShard
 
 
 def linear_token_stats(

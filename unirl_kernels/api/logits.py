@@ -26,8 +26,8 @@ from unirl_kernels.objectives import Loss, Tokens
 from unirl_kernels.operators.autograd import OnePass, Statistics
 from unirl_kernels.operators.shards import OBSERVATIONS, STATISTICS, ShardArgs
 from unirl_kernels.plan import Plan
+from unirl_kernels.ranks.shard import VocabShard
 from unirl_kernels.readout import Readout
-from unirl_kernels.shard import VocabShard
 
 
 def token_stats(

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from unirl_kernels.backends import Backend, load, row_dtype
 from unirl_kernels.backends.matmuls import Matmuls, NoColumns
-from unirl_kernels.collectives import Group, start_all_reduce, wait
 from unirl_kernels.head.chunks import (
     Chunk,
     by_sizes,
@@ -24,6 +23,7 @@ from unirl_kernels.head.chunks import (
 )
 from unirl_kernels.head.sizes import Shape, Sizes, multiprocessors, sizes_of
 from unirl_kernels.operators.linear import HeadArgs, HeadGradients, SweepArgs, Wanted, kept_dtype
+from unirl_kernels.ranks.collectives import Group, start_all_reduce, wait
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unirl_kernels.api import token_stats
 from unirl_kernels.integrations.rows import entropy, whole_rows
-from unirl_kernels.shard import VocabShard
+from unirl_kernels.ranks.shard import VocabShard
 
 
 def even_shard(group: torch.distributed.ProcessGroup, columns: int, **how: str) -> VocabShard:

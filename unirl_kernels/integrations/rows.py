@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from unirl_kernels.api import token_stats
-from unirl_kernels.shard import VocabShard
+from unirl_kernels.ranks.shard import VocabShard
 
 
 def whole_rows(logits: Tensor) -> Tensor:

@@ -37,8 +37,8 @@ from unirl_kernels.integrations.rows import entropy, whole_rows
 from unirl_kernels.integrations.verl_fuse import OnePassActor
 from unirl_kernels.integrations.versions import check_release
 from unirl_kernels.plan import Plan
+from unirl_kernels.ranks.shard import VocabShard
 from unirl_kernels.readout import Readout
-from unirl_kernels.shard import VocabShard
 
 TRIED = "0.9"
 

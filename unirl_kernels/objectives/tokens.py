@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from unirl_kernels.batch import Batch
-from unirl_kernels.collectives import SumOverGroup
+from unirl_kernels.ranks.collectives import SumOverGroup
 
 
 class Tokens:

@@ -25,9 +25,9 @@ from unirl_kernels.backends import (
 )
 from unirl_kernels.backends.moments import kappa_of, merge, merge_observations, statistics, target_in
 from unirl_kernels.batch import IGNORE
-from unirl_kernels.collectives import Group, all_gather
 from unirl_kernels.operators import rows
 from unirl_kernels.operators.declare import Operator, operator
+from unirl_kernels.ranks.collectives import Group, all_gather
 
 
 class Tiles(NamedTuple):

@@ -25,7 +25,10 @@ triton = pytest.importorskip("triton")
 FULL = os.environ.get("UNIRL_COMPILE_GATE") == "full"
 COMMITTED: dict[str, Any] = json.loads(BUDGETS.read_text())
 
-SPILLED = {("split_row-sm_90-bf16-vectors-entropy", "3.9"): 262}
+SPILLED = {
+    ("split_row-sm_90-bf16-vectors-entropy", "3.9"): 262,
+    ("split_row-sm_90-bf16-odd-held128", "3.9"): 466,
+}
 """Bytes, by variant and release of Triton; the release of the budgets spills nothing (``benchmarks/NOTES.md``)."""
 
 

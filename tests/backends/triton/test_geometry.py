@@ -13,12 +13,13 @@ import torch
 
 import unirl_kernels as uk
 from tests import ROOT
-from unirl_kernels import backends, doctor
+from unirl_kernels import backends
 from unirl_kernels.api.arguments import kernel_of
 from unirl_kernels.backends import Choice, choices_by_vocab, cuda
 from unirl_kernels.backends import triton as backend
 from unirl_kernels.backends.triton import geometry
 from unirl_kernels.backends.triton.geometry import ANY_VOCAB, Device
+from unirl_kernels.commands import doctor
 from unirl_kernels.explain import defaults
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from unirl_kernels.integrations import verl as ours
@@ -69,7 +70,9 @@ def _take_away() -> dict[str, ModuleType]:
 @pytest.fixture
 def triton_kernels(verl: Verl, monkeypatch: pytest.MonkeyPatch) -> None:
     """verl's Triton kernels, interpreted: without the assertions that tensors are on a GPU."""
-    pytest.importorskip("triton")
+    triton = pytest.importorskip("triton")
+    if Version(triton.__version__) >= Version("3.9"):
+        pytest.skip("the interpreter of Triton 3.9 refuses the masks of verl's kernels, which are integers")
     if torch.cuda.is_available():
         pytest.skip("the interpreter is on where there is no GPU")
     package = importlib.import_module("verl.utils.kernel")

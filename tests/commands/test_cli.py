@@ -12,7 +12,8 @@ from importlib.util import find_spec
 
 import pytest
 
-from unirl_kernels import backends, cli, doctor
+from unirl_kernels import backends
+from unirl_kernels.commands import cli, doctor
 
 
 def _exit_code(*arguments: str) -> int:
@@ -77,7 +78,7 @@ def test_commands_that_moved_say_where_they_are(
 
 def test_help_lists_the_commands_and_loads_nothing_heavy() -> None:
     heavy = "{'rich', 'transformers', 'matplotlib', 'reasoning_gym', 'triton'} & set(sys.modules)"
-    script = f"import sys, unirl_kernels.cli as c\ntry: c.main(['--help'])\nfinally: print('loaded', {heavy})"
+    script = f"import sys, unirl_kernels.commands.cli as c\ntry: c.main(['--help'])\nfinally: print('loaded', {heavy})"
     helped = _process("-c", script)
     assert helped.returncode == 0
     assert all(command in helped.stdout for command in cli.COMMANDS)

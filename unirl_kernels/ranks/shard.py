@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from unirl_kernels.collectives import Group, group_of
+from unirl_kernels.ranks.collectives import Group, group_of
 
 if TYPE_CHECKING:
     from torch import Tensor

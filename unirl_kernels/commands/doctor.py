@@ -17,9 +17,9 @@ import torch
 
 from unirl_kernels import backends
 from unirl_kernels._version import __version__
+from unirl_kernels.commands.machine import processor
 from unirl_kernels.integrations import llamafactory, openrlhf, swift, trl, verl
 from unirl_kernels.integrations.versions import AXOLOTL, is_between
-from unirl_kernels.machine import processor
 
 HELP = "what is available here, and why the rest is not"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from unirl_kernels.cli import CommandFailed
+from unirl_kernels.commands.cli import CommandFailed
+from unirl_kernels.commands.user_file import load
 from unirl_kernels.explain import explain
 from unirl_kernels.objectives import Loss, PairMean, SequenceMean
-from unirl_kernels.user_file import load
 
 HELP = "what was derived from an objective in a Python file"
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from unirl_kernels.collectives import Group, all_gather, all_texts
+from unirl_kernels.ranks.collectives import Group, all_gather, all_texts
 
 REFUSED = -1
 """Sent in the place of a number of sequences."""

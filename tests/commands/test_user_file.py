@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import unirl_kernels as uk
-from unirl_kernels.cli import CommandFailed, main
-from unirl_kernels.user_file import load
+from unirl_kernels.commands.cli import CommandFailed, main
+from unirl_kernels.commands.user_file import load
 
 OBJECTIVES = """
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from unirl_kernels._version import __version__
 
-COMMANDS = {"doctor": "unirl_kernels.doctor", "explain": "unirl_kernels.explain_file"}
+COMMANDS = {"doctor": "unirl_kernels.commands.doctor", "explain": "unirl_kernels.commands.explain"}
 
 MOVED = {"bench": "python -m benchmarks", "demo": "python -m examples.demo"}
 """Commands that were here, and what runs them now, in a checkout of the repository."""

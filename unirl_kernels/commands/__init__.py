@@ -1,0 +1,1 @@
+"""``python -m unirl_kernels COMMAND``: the command line, on top of everything."""
