@@ -1,4 +1,4 @@
-// What the bindings of the backends have in common: the arguments of unirl_kernels/backends, and checks that name them.
+// Shared by the bindings of all backends: the argument types of unirl_kernels/backends, and checks that name them.
 #pragma once
 
 #include <pybind11/stl.h>
@@ -40,8 +40,8 @@ inline void require_dense(const Tensor& x, const char* name) {
   if (!x.is_dense()) require(false, name, " must be a dense tensor, got ", x.described());
 }
 
-// A tensor whose storage holds what sizes and strides say. torch is asked, which takes as long as the other checks of a
-// call together: for tensors that callers make.
+// Checks that the storage is as large as sizes and strides need. It asks torch, which takes as long as all other checks
+// of a call together: so it is only for tensors that callers make.
 inline void require_storage(const Tensor& x, const char* name) {
   const Tensor::Storage storage = x.storage();
   require(storage.bytes >= storage.needed, name, " must have memory for its shape ", x.sizes(), ", which takes ",
@@ -55,14 +55,14 @@ inline void require_storages(const RowGradients& gradients) {
   if (d_lse) require_storage(*d_lse, "d_lse");
 }
 
-// Sharded training frees the storage of parameters that keep their shape. A freed storage is at address 0, so that a
-// tensor in it is at its offset: only small addresses have to be looked at.
+// Sharded training frees the storage of parameters that keep their shape. A freed storage is at address 0, so the
+// address of a tensor in it is its offset: only small addresses need the check.
 inline void require_memory(const Tensor& x, const char* name) {
   constexpr uintptr_t BEYOND_OFFSETS = uintptr_t(1) << 46;
   if (reinterpret_cast<uintptr_t>(x.data_ptr()) < BEYOND_OFFSETS) require_storage(x, name);
 }
 
-// [B, L, V] with rows of contiguous logits, where the logits lie.
+// Checks for [B, L, V] with contiguous rows, on the device of the logits.
 inline void require_rows(const Tensor& x, const Tensor& logits, const char* name) {
   require_dense(x, name);
   require(x.device() == logits.device(), name, " must be on ", logits.device(), " like logits, got ", x.device());
@@ -81,7 +81,7 @@ inline void require_per_row(const Tensor& x, const Tensor& logits, Dtype dtype, 
   require_memory(x, name);
 }
 
-// A backend's Rows, all but where the logits are. column(tensor or none, logits, name) makes the backend's columns.
+// A backend's Rows without the pointer to the logits. column(tensor or none, logits, name) makes the backend's columns.
 template <class Rows, class Column>
 Rows rows_without_logits(
     const Tensor& logits,
@@ -107,7 +107,7 @@ Rows rows_without_logits(
   return rows;
 }
 
-// The decoded program, whose fields (of the statistics' dtype) and params are there.
+// Decodes the program, and checks its fields (of the statistics' dtype) and params.
 inline std::shared_ptr<const Program> program_of(
     const ProgramArgs& args, const Tensor& logits, Dtype dtype) {
   const auto& [text, fields, params] = args;

@@ -1,5 +1,5 @@
-// The part of DLPack 1.x (dmlc.github.io/dlpack) by which a Python library gives and takes tensors through C functions.
-// Layouts are fixed by the standard; a larger major version is another layout.
+// The part of DLPack 1.x (dmlc.github.io/dlpack) through which a Python library exchanges tensors by C functions. The
+// standard fixes the layouts; a larger major version has another layout.
 #pragma once
 
 #include <stdint.h>
@@ -46,8 +46,8 @@ struct ExchangeApi {
   ExchangeApi* previous;  // of a smaller major version, or null
   void* allocate;
   void* to_managed;
-  int (*from_managed)(ManagedTensor*, void** object);  // takes the tensor over
-  int (*borrow)(void* object, Tensor* out);            // what out points to lives as long as the object
+  int (*from_managed)(ManagedTensor*, void** object);  // takes ownership of the tensor
+  int (*borrow)(void* object, Tensor* out);            // out is valid as long as the object lives
   int (*current_stream)(int32_t device_type, int32_t index, void** stream);
 };
 

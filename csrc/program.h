@@ -1,5 +1,5 @@
 // The scalar program of a loss, run once per row: (statistics, fields; params) -> (loss, its derivatives).
-// The text that programs come as is that of unirl_kernels/program/ir.py; program_code.h decodes it.
+// unirl_kernels/program/ir.py defines the text form of programs; program_code.h decodes it.
 #pragma once
 
 #include <math.h>
@@ -24,9 +24,9 @@ enum class Op : uint8_t {
 constexpr int MAX_FIELDS = 24;
 constexpr int MAX_PARAMS = 96;
 constexpr int MAX_INSTRUCTIONS = 512;
-constexpr int MAX_LIVE = 128;  // results that are still to be read at a time
+constexpr int MAX_LIVE = 128;  // results that later instructions still read
 
-// Registers of a decoded program. Results share the last MAX_LIVE: one is free again after its last reader.
+// Registers of a decoded program. Results share the last MAX_LIVE registers; a register is free after its last reader.
 enum Register : int { LOGP, ENTROPY, LSE, FIRST_FIELD };
 constexpr int FIRST_PARAM = FIRST_FIELD + MAX_FIELDS;
 constexpr int FIRST_RESULT = FIRST_PARAM + MAX_PARAMS;
@@ -39,7 +39,7 @@ constexpr int N_OUTPUTS = 4;
 struct Instruction {
   Op op;
   uint8_t to;
-  uint8_t args[3];  // those that the operation does not have: any register
+  uint8_t args[3];  // unused ones may be any register
 };
 
 // A checked program, small enough to pass to a kernel by value.

@@ -100,7 +100,7 @@ class Decoder {
     }
   }
 
-  // of: number of the instruction or output that names the register; operand: of an instruction, or -1.
+  // of: index of the instruction or output that names the register; operand: its index in the instruction, or -1.
   static void check_register(int64_t value, int64_t end, const char* what, int of, int operand) {
     if (value >= 0 && value < end) return;
     const std::string number = std::to_string(of);
@@ -125,7 +125,7 @@ class Decoder {
     Instruction& to = program_.instructions[i];
     to.op = static_cast<Op>(opcode(i));
     for (int k = 0; k < arity(i); ++k) to.args[k] = register_of(operand(i, k));
-    // Operands are read before the result is written: it may take the register of one that is read here last.
+    // Operands are read before the result is written, so the result may take the register of an operand's last use.
     for (int k = 0; k < arity(i); ++k) release(operand(i, k) - first_result_, i);
     if (free_.empty()) {
       refuse("program must keep at most " + std::to_string(MAX_LIVE) +
@@ -136,7 +136,7 @@ class Decoder {
     if (last_reader_[i] == -1) free_.push_back(slot_[i]);
   }
 
-  // Frees the register of a result after its last reader; twice the same operand is one.
+  // Frees the register of a result after its last reader; only once if two operands are the same result.
   void release(int64_t result, int reader) {
     if (result < 0 || last_reader_[result] != reader) return;
     last_reader_[result] = RELEASED;
@@ -153,7 +153,7 @@ class Decoder {
   const std::vector<int64_t> numbers_;
   Program program_{};
   int64_t first_param_, first_result_;
-  std::vector<int> last_reader_;  // of each result: an instruction, or their number for an output; -1 where none
+  std::vector<int> last_reader_;  // of each result: an instruction; n_instructions for an output; -1 for none
   std::vector<uint8_t> slot_, free_;
 };
 
@@ -166,7 +166,7 @@ std::vector<std::string> opcode_names() {
 }
 
 std::shared_ptr<const Program> decode_program(const std::string& text) {
-  // Decoding costs some microseconds, a look-up a tenth of one. A process has few programs: one per objective.
+  // Decoding costs some microseconds, a look-up 0.1 us. A process has few programs: one per objective.
   constexpr size_t MOST_KEPT = 256;
   static std::mutex mutex;
   static auto& kept = *new std::unordered_map<std::string, std::shared_ptr<const Program>>;

@@ -1,5 +1,5 @@
-// The operations on rows as Python calls them, once for all backends: check and unwrap the arguments, then run the
-// operation of the backend. A Backend has the types and operations of its rows.h, and
+// The operations on rows that Python calls, written once for all backends: they check and unwrap the arguments, then
+// run the operation of the backend. A Backend has the types and operations of its rows.h, and
 //   rows(logits, target, ignore, readout)      its Rows
 //   matrix(x, logits, name)                    its Matrix of a tensor shaped like the logits
 //   column(x, logits, name)                    its Column of a value per row, of a tensor that may be missing

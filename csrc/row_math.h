@@ -19,16 +19,16 @@
 
 namespace unirl {
 
-// Target of a shard's row whose target is another shard's.
+// Target of a shard's row if another shard holds the target's column.
 constexpr int64_t ELSEWHERE = INT64_MIN;
 
-// Whether a row has a target among its vocab columns.
+// Whether the target is one of the row's vocab columns.
 UNIRL_INLINE bool has_column(int64_t target, int64_t vocab) { return target >= 0 && target < vocab; }
 
-// Whether a row is read.
+// Whether the row is read: it is not ignored, and its target is valid.
 UNIRL_INLINE bool is_read(int64_t target, int64_t vocab) { return target == ELSEWHERE || has_column(target, vocab); }
 
-// How raw logits become those of the distribution. kappa > 0, so that the largest u has the largest z.
+// Maps raw logits to those of the distribution. kappa > 0, so that the largest u has the largest z.
 template <class Real>
 struct Readout {
   Real gain;
@@ -44,16 +44,16 @@ struct Moments {
   Real sz;  // sum_j e^(kappa (u_j - m)) (u_j - m)
 };
 
-// Moments of a part of a row, and what else is observed of it.
+// Moments and observations of a part of a row.
 template <class Real>
 struct Observed : Moments<Real> {
   Real s2;     // sum_j e^(2 kappa (u_j - m))
   Real su;     // sum_j u_j
-  Real top;    // max_j of x_j, or of -x_j under a negative scale: u may round two logits to one value
-  int64_t at;  // the column where it comes first; until that is searched, where its segment begins
+  Real top;    // max_j of x_j, or of -x_j for a negative scale; not of u_j, since u may round two logits to one value
+  int64_t at;  // the first column with the value top; before the search, the first column of its segment
 };
 
-// RowMoments of unirl_kernels/backends: of a row or a shard, as they are returned and taken.
+// RowMoments of unirl_kernels/backends, of a row or a shard: results of statistics, arguments of the backward.
 template <class Real>
 struct RowMoments {
   Real top;        // m
@@ -74,7 +74,7 @@ struct Observations {
   Real log_sum_sq_probs;  // log sum_j p_j^2
   Real mean_logit;        // mean of z_j
   Real largest;           // top of the row
-  int64_t argmax;         // its first column; -1, and largest NaN, in a row with NaN or inf
+  int64_t argmax;         // the first column of the largest; in a row with NaN or inf it is -1, and largest is NaN
 };
 
 // Gradients of the loss with respect to a row's statistics.
@@ -85,8 +85,8 @@ struct Coefficients {
   Real lse;
 };
 
-// What the second sweep needs: dL/dx_j = e^(kappa d) (constant + linear d) du/dv with d = u_j - reference and
-// v = gain x, except for the target's own entry.
+// Arguments of the second sweep: dL/dx_j = e^(kappa d) (constant + linear d) du/dv with d = u_j - reference and
+// v = gain x, except at the target.
 template <class Real>
 struct GradientTerms {
   Real reference;
@@ -118,10 +118,10 @@ UNIRL_INLINE Real slope(const Readout<Real>& readout, Real x) {
   return linear * 4 * w / ((1 + w) * (1 + w));
 }
 
-// Moments of two parts together. Merging in a fixed order gives the same bits however the parts were computed.
+// Moments of the union of two parts. Merging in a fixed order gives the same bits for any distribution of the work.
 template <class Real>
 UNIRL_INLINE Moments<Real> merge(const Moments<Real>& a, const Moments<Real>& b, Real kappa) {
-  // A part of -inf logits alone has no weight, and no finite maximum to shift by.
+  // A part with only -inf logits has no weight, and no finite maximum to shift by.
   if (b.s == 0) return a;
   if (a.s == 0) return b;
   if (b.m > a.m) {
@@ -134,13 +134,13 @@ UNIRL_INLINE Moments<Real> merge(const Moments<Real>& a, const Moments<Real>& b,
   return {a.m, a.s + w * b.s, a.sz + w * (b.sz + b.s * shift)};
 }
 
-// What is observed of two parts together, of which a comes first in the row.
+// Observations of the union of two parts; a comes first in the row.
 template <class Real>
 UNIRL_INLINE Observed<Real> merge(const Observed<Real>& a, const Observed<Real>& b, Real kappa) {
   const Moments<Real>& first = a;
   const Moments<Real>& second = b;
   const Moments<Real> both = merge(first, second, kappa);
-  // A part that has no logits but -inf has no weight, as in merge.
+  // A part with only -inf logits has no weight, as in merge of moments.
   const Real w_a = a.s == 0 ? Real(0) : exp(2 * kappa * (a.m - both.m));
   const Real w_b = b.s == 0 ? Real(0) : exp(2 * kappa * (b.m - both.m));
   const bool later = b.top > a.top;
@@ -149,20 +149,20 @@ UNIRL_INLINE Observed<Real> merge(const Observed<Real>& a, const Observed<Real>&
 
 template <class Real>
 UNIRL_INLINE RowMoments<Real> row_moments(const Moments<Real>& row, const Readout<Real>& readout, Real u_target) {
-  // A search for the largest may pass over NaN, sums do not.
+  // The search for the largest logit may skip NaN; the sums do not.
   return {row.s != row.s ? Real(NAN) : row.m, row.s - 1, readout.kappa * row.sz, u_target};
 }
 
-// Statistics of a row; log_s: log1p(s - 1). The entropy is taken relative to the maximum: H = log s - sz / s has two
-// terms of one sign, so nothing cancels. With a softcap the sweeps may round u of one logit differently: without the
-// bounds logp would be above 0 and H below 0 by that. NaN passes.
+// Statistics of a row; log_s: log1p(s - 1). The entropy is relative to the maximum: the two terms of H = log s - sz / s
+// have the same sign, so nothing cancels. With a softcap the sweeps may round u of a logit differently, so without the
+// bounds logp could be slightly above 0 and H slightly below 0. NaN stays NaN.
 template <class Real>
 UNIRL_INLINE Statistics<Real> finish(const RowMoments<Real>& row, Real kappa, Real log_s) {
   const Real logp = kappa * (row.u_target - row.top) - log_s, entropy = log_s - row.sz / (1 + row.s_minus_1);
   return {logp > 0 ? Real(0) : logp, entropy < 0 ? Real(0) : entropy, kappa * row.top + log_s};
 }
 
-// Observations of a row of vocab logits from those of all its segments.
+// Observations of a row of vocab logits, from the merged observations of its segments.
 template <class Real>
 UNIRL_INLINE Observations<Real> observe(const Observed<Real>& row, const Readout<Real>& readout, int64_t vocab) {
   const bool broken = row.s != row.s;
@@ -175,8 +175,8 @@ UNIRL_INLINE Observations<Real> observe(const Observed<Real>& row, const Readout
   };
 }
 
-// Terms of the gradient of a row whose largest u is finite: relative to it, where log p is -log s. Not by way of lse,
-// in which large logits would round log s away. at: the row's statistics; log_s: log1p(s - 1).
+// Terms of the gradient of a row whose largest u is finite. They are relative to the largest u, where log p is -log s.
+// They do not use lse: for large logits its rounding would lose log s. at: the row's statistics; log_s: log1p(s - 1).
 template <class Real>
 UNIRL_INLINE GradientTerms<Real> gradient_terms(
     const Statistics<Real>& at,
@@ -185,14 +185,14 @@ UNIRL_INLINE GradientTerms<Real> gradient_terms(
     Real top,
     Real log_s,
     Real x_target) {
-  // Exact zeros whatever the logits are: NaN in a row that has no gradient stays out of its neighbours' sums.
+  // Exact zeros for any logits, so that NaN in a row without gradient does not reach the sums of other rows.
   if (d.logp == 0 && d.entropy == 0 && d.lse == 0) return {};
   const Real factor = exp(-log_s) * readout.kappa * readout.gain;
   GradientTerms<Real> terms;
   terms.reference = top;
   terms.constant = factor * ((d.lse - d.logp) - (d.entropy == 0 ? Real(0) : d.entropy * (at.entropy - log_s)));
   terms.linear = d.entropy == 0 ? Real(0) : -factor * d.entropy * readout.kappa;
-  // 1 - p_y by expm1: near p_y = 1 nothing else keeps its relative accuracy. Where p_y underflows p log p is 0.
+  // expm1 keeps the relative accuracy of 1 - p_y near p_y = 1. If p_y underflows, p log p is 0.
   const Real p = exp(at.logp);
   Real target = d.logp * -expm1(at.logp);
   if (p != 0) target += p * (d.lse - (d.entropy == 0 ? Real(0) : d.entropy * (at.logp + at.entropy)));

@@ -1,8 +1,9 @@
-// Vectors of floats, once for every instruction set: the compiler's vector extensions at the width UNIRL_SIMD_BYTES,
-// and intrinsics where those have no operation (conversion of fp16) or compile badly (maximum).
+// Vectors of floats, one source for every instruction set: the compiler's vector extensions with the width
+// UNIRL_SIMD_BYTES, and intrinsics for operations that the extensions lack (conversion of fp16) or compile badly
+// (maximum).
 //
-// Everything lies in namespace UNIRL_ISA, a different one in each unit that includes this file. Without that the
-// linker would keep one copy of an inline function, compiled for AVX-512 perhaps, and run it on any machine.
+// Everything is in namespace UNIRL_ISA, which differs in each unit that includes this file. Otherwise the linker would
+// keep one copy of an inline function, perhaps compiled for AVX-512, and run it on any machine.
 #pragma once
 
 #include <stdint.h>
@@ -31,19 +32,20 @@ typedef uint16_t U16Half __attribute__((vector_size(UNIRL_SIMD_BYTES / 2)));
 
 constexpr int LANES = UNIRL_SIMD_BYTES / 4;
 
-// Vectors that are computed abreast. An exponential is a chain of fifteen operations; four chains side by side keep
-// the schedulers of a Zen 5 core busy (bf16 gradient 7.5 Glogit/s, with two 6.3; benchmarks/NOTES.md).
+// Vectors that are computed in parallel. An exponential is a chain of fifteen operations; four parallel chains keep the
+// schedulers of a Zen 5 core busy (bf16 gradient 7.5 Glogit/s, with two 6.3; benchmarks/NOTES.md).
 constexpr int VECTORS = 4;
 constexpr int STEP = VECTORS * LANES;
 
-// STEP logits. Which of them sits in which lane is the format's choice: column(k, lane).
+// STEP logits. The format decides which logit is in which lane: column(k, lane).
 struct Block {
   F32 of[VECTORS];
 };
 
 UNIRL_ALWAYS_INLINE F32 splat(float x) { return x - F32{}; }
 
-// Memory of any alignment and type. (With memcpy, GCC 12 keeps vectors of 64 bytes on the stack: a sixth slower.)
+// Memory of any alignment and type. (With memcpy, GCC 12 keeps vectors of 64 bytes on the stack, which is a sixth
+// slower.)
 template <class Vector>
 struct Unaligned {
   typedef Vector Type __attribute__((aligned(1), may_alias));
@@ -59,7 +61,7 @@ UNIRL_ALWAYS_INLINE void store(void* to, Vector x) {
   *static_cast<typename Unaligned<Vector>::Type*>(to) = x;
 }
 
-// Past the caches, to memory that is aligned to a vector; fence() brings it before what is stored later.
+// Stores past the caches, to memory that is aligned to a vector. fence() orders it before later stores.
 UNIRL_ALWAYS_INLINE void stream(void* to, U32 x) {
 #if defined(__x86_64__) && UNIRL_SIMD_BYTES == 64
   _mm512_stream_si512((__m512i*)to, (__m512i)x);
@@ -78,7 +80,7 @@ UNIRL_ALWAYS_INLINE void fence() {
 #endif
 }
 
-// a > b ? a : b. Where either is NaN: b.
+// a > b ? a : b. If either is NaN: b.
 UNIRL_ALWAYS_INLINE F32 maximum(F32 a, F32 b) {
 #if defined(__x86_64__) && UNIRL_SIMD_BYTES == 64
   return (F32)_mm512_max_ps((__m512)a, (__m512)b);
@@ -96,8 +98,8 @@ struct Wide {
   typedef Lane Type __attribute__((vector_size(BYTES)));
 };
 
-// The best of the lanes. By halves, here and below: in order, a row of few logits would wait for its lanes as long as
-// for its exponentials.
+// Reduces the lanes with best, in halves (log2 steps). In order, a short row would wait for its lanes as long as for
+// its exponentials.
 template <class Lane, int BYTES, class Best>
 UNIRL_ALWAYS_INLINE Lane reduced(typename Wide<Lane, BYTES>::Type x, const Best& best) {
   constexpr int N = BYTES / sizeof(Lane);
@@ -114,7 +116,7 @@ UNIRL_ALWAYS_INLINE Lane reduced(typename Wide<Lane, BYTES>::Type x, const Best&
   }
 }
 
-// Sum of the lanes in double: in fp32 a lane that holds 1 would swallow a tail of 1e-9 in the others.
+// Sum of the lanes in double: in fp32, a lane that holds 1 would absorb a tail of 1e-9 in the others.
 UNIRL_ALWAYS_INLINE double sum(const Block& block) {
   typedef float Half __attribute__((vector_size(UNIRL_SIMD_BYTES / 2)));
   F64 wide{};
@@ -133,7 +135,7 @@ UNIRL_ALWAYS_INLINE double sum(const Block& block) {
 }
 
 struct Float32 {
-  static constexpr int EXP_DEGREE = 5;  // that a gradient of this precision needs
+  static constexpr int EXP_DEGREE = 5;  // enough for a gradient of this precision
   typedef float Storage;
   static constexpr Storage INFINITY_BITS[2] = {__builtin_inff(), -__builtin_inff()};
   static constexpr int column(int k, int lane) { return k * LANES + lane; }
@@ -151,10 +153,10 @@ struct Float32 {
   }
 };
 
-// Logits of even index in one vector, odd ones in the other: widening is one shift or one mask, narrowing needs no
-// shuffle.
+// Logits of even index are in one vector, odd ones in the other. So widening is one shift or one mask, and narrowing
+// needs no shuffle.
 struct BFloat16 {
-  static constexpr int EXP_DEGREE = 3;  // that a gradient of this precision needs
+  static constexpr int EXP_DEGREE = 3;  // enough for a gradient of this precision
   typedef uint16_t Storage;
   static constexpr Storage INFINITY_BITS[2] = {0x7f80, 0xff80};
   static constexpr int column(int k, int lane) { return k / 2 * 2 * LANES + 2 * lane + k % 2; }
@@ -168,10 +170,9 @@ struct BFloat16 {
     }
     return block;
   }
-  // To nearest, by one addition. A tie goes away from zero: the two instructions more that send it to the even
-  // neighbour would cost a fifth of the gradient sweep, and one value in 65536 of those that come here is a tie, while
-  // each carries an error of 1e-7 already. NaNs stay: those of arithmetic, or that came in as bf16, have no low bits
-  // set that could carry into the exponent.
+  // Rounds to nearest by one addition; ties go away from zero. Ties to even would need two more instructions, a fifth
+  // of the gradient sweep. Only one value in 65536 is a tie, and each value already has an error of 1e-7. NaN stays
+  // NaN: NaNs of arithmetic, or from bf16, have no low bits set that could carry into the exponent.
   static UNIRL_ALWAYS_INLINE U32 rounded(F32 x) { return (U32)x + 0x8000u; }
   static UNIRL_ALWAYS_INLINE U32 packed(const Block& block, int k) {
     return (rounded(block.of[k]) >> 16) | (rounded(block.of[k + 1]) & 0xffff0000u);
@@ -185,7 +186,7 @@ struct BFloat16 {
 };
 
 struct Float16 {
-  static constexpr int EXP_DEGREE = 4;  // that a gradient of this precision needs
+  static constexpr int EXP_DEGREE = 4;  // enough for a gradient of this precision
   typedef uint16_t Storage;
   static constexpr Storage INFINITY_BITS[2] = {0x7c00, 0xfc00};
   static constexpr int column(int k, int lane) { return k * LANES + lane; }
@@ -218,14 +219,15 @@ struct Float16 {
     _mm_storeu_si128((__m128i*)x, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
 #else
-  // The exponent's bias differs by 112: a product by 2^112 moves it and makes subnormals normal.
+  // The exponent bias differs by 112: multiplying by 2^112 corrects it and makes subnormals normal.
   static UNIRL_ALWAYS_INLINE F32 widened(const Storage* x) {
     const U32 raw = __builtin_convertvector(UNIRL_ISA::load<U16Half>(x), U32);
     const F32 magnitude = (F32)((raw & 0x7fffu) << 13) * 0x1p112f;
     const U32 special = (U32)((raw & 0x7c00u) == 0x7c00u) & 0x7f800000u;
     return (F32)((U32)magnitude | special | ((raw & 0x8000u) << 16));
   }
-  // Subnormal results round by an addition that aligns their last place with a float's; normal ones as in BFloat16.
+  // An addition that aligns the last place with that of a float rounds subnormal results. Normal ones round as in
+  // BFloat16.
   static UNIRL_ALWAYS_INLINE void narrowed(Storage* x, F32 v) {
     const U32 bits = (U32)v;
     const U32 magnitude = bits & 0x7fffffffu;

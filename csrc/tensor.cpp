@@ -5,7 +5,7 @@
 namespace unirl {
 namespace {
 
-// What torch calls its dtypes, in Python and in C++.
+// The names of a dtype in torch, in Python and in C++.
 struct Named {
   const char *python, *cpp;
   Dtype dtype;
@@ -26,7 +26,7 @@ constexpr Named DTYPES[] = {
 };
 constexpr size_t N_DTYPES = std::size(DTYPES);
 
-// Objects of torch's that live as long as the process.
+// Objects of torch that are kept as long as the process.
 struct Torch {
   const dlpack::ExchangeApi* exchange;
   PyTypeObject *tensor, *dtype;
@@ -54,7 +54,7 @@ const dlpack::ExchangeApi* exchange_of(const py::object& tensor) {
   return found;
 }
 
-// The integer that a method of torch's gives for an object.
+// Calls a method of torch that returns an integer.
 size_t ask(PyObject* method, PyObject* object) {
   const py::object number = py::reinterpret_steal<py::object>(PyObject_Vectorcall(method, &object, 1, nullptr));
   if (!number) throw py::error_already_set();
@@ -191,7 +191,7 @@ py::object new_tensor(const std::vector<int64_t>& sizes, Dtype dtype, void* memo
                      owned->strides.data(),
                      0}};
   void* object = nullptr;
-  // torch owns it from here on, also where it fails.
+  // torch owns it from here on, even if the call fails.
   if (torch_.exchange->from_managed(&owned.release()->managed, &object) != 0) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
 }

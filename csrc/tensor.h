@@ -1,5 +1,5 @@
-// Tensors of torch, by the functions of DLPack that torch.Tensor offers and a few of its methods. Nothing here is bound to
-// a release of torch: the library has none of its symbols.
+// Tensors of torch, through the DLPack functions of torch.Tensor and a few of its methods. The library uses no symbol
+// of torch, so it works with any release.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -22,7 +22,7 @@ struct Dtype {
 inline constexpr Dtype FLOAT = {dlpack::FLOAT, 32}, DOUBLE = {dlpack::FLOAT, 64}, HALF = {dlpack::FLOAT, 16},
                        BFLOAT16 = {dlpack::BFLOAT, 16}, LONG = {dlpack::INT, 64};
 
-// As torch's C++ names it, such as Float and BFloat16.
+// The name in torch's C++, such as Float and BFloat16.
 std::string name_of(Dtype dtype);
 
 struct Device {
@@ -41,12 +41,12 @@ std::ostream& operator<<(std::ostream& out, Dtype dtype);
 std::ostream& operator<<(std::ostream& out, Device device);
 std::ostream& operator<<(std::ostream& out, Extents extents);
 
-// An argument of a call. It lives as long as the call; what it points to belongs to the Python object.
+// An argument of a call. It is valid during the call; its memory belongs to the Python object.
 class Tensor {
  public:
-  // False where DLPack cannot describe the object: a sparse tensor, or one on a device that has no memory.
+  // False if DLPack cannot describe the object: a sparse tensor, or one on a device without memory.
   bool is_dense() const { return dl_.dimensions >= 0; }
-  // The layout and the device in Python's words, for errors.
+  // The layout and the device as Python names them, for errors.
   std::string described() const;
 
   int64_t dim() const { return dl_.dimensions; }
@@ -67,7 +67,7 @@ class Tensor {
     return static_cast<T*>(data_ptr());
   }
 
-  // Bytes of the storage, and those that sizes, strides and offset reach to; Python is asked for both.
+  // Bytes of the storage, and the bytes that sizes, strides and offset need. Asks Python for both.
   struct Storage {
     size_t bytes, needed;
   };
@@ -79,24 +79,23 @@ class Tensor {
   dlpack::Tensor dl_ = {};
 };
 
-// False where the object is no torch.Tensor.
+// False if the object is not a torch.Tensor.
 bool borrow(PyObject* object, Tensor& to);
 
-// False where the object is no torch.dtype.
+// False if the object is not a torch.dtype.
 bool read_dtype(PyObject* object, Dtype& to);
 
-// Finds what is needed of torch, once. Throws py::import_error where torch is too old or too new.
+// Looks up the functions of torch, once. Throws py::import_error if torch is too old or too new.
 void find_torch();
 
-// A contiguous torch.Tensor on the CPU. release gets memory and bytes when its storage is freed, in any thread.
+// A contiguous torch.Tensor on the CPU. release(memory, bytes) is called when its storage is freed, in any thread.
 py::object new_tensor(const std::vector<int64_t>& sizes, Dtype dtype, void* memory, size_t bytes,
                       void (*release)(void*, size_t));
 
 // torch's current stream on a device.
 void* current_stream(Device device);
 
-// Gives this thread the number of OpenMP threads that torch has for it, as torch's own functions do when a thread calls
-// the first of them.
+// Sets this thread's number of OpenMP threads to torch's, as torch does when a thread first calls one of its functions.
 void take_thread_count();
 
 // Lets other Python threads run while this one computes.

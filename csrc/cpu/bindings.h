@@ -6,7 +6,7 @@
 
 namespace unirl::cpu {
 
-// Throws std::invalid_argument for a dtype that logits cannot have.
+// Throws std::invalid_argument if logits cannot have this dtype.
 Format format_of(Dtype dtype);
 
 void bind_rows(pybind11::module_& m);

@@ -10,8 +10,9 @@
 namespace unirl::cpu {
 namespace {
 
-// Forms that torch has had since 2.6. They are not part of its stable ABI, hence looked up by name; a torch without
-// them leaves our own panels. A: [M, K], C: [M, N] fp32. B: [K, N] fp32, or bf16 as [K / 2][N][2] where vnni is set.
+// Signatures that torch has had since 2.6. They are not part of its stable ABI, so they are looked up by name. If a
+// torch lacks them, our own panels are used. A: [M, K], C: [M, N] fp32. B: [K, N] fp32, or bf16 as [K / 2][N][2] if
+// vnni is set.
 using Multiply = void (*)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add,
                           const void* a, const void* b, float* c, bool vnni);
 using Release = void (*)(bool vnni);
@@ -46,13 +47,14 @@ const Functions& functions() {
   return found;
 }
 
-// Rows of a call: with WIDE_COLUMNS and a depth of 1024 the factors of a call stay in the second-level cache.
+// Rows of a call. With WIDE_COLUMNS and a depth of 1024, the factors of a call stay in the L2 cache.
 constexpr int64_t ROWS = 64;
 
-// On AMX a call has to be deep to be fast, and the columns' panel of 128 KiB still stays in the second-level cache.
+// With AMX only deep calls are fast. A column panel of this depth takes 128 KiB, which still stays in the L2 cache.
 constexpr int64_t BLOCK_UNITS = 512;
 
-// torch refuses where oneDNN has been disabled since has_brgemm tried. The lines after its first one are a stack trace.
+// torch throws if oneDNN was disabled after has_brgemm tried it. The first line of its message is enough: a stack trace
+// follows.
 [[noreturn]] void refuse(const std::exception& error) {
   const std::string said = error.what();
   throw std::runtime_error(
@@ -84,13 +86,14 @@ void multiply(const uint32_t* rows, const uint32_t* columns, int64_t units, cons
   }
 }
 
-// Without it the next bf16 matmul of torch on this thread dies: the tiles stay configured for the last call.
+// Without this the next bf16 matmul of torch on this thread crashes, since the AMX tiles stay configured for the last
+// call.
 template <int64_t UNIT_DEPTH>
 void release() {
   functions().release(UNIT_DEPTH == 2);
 }
 
-// Two rows times three columns of depth 4: 1 2 3 4 and 5 6 7 8 by ones, by 1 0 0 0, and by 0 0 0 1.
+// Test: multiplies the rows 1 2 3 4 and 5 6 7 8 by the columns 1 1 1 1, 1 0 0 0 and 0 0 0 1.
 template <int64_t UNIT_DEPTH>
 bool multiplies() {
   const Functions& torch = functions();

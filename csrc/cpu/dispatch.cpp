@@ -20,7 +20,7 @@ const std::vector<InstructionSet>& compiled() {
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
        avx512_kernels},
-      // No machine has AVX2 without F16C.
+      // Every machine with AVX2 has F16C.
       {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), avx2_kernels},
 #endif
       {"baseline", true, baseline_kernels},

@@ -1,4 +1,4 @@
-// The two sweeps in double, for gradcheck and the oracle: plain loops, their speed does not matter.
+// The two sweeps in double, for gradcheck and the oracle: plain loops, since speed does not matter.
 #include <cmath>
 
 #include "segment.h"
@@ -6,7 +6,7 @@
 namespace unirl::cpu {
 namespace {
 
-// A sum and what its roundings lost (Neumaier): in order alone, 8192 numbers add up with ten times eager's error.
+// Compensated sum (Neumaier). A plain sum of 8192 numbers in order has ten times the error of eager PyTorch.
 class Sum {
  public:
   void add(double x) {
@@ -14,7 +14,7 @@ class Sum {
     lost += fabs(total) >= fabs(x) ? (total - next) + x : (x - next) + total;
     total = next;
   }
-  // Of infinities nothing is lost.
+  // Infinities need no correction.
   double value() const { return std::isfinite(total) ? total + lost : total; }
 
  private:

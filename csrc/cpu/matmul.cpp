@@ -12,37 +12,37 @@
 namespace unirl::cpu {
 namespace {
 
-// A factor of at most so many units (4 MiB) is packed once and stays while the other one passes by.
+// A factor of at most this many units (4 MiB) is packed once and stays in cache while the other factor streams past.
 constexpr int64_t STAYING_UNITS = int64_t{1} << 20;
 constexpr int64_t STAYING_DEPTH = STAYING_UNITS / 128;
 
-// Lanes of the passing factor that are packed at a time.
+// Lanes of the streaming factor that are packed at a time.
 constexpr int64_t PASSING_LANES = 192;
 
-// The largest tile of a thread where neither factor stays.
+// The largest tile of a thread if neither factor stays.
 constexpr int64_t MOST_ROWS = 512, MOST_COLUMNS = 960;
 
-// A thread is not woken for less than this many multiplications (about 5 us of work).
+// The least work for which a thread is started, in multiplications (about 5 us).
 constexpr int64_t MULTIPLICATIONS_PER_THREAD = int64_t{1} << 19;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// How the result is cut into tiles, and which factor is packed over its whole depth and kept from tile to tile.
+// How the result is cut into tiles, and which factor is packed over its whole depth and reused for all tiles.
 struct Plan {
   int64_t tile_rows, tile_columns, threads;
   bool rows_stay, columns_stay;
 };
 
-// Tiles for all threads. Every thread packs what its tiles read: a grid of a by b tiles packs the rows b times and the
-// columns a times.
+// Cuts the result into tiles for all threads. Each thread packs the factors of its tiles: a grid of a by b tiles packs
+// the rows b times and the columns a times.
 void cut_into_grid(Plan& plan, int64_t rows, int64_t columns, int64_t lanes) {
   int64_t down = 1, across = plan.threads;
   for (int64_t i = 2; i <= plan.threads; ++i) {
     const int64_t j = ceil_div(plan.threads, i);
     if (j * rows + i * columns < across * rows + down * columns) down = i, across = j;
   }
-  // Where tiles would be too large, the number of them stays a multiple of the threads.
+  // If tiles would be too large, make more of them, still a multiple of the threads.
   down *= ceil_div(rows, down * MOST_ROWS);
   across *= ceil_div(columns, across * MOST_COLUMNS);
   plan.tile_rows = round_up(ceil_div(rows, down), lanes / 2);
@@ -80,7 +80,7 @@ Slice part(const Slice& x, int64_t lane, int64_t lanes, int64_t deep, int64_t de
 // A thread's panels of one factor.
 class Packed {
  public:
-  // lanes: of a tile; block: depth that is packed at a time.
+  // lanes: lanes of a tile; block: the depth that is packed at a time.
   Packed(const Slice& from, int64_t lanes, int64_t block, bool stays, const PanelKernels& kernels)
       : from_(from), tile_lanes_(lanes), block_(block), stays_(stays), kernels_(kernels) {
     const int64_t most = round_up(std::min(lanes, from.lanes), kernels.lanes);
@@ -89,7 +89,7 @@ class Packed {
     memory_.reset(static_cast<uint32_t*>(::operator new(units * sizeof(uint32_t), ALIGNMENT)));
   }
 
-  // The panels of a tile from this depth on.
+  // The panels of a tile, starting at this depth.
   const uint32_t* panels(int64_t tile, int64_t deep, void (*pack)(const Slice&, uint32_t*)) {
     const Slice source = part(from_, tile * tile_lanes_, tile_lanes_, deep, block_);
     uint32_t* to = memory_.get();
@@ -111,7 +111,7 @@ class Packed {
   const bool stays_;
   const PanelKernels& kernels_;
   std::unique_ptr<uint32_t[], Release> memory_;
-  int64_t tile_ = -1;  // the one whose panels are complete
+  int64_t tile_ = -1;  // the tile whose panels are complete
 };
 
 class Tiles {
@@ -122,7 +122,7 @@ class Tiles {
         plan_(plan_for(matmul, kernels)),
         down_(ceil_div(matmul.rows.lanes, plan_.tile_rows)),
         across_(ceil_div(matmul.columns.lanes, plan_.tile_columns)) {
-    // Blocks are about equal, and all but the last a whole number of vectors.
+    // Blocks have about equal depth; all but the last are whole vectors.
     const int64_t blocks = std::max<int64_t>(ceil_div(matmul.rows.depth, kernels.block_units * kernels.unit_depth), 1);
     block_ = round_up(std::max<int64_t>(ceil_div(matmul.rows.depth, blocks), 1), kernels.unit_depth * kernels.lanes);
   }
@@ -133,7 +133,7 @@ class Tiles {
   }
 
  private:
-  // Whoever is free takes the next tile: no bit depends on who does.
+  // A free thread takes the next tile. The bits of a tile do not depend on the thread.
   void work() {
     Packed rows(matmul_.rows, plan_.tile_rows, block_, plan_.rows_stay, kernels_);
     Packed columns(matmul_.columns, plan_.tile_columns, block_, plan_.columns_stay, kernels_);

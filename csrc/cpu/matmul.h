@@ -7,10 +7,10 @@
 
 namespace unirl::cpu {
 
-// result[i, j] = sum over k of rows[i, k] columns[j, k] + bias[j], or the same added to what is there. Sums are fp32,
-// in an order that the depth, the formats and the instruction set determine.
+// result[i, j] = sum over k of rows[i, k] columns[j, k] + bias[j], or with add the same added to result. Sums are fp32.
+// Their order depends only on the depth, the formats and the instruction set.
 struct Matmul {
-  Slice rows, columns;  // columns.format: what is multiplied; rows may be FP32 nevertheless
+  Slice rows, columns;  // columns.format selects the kernel; rows may also be FP32
   const float* bias;    // a value per column, or null
   bool add;
   float* result;
@@ -19,10 +19,10 @@ struct Matmul {
 
 void multiply(const Matmul& matmul);
 
-// In which format factors are multiplied whose second one is given so: BF16 or FP32.
+// The format in which factors are multiplied if the second one has this format: BF16 or FP32.
 Format multiplied_as(Format format);
 
-// Why factors of this format are not multiplied on this machine; empty where they are.
+// Why this machine cannot multiply factors of this format; empty if it can.
 std::string matmuls_unavailable(Format format);
 
 }  // namespace unirl::cpu

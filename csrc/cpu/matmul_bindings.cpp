@@ -22,7 +22,7 @@ std::string matmul_arithmetic(Dtype dtype) {
   return cpu::multiplied_as(format_of(dtype)) == Format::BF16 ? "bf16" : "fp32";
 }
 
-// Of a dtype that is multiplied.
+// For a dtype that this machine multiplies.
 std::string matmul_way(Dtype dtype) { return cpu::way_of(format_of(dtype))->name; }
 
 void require_on_cpu(const Tensor& x, const char* name) {
@@ -56,7 +56,7 @@ void require_factor(const Tensor& x, const char* name) {
   require(reason.empty(), name, " must have a dtype that is multiplied on this machine: ", reason);
 }
 
-// In fp32, whatever it is; empty where there is none.
+// The bias in fp32; empty if there is none.
 std::vector<float> checked_bias(const OptionalTensor& bias, int64_t vocab) {
   if (!bias) return {};
   require_dense(*bias, "bias");

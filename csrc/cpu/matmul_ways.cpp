@@ -28,17 +28,17 @@ struct Core {
 
 bool dots_bf16() { return __builtin_cpu_supports("avx512bf16"); }
 
-// The first that is. benchmarks/NOTES.md, "Matmuls by kind of core", has the rates.
+// The first line that fits is taken. The rates are in benchmarks/NOTES.md, "Matmuls by kind of core".
 const Core CORES[] = {
-    // Expected, not measured with this code: a core makes 750 to 1250 GF/s by brgemm in bf16, 163 in fp32.
+    // Expected, not measured with this code: 750 to 1250 GF/s per core by brgemm in bf16, 163 in fp32.
     {"AMX", [] { return dots_bf16() && has_amx() && has_brgemm(Format::BF16); }, PANELS_FP32, BRGEMM_BF16},
     {"AVX-512 bf16, AMD", [] { return dots_bf16() && __builtin_cpu_is("amd"); }, PANELS_FP32, PANELS_BF16},
-    // vdpbf16ps makes 77 GF/s there, multiply-add in fp32 163.
+    // On these cores vdpbf16ps reaches 77 GF/s, multiply-add in fp32 163.
     {"AVX-512 bf16, Intel", [] { return dots_bf16(); }, PANELS_FP32, PANELS_FP32},
     {"AVX-512", [] { return true; }, PANELS_FP32, PANELS_FP32},
 };
 
-// Looked for at each call: torch.backends.mkldnn may be disabled at any time.
+// Evaluated at each call: torch.backends.mkldnn may be disabled at any time.
 const Core& core() {
   const Core* of = CORES;
   while (!of->is()) ++of;

@@ -1,4 +1,4 @@
-// In which way matmuls run on this machine: by measured rates of its kind of core, never by timing a user's step.
+// Selects the matmul of this machine, by the measured rates of its kind of core, never by timing a user's step.
 #pragma once
 
 #include <string>
@@ -13,19 +13,19 @@ struct MatmulWay {
   const PanelKernels* kernels;
 };
 
-// How factors of a format are multiplied; null where they are not. UNIRL_CPU_MATMULS forces a way for bf16; factors of
-// other formats then take the fp32 form of it, as brgemm-fp32 for brgemm-bf16.
-// Throws std::runtime_error when UNIRL_CPU_MATMULS names none, or one that this machine lacks.
+// The matmul for factors of a format; null if there is none. UNIRL_CPU_MATMULS forces one for bf16. Factors of other
+// formats then take the fp32 matmul of the same family, such as brgemm-fp32 for brgemm-bf16.
+// Throws std::runtime_error if UNIRL_CPU_MATMULS is not the name of a matmul, or this machine cannot run it.
 const MatmulWay* way_of(Format format);
 
-// Names of the ways that this machine has.
+// Names of the matmuls that this machine can run.
 std::vector<std::string> matmul_ways();
 
-// Takes a way as UNIRL_CPU_MATMULS does, for calls from now on; "" takes the table. For measurements and tests: no
-// matmul may be running.
+// Forces a matmul like UNIRL_CPU_MATMULS, for all later calls; "" goes back to the table. For measurements and tests.
+// No matmul may be running.
 void force_matmuls(const std::string& name);
 
-// The kind of core, as the table calls it.
+// The name of the kind of core in the table.
 std::string core_kind();
 
 }  // namespace unirl::cpu

@@ -14,12 +14,12 @@ constexpr size_t HUGE_PAGE = size_t(2) << 20;
 
 struct Kept {
   std::mutex mutex;
-  std::vector<Block> blocks;  // the longest kept first
+  std::vector<Block> blocks;  // the oldest first
   size_t bytes = 0;
   size_t limit = 0;
 };
 
-// Never destroyed: tensors may be freed after the destructors of this library have run.
+// Never destroyed, since tensors may be freed after the destructors of this library have run.
 Kept& kept() {
   static Kept* const instance = new Kept;
   return *instance;
@@ -33,7 +33,7 @@ void give_back(Kept& all, size_t limit) {
   }
 }
 
-// A block of kept memory, or one without memory.
+// A kept block, or a block with a null pointer.
 Block reuse(size_t bytes) {
   Kept& all = kept();
   const std::lock_guard<std::mutex> lock(all.mutex);

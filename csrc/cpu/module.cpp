@@ -1,4 +1,4 @@
-// unirl_kernels._C. Its functions check what memory safety needs, unwrap tensors and call the kernels.
+// unirl_kernels._C. Its functions do the checks for memory safety, unwrap tensors and call the kernels.
 #include <stdlib.h>
 
 #include <new>
@@ -15,7 +15,7 @@ namespace py = pybind11;
 using unirl::Dtype;
 using unirl::new_tensor;
 
-// Contiguous memory: huge pages, kept for reuse, from one such page on.
+// An uninitialised contiguous tensor. From 2 MiB on it uses huge pages that are kept for reuse.
 py::object empty(const std::vector<int64_t>& shape, Dtype dtype) {
   constexpr size_t HUGE_PAGE = size_t(2) << 20, ALIGNMENT = 64;
   unirl::require(dtype.bits != 0, "dtype must be one of numbers, got ", dtype);

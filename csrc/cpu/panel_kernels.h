@@ -5,7 +5,7 @@
 
 namespace unirl::cpu::UNIRL_ISA {
 
-// sum + row columns, in each lane; where a unit holds two bf16, both their products.
+// sum + row columns, in each lane; if a unit holds two bf16, both products are added.
 #if defined(UNIRL_BF16_DOT)
 UNIRL_ALWAYS_INLINE F32 accumulated(F32 sum, uint32_t row, U32 columns) {
   return (F32)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(row)), (__m512bh)columns);
@@ -18,7 +18,7 @@ UNIRL_ALWAYS_INLINE F32 accumulated(F32 sum, uint32_t row, U32 columns) {
 }
 #endif
 
-// Sums of up to TILE_ROWS rows and WIDTH vectors of columns. Each is one chain over the depth, so that its bits depend
+// Sums of up to TILE_ROWS rows and WIDTH vectors of columns. Each sum is one chain over the depth, so its bits depend
 // on neither its position nor its neighbours.
 template <int WIDTH, bool ADD>
 UNIRL_ALWAYS_INLINE void register_tile(const uint32_t* rows, const uint32_t* columns, int64_t units,
@@ -94,8 +94,8 @@ inline void multiply(const uint32_t* rows, const uint32_t* columns, int64_t unit
   (add ? multiply_panels<true> : multiply_panels<false>)(rows, columns, units, bias, to);
 }
 
-// So many units of depth are summed in registers: panels of them stay in the second-level cache, and the result is
-// read and written seldom enough. 192 to 512 are within 3 %.
+// Units of depth that are summed in registers. Panels of this depth stay in the L2 cache, and the result is read and
+// written rarely. 192 to 512 units are within 3 %.
 constexpr int64_t BLOCK_UNITS = 320;
 
 constexpr PanelKernels panels = {

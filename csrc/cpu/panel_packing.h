@@ -1,5 +1,5 @@
-// Packing for matrix multiplication, once for every instruction set: from a slice in memory to panels of units. Besides
-// what simd.h asks for, a unit of the compiler defines UNIRL_BF16_DOT where it multiplies bf16.
+// Packing for matmuls, one source for every instruction set: from a slice in memory to panels of units. A source file
+// that includes this defines the macros of simd.h, and UNIRL_BF16_DOT if it multiplies bf16.
 #pragma once
 
 #include "../simd.h"
@@ -9,16 +9,17 @@
 
 namespace unirl::cpu::UNIRL_ISA {
 
-// 8 by 48 sums with AVX-512, 4 by 24 with AVX2. They fill the registers but for three vectors of the right factor and
-// one element of the left, and 11 (7) loads go with 24 (12) multiplications.
+// The register tile: 8 by 48 sums with AVX-512, 4 by 24 with AVX2. It leaves registers for three vectors of the right
+// factor and one element of the left. 11 (7) loads serve 24 (12) multiplications.
 constexpr int TILE_ROWS = LANES / 2;
 constexpr int TILE_VECTORS = 3;
 constexpr int TILE_COLUMNS = TILE_VECTORS * LANES;
 
-// A unit is 32 bits of a lane: one float, or two bf16 that are neighbours in depth. From... makes units of a format:
-//   along(x)                      LANES units of one lane, whose elements lie side by side in memory
-//   across(x, depth_stride)       a unit of each of LANES lanes, which lie side by side in memory
-//   one(x, depth_stride, depth)   a unit of one lane, of the first depth elements; others are zero
+// A unit is 32 bits of a lane: one float, or two bf16 that are neighbours in depth. A class From... makes units of a
+// format:
+//   along(x)                      LANES units of one lane; its elements are contiguous in memory
+//   across(x, depth_stride)       one unit of each of LANES lanes; the lanes are contiguous in memory
+//   one(x, depth_stride, depth)   one unit of one lane, from the first depth elements; the others are zero
 #if defined(UNIRL_BF16_DOT)
 constexpr int UNIT_DEPTH = 2;
 
@@ -114,7 +115,7 @@ UNIRL_ALWAYS_INLINE void transpose(U32 (&x)[LANES]) {
   }
 }
 
-// Where LANES lanes of a slice go, a unit of each at a time: into two panels of TILE_ROWS lanes,
+// Destination of LANES lanes of a slice, one unit of each at a time: two panels of TILE_ROWS lanes.
 struct RowPanels {
   uint32_t* to;
   int64_t next_panel;
@@ -126,7 +127,7 @@ struct RowPanels {
   }
 };
 
-// or into a panel of COLUMNS lanes; the last panel is as wide as what is left, in whole vectors.
+// Destination of LANES lanes: a panel of COLUMNS lanes. The last panel has the remaining lanes, in whole vectors.
 template <int64_t COLUMNS>
 struct ColumnPanels {
   uint32_t* to;
@@ -139,7 +140,7 @@ struct ColumnPanels {
   UNIRL_ALWAYS_INLINE void put(int64_t unit, U32 x) const { store(to + unit * width, x); }
 };
 
-// Into panels. Whole vectors where lanes or depth are contiguous; what is left, and what lies apart, one by one.
+// Packs into panels: whole vectors if lanes or depth are contiguous, the rest unit by unit.
 template <class From, class Panels>
 void pack_as(const Slice& from, uint32_t* to) {
   const int64_t units = (from.depth + UNIT_DEPTH - 1) / UNIT_DEPTH, whole_units = from.depth / UNIT_DEPTH;
@@ -172,7 +173,7 @@ void pack_as(const Slice& from, uint32_t* to) {
   }
 }
 
-// As lines, [lane][unit]; in the same way.
+// Packs into lines, [lane][unit], in the same way.
 template <class From>
 void pack_lines_as(const Slice& from, uint32_t* to) {
   const int64_t units = (from.depth + UNIT_DEPTH - 1) / UNIT_DEPTH, whole_units = from.depth / UNIT_DEPTH;

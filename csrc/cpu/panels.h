@@ -1,4 +1,4 @@
-// What an instruction set provides for matrix multiplication: factors packed into panels, and panels multiplied.
+// The matmul functions of an instruction set: pack factors into panels, and multiply panels.
 #pragma once
 
 #include <stdint.h>
@@ -7,8 +7,8 @@
 
 namespace unirl::cpu {
 
-// A factor of a matmul, or part of one: lanes (rows of the left factor, columns of the right one) by depth, the
-// dimension that is summed over. Strides in elements.
+// A factor of a matmul, or a part of it: lanes (rows of the left factor, columns of the right one) by depth, the
+// dimension that is summed. Strides are in elements.
 struct Slice {
   Format format;
   const void* data;
@@ -23,22 +23,22 @@ struct Tile {
   int64_t rows, columns;
 };
 
-// A panel is made of units of 32 bits, [unit][lane]: a float, or two bf16 that are neighbours in depth. A slice becomes
-// panels one after the other, padded with zeros: lanes to a multiple of LANES, depth to whole units.
+// A panel is an array of units of 32 bits, [unit][lane]. A unit is a float, or two bf16 that are neighbours in depth. A
+// slice becomes consecutive panels, padded with zeros: lanes to a multiple of LANES, depth to whole units.
 struct PanelKernels {
   int64_t unit_depth;   // elements in a unit
   int64_t lanes;        // LANES
   int64_t block_units;  // units of depth that are summed before they are added to the result
   void (*pack_rows)(const Slice& from, uint32_t* to);
   void (*pack_columns)(const Slice& from, uint32_t* to);
-  // to = rows columns^T + bias, or the same added to what is there. bias: a value per column, or null. The columns'
-  // memory is aligned to 64 bytes.
+  // to = rows columns^T + bias, or with add the same added to it. bias: a value per column, or null. The memory of
+  // columns is aligned to 64 bytes.
   void (*multiply)(const uint32_t* rows, const uint32_t* columns, int64_t units, const float* bias, bool add,
                    const Tile& to);
   void (*finish)();  // called by each thread after its last multiply; or null
 };
 
-// Columns of a panel that torch's brgemm multiplies (brgemm.h).
+// Columns of a panel for torch's brgemm (brgemm.h).
 constexpr int64_t WIDE_COLUMNS = 64;
 
 // The same units for brgemm: rows as [lane][unit], and columns in panels of WIDE_COLUMNS.
@@ -51,7 +51,7 @@ struct WidePacking {
 // fp32, bf16 and fp16, multiplied as fp32.
 extern const PanelKernels avx512_panels, avx2_panels;
 extern const WidePacking avx512_packing;
-// bf16, and fp32 that is rounded to bf16. Subnormal numbers count as zero.
+// bf16, and fp32 rounded to bf16. Subnormal numbers are taken as zero.
 extern const PanelKernels avx512_bf16_panels;
 extern const WidePacking avx512_bf16_packing;
 #endif

@@ -1,4 +1,4 @@
-// Matrix multiplication on Haswell, Zen 1 and newer.
+// Matmuls on Haswell, Zen 1 and newer.
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else

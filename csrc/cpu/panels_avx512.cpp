@@ -1,4 +1,4 @@
-// Matrix multiplication on Skylake-X, Zen 4 and newer.
+// Matmuls on Skylake-X, Zen 4 and newer.
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
 #else

@@ -1,4 +1,4 @@
-// Matrix multiplication of bf16 on Cooper Lake, Zen 4 and newer.
+// Matmuls of bf16 on Cooper Lake, Zen 4 and newer.
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c"))), apply_to = function)
 #else

@@ -1,4 +1,4 @@
-// The OpenMP threads that torch uses as well; torch.set_num_threads says how many.
+// Parallel loops on the OpenMP threads that torch also uses; torch.set_num_threads sets their number.
 #pragma once
 
 #include <stdint.h>
@@ -9,8 +9,8 @@ namespace unirl::cpu {
 
 int thread_count();
 
-// Calls body(begin, end) on parts of [0, n), none smaller than grain but the last. Which part meets which thread
-// depends on nothing but n, grain and the number of threads.
+// Calls body(begin, end) on parts of [0, n). All but the last have at least grain elements. The assignment of parts to
+// threads depends only on n, grain and the number of threads.
 void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body);
 
 }  // namespace unirl::cpu

@@ -14,25 +14,25 @@
 namespace unirl::cpu {
 namespace {
 
-// A thread is not woken for less than this many logits (about 5 us of work).
+// The least work for which a thread is started, in logits (about 5 us).
 constexpr int64_t LOGITS_PER_THREAD = 32768;
 
-// Rows per thread from which each thread takes whole rows: idle threads at the end then cost at most a quarter.
+// From this many rows per thread on, each thread takes whole rows. Idle threads at the end then cost at most a quarter.
 constexpr int64_t ROWS_PER_THREAD = 4;
 
-// Gradients of so many bytes, in 16 bits, are written past the caches, which do not hold them anyway: their memory is
-// then not read first. In fp32 the exponentials lie there already.
+// 16-bit gradients of at least this many bytes are written past the caches, which could not hold them anyway. This
+// saves reading their memory before the write. In fp32 the exponentials are already in that memory.
 constexpr int64_t STREAMED_BYTES = int64_t{32} << 20;
 
-// The target's logit, raw and mapped (see row_math.h). Of a target that is elsewhere, probability 0.
+// The target's logit, raw and mapped (see row_math.h). u = -inf, probability 0, for a target in another shard.
 struct Target {
   double x = 0, u = -INFINITY;
 };
 
-// Rows of few logits are worked on together: at most so many, of so many logits in all.
+// Short rows are processed in groups of at most GROUP_ROWS rows and GROUP_LOGITS logits.
 constexpr int64_t GROUP_ROWS = ROWS_AT_ONCE, GROUP_LOGITS = 8192;
 
-// What the first sweep finds of a row, and the readout it went by.
+// Result of the first sweep for a row, and the row's readout.
 template <class Sums>
 struct RowSums {
   Readout<double> readout;
@@ -40,13 +40,13 @@ struct RowSums {
   Target target;
 };
 
-// One call's way over its rows. A Step is what stands between the two sweeps of some rows:
-//   typedef ... Sums               of the first sweep: Moments<double>, or Observed<double>
-//   static constexpr bool READS    whether it wants them
-//   static constexpr bool WRITES   whether its terms are for the second sweep
-//   bool proportional() const      whether all gradients are proportional to the exponentials, but the target's
+// One pass over all rows of a call. Step is the code between the two sweeps of n rows:
+//   typedef ... Sums               result type of the first sweep: Moments<double> or Observed<double>
+//   static constexpr bool READS    whether it needs the first sweep
+//   static constexpr bool WRITES   whether it needs the second sweep
+//   bool proportional() const      whether the gradient is proportional to the exponentials, except at the target
 //   void operator()(const int64_t* rows, int64_t n, const RowSums<Sums>* of, GradientTerms<double>* terms) const
-//   void absent(int64_t row, double value) const   what a row returns that is not read
+//   void absent(int64_t row, double value) const   sets the results of a row that is not read
 template <class Step>
 class Pass {
   typedef typename Step::Sums Sums;
@@ -84,8 +84,8 @@ class Pass {
         }
       });
     } else {
-      // Few rows: their segments are spread over the threads, about a row for each, so that the second sweep still
-      // finds in the cache what the first one read.
+      // Few rows: their segments are spread over the threads. Each group has about one row per thread, so that the
+      // second sweep finds the logits in the cache.
       for (int64_t i = 0; i < n; i += GROUP_ROWS) {
         const int64_t rest = std::min(GROUP_ROWS, n - i), group = std::min(threads, rest);
         Work work(*this, group);
@@ -100,9 +100,9 @@ class Pass {
   }
 
  private:
-  // Memory for rows that are worked on together.
+  // Memory for a group of rows.
   struct Work {
-    std::vector<Sums> sums;  // of segments
+    std::vector<Sums> sums;  // one per segment
     std::vector<RowSums<Sums>> rows;
     std::vector<GradientTerms<double>> terms;
     std::unique_ptr<float[]> kept;  // exponentials
@@ -114,10 +114,10 @@ class Pass {
           kept(new float[n * pass.kept_per_row_]) {}
   };
 
-  // n rows at a time. Loop: how to run over their segments.
+  // Processes a group of n rows. loop runs over their segments.
   template <class Loop>
   void together(const int64_t* rows, int64_t n, Work& work, const Loop& loop) const {
-    // Before exponentials may take the place of logits.
+    // Before the sweeps: exponentials may overwrite the logits.
     for (int64_t i = 0; i < n; ++i) work.rows[i] = {readout_of(rows[i]), {}, target_of(rows[i])};
     if (Step::READS) {
       loop(n * segments_, [&](int64_t begin, int64_t end) {
@@ -130,7 +130,7 @@ class Pass {
     }
     step_(rows, n, work.rows.data(), work.terms.data());
     if (Step::WRITES) {
-      // From the end: what the first sweep had last is still in the cache.
+      // From the end: the logits that the first sweep read last are still in the cache.
       loop(n * segments_, [&](int64_t begin, int64_t end) {
         for (int64_t i = end - 1; i >= begin; --i) {
           const int64_t k = i / segments_, segment = i % segments_;
@@ -145,14 +145,14 @@ class Pass {
     }
   }
 
-  // Where the exponentials of a segment lie; null where they are not kept.
+  // Memory for the exponentials of a segment; null if they are not kept.
   float* kept(const Work& work, int64_t row, int64_t k, int64_t segment) const {
     if (!keeps_) return nullptr;
     if (kept_per_row_ == 0) return static_cast<float*>(at(d_logits_, row, segment * SEGMENT));
     return work.kept.get() + k * kept_per_row_ + segment * SEGMENT;
   }
 
-  // Zeros for an ignored row; NaN for one whose target is no column, which is all bits set in every format.
+  // Zeros for an ignored row. NaN for a row whose target is out of range; all bits set is NaN in every format.
   void leave_out(int64_t row) const {
     const bool ignored = rows_.target[row] == rows_.ignore;
     step_.absent(row, ignored ? 0 : NAN);
@@ -187,7 +187,7 @@ class Pass {
     }
   }
 
-  // m: the largest u of the segment, that kept exponentials are relative to.
+  // m: the largest u of the segment, to which its kept exponentials are relative.
   void gradient(
       int64_t row,
       int64_t segment,
@@ -225,11 +225,11 @@ class Pass {
   const Step& step_;
   const SegmentKernels& kernels_;
   const int64_t segments_;
-  // Where the gradient is proportional to the exponentials, the first sweep keeps them and the second multiplies them.
+  // If the gradient is proportional to the exponentials, the first sweep keeps them and the second multiplies them.
   const bool keeps_;
-  const bool streams_;  // the gradient, past the caches
-  // Floats that keep a row's exponentials, which a cache holds until the second sweep; 0 where they lie in the
-  // gradient's own memory.
+  const bool streams_;  // whether the gradient is written past the caches
+  // Floats for a row's exponentials, which a cache holds until the second sweep; 0 if they are in the gradient's
+  // memory.
   const int64_t kept_per_row_;
 };
 
@@ -328,7 +328,7 @@ struct Fuse {
   const FusedColumns& out;
   int64_t n_rows;
 
-  // The term of log p_j is that of a gradient of the entropy.
+  // Only the gradient of the entropy has a term with log p_j.
   bool proportional() const { return from.program.outputs[2] == ALWAYS_ZERO; }
 
   void operator()(
@@ -353,7 +353,7 @@ struct Fuse {
       terms[i] = gradient_terms(statistics[i], d, of[i].readout, moments[i].top, log_s[i], of[i].target.x);
     }
   }
-  // Statistics as they are returned, rounded: given back as old_logp they make a ratio of exactly 1.
+  // The program reads the returned, rounded statistics, so that logp passed as old_logp gives a ratio of exactly 1.
   double input(int at, int64_t row) const {
     if (at >= FIRST_FIELD) return from.fields.get((at - FIRST_FIELD) * n_rows + row);
     const StatisticsColumns& returned = out.statistics;

@@ -8,7 +8,7 @@
 
 namespace unirl::cpu {
 
-// A value per row, fp32, or fp64 where the logits are. Without memory it is read as zero and not written.
+// A value per row: fp64 if the logits are fp64, else fp32. A column without memory reads as zero and is not written.
 struct Column {
   void* data = nullptr;
   bool fp64 = false;
@@ -38,10 +38,10 @@ struct Rows {
   int64_t batch, length, vocab;
   Matrix logits;
   const int64_t* target;  // [batch, length]
-  int64_t ignore;         // the target of rows that are left out
+  int64_t ignore;         // target of ignored rows
   double scale, softcap;  // softcap 0: none
   double temperature;
-  Column row_temperature;  // replaces temperature where it has memory
+  Column row_temperature;  // replaces temperature if it has memory
 };
 
 struct StatisticsColumns {
@@ -62,7 +62,7 @@ struct ObservationColumns {
   int64_t* argmax;
 };
 
-// A program and what it reads besides the statistics.
+// A program, and its inputs other than the statistics.
 struct ProgramInputs {
   const Program& program;
   Column fields;  // [n_fields, batch * length]

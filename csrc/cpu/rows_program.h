@@ -1,4 +1,4 @@
-// A program for several rows at once: an instruction is decoded once for all of them, and simple ones are vectors'.
+// Runs a program for several rows at once: an instruction is decoded once for all rows, and simple ones vectorise.
 #pragma once
 
 #include "../program.h"
@@ -7,7 +7,7 @@ namespace unirl::cpu {
 
 constexpr int ROWS_AT_ONCE = 16;
 
-// Every row gets the bits that run_program gives it.
+// Every row gets the same bits as from run_program.
 class RowsProgram {
  public:
   RowsProgram(const Program& program, const double* params) : program_(program) {
@@ -17,10 +17,10 @@ class RowsProgram {
     for (double& value : registers_[ALWAYS_ZERO]) value = 0;
   }
 
-  // Values of the rows in a register below FIRST_PARAM, to be written before a run.
+  // The rows' values of a register below FIRST_PARAM; write them before run.
   double* input(int at) { return registers_[at]; }
 
-  // For the first n rows, at most ROWS_AT_ONCE.
+  // Runs the first n rows, at most ROWS_AT_ONCE.
   void run(int64_t n) {
     for (int i = 0; i < program_.n_instructions; ++i) {
       const Instruction& of = program_.instructions[i];
@@ -40,7 +40,7 @@ class RowsProgram {
     }
   }
 
-  // Values of the rows, for 0 <= i < N_OUTPUTS.
+  // The rows' values of output i, 0 <= i < N_OUTPUTS.
   const double* output(int i) const { return registers_[program_.outputs[i]]; }
 
  private:
