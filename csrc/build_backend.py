@@ -1,9 +1,9 @@
-"""setuptools' build backend (PEP 517). It asks for pybind11 where something is compiled, and for more with CUDA.
+"""setuptools' build backend (PEP 517) with the requirements of the native kernels: pybind11, and more for CUDA.
 
-The CPU kernels need no torch to be built. The CUDA kernels are compiled by torch's tools and with its CUDA: pip builds
-in an environment of its own, and a torch that is fetched there has several gigabytes, and perhaps another CUDA. So the
-torch of the environment that pip installs into is taken, and one is fetched only where there is none.
-"""
+The CPU kernels are built without torch. The CUDA kernels are compiled by torch's tools and with torch's CUDA. pip
+builds in a separate environment; a torch that it downloads there has several gigabytes, and may have another CUDA
+version. So the torch of the environment that pip installs into is used. torch is downloaded only if that environment
+has none. """
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def get_requires_for_build_editable(config_settings: dict[str, str] | None = Non
 
 
 def _compiling() -> list[str]:
-    """What the native extensions need besides setuptools."""
+    """Build requirements of the native extensions, without setuptools."""
     mode = os.environ.get("UNIRL_BUILD")
     if mode == "none":
         return []
@@ -72,9 +72,9 @@ def _torch_needed() -> str:
 
 
 def _torch_outside() -> str | None:
-    """Folder that holds the torch of the environment that is installed into, if it is new enough.
+    """Folder with the torch of the environment that pip installs into; None if torch is missing or too old.
 
-    The interpreter is that environment's; pip hides its packages by variables, which -E ignores.
+    The interpreter belongs to that environment. pip hides its packages by environment variables, which -E ignores.
     """
     asked = subprocess.run([sys.executable, "-E", "-c", _FIND], capture_output=True, text=True).stdout.splitlines()
     if len(asked) != 2:
@@ -86,4 +86,4 @@ def _torch_outside() -> str | None:
 if importlib.util.find_spec("torch") is None and os.environ.get("UNIRL_BUILD") == "cuda":
     outside = _torch_outside()
     if outside:
-        sys.path.append(outside)  # behind the build environment's own packages
+        sys.path.append(outside)  # after the build environment's own packages

@@ -1,4 +1,4 @@
-// The functions of unirl_kernels._cuda: they check what memory safety needs, unwrap tensors and launch kernels.
+// The functions of unirl_kernels._cuda: they do the checks for memory safety, unwrap tensors and launch kernels.
 #include "../row_bindings.h"
 #include "bindings.h"
 #include "rows.h"
@@ -8,7 +8,7 @@ namespace {
 
 using cuda::Format;
 
-// Throws what a launch reports.
+// Throws the error that a launch reports, if any.
 void check(const std::string& failure) {
   if (!failure.empty()) throw std::runtime_error(failure);
 }
@@ -17,7 +17,7 @@ void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }
 
-// The tensor's device is the current one as long as this lives.
+// Makes the tensor's device the current one for the lifetime of this object.
 class OnDevice {
  public:
   explicit OnDevice(const Tensor& x) : stream(static_cast<cudaStream_t>(current_stream(x.device()))) {
@@ -27,7 +27,7 @@ class OnDevice {
   OnDevice(const OnDevice&) = delete;
   ~OnDevice() { cudaSetDevice(before_); }
 
-  const cudaStream_t stream;  // torch's current one
+  const cudaStream_t stream;  // torch's current stream
 
  private:
   int before_ = 0;

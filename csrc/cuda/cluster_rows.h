@@ -1,8 +1,8 @@
-// One row by one cluster of blocks. Each block keeps its slice of the row in shared memory, so that the logits are read
-// once and the gradient is written once:
-//   1. copy the slice, and sum it while the copies land (sweeps.h);
-//   2. tell all blocks of the cluster the sums, and wait for theirs (exchange.h);
-//   3. one thread of each block makes statistics, loss and the gradient's terms of the row: the same in all blocks;
+// The kernel: one cluster of blocks per row. Each block keeps its slice of the row in shared memory, so that the logits
+// are read once and the gradient is written once:
+//   1. copy the slice to shared memory, and sum it while the copies arrive (sweeps.h);
+//   2. send the sums to all blocks of the cluster, and wait for theirs (exchange.h);
+//   3. in each block one thread computes the row's statistics, loss and gradient terms: the same in all blocks;
 //   4. write the gradient of the slice (sweeps.h).
 #pragma once
 
@@ -16,7 +16,7 @@ inline __device__ Statistics<float> rounded(const Statistics<double>& at) {
   return {static_cast<float>(at.logp), static_cast<float>(at.entropy), static_cast<float>(at.lse)};
 }
 
-// Terms in fp32: exp and expm1 in double would take so many registers that four blocks instead of five share a
+// Terms in fp32: exp and expm1 in double would take so many registers that only four blocks instead of five fit on a
 // multiprocessor.
 inline __device__ GradientTerms<float> terms_at(
     const Statistics<double>& at,
@@ -35,20 +35,21 @@ inline __device__ void set(const StatisticsColumns& out, int64_t row, const Stat
   out.lse[row] = at.lse;
 }
 
-// Where a row's logits or gradients begin, from a column on.
+// Address of a row's logits or gradients, from a column on.
 template <class Format>
 __device__ typename Format::Storage* start_of(const Matrix& matrix, const Rows& rows, int64_t row, int column) {
   const int64_t offset = row / rows.length * matrix.batch_stride + row % rows.length * matrix.token_stride + column;
   return static_cast<typename Format::Storage*>(matrix.data) + offset;
 }
 
-// A Step is what stands between the two sweeps of a row:
-//   static constexpr bool READS    whether it wants the first sweep's moments
-//   static constexpr bool WRITES   whether its terms are for the second sweep
-//   void prepare(row, exchange) const   by all threads, before the copies of the logits: its own land with the first
+// Step is the code between the two sweeps of a row:
+//   static constexpr bool READS    whether it needs the moments of the first sweep
+//   static constexpr bool WRITES   whether it needs the second sweep
+//   void prepare(row, exchange) const   called by all threads before the copies of the logits; its own copies arrive
+//                                       with the first group
 //   GradientTerms<float> operator()(row, leads, moments, target, exchange) const
-//       by one thread of each block; the one that leads returns the row's values
-//   void absent(row, value) const  what a row returns that is not read
+//       called by one thread of each block; the one that leads writes the row's results
+//   void absent(row, value) const  sets the results of a row that is not read
 template <class Format, class Gradient, bool CAPPED, class Step>
 __global__ void __launch_bounds__(THREADS, CAPPED ? CAPPED_BLOCKS_PER_SM : BLOCKS_PER_SM) cluster_rows(
     const __grid_constant__ Rows rows,
@@ -66,7 +67,7 @@ __global__ void __launch_bounds__(THREADS, CAPPED ? CAPPED_BLOCKS_PER_SM : BLOCK
   const int begin = rank * width;
   const int n = max(0, min(width, static_cast<int>(rows.vocab) - begin));
   const int64_t y = rows.target[row];
-  // All blocks of the cluster take the same branch, so that none waits for a block that has ended.
+  // All blocks of the cluster take the same branch, so that no block waits for one that has ended.
   if (!is_read(y, rows.vocab)) {
     const float value = y == rows.ignore ? 0.0f : NAN;
     if (leads) step.absent(row, value);
@@ -74,7 +75,7 @@ __global__ void __launch_bounds__(THREADS, CAPPED ? CAPPED_BLOCKS_PER_SM : BLOCK
     return;
   }
   const int column = y == ELSEWHERE ? -1 : static_cast<int>(y);
-  const int target = column < 0 ? -1 : column - begin;  // in this block's slice, or not
+  const int target = column < 0 ? -1 : column - begin;  // may be outside of this block's slice
   cluster_started();
   step.prepare(row, exchange);
   const Storage* const x = start_of<Format>(rows.logits, rows, row, begin);
@@ -101,7 +102,7 @@ __global__ void __launch_bounds__(THREADS, CAPPED ? CAPPED_BLOCKS_PER_SM : BLOCK
       at.x = exchange.parts[column / width].x_target;
       at.u = map.u(at.x);
     }
-    __syncwarp();  // for all lanes to have read the parts: the program's results lie there
+    __syncwarp();  // all lanes have read the parts: the program's results overwrite them
     if (threadIdx.x == 0) exchange.terms = step(row, leads, moments, at, exchange);
   }
   if (!Step::WRITES) return;

@@ -1,4 +1,4 @@
-// What the blocks of a row tell one another, through distributed shared memory.
+// The exchange between the blocks of a row, through distributed shared memory.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -13,20 +13,21 @@ constexpr int WARP = 32;
 constexpr int WARPS = THREADS / WARP;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
-// The target's logit x, and its u (see row_math.h): -inf where another shard has the target, so that its probability
-// is 0.
+// The target's logit x, and its u (see row_math.h): -inf if another shard holds the target, so that its probability is
+// 0.
 struct Target {
   float x, u;
 };
 
-// What a block tells the others: the sums of its slice.
+// What a block sends to the others: the sums of its slice.
 struct Part {
   double s, sz;
   float m;
-  float x_target;  // where the target is in its slice
+  float x_target;  // valid if the target is in its slice
 };
 
-// Shared memory of a block besides its slice. The program's results come when the parts have been combined.
+// Shared memory of a block besides its slice. The program's results reuse the memory of the parts, after these have
+// been combined.
 struct Exchange {
   union {
     struct {
@@ -41,12 +42,12 @@ struct Exchange {
   float outputs[N_OUTPUTS];
 };
 
-// Says that this block has started, and nothing of its memory: a release would wait for all earlier accesses.
+// Signals only that this block has started. It is relaxed: a release would wait for all earlier memory accesses.
 inline __device__ void cluster_started() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 inline __device__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 inline __device__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
-// Sums of WIDTH lanes' parts, in all lanes; always in the same order.
+// Combines the parts of WIDTH lanes; every lane gets the result. The order is always the same.
 template <int WIDTH>
 __device__ Moments<double> combine(const Moments<double>& mine, const Exponent& exponent) {
   float m = static_cast<float>(mine.m);
@@ -59,7 +60,7 @@ __device__ Moments<double> combine(const Moments<double>& mine, const Exponent& 
   return sum;
 }
 
-// Tells all blocks of the cluster this block's part, and waits for theirs. All threads of the block call it.
+// Sends this block's part to all blocks of the cluster, and waits for theirs. All threads of the block call it.
 template <class Format>
 __device__ void tell(
     Exchange& exchange, const Slice<Format>& slice, int target, Moments<float> mine, const Exponent& exponent) {
@@ -68,7 +69,7 @@ __device__ void tell(
   const Moments<double> of_warp = combine<WARP>(widen(mine), exponent);
   if (lane == 0) exchange.warps[warp] = of_warp;
   __syncthreads();
-  cluster_wait();  // for all to have started: their memory may now be written
+  cluster_wait();  // all blocks have started, so their shared memory may be written
   if (warp == 0) {
     const Moments<double> of_block = combine<WARPS>(exchange.warps[lane % WARPS], exponent);
     Part part{of_block.s, of_block.sz, static_cast<float>(of_block.m), 0};
@@ -78,12 +79,12 @@ __device__ void tell(
     }
   }
   __syncwarp();
-  // From here on no block touches another's memory, so that it may end whenever it likes.
+  // After this no block accesses another's memory, so a block may end at any time.
   cluster_arrive();
   cluster_wait();
 }
 
-// Moments of the row, from what all blocks told. All lanes of a warp call it.
+// Moments of the row, from the parts of all blocks. All lanes of a warp call it.
 inline __device__ Moments<double> of_row(const Exchange& exchange, int blocks, const Exponent& exponent) {
   const int rank = threadIdx.x % MAX_CLUSTER;
   Moments<double> of_block = widen(no_moments());

@@ -1,4 +1,4 @@
-// Logits in memory and in registers: 16 bytes are a vector.
+// The formats of logits: conversion between memory, in vectors of 16 bytes, and registers.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -26,7 +26,7 @@ struct Float32 {
   }
 };
 
-// What the two formats of 16 bits have in common. A pair is two logits in 32 bits.
+// Base of the two 16-bit formats. A pair is two logits in 32 bits.
 template <class Self, class Type, bool BRAIN>
 struct Half {
   typedef Type Storage;
@@ -51,7 +51,7 @@ struct Half {
     }
     return pair;
   }
-  // The smaller and the larger ones of two pairs; NaN where one of two is.
+  // Elementwise minimum and maximum of two pairs; NaN if either element is NaN.
   static __device__ __forceinline__ uint32_t smaller(uint32_t a, uint32_t b) {
     uint32_t pair;
     if (BRAIN) {
@@ -91,8 +91,8 @@ struct Float16 : Half<Float16, __half, false> {
   static constexpr uint32_t INFINITIES = 0x7c007c00u;
 };
 
-// The largest logits so far, or with SMALLEST the smallest: of a format of 16 bits two at a time, as they lie in memory.
-// NaN where one of them is.
+// Running maximum of logits, or minimum with SMALLEST. 16-bit formats take two at a time, without conversion. NaN if a
+// logit is NaN.
 template <class Format, bool SMALLEST>
 struct Extreme {
   typedef uint32_t Type;

@@ -24,8 +24,8 @@ struct Fuse {
     const RowMoments<double> moments = row_moments(sums, readout, static_cast<double>(target.u));
     const double log_s = log1p(moments.s_minus_1);
     const Statistics<double> statistics = finish(moments, readout.kappa, log_s);
-    // The program sees the statistics as they are returned, rounded: given back as old_logp they make a ratio of
-    // exactly 1.
+    // The program reads the returned, rounded statistics, so that logp passed as old_logp gives a ratio of exactly
+    // 1.
     const Statistics<float> returned = rounded(statistics);
     exchange.inputs[LOGP] = returned.logp;
     exchange.inputs[ENTROPY] = returned.entropy;

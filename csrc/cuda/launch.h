@@ -1,12 +1,12 @@
-// The launch of a kernel with a cluster of blocks to a row.
+// The launch of the kernel, with one cluster of blocks per row.
 #pragma once
 
 #include "cluster_rows.h"
 
 namespace unirl::cuda {
 
-// Lets a kernel have the memory that it may ask for, the same for every V: threads that launch it for different ones must
-// not lower each other's limit.
+// Sets the memory limit of a kernel. The limit is the same for every V, so that threads that launch it for different V
+// do not lower each other's limit.
 template <class Kernel>
 cudaError_t allow(Kernel kernel, int bytes, int cluster) {
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
@@ -20,7 +20,7 @@ cudaError_t allow(Kernel kernel, int bytes, int cluster) {
   return error;
 }
 
-// Why rows are too long or too many for the kernel; empty where they are not.
+// Why rows are too long or too many for the kernel; empty if they are not.
 inline std::string refusal(int64_t vocab, int64_t n_rows, int64_t logit_bytes) {
   const int cluster = geometry(vocab, logit_bytes).cluster;
   if (cluster == 0) {
@@ -35,7 +35,7 @@ inline std::string refusal(int64_t vocab, int64_t n_rows, int64_t logit_bytes) {
   return "";
 }
 
-// Launches the kernel; returns what went wrong, empty if nothing did.
+// Launches the kernel. Returns an error message, empty on success.
 template <class Format, class Gradient, bool CAPPED, class Step>
 std::string launch(const Rows& rows, const Matrix& d_logits, const Step& step, cudaStream_t stream) {
   const int64_t n_rows = rows.batch * rows.length, bytes = sizeof(typename Format::Storage);
@@ -68,7 +68,7 @@ std::string launch(const Rows& rows, const Matrix& d_logits, const Step& step, c
   return error == cudaSuccess ? "" : failure("cluster", error);
 }
 
-// The same for the formats that rows and d_logits have.
+// The same, for the formats of rows and d_logits.
 template <class Step>
 std::string launch(const Rows& rows, const Matrix& d_logits, const Step& step, cudaStream_t stream) {
   const bool capped = rows.softcap > 0;

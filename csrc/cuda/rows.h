@@ -21,12 +21,12 @@ struct Matrix {
   Format format;
 };
 
-// Columns have a value per row. Where a pointer is null, its values are those that the comments say.
+// Columns have a value per row. The comments say what a null pointer stands for.
 struct Rows {
   int64_t batch, length, vocab;
   Matrix logits;
   const int64_t* target;
-  int64_t ignore;  // the target of rows that are left out
+  int64_t ignore;  // target of ignored rows
   double scale, softcap;  // softcap 0: none
   double temperature;
   const float* row_temperature;  // null: temperature
@@ -49,7 +49,7 @@ struct GradientColumns {
   const float *logp, *entropy, *lse;  // null: zero
 };
 
-// A program and what it reads besides the statistics, in device memory.
+// A program, and its inputs other than the statistics, in device memory.
 struct ProgramInputs {
   const Program& program;
   const float* fields;  // [n_fields, batch * length]
@@ -68,8 +68,8 @@ inline std::string failure(const char* kernel, cudaError_t error) {
   return "kernel '" + std::string(kernel) + "' does not start: " + reason;
 }
 
-// Each enqueues its work on the stream and returns what went wrong, empty if nothing did. Gradients have the format of
-// the logits, or BF16 where that is FP32.
+// Each function enqueues its work on the stream, and returns an error message, empty on success. Gradients have the
+// format of the logits, or BF16 if the logits are FP32.
 std::string token_stats(const Rows& rows, const MeasuredColumns& out, cudaStream_t stream);
 
 // d: gradients of the loss with respect to the statistics.

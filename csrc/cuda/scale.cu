@@ -4,7 +4,7 @@
 namespace unirl::cuda {
 namespace {
 
-// Enough blocks to fill a device, few enough to cost microseconds when the factor is 1.
+// Enough blocks to fill a device, but few enough that a factor of 1 costs only microseconds.
 constexpr int64_t MAX_BLOCKS = 1024;
 
 template <class Format>

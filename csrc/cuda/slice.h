@@ -1,4 +1,4 @@
-// A block's slice of a row in shared memory: asynchronous copies in, vectors at any offset out.
+// A block's slice of a row in shared memory: asynchronous copies into it, and reads of vectors at any offset.
 #pragma once
 
 #include <cuda_pipeline_primitives.h>
@@ -7,10 +7,10 @@
 
 namespace unirl::cuda {
 
-// Bytes by which an address lies beyond a multiple of 16.
+// The address modulo 16.
 inline __device__ int misalignment(const void* address) { return reinterpret_cast<uintptr_t>(address) & 15; }
 
-// Waits until at most `pending` of this thread's groups of copies are under way. The instruction takes a constant only.
+// Waits until at most `pending` of this thread's copy groups are unfinished. The instruction takes only a constant.
 inline __device__ void wait_for_copies(int pending) {
   static_assert(COPY_GROUPS == 4, "a case for each group");
   if (pending == 3) {
@@ -24,13 +24,14 @@ inline __device__ void wait_for_copies(int pending) {
   }
 }
 
-// Logit k lies at byte shift + k * sizeof(Storage) of the memory, so that chunks of 16 bytes are aligned on both sides.
+// Logit k is at byte shift + k * sizeof(Storage) of the memory, so that chunks of 16 bytes are aligned at both source
+// and destination.
 template <class Format>
 struct Slice {
   typedef typename Format::Storage Storage;
   static constexpr int SIZE = sizeof(Storage);
   static constexpr int N = Format::N;
-  static constexpr int SLACK = 32;  // bytes beyond the logits: shift, and the end of the last vector's second chunk
+  static constexpr int SLACK = 32;  // bytes besides the logits: shift, and the rest of the last vector's second chunk
 
   unsigned char* memory;
   int n;
@@ -44,7 +45,7 @@ struct Slice {
     return (chunks() + COPY_GROUPS * THREADS - 1) / (COPY_GROUPS * THREADS) * THREADS;
   }
 
-  // Starts all copies. Of chunks that reach beyond the slice, its own logits are copied one by one.
+  // Starts all copies. If a chunk reaches beyond the slice, only the logits of the slice are copied, one by one.
   __device__ void copy(const Storage* x) const {
     const auto* from = reinterpret_cast<const unsigned char*>(x) - shift;
     const int per_group = chunks_per_group();
@@ -64,7 +65,7 @@ struct Slice {
     if (k < n - tail) logits[tail + k] = x[tail + k];
   }
 
-  // Vectors of the slice that have landed with this and earlier groups: an unaligned one spans two chunks.
+  // Vectors of the slice that are complete after this group and the earlier ones. An unaligned vector spans two chunks.
   __device__ int vectors_after(int group) const {
     return group == COPY_GROUPS - 1 ? n / N : min(n / N, (group + 1) * chunks_per_group() - (shift != 0));
   }
@@ -73,7 +74,7 @@ struct Slice {
     return Format::widen(reinterpret_cast<const Storage*>(memory + shift)[k]);
   }
 
-  // The N logits from k on, as they lie in memory. Whether they are aligned is the same for all threads.
+  // The raw N logits from k on. ALIGNED must be the same for all threads.
   template <bool ALIGNED>
   __device__ uint4 vector(int k) const {
     const int at = shift + k * SIZE, offset = ALIGNED ? 0 : at % VECTOR_BYTES;
@@ -81,7 +82,7 @@ struct Slice {
     return ALIGNED || offset == 0 ? chunk[0] : shifted(chunk[0], chunk[1], offset);
   }
 
-  // Whether all vectors from the k-th logit on are aligned.
+  // Whether all vectors from logit k on are aligned.
   __device__ bool aligned(int k) const { return (shift + k * SIZE) % VECTOR_BYTES == 0; }
 
  private:
@@ -99,15 +100,15 @@ struct Slice {
   }
 };
 
-// Logits before the first address in d_x where a vector may start.
+// Number of logits before the first aligned address in d_x.
 template <class Format>
 __device__ int head_of(const typename Format::Storage* d_x, int n) {
   const int shift = misalignment(d_x);
   return shift != 0 ? min(n, (VECTOR_BYTES - shift) / static_cast<int>(sizeof *d_x)) : 0;
 }
 
-// Writes n values from d_x on: vectors of N where addresses allow it, single values before and after them.
-// values(k, of) fills the array of, of N numbers or of 1, from the k-th value on.
+// Writes n values to d_x: vectors of N at aligned addresses, single values before and after them.
+// values(k, of) fills the array of, which has N or 1 elements, with the values from k on.
 template <class Format, class Values>
 __device__ void store(typename Format::Storage* d_x, int n, const Values& values) {
   constexpr int N = Format::N;
@@ -116,7 +117,7 @@ __device__ void store(typename Format::Storage* d_x, int n, const Values& values
   for (int k = head + threadIdx.x * N; k < end; k += THREADS * N) {
     float of[N];
     values(k, of);
-    // Streaming: nothing reads a gradient soon, and rows to come should find the cache free.
+    // Streaming store: nothing reads the gradient soon, and later rows need the cache.
     __stcs(reinterpret_cast<uint4*>(d_x + k), Format::pack(of));
   }
   const int i = threadIdx.x, edge = i < head ? i : end + i - head;

@@ -16,20 +16,20 @@ struct Map {
   __device__ explicit Map(const Readout<double>& of)
       : readout{static_cast<float>(of.gain), static_cast<float>(of.kappa), CAPPED} {}
   __device__ float u(float x) const { return to_u(readout, x); }
-  // u - reference; exactly 0 for the logit that is the reference.
+  // u - reference; exactly 0 at the reference.
   __device__ float difference(float x, float reference) const {
     return CAPPED ? u(x) - reference : fmaf(readout.gain, x, -reference);
   }
   __device__ float slope(float x) const {
     if (!CAPPED) return 1;
-    // As in row_math.h, with the exponential and the division of the hardware.
+    // As in row_math.h, with the fast hardware exponential and division.
     const float w = fast_exp2(static_cast<float>(-2 * LOG2E) * fabsf(readout.gain * x));
     return __fdividef(4 * w, (1 + w) * (1 + w));
   }
 };
 
-// The largest u of a thread's logits: that of the largest x, or of the smallest one where the gain is negative. Reads
-// each group of vectors as soon as its copies have landed.
+// The largest u of a thread's logits: that of the largest x, or of the smallest x if the gain is negative. Reads each
+// group of vectors as soon as its copies have arrived.
 template <bool CAPPED, bool NEGATED, bool ALIGNED, class Format>
 __device__ float largest(const Slice<Format>& slice, const Map<CAPPED>& map) {
   constexpr int N = Format::N;
@@ -45,14 +45,14 @@ __device__ float largest(const Slice<Format>& slice, const Map<CAPPED>& map) {
     }
   }
   float x = Extreme::reduced(found);
-  // The logits of the row's last vector that is not whole go to the thread whose vector it is.
+  // The thread whose turn it is takes the logits after the last whole vector.
   if (i == slice.n / N) {
     for (int k = i * N; k < slice.n; ++k) x = NEGATED ? -max_or_nan(-x, -slice[k]) : max_or_nan(x, slice[k]);
   }
   return map.u(x);
 }
 
-// A thread's sums relative to m, its own largest u. CLAMPED: see Exponent.
+// A thread's sums relative to m, its own largest u. CLAMPED: differences are raised to the floor of Exponent.
 template <bool CLAMPED, bool ALIGNED, bool CAPPED, class Format>
 __device__ Moments<float> sums(
     const Slice<Format>& slice, const Map<CAPPED>& map, const Exponent& exponent, float m) {
@@ -84,11 +84,11 @@ __device__ Moments<float> sweep(const Slice<Format>& slice, const Map<CAPPED>& m
   const float m = map.readout.gain < 0 ? largest<CAPPED, true, ALIGNED>(slice, map)
                                        : largest<CAPPED, false, ALIGNED>(slice, map);
   const Moments<float> at = sums<false, ALIGNED>(slice, map, exponent, m);
-  // Differences of -inf are rare, and 0 times -inf is NaN. Where it is another NaN, it stays.
+  // A difference of -inf is rare; 0 times -inf gives NaN, and the sums are computed again. A NaN logit still gives NaN.
   return at.sz == at.sz ? at : sums<true, ALIGNED>(slice, map, exponent, m);
 }
 
-// A slice of the gradient that is the same in all columns but the target's.
+// Writes a slice of the gradient that has the same value in all columns except the target's.
 template <class Gradient>
 __device__ void fill(typename Gradient::Storage* d_x, int n, float value, int target, float at_target) {
   store<Gradient>(d_x, n, [=](int k, auto& of) {
@@ -97,8 +97,8 @@ __device__ void fill(typename Gradient::Storage* d_x, int n, float value, int ta
   });
 }
 
-// A slice of the gradient. LINEAR: whether it has a part that is linear in log p. ALIGNED: whether logits are aligned
-// where their gradients are.
+// Writes a slice of the gradient. LINEAR: whether it has a term linear in log p. ALIGNED: whether vectors of logits are
+// aligned where vectors of gradients are.
 template <bool LINEAR, bool ALIGNED, class Gradient, class Format, bool CAPPED>
 __device__ void write(
     typename Gradient::Storage* d_x,
@@ -128,7 +128,7 @@ __device__ void write(
   });
 }
 
-// The slice of the gradient that these terms make. All threads of the block call it.
+// Writes the slice of the gradient for these terms. All threads of the block call it.
 template <class Gradient, class Format, bool CAPPED>
 __device__ __forceinline__ void write_gradient(
     typename Gradient::Storage* d_x,

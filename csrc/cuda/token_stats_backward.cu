@@ -3,8 +3,7 @@
 namespace unirl::cuda {
 namespace {
 
-// The moments are known; the blocks of a row tell one another only the target's logit, which the block that has it may
-// overwrite.
+// The moments are known. The blocks of a row exchange only the target's logit, since its block may overwrite it.
 struct Backward {
   static constexpr bool READS = false, WRITES = true;
   MomentColumns of;

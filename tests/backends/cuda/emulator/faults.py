@@ -58,7 +58,7 @@ if (threadIdx.x == 0) {
   __syncthreads();"""
 _ALL_TOLD = """\
 __syncwarp();
-  // From here on no block touches another's memory, so that it may end whenever it likes.
+  // After this no block accesses another's memory, so a block may end at any time.
   cluster_arrive();"""
 _LANDED = "wait_for_copies(COPY_GROUPS - 1 - group);\n    __syncthreads();"
 _TOLD = "__syncthreads();\n  cluster_wait();"
@@ -68,7 +68,7 @@ FOUND = (
     _fault(
         "parts are sent before all blocks have started",
         "written before its block started",
-        (_ROWS, "// in this block's slice, or not\n  cluster_started();", ""),
+        (_ROWS, "// may be outside of this block's slice\n  cluster_started();", ""),
         (_EXCHANGE, _TOLD, "__syncthreads();"),
     ),
     _fault(
