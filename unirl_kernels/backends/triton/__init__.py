@@ -1,6 +1,6 @@
 """The Triton backend: NVIDIA GPUs from sm_80 and AMD GPUs; on the CPU under Triton's interpreter.
 
-Importing this package does not import Triton: ``unavailable`` can say that it is missing.
+Importing this package does not import Triton, so that ``unavailable`` can say that Triton is missing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def unavailable(device: torch.device) -> str | None:
     if device.type == "cpu":
         import triton
 
-        # Triton decides when it is imported; a variable set later changes nothing.
+        # Triton decides this at import; setting the variable later has no effect.
         if isinstance(triton.language.standard.cdiv, triton.JITFunction):
             return "it runs on a CPU under Triton's interpreter only: set TRITON_INTERPRET=1 before importing triton"
         return None
@@ -46,7 +46,7 @@ def kernels_by_vocab(device: torch.device, dtype: torch.dtype) -> tuple[tuple[st
 
 
 def __getattr__(name: str) -> Any:
-    """What launches kernels is loaded, and Triton with it, at the first use."""
+    """Import the launch functions, and Triton with them, at the first use."""
     if name not in LAUNCHED:
         raise AttributeError(name)
     globals()[name] = getattr(importlib.import_module(f"{__name__}.launch"), name)

@@ -1,10 +1,10 @@
-"""Launch shapes and the order of kernels: the one place where measurements change something.
+"""Launch shapes and the choice of kernels. All numbers that measurements may change are in this file.
 
-They depend on the device, the dtype and V alone, never on the number of rows: the order in which a row is summed
-follows from them, and a row is to have the same bits in every batch.
+They depend only on the device, the dtype and V, never on the number of rows: they determine the order in which a row is
+summed, and a row must have the same bits in every batch.
 
-Everything here is predicted (``benchmarks/NOTES.md``, "The kernel by default"): no GPU has run it yet. A sweep changes
-the numbers without an edit, by the environment: ``UNIRL_GEOMETRY="held_elements=128 split_max_warps=2"``.
+All numbers are predictions (``benchmarks/NOTES.md``, "The kernel by default"): no GPU has run this yet. The environment
+can change them, to measure other sizes: ``UNIRL_GEOMETRY="held_elements=128 split_max_warps=2"``.
 """
 
 from __future__ import annotations
@@ -25,31 +25,32 @@ ANY_VOCAB = sys.maxsize
 
 
 class Sizes(NamedTuple):
-    """Sizes by the names that the environment knows."""
+    """The sizes that ``UNIRL_GEOMETRY`` may set."""
 
     max_warps: int = 8
     wide_warps: int = 16
-    """Warps of ``two_sweep`` where half as many rows in flight fit the L2 cache."""
+    """Warps of ``two_sweep`` if only half as many rows in flight fit the L2 cache."""
     vectors_in_flight: int = 4
-    """Sweeps: 64 bytes per thread in flight, at 64 registers 64 KiB per multiprocessor."""
+    """Loads in flight per thread in a sweep: 64 bytes; with 64 registers, 64 KiB per multiprocessor."""
     l2_percent: int = 50
-    """What part of the L2 cache the rows in flight of ``two_sweep`` and their gradients may take. The second sweep then
-    finds 95 % of a row there, and 76 % if half of the cache holds the same as the other half."""
+    """The part of the L2 cache that the rows in flight of ``two_sweep`` may fill, with their gradients. The second
+    sweep
+    then finds 95 % of a row in the cache, or 76 % if both halves of the cache hold the same data."""
     split_max_warps: int = 4
     held_elements: int = 64
-    """Split rows: 8192 columns of a row in the registers of 128 threads."""
+    """Columns of a slice per thread of ``split_row``: the registers of 128 threads hold 8192 columns."""
     held_elements_softcap: int = 32
-    """tanh takes registers of its own."""
+    """The same with a softcap, since tanh needs registers too."""
     resident_warps: int = 16
-    """Warps of ``split_row`` that share a multiprocessor. More would queue until the tickets are used up."""
+    """Warps of ``split_row`` per multiprocessor. More would only wait until all tickets are drawn."""
     held_registers: int = 0
-    """Registers of a thread of ``split_row``; 0: what the function ``held_registers`` says."""
+    """Registers of a thread of ``split_row``; 0: the function ``held_registers`` decides."""
     cooperative: int = 1
     """Whether ``split_row`` is launched so that the driver starts all of its programs or none."""
 
 
 def variant_of(text: str) -> Sizes:
-    """The sizes that a text such as ``"held_elements=128 split_max_warps=2"`` names, in the place of the defaults.
+    """Parse sizes from a text such as ``"held_elements=128 split_max_warps=2"``; the others keep their defaults.
 
     Raises:
         ValueError: when a name is not one of ``Sizes``, or a size is not a whole number.
@@ -69,14 +70,14 @@ VECTOR_BYTES = 16
 """Width of the widest load and store of a thread, and the alignment they need."""
 
 SWEEP_WARPS = {2: 32, 4: 48, 8: 16}
-"""Warps of ``two_sweep`` that share a multiprocessor, by the bytes of a logit: at 64, 40 and 90 registers."""
+"""Warps of ``two_sweep`` per multiprocessor, by the bytes of a logit: with 64, 40 and 90 registers per thread."""
 
 REGISTER_FILE = 65536
 """Registers of a multiprocessor, sm_80 to sm_120."""
 
 
 class Device(NamedTuple):
-    """What a choice depends on."""
+    """The properties of a device that a choice depends on."""
 
     multiprocessors: int
     capability: tuple[int, int]
@@ -86,7 +87,7 @@ class Device(NamedTuple):
 
 @cache
 def device_of(device: torch.device) -> Device:
-    """Properties of a device; of a CPU, where programs run one after another, a device of one multiprocessor."""
+    """Properties of a device. A CPU counts as one multiprocessor, since programs run one after another."""
     if device.type != "cuda":
         return Device(1, (0, 0), False)
     found = torch.cuda.get_device_properties(device)
@@ -94,7 +95,7 @@ def device_of(device: torch.device) -> Device:
 
 
 class Tile(NamedTuple):
-    """What a program reads at a time: [unroll, lanes, vector] columns, one thread per lane."""
+    """The columns that a program reads at a time: [unroll, lanes, vector], one thread per lane."""
 
     unroll: int
     lanes: int
@@ -111,16 +112,16 @@ class Split(NamedTuple):
     """How a row is split over programs."""
 
     tile: Tile  # holds a slice
-    half: Tile  # what an unaligned slice is written by
+    half: Tile  # an unaligned slice is written in half tiles
     slices: int
     padded: int  # slices, rounded up to a power of 2
 
 
 def kernels_by_vocab(device: Device, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
-    """One-pass kernels to take without a name, each with the longest row that it is for.
+    """The default one-pass kernels, each with the longest row that it takes.
 
-    ``two_sweep`` reads a row twice. Where the rows in flight do not fit the L2 cache the second read costs DRAM
-    traffic, half as much again as the floor, and ``split_row``, which reads once, is predicted to be faster.
+    ``two_sweep`` reads a row twice. If the rows in flight do not fit the L2 cache, the second read goes to DRAM: half
+    of the floor's traffic in addition. Then ``split_row``, which reads once, is predicted to be faster.
     """
     if not device.is_nvidia:
         return (("two_sweep", ANY_VOCAB),)
@@ -132,20 +133,20 @@ def kernels_by_vocab(device: Device, dtype: torch.dtype) -> tuple[tuple[str, int
 
 
 def _most_in_cache(device: Device, dtype: torch.dtype, num_warps: int) -> int:
-    """The longest row of which ``two_sweep`` may have as many in flight as run at once, with their gradients."""
+    """The longest row such that all rows in flight of ``two_sweep``, with their gradients, fit in the L2 cache."""
     programs = device.multiprocessors * (SWEEP_WARPS[dtype.itemsize] // num_warps)
     return device.l2_bytes * SIZES.l2_percent // 100 // (programs * 2 * dtype.itemsize)
 
 
 def _most_split(device: Device, dtype: torch.dtype) -> int:
-    """The longest row all of whose slices run at once, whatever readout, loss and addresses there are."""
+    """The longest row whose slices all run at once, for any readout, loss and addresses."""
     shape = slice_tile(dtype, ANY_VOCAB, "softcap")
     registers = held_registers(dtype, device.capability, plain=False)
     return device.multiprocessors * certain_programs(shape, registers) * shape.columns
 
 
 def two_sweep_tile(device: Device, dtype: torch.dtype, vocab: int, warp_size: int = 32) -> Tile:
-    """The tile of ``two_sweep``: of ``tile``, but with more warps where fewer rows in flight then fit the L2 cache."""
+    """The tile of ``two_sweep``: as ``tile``, but with more warps if the rows in flight fit the L2 cache only then."""
     wide = device.is_nvidia and _most_in_cache(device, dtype, SIZES.max_warps) < vocab <= _most_in_cache(
         device, dtype, SIZES.wide_warps
     )
@@ -153,12 +154,12 @@ def two_sweep_tile(device: Device, dtype: torch.dtype, vocab: int, warp_size: in
 
 
 def tile(dtype: torch.dtype, vocab: int, warp_size: int = 32) -> Tile:
-    """The tile that a row is swept with: as many warps as the row fills."""
+    """The tile of a sweep: as many warps as the row fills."""
     return _fill(dtype, vocab, warp_size, SIZES.max_warps, SIZES.vectors_in_flight)
 
 
 def slice_tile(dtype: torch.dtype, vocab: int, readout: str, warp_size: int = 32) -> Tile:
-    """The tile that holds a slice of a row, or the row, for a kind of readout."""
+    """The tile that holds a slice of a row, or a whole short row, for a kind of readout."""
     held = SIZES.held_elements_softcap if readout == "softcap" else SIZES.held_elements
     if dtype == torch.float64:
         held //= 8
@@ -168,8 +169,8 @@ def slice_tile(dtype: torch.dtype, vocab: int, readout: str, warp_size: int = 32
 def held_registers(dtype: torch.dtype, capability: tuple[int, int], *, plain: bool) -> int:
     """Registers that a thread of ``split_row`` may use: few enough for 3 or 4 programs, without spills.
 
-    At 128 four programs share a multiprocessor, at 168 three: 64 KiB of bf16 logits or 96 KiB of fp32 in registers.
-    Triton 3.6 and 3.7 spill nothing then.
+    With 128 registers four programs fit on a multiprocessor, with 168 three: 64 KiB of bf16 logits or 96 KiB of fp32
+    logits in registers. Triton 3.6 and 3.7 then spill nothing.
 
     Args:
         dtype: of the logits.
@@ -192,17 +193,17 @@ def _fill(dtype: torch.dtype, vocab: int, warp_size: int, max_warps: int, unroll
 
 
 def split(shape: Tile, vocab: int) -> Split:
-    """How rows are split into slices that a tile holds: of whole vectors, and equal but for the last one."""
+    """Split rows into slices that fit a tile: whole vectors, all equal except the last slice."""
     count = -(-vocab // shape.columns)
     return Split(shape, shape._replace(unroll=shape.unroll // 2), count, 1 << (count - 1).bit_length())
 
 
 def certain_programs(shape: Tile, registers: int | None) -> int:
-    """Programs of ``split_row`` that one multiprocessor runs at once for certain.
+    """The number of programs of ``split_row`` that certainly run at once on a multiprocessor.
 
     Args:
         shape: tile that holds a slice.
-        registers: that a thread may use; None where nothing bounds them, and one program is certain.
+        registers: the limit per thread; None: no limit, then only one program is certain.
     """
     if registers is None:
         return 1
@@ -210,18 +211,18 @@ def certain_programs(shape: Tile, registers: int | None) -> int:
 
 
 def programs(shape: Tile, vocab: int, multiprocessors: int, registers: int | None, *, cooperative: bool = False) -> int:
-    """How many programs of ``split_row`` to launch at most.
+    """The largest number of programs of ``split_row`` to launch.
 
     The slices of a row wait for one another, so all of them have to run at once. A cooperative launch starts all of its
-    programs or none, so that launches beside one another cannot each hold a part of the device and wait for the rest;
-    it takes no more programs than certainly fit.
+    programs or none. Otherwise two concurrent launches could each hold a part of the device and wait for the rest. A
+    cooperative launch may have only as many programs as certainly fit.
 
     Args:
         shape: tile that holds a slice.
         vocab: columns of a row.
         multiprocessors: of the device.
-        registers: as ``certain_programs`` takes them.
-        cooperative: whether the launch is.
+        registers: as in ``certain_programs``.
+        cooperative: whether the launch is cooperative.
 
     Raises:
         RuntimeError: if the device cannot run all slices of a row at once.
@@ -237,7 +238,7 @@ def programs(shape: Tile, vocab: int, multiprocessors: int, registers: int | Non
 
 
 def whole_row(shape: Tile, vocab: int) -> Tile:
-    """A tile that holds the whole row: where programs run one after another, none can wait for another."""
+    """A tile that holds the whole row, for the interpreter: its programs run one after another and cannot wait."""
     unroll = shape.unroll
     while unroll * shape.lanes * shape.vector < vocab:
         unroll *= 2

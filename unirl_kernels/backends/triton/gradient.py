@@ -2,8 +2,9 @@
 
     d_z_j = p_j (d_lse - d_logp - d_entropy (log p_j + H)) + d_logp 1[j = y]        d_x_j = d_z_j dz_j/dx_j
 
-The target's entry is d_logp (1 - p_y) plus the rest of the bracket, with 1 - p_y = -expm1(logp): a difference of two
-rounded numbers would lose it as p_y -> 1. It is put into the tile before the tile is stored, in full precision.
+The target's entry is d_logp (1 - p_y) plus the rest of the bracket, with 1 - p_y = -expm1(logp). The difference of two
+rounded numbers would lose its digits as p_y -> 1. It is put into the tile, in full precision, before the tile is
+stored.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from unirl_kernels.backends.triton.tiles import fill, fringe, head_and_body, is_
 
 
 class Gradients(NamedTuple):
-    """``backends.RowGradients`` of a row, 0 where there is none."""
+    """``backends.RowGradients`` of a row; 0 for None."""
 
     d_logp: tl.tensor
     d_entropy: tl.tensor
@@ -80,7 +81,7 @@ def terms_of(
 
 @triton.jit
 def log2_prob(d: tl.tensor, rate: tl.tensor, shift: tl.tensor) -> tl.tensor:
-    """log2 p = d rate - shift, rounded once: left to the compiler, that would depend on what stands around it."""
+    """log2 p = d rate - shift, rounded once. Otherwise the compiler would fuse it or not, depending on the context."""
     return tl.fma(d, rate, -shift)
 
 
@@ -114,7 +115,7 @@ def descend(
     READOUT: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """Write a row of d_logits, the last columns first: what was read last is still in a cache."""
+    """Write a row of d_logits, the last columns first: the logits that were read last are still in a cache."""
     COLUMNS: tl.constexpr = TILE.unroll * TILE.lanes * TILE.vector
     x, size, target = row
     head, body = head_and_body(d_row, size, TILE)
@@ -135,7 +136,7 @@ def descend(
     for done in range(0, main, COLUMNS):
         start = main - COLUMNS - done
         g = elementwise(load(x, start, body, False, TILE), readout, terms, ENTROPY, READOUT)
-        # The tile is known to hold the target or not before its elements are compared: two operations each.
+        # First check whether the tile holds the target: comparing all its elements takes two operations each.
         if (target >= start) & (target < start + COLUMNS):
             g = tl.where(is_column(target, start, TILE), terms.at_target, g)
         store(d_row, start, body, g, False, TILE)
@@ -143,13 +144,13 @@ def descend(
 
 @triton.jit
 def is_zero(gradients: Gradients) -> tl.tensor:
-    """Whether a row has no gradient, whatever its logits are."""
+    """Whether a row has no gradient, for any logits."""
     return (gradients.d_logp == 0) & (gradients.d_entropy == 0) & (gradients.d_lse == 0)
 
 
 @triton.jit
 def optional(field: tl.tensor, row: tl.tensor, COMPUTE: tl.constexpr) -> tl.tensor:
-    """Entry of a per-row tensor, 0 where there is none."""
+    """A row's entry of a per-row tensor; 0 if the tensor is None."""
     if field is None:
         return tl.full((), 0.0, COMPUTE)
     else:
@@ -180,7 +181,7 @@ def write_row(
 def backward(
     logits: tl.tensor,  # [B, L, V]
     d_logits: tl.tensor,  # [B, L, V]; may be logits
-    target: tl.tensor,  # [B, L], as all that follow
+    target: tl.tensor,  # [B, L], like all tensors below
     row_temperature: tl.tensor,
     top: tl.tensor,
     s_minus_1: tl.tensor,
@@ -200,7 +201,7 @@ def backward(
     READOUT: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """One program per row, one read and one write. The moments may be those of a row of which this is a shard."""
+    """One program per row, one read and one write. The row may be a shard; the moments are those of the whole row."""
     COMPUTE: tl.constexpr = top.dtype.element_ty
     ENTROPY: tl.constexpr = d_entropy is not None
     row = tl.program_id(0)

@@ -1,4 +1,4 @@
-"""What every kernel of this backend has in common."""
+"""The decorator of every kernel of this backend."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import triton
 def kernel(function: Callable[..., Any]) -> Any:
     """``triton.jit`` for a kernel that is compiled once for all values and alignments of its run-time arguments.
 
-    Left alone, Triton compiles anew when an integer becomes 1 or ceases to be a multiple of 16, as L and T do from
-    batch to batch, and when a tensor starts elsewhere. Only what is declared ``tl.constexpr`` makes another kernel.
+    By default Triton compiles again when an integer becomes 1 or is no longer a multiple of 16, as L and T do from
+    batch to batch, and when the alignment of a tensor changes. Here only a new value of a ``tl.constexpr`` compiles
+    again.
     """
     parameters = inspect.signature(function).parameters.values()
     at_run_time = [p.name for p in parameters if "constexpr" not in str(p.annotation)]

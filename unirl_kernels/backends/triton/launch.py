@@ -1,4 +1,4 @@
-"""Binds tensors to kernels."""
+"""The functions of the backend: they pass tensors to kernels and launch them."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from unirl_kernels.program import parsed
 
 WARP_SIZE = 64 if torch.version.hip else 32
 OPTIONS = {"enable_fp_fusion": True}
-"""Multiplications and additions in one operation, as sz + e t; Triton 3.10 announces to stop doing so by default."""
+"""Fuse multiplications and additions, as in sz + e t. Triton 3.10 announces that it will not do so by default."""
 
 SCALE_PROGRAMS = 1024
-"""Programs that multiply a gradient: enough to fill a device, few enough to cost microseconds when the factor is 1."""
+"""Programs that scale a gradient: enough to fill a device, but few enough that a factor of 1 costs microseconds."""
 
 
 def token_stats(logits: Tensor, target: Tensor, readout: ReadoutArgs) -> Measured:
@@ -141,7 +141,7 @@ LAUNCHES = {"two_sweep": _two_sweep, "split_row": _split_row}
 
 
 def _scratch(records: int, device: torch.device) -> Tensor:
-    """The number of tickets drawn and the records of the slices, all zero: 32 bytes per 8192 logits."""
+    """Zeros for the ticket counter and the records of the slices: 32 bytes per 8192 logits."""
     return torch.zeros(1 + records, RECORD.value, dtype=torch.int64, device=device)
 
 
@@ -158,17 +158,17 @@ def scale_(x: Tensor, factor: Tensor) -> None:
 
 
 def _tile(x: Tensor, *others: Tensor) -> geometry.Tile:
-    """The tile that the rows of [B, L, V] tensors are swept with."""
+    """The tile of a sweep over the rows of [B, L, V] tensors."""
     return _placed(geometry.tile(x.dtype, x.shape[-1], WARP_SIZE), x, *others)
 
 
 def _placed(shape: geometry.Tile, *tensors: Tensor) -> geometry.Tile:
-    """A tile for where the rows of these tensors lie."""
+    """The tile with ``aligned`` set for the addresses of these tensors."""
     return shape._replace(aligned=all(_aligned(x, shape.vector) for x in tensors))
 
 
 def _aligned(x: Tensor, vector: int) -> bool:
-    """Whether every row starts where a vector of its dtype may, and consists of whole ones."""
+    """Whether every row starts at a vector boundary and consists of whole vectors."""
     (sequences, length, vocab), (stride_b, stride_l, _) = x.shape, x.stride()
     if (sequences > 1 and stride_b % vector) or (length > 1 and stride_l % vector):
         return False
@@ -176,7 +176,7 @@ def _aligned(x: Tensor, vector: int) -> bool:
 
 
 def _readout(readout: ReadoutArgs) -> tuple[float, float, str]:
-    """Slope of u in x, kappa before the temperature of the row, and the kind of u."""
+    """du/dx at x = 0, kappa without the temperature of the row, and the kind of u."""
     temperature = 1.0 if readout.row_temperature is not None else readout.temperature
     if readout.softcap is not None:
         return readout.scale / readout.softcap, readout.softcap / temperature, "softcap"

@@ -1,4 +1,4 @@
-"""Prints a scalar program as a Triton device function, and makes it callable from a kernel."""
+"""Translates a scalar program to a Triton device function that a kernel can call."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ OPERATORS = {
     Op.WHERE: "tl.where({} != 0, {}, {})",
     Op.POW: "power({}, {})",
 }
-"""Triton text of the instructions that are not the function of their name in ``scalar_math``."""
+"""Triton text of instructions that are operators. All others are functions of the same name in ``scalar_math``."""
 
 
 def source(program: Program) -> str:
-    """The program as the text of a ``triton.jit`` function.
+    """Print a program as the source of a ``triton.jit`` function.
 
     Args:
         program: the scalar program of an objective.
@@ -58,15 +58,15 @@ def _expression(op: Op, args: list[str]) -> str:
 def device_function(text: str) -> Any:
     """The ``triton.jit`` function of a program's text, one per distinct program.
 
-    Its name is derived from its source, so that Triton's compilation cache on disk recognises it in a later process.
+    Its name is derived from its source, so that a later process finds it in Triton's compilation cache on disk.
     """
     from unirl_kernels.backends.triton import scalar_math
 
     code = source(parsed(text))
-    # Of the module too: a copy of this package prints programs by itself.
+    # The name includes the module, since another copy of this package has its own functions.
     name = f"{__name__}.objective_{hashlib.sha256(code.encode()).hexdigest()[:16]}"
     filename = f"<{name}>"
-    # Triton reads a function's source through inspect, which looks here for files that do not exist.
+    # Triton reads a function's source through inspect, which finds sources without a file in linecache.
     linecache.cache[filename] = (len(code), None, code.splitlines(keepends=True), filename)
     namespace = {name: value for name, value in vars(scalar_math).items() if not name.startswith("_")}
     namespace["__name__"] = name

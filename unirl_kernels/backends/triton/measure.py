@@ -1,4 +1,4 @@
-"""Statistics and moments of each row, and what else is observed where there is memory for it; one read."""
+"""Statistics and moments of each row, and observations if their outputs are given, in one read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from unirl_kernels.backends.triton.statistics import combine, statistics_of, swe
 @kernel
 def measure(
     logits: tl.tensor,  # [B, L, V]
-    target: tl.tensor,  # [B, L], as all that follow
+    target: tl.tensor,  # [B, L], like all tensors below
     row_temperature: tl.tensor,
     logp: tl.tensor,
     entropy: tl.tensor,
@@ -34,7 +34,7 @@ def measure(
     s_minus_1: tl.tensor,
     sz: tl.tensor,
     u_target: tl.tensor,
-    log_sum_sq_probs: tl.tensor,  # None where nothing is observed, as the three that follow
+    log_sum_sq_probs: tl.tensor,  # this and the next three: None without observations
     mean_logit: tl.tensor,
     largest: tl.tensor,
     argmax: tl.tensor,  # int64

@@ -1,9 +1,10 @@
-"""Moments and statistics of a row, and what else shows in the same sweep:
+"""Moments of a row and its observations, in one sweep:
 
     log sum_j p_j^2 = log s2 - 2 log s,   s2 = sum_j 4^t_j      mean of z_j = kappa / V sum_j u_j
 
-with s and t_j as in ``statistics``; and the first of the largest logits. For that the sweep keeps per lane the largest
-logit and the tile where it came first; the one tile that is the row's is read again and searched for the column.
+with s and t_j as in ``statistics``, and the first column of the largest logit. For the latter, the sweep keeps in each
+lane the largest logit and the first tile that has it. The first of these tiles with the row's largest logit is then
+read again and searched for the column.
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ from unirl_kernels.backends.triton.tiles import is_below, lane_start, load, with
 
 
 class Seen(NamedTuple):
-    """What each lane has seen of the row so far."""
+    """The sums and maxima of each lane over the part of the row that was read."""
 
     sums: Sums
     s2: tl.tensor  # relative to sums.top
     su: tl.tensor
     largest: tl.tensor  # logit, see ``signed``
-    tile: tl.tensor  # start of the tile where it came first
+    tile: tl.tensor  # start of the first tile that has it
 
 
 @triton.jit
 def signed(x: tl.tensor, readout: Readout, READOUT: tl.constexpr) -> tl.tensor:
-    """x, or -x under a negative scale: z increases with it, and unlike u it keeps any two logits apart."""
+    """x, or -x for a negative scale. z increases with it, and unlike u it never rounds two logits to one value."""
     if READOUT == "softcap":
         return tl.where(readout.inner < 0, -x, x)
     elif READOUT == "negated":
@@ -59,7 +60,7 @@ def observe(
     MASKED: tl.constexpr,
     TILE: tl.constexpr,
 ) -> Seen:
-    """Add the tile at ``start`` to what is known of each lane."""
+    """Add the tile at ``start`` to the sums and maxima of each lane."""
     x = load(row.x, start, row.size, MASKED, TILE).to(readout.rate.dtype)
     u = u_of(x, readout, READOUT)
     v = signed(x, readout, READOUT)
@@ -83,7 +84,7 @@ def observe(
 
 @triton.jit
 def observe_row(row: Row, readout: Readout, READOUT: tl.constexpr, TILE: tl.constexpr) -> Seen:
-    """What the lanes see in one sweep of the row."""
+    """One sweep of the row."""
     COLUMNS: tl.constexpr = TILE.unroll * TILE.lanes * TILE.vector
     sums = no_sums(TILE.lanes, readout.rate.dtype)
     seen = Seen(sums, sums.s, sums.s, sums.top, tl.full((TILE.lanes,), 0, tl.int32))
@@ -97,7 +98,7 @@ def observe_row(row: Row, readout: Readout, READOUT: tl.constexpr, TILE: tl.cons
 
 @triton.jit
 def first_of(seen: Seen, row: Row, readout: Readout, READOUT: tl.constexpr, TILE: tl.constexpr) -> tl.tensor:
-    """The row's first column with its largest logit, from the lanes' largest and the tiles where these came first."""
+    """The first column with the row's largest logit, from the lanes' largest logits and their first tiles."""
     largest = tl.max(seen.largest, 0)
     start = tl.min(tl.where(seen.largest == largest, seen.tile, row.size), 0)
     v = signed(load(row.x, start, row.size, True, TILE).to(readout.rate.dtype), readout, READOUT)
@@ -119,7 +120,7 @@ def log_sum_of_squares(seen: Seen, s_minus_1: tl.tensor, rate: tl.tensor) -> tl.
 def observations_of(
     seen: Seen, column: tl.tensor, moments: RowMoments, readout: Readout, size: tl.tensor
 ) -> RowObservations:
-    """Observations of a row of ``size`` columns whose largest logit is first in ``column``."""
+    """Observations of a row of ``size`` columns. ``column`` is the first column with the largest logit."""
     broken = moments.s_minus_1 != moments.s_minus_1
     return RowObservations(
         log_sum_of_squares(seen, moments.s_minus_1, readout.rate),

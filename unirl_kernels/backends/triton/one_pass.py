@@ -1,4 +1,4 @@
-"""One-pass loss and gradient: a program takes whole rows in two sweeps, or slices of rows that are split."""
+"""One-pass loss and gradient: a program processes a whole row in two sweeps, or slices of split rows."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def two_sweep(
 ) -> None:
     """One program per row: a sweep for the statistics, a second one for the gradient, last columns first.
 
-    The second one costs DRAM traffic only as far as the rows in flight exceed the caches.
+    The second sweep reads from DRAM only if the rows in flight exceed the caches.
     """
     COMPUTE: tl.constexpr = call.results[0].dtype.element_ty
     row = tl.program_id(0)
@@ -51,7 +51,7 @@ def two_sweep(
         values = row_fields(call.fields, row, tl.num_programs(0), FIELDS)
         loss, gradients = evaluated(OBJECTIVE, call.parameters, stats, values)
         write(call.results, row, (loss, stats.logp, stats.entropy, stats.lse))
-        # The sums above made every thread wait until the row was read, so it may be overwritten now.
+        # The reductions above have synchronised the threads, so the whole row was read and may be overwritten.
         write_row(x, d_x, readout, moments, stats, gradients, ENTROPY, READOUT, TILE)
     else:
         nothing = absent(y, COMPUTE)
@@ -65,8 +65,8 @@ def one_pass(
     d_logits: tl.tensor,  # [B, L, V]; may be logits
     target: tl.tensor,  # [B, L]
     fields: tl.tensor,  # [FIELDS, B, L]
-    parameters: tl.tensor,  # [n_params] fp64; "params" is a name that Triton's launcher takes for itself
-    row_temperature: tl.tensor,  # [B, L], as all that follow
+    parameters: tl.tensor,  # [n_params] fp64; not "params", which Triton's launcher overwrites
+    row_temperature: tl.tensor,  # [B, L], like all tensors down to lse
     loss: tl.tensor,
     logp: tl.tensor,
     entropy: tl.tensor,
@@ -79,13 +79,13 @@ def one_pass(
     d_stride_l: tl.int64,
     inner: tl.float64,
     factor: tl.float64,
-    scratch: tl.tensor,  # of ``split_row``: [1 + B * L * slices, RECORD] int64, zeros; None: rows are whole
+    scratch: tl.tensor,  # for ``split_row``: [1 + B * L * slices, RECORD] int64, zeros; None for ``two_sweep``
     rows: tl.int32,  # B * L
     OBJECTIVE: tl.constexpr,
     FIELDS: tl.constexpr,
     ENTROPY: tl.constexpr,
     READOUT: tl.constexpr,
-    SHAPE: tl.constexpr,  # ``geometry.Split`` of rows that are split, else ``geometry.Tile``
+    SHAPE: tl.constexpr,  # ``geometry.Split`` for ``split_row``, ``geometry.Tile`` for ``two_sweep``
 ) -> None:
     call = Call(
         Matrix(logits, length, stride_b, stride_l),

@@ -1,7 +1,7 @@
-"""What a kernel knows of its row: where it lies, its target, how its logits become u and z.
+"""Tuples for a row: its address, its target, and the readout that maps its logits to u and z.
 
-Kernels gather their arguments in these tuples first of all. At the launch boundary Triton would compile anew for every
-length and stride in a tuple.
+Kernels first gather their arguments in these tuples. Tuples are not arguments of kernels: Triton would compile again
+for every new length and stride in a tuple.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ class Row(NamedTuple):
     """A row of logits, or a slice of it."""
 
     x: tl.tensor  # pointer to its first column
-    size: tl.tensor  # its columns
-    target: tl.tensor  # the target's column; one that it does not have where the target is elsewhere
+    size: tl.tensor  # number of columns
+    target: tl.tensor  # the target's column; outside of [0, size) if another part of the row has it
 
 
 class Readout(NamedTuple):
     """z = kappa u."""
 
-    inner: tl.tensor  # du/dx: 1; -1 under a negative scale; the slope of tanh's argument under a softcap
+    inner: tl.tensor  # du/dx at x = 0: 1; -1 for a negative scale; the slope of tanh's argument with a softcap
     kappa: tl.tensor
     rate: tl.tensor  # kappa log2(e)
 
 
 class Readouts(NamedTuple):
-    """What the readouts of all rows follow from."""
+    """The arguments from which the readout of each row is computed."""
 
     inner: tl.tensor  # du/dx at x = 0, as in ``Readout``
     factor: tl.tensor  # kappa, or kappa times the row's temperature
@@ -53,7 +53,7 @@ class Readouts(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What a one-pass kernel works on."""
+    """The arguments of a one-pass kernel."""
 
     logits: Matrix
     d_logits: Matrix
@@ -90,19 +90,19 @@ def is_computed(target: tl.tensor, size: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def absent(target: tl.tensor, COMPUTE: tl.constexpr) -> tl.tensor:
-    """What stands for a row that is not read: 0 where it is ignored, NaN where its target does not exist."""
+    """The result for a row that is not read: 0 if it is ignored, NaN if its target is out of range."""
     return tl.where(target == IGNORE, 0.0, float("nan")).to(COMPUTE)
 
 
 @triton.jit
 def column_of(target: tl.tensor) -> tl.tensor:
-    """Column of a target, int32; -1 where it is in another shard."""
+    """Column of a target, int32; -1 if it is in another shard."""
     return tl.where(target == ELSEWHERE, -1, target).to(tl.int32)
 
 
 @triton.jit
 def u_of(x: tl.tensor, readout: Readout, READOUT: tl.constexpr) -> tl.tensor:
-    """u, increasing in z: the logit itself, its negative under a negative scale, or tanh(inner x) under a softcap."""
+    """u, which increases with z: the logit x, -x for a negative scale, or tanh(inner x) with a softcap."""
     if READOUT == "softcap":
         return tanh(x * readout.inner)
     elif READOUT == "negated":
@@ -113,7 +113,7 @@ def u_of(x: tl.tensor, readout: Readout, READOUT: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def u_of_target(row: Row, readout: Readout, READOUT: tl.constexpr) -> tl.tensor:
-    """u of the target; -inf where the row does not have it."""
+    """u of the target; -inf if the row does not have the target's column."""
     here = (row.target >= 0) & (row.target < row.size)
     x = tl.load(row.x + row.target, mask=here, other=0.0).to(readout.rate.dtype)
     return tl.where(here, u_of(x, readout, READOUT), float("-inf"))
@@ -121,7 +121,7 @@ def u_of_target(row: Row, readout: Readout, READOUT: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def slope(u: tl.tensor, outer: tl.tensor, READOUT: tl.constexpr) -> tl.tensor:
-    """dz/dx, where ``outer`` is its value at x = 0."""
+    """dz/dx; ``outer`` is its value at x = 0."""
     if READOUT == "softcap":
         return outer * ((1.0 - u) * (1.0 + u))
     else:

@@ -1,6 +1,7 @@
 """Functions of the scalar program and of the readout, accurate to a few ulp in fp32 and fp64.
 
-Built from exp2 and log alone: Triton's interpreter has no libdevice. fp64 is for gradcheck; its speed is of no concern.
+They use only exp2 and log, since Triton's interpreter has no libdevice. fp64 is for gradcheck; its speed does not
+matter.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-LN2_HIGH = tl.constexpr(0.693145751953125)  # 22713 / 2^15: times an integer below 2^9 it is exact in fp32
+LN2_HIGH = tl.constexpr(0.693145751953125)  # 22713 / 2^15: its product with an integer below 2^9 is exact in fp32
 LN2_LOW = tl.constexpr(1.4286068203094172e-06)
-EXP_RANGE = tl.constexpr(110.0)  # beyond it exp overflows or is 0 in fp32
+EXP_RANGE = tl.constexpr(110.0)  # beyond this exp overflows or is 0 in fp32
 
 
 @triton.jit
@@ -32,7 +33,7 @@ def clamp(x: tl.tensor, low: tl.tensor, high: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def divide(x: tl.tensor, y: tl.tensor) -> tl.tensor:
-    """x / y correctly rounded; the plain operator errs by 2 ulp in fp32."""
+    """x / y, correctly rounded. The plain operator has errors of 2 ulp in fp32."""
     if y.dtype == tl.float64:
         return x / y
     else:
@@ -54,14 +55,14 @@ def sign(x: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def exp(x: tl.tensor) -> tl.tensor:
-    """e^x. ``tl.exp`` rounds x log2(e) first, an error of |x| / 2 ulp in fp32: here x is reduced exactly."""
+    """e^x, with an exact reduction of x. ``tl.exp`` rounds x log2(e) first, an error of |x| / 2 ulp in fp32."""
     if x.dtype == tl.float64:
         return tl.exp(x)
     else:
         x = clamp(x, -EXP_RANGE, EXP_RANGE)
         n = tl.floor(x * LOG2E + 0.5)
         r = (x - n * LN2_HIGH) - n * LN2_LOW
-        # In two factors: 2^128 overflows where e^x does not.
+        # Two factors, since 2^n = 2^128 would overflow although e^x does not.
         return tl.exp2(r * LOG2E) * 2.0 * tl.exp2(n - 1.0)
 
 
@@ -72,7 +73,7 @@ def log(x: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def log1p(x: tl.tensor) -> tl.tensor:
-    """log(1 + x). The rounding of u = 1 + x is undone by the factor x / (u - 1) (Kahan)."""
+    """log(1 + x). The factor x / (u - 1) corrects the rounding of u = 1 + x (Kahan)."""
     u = 1.0 + x
     corrected = tl.log(u) * divide(x, tl.where(u == 1.0, 1.0, u - 1.0))
     return tl.where(u == 1.0, x, tl.where(u < float("inf"), corrected, u))
@@ -80,14 +81,14 @@ def log1p(x: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def expm1(x: tl.tensor) -> tl.tensor:
-    """e^x - 1. Near 0 a Taylor polynomial; in fp64 the rounding of u = e^x is undone by x / log(u) (Kahan)."""
+    """e^x - 1. Near 0 a Taylor polynomial; in fp64 the factor x / log(u) corrects the rounding of u = e^x (Kahan)."""
     u = exp(x)
     if x.dtype == tl.float64:
         near = (tl.abs(x) < 1.0) & (u != 1.0)
         small = tl.where(near, (u - 1.0) * (x / tl.where(near, tl.log(u), 1.0)), x)
         return tl.where(near | (u == 1.0), small, u - 1.0)
     else:
-        # The first term left out is x^8 / 9! of the value: 2.6e-9 at 0.4, beyond which u - 1 keeps 22 bits.
+        # The first omitted term is x^8 / 9!, relative: at most 2.6e-9 for |x| < 0.4. Beyond 0.4, u - 1 keeps 22 bits.
         p = x * (1.0 / 40320.0) + 1.0 / 5040.0
         p = p * x + 1.0 / 720.0
         p = p * x + 1.0 / 120.0
@@ -99,16 +100,17 @@ def expm1(x: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def power(x: tl.tensor, y: tl.tensor) -> tl.tensor:
-    """x^y with the special values of C's pow. In fp64, since the error of y log x is that of the result, relative."""
+    """x^y with the special values of C's pow. In fp64, since the relative error of the result is the error of y log
+    x."""
     size = tl.abs(x).to(tl.float64)
     exponent = y.to(tl.float64)
     value = tl.exp(exponent * tl.log(size)).to(x.dtype)
     value = tl.where((y == 0) | (x == 1) | ((size == 1) & (exponent == exponent)), 1.0, value)
     whole = tl.floor(y) == y
     odd = whole & (tl.floor(y * 0.5) * 2.0 != y)
-    negative = (x < 0) | (divide(1.0, x) < 0)  # -0 as well
+    negative = (x < 0) | (divide(1.0, x) < 0)  # including -0
     value = tl.where(odd & negative, value * -1.0, value)  # Triton's negation is 0 - x, which gives 0 for 0
-    # A negative number has no real power but a whole one, -inf has all.
+    # A negative number has only integer powers, except -inf, which has all.
     return tl.where((x < 0) & (x > float("-inf")) & (whole == 0), float("nan"), value)
 
 
@@ -124,13 +126,13 @@ def logsigmoid(x: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def tanh(x: tl.tensor) -> tl.tensor:
-    """Hyperbolic tangent. In fp32 cheap enough for every logit: one exp2, one division, a polynomial near 0."""
+    """Hyperbolic tangent. In fp32 it is cheap enough for every logit: one exp2, one division, a polynomial near 0."""
     a = tl.abs(x)
     if x.dtype == tl.float64:
         e = expm1(-2.0 * a)
         size = -e / (2.0 + e)
     else:
-        # Minimax in relative error on [0, 0.625]: 4.4e-9; beyond it 1 - 2 / (1 + e^2a) does not cancel.
+        # Minimax polynomial on [0, 0.625], relative error 4.4e-9. Beyond 0.625, 1 - 2 / (1 + e^2a) does not cancel.
         y = a * a
         p = -0.005704986862838268 * y + 0.0206390880048275
         p = p * y - 0.05373971536755562

@@ -1,4 +1,4 @@
-"""Multiplies a gradient by a scalar that only the device knows; costs one launch where the scalar is 1."""
+"""Multiplies a gradient by a scalar on the device. A scalar of 1 costs only the launch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def scale(
     stride_l: tl.int64,
     TILE: tl.constexpr,
 ) -> None:
-    """Few programs for many rows: starting them is all that happens when the factor is 1."""
+    """Few programs for many rows, since starting them is the whole cost if the factor is 1."""
     COMPUTE: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     COLUMNS: tl.constexpr = TILE.unroll * TILE.lanes * TILE.vector
     BODY: tl.constexpr = Tile(TILE.unroll, TILE.lanes, TILE.vector, TILE.num_warps, True)

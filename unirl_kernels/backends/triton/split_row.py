@@ -1,18 +1,19 @@
-"""One-pass loss and gradient, a row split over programs that keep their slice in registers: one read, one write.
+"""One-pass loss and gradient of a row that is split over programs. Each keeps its slice in registers: one read, one
+write.
 
-A program draws tickets; ticket t is slice t mod SLICES of row t div SLICES. It reads the slice, publishes the slice's
-moments, waits until all slices of the row are published, merges them in the order of the slices, and writes its part
-of the gradient from the exponentials that it still holds: one exp2 per logit.
+A program draws tickets; ticket t is slice t mod SLICES of row t div SLICES. The program reads the slice, publishes its
+moments, waits until all slices of the row are published, merges their moments in the order of the slices, and writes
+its slice of the gradient from the exponentials in its registers: one exp2 per logit.
 
-Progress: a program publishes before it waits, and draws its next ticket when all tickets of the row are drawn. Consider
-the first row that is not complete. Its drawn tickets are published, or about to be: none is held back by a program that
-waits, since that program waits for this row and draws no more of it, or for an earlier one, which is complete. If some
-of its tickets are not drawn, fewer than SLICES programs wait for it and nobody for a later row; so there is a program
-to draw them if at least SLICES programs are resident, which ``geometry.programs`` makes sure of. Nothing requires all
-programs to be.
+Why there is no deadlock: a program publishes before it waits, and draws its next ticket only when all tickets of the
+row are drawn. Consider the first row that is not complete. Its drawn tickets are published, or will be: their programs
+do not wait for anything else, since all earlier rows are complete. If some of its tickets are not drawn, fewer than
+SLICES programs wait for this row, and none waits for a later row. So another program draws them, if at least SLICES
+programs are resident. ``geometry.programs`` ensures this. Not all programs have to be resident.
 
-Records need no fence: an entry of 8 bytes holds one number and is 0 until it is published, so a reader either has it or
-waits. They also carry the target's logit: read from the row, it could be a gradient already when d_logits is logits.
+Records need no fence: an entry of 8 bytes holds one number and is 0 until it is published, so a reader either has the
+number or waits. Records also carry the target's logit: in the row it may already be overwritten by its gradient if
+d_logits is logits.
 """
 
 from __future__ import annotations
@@ -60,13 +61,13 @@ from unirl_kernels.backends.triton.statistics import (
 from unirl_kernels.backends.triton.tiles import fill_slice, is_column, store
 
 RECORD = tl.constexpr(4)
-"""Numbers in a slice's record: its ``RowMoments``, with sz in bits."""
+"""Numbers in a slice's record: its ``RowMoments``, with sz in bits, not nats."""
 
 
 class Slice(NamedTuple):
-    """What a program holds of its slice."""
+    """The slice of a program, in registers."""
 
-    moments: RowMoments  # with sz in bits
+    moments: RowMoments  # with sz in bits, not nats
     d: tl.tensor  # u_j - max u; -inf beyond the slice
     e: tl.tensor  # 2^(d rate)
 
@@ -75,7 +76,7 @@ class Slice(NamedTuple):
 def add(
     s: tl.tensor, ones: tl.tensor, sz: tl.tensor, other_s: tl.tensor, other_ones: tl.tensor, other_sz: tl.tensor
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Sums in one reduction take fewer registers than one by one, which decides whether sm_100 spills."""
+    """Combine three sums in one reduction: that takes fewer registers than three, and sm_100 does not spill."""
     return s + other_s, ones + other_ones, sz + other_sz
 
 
@@ -101,13 +102,13 @@ def draw(scratch: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def publish(record: tl.tensor, moments: RowMoments) -> None:
-    """Write a record over zeros: each entry is the bits of its number plus 1, hence not 0."""
+    """Write a record over zeros. An entry is the bits of its number plus 1, so it is not 0."""
     entry = tl.arange(0, RECORD)
     value = tl.where(entry == 2, moments.sz, moments.u_target)
     value = tl.where(entry == 0, moments.top, tl.where(entry == 1, moments.s_minus_1, value))
     if value.dtype == tl.float64:
         bits = value.to(tl.int64, bitcast=True)
-        # The NaN of all ones would wrap to 0, and be waited for.
+        # A NaN with all bits set would wrap to 0, and readers would wait for it.
         bits = tl.where(bits == -1, -2, bits)
     else:
         bits = value.to(tl.uint32, bitcast=True).to(tl.int64)
@@ -116,7 +117,7 @@ def publish(record: tl.tensor, moments: RowMoments) -> None:
 
 @triton.jit
 def number(entry: tl.tensor, COMPUTE: tl.constexpr) -> tl.tensor:
-    """Inverse of what ``publish`` writes."""
+    """The number of an entry that ``publish`` wrote."""
     bits = entry - 1
     if COMPUTE.primitive_bitwidth == 64:
         return bits.to(COMPUTE, bitcast=True)
@@ -135,7 +136,7 @@ def merged(entries: tl.tensor, rate: tl.tensor, SPLIT: tl.constexpr) -> RowMomen
     top = tl.max(tops, 0)
     base = finite_base(top)
     s, sz = rescaled(base, Sums(tops, 1.0 + s_minus_1, sz), rate)
-    # Slices that hold the row's largest logit have left out its 1; all of these but one are added again.
+    # s_minus_1 of a slice with the row's largest logit lacks a 1. Add these ones again, except one for the row.
     holds = tops == base
     row_s_minus_1 = tl.sum(tl.where(holds, s_minus_1, s), 0) + (tl.sum(holds.to(tl.int32), 0) - 1)
     return RowMoments(top, row_s_minus_1, tl.sum(sz, 0) * LN2, tl.max(tl.where(exists, u_target, float("-inf")), 0))
@@ -145,11 +146,11 @@ def merged(entries: tl.tensor, rate: tl.tensor, SPLIT: tl.constexpr) -> RowMomen
 def exchange(
     scratch: tl.tensor, row: tl.tensor, part: tl.tensor, moments: RowMoments, rate: tl.tensor, SPLIT: tl.constexpr
 ) -> tuple[RowMoments, tl.tensor]:
-    """Publish the moments of a slice and wait for those of the others. The moments of the row, and the next ticket.
+    """Publish the moments of a slice, and wait for those of the others. Returns the row's moments and the next ticket.
 
-    The ticket is drawn while the program waits if all tickets of the row are drawn, else afterwards. A branch must go
-    the same way in every thread, and scalar loads of memory that changes need not agree: hence a load by each lane and
-    a reduction.
+    If all tickets of the row are drawn, the next ticket is drawn before the wait, else after it. All threads must take
+    the same branch, but scalar loads of memory that changes may differ between threads. Hence each lane loads, and a
+    reduction decides.
     """
     records = scratch + (1 + row.to(tl.int64) * SPLIT.slices) * RECORD
     publish(records + part * RECORD, moments)
@@ -196,7 +197,7 @@ def write_slice(
     terms = Terms(finite_base(held.moments.top), shift, common, terms.per_bit, terms.at_target)
     if TILE.aligned and READOUT != "softcap":
         if ENTROPY:
-            # From d, not from e as well: both would take twice the registers.
+            # Computed from d alone: keeping e too would take twice the registers.
             g = from_log2(log2_prob(held.d, readout.rate, shift), terms, ENTROPY)
         else:
             g = held.e * common
@@ -204,8 +205,8 @@ def write_slice(
             g = tl.where(is_column(x.target, 0, TILE), terms.at_target, g)
         store(d_x, 0, x.size, g, True, TILE)
     else:
-        # From the cache: in registers the columns do not form the vectors to be stored, or, under a softcap, the slope
-        # is gone. By half tiles, for shifting takes registers too.
+        # Reads the logits again, from the cache: the columns in registers do not match the vectors of the store, or
+        # with a softcap the slope is not kept. In half tiles, since shifting takes registers too.
         descend(x, d_x, readout, terms, ENTROPY, READOUT, HALF)
 
 
@@ -220,7 +221,7 @@ def split_row(
     READOUT: tl.constexpr,
     SPLIT: tl.constexpr,
 ) -> None:
-    """Programs run until the tickets are used up; how many there are does not matter to the result."""
+    """Programs run until all tickets are drawn. Their number does not change the result."""
     COMPUTE: tl.constexpr = call.results[0].dtype.element_ty
     TILE: tl.constexpr = SPLIT.tile
     width = tl.cdiv(call.size, SPLIT.slices * TILE.vector) * TILE.vector
@@ -231,7 +232,7 @@ def split_row(
         y = tl.load(call.target + row)
         count = tl.minimum(width, call.size - first)
         d_x = start_of_row(call.d_logits, row) + first
-        # A row without a gradient is filled with one value, ignored or not: the code of that stands once, at the end.
+        # A row without a gradient is filled with one value, ignored or not. One fill at the end serves both cases.
         value = absent(y, COMPUTE)
         filled = not is_computed(y, call.size)
         if filled:
@@ -242,7 +243,7 @@ def split_row(
             readout = readout_of(call.readouts, row, COMPUTE)
             x = Row(start_of_row(call.logits, row) + first, count, column_of(y) - first)
             held = read_slice(x, readout, READOUT, TILE)
-            values = row_fields(call.fields, row, rows, FIELDS)  # on their way while the program waits
+            values = row_fields(call.fields, row, rows, FIELDS)  # these loads overlap with the wait
             moments, ticket = exchange(scratch, row, part, held.moments, readout.rate, SPLIT)
             stats = statistics_of(moments, readout)
             loss, gradients = evaluated(OBJECTIVE, call.parameters, stats, values)

@@ -1,11 +1,11 @@
 """Moments of a row in one sweep, and its statistics: log-sum-exp, entropy, and the target's log-probability.
 
-With u the row before temperature (the logit, or its tanh under a softcap) and z = kappa u:
+u is the logit before the temperature (with a softcap, its tanh), and z = kappa u:
 
     s = sum_j 2^t_j      sz = sum_j 2^t_j t_j      t_j = (u_j - max u) kappa log2(e)
     lse = kappa max u + log s      H = log s - log(2) sz / s      logp = kappa (u_y - max u) - log s
 
-No sum cancels: t_j is exact near the maximum, and everything is relative to it.
+No sum cancels: all sums are relative to the maximum, and t_j is exact near it.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from unirl_kernels.backends.triton.scalar_math import LN2, log1p, maximum, minim
 from unirl_kernels.backends.triton.tiles import is_below, load
 
 FLOOR = tl.constexpr(-1e4)
-"""Stands in for -inf as an exponent where 0 * -inf would be NaN; 2^FLOOR is 0 in fp64 too."""
+"""Replaces an exponent of -inf, since 0 * -inf is NaN. 2^FLOOR is 0, in fp64 too."""
 
 
 class Sums(NamedTuple):
-    """Sums over what a lane has seen, over a slice, or over a row."""
+    """Sums of a lane, of a slice, or of a row."""
 
-    top: tl.tensor  # max u, -inf where all of it is
-    s: tl.tensor  # relative to top, as sz
+    top: tl.tensor  # max u; -inf if all u are
+    s: tl.tensor  # relative to top, like sz
     sz: tl.tensor
 
 
 @triton.jit
 def finite_base(top: tl.tensor) -> tl.tensor:
-    """What u is measured from: its maximum, or 0 where everything is -inf and the difference would be NaN."""
+    """The reference of u: its maximum, or 0 if all u are -inf and the difference would be NaN."""
     return tl.where(top > float("-inf"), top, 0.0)
 
 
 @triton.jit
 def rescaled(base: tl.tensor, sums: Sums, rate: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """s and sz, made relative to ``base``."""
+    """s and sz, relative to ``base``."""
     shift = tl.maximum((sums.top - base) * rate, FLOOR)
     keep = tl.exp2(shift)
     return keep * sums.s, keep * (sums.sz + shift * sums.s)
@@ -54,7 +54,7 @@ def lane_sums(t: tl.tensor, e: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
 
 @triton.jit
 def exponents(u: tl.tensor, top: tl.tensor, rate: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """The maximum of each lane with a tile's u, what it means as a base, and the tile's exponents."""
+    """The new maximum of each lane, its finite base, and the exponents of the tile."""
     new_top = tl.maximum(top, tl.max(tl.max(u, 2), 0))
     base = finite_base(new_top)
     return new_top, base, (u - base[None, :, None]) * rate
@@ -62,7 +62,7 @@ def exponents(u: tl.tensor, top: tl.tensor, rate: tl.tensor) -> tuple[tl.tensor,
 
 @triton.jit
 def no_sums(LANES: tl.constexpr, COMPUTE: tl.constexpr) -> Sums:
-    """The sums of lanes that have seen nothing."""
+    """The sums of lanes before the first tile."""
     zero = tl.full((LANES,), 0.0, COMPUTE)
     return Sums(tl.full((LANES,), float("-inf"), COMPUTE), zero, zero)
 
@@ -80,8 +80,8 @@ def accumulate(u: tl.tensor, sums: Sums, rate: tl.tensor) -> Sums:
 def sum_minus_1(s: tl.tensor) -> tl.tensor:
     """Sum over lanes of s, minus the 1 of the row's largest logit.
 
-    Where one logit has nearly all of the probability, the share of the others would be lost beside its 1. So ones and
-    what is left of them are added apart.
+    If one logit has nearly all of the probability, adding to its 1 would lose the sum of the others. So the integer
+    parts and the fractions of the lanes are added separately.
     """
     ones = tl.floor(s)
     return tl.sum(s - ones, 0) + (tl.sum(ones, 0) - 1.0)
@@ -97,10 +97,10 @@ def combine(sums: Sums, u_target: tl.tensor, rate: tl.tensor) -> RowMoments:
 
 @triton.jit
 def masked(row: Row, start: tl.tensor, readout: Readout, READOUT: tl.constexpr, TILE: tl.constexpr) -> tl.tensor:
-    """u of a tile that may reach beyond the row, -inf there."""
+    """u of a tile; -inf beyond the row."""
     COMPUTE: tl.constexpr = readout.rate.dtype
     if TILE.aligned and READOUT != "softcap":
-        # The load itself puts it there, which saves a selection per element.
+        # The load itself writes the infinity, which saves a select per element.
         OUTSIDE: tl.constexpr = float("inf") if READOUT == "negated" else float("-inf")
         x = load(row.x, start, row.size, True, TILE, OUTSIDE)
         return u_of(x.to(COMPUTE), readout, READOUT)
@@ -128,7 +128,7 @@ def sweep(row: Row, readout: Readout, READOUT: tl.constexpr, TILE: tl.constexpr)
 
 @triton.jit
 def statistics_of(moments: RowMoments, readout: Readout) -> RowStats:
-    """Statistics of a row: logp <= 0 although tanh of the target may round otherwise than in the sweep, and H >= 0."""
+    """Statistics of a row. The bounds logp <= 0 and H >= 0 hold even if tanh rounds differently than in the sweep."""
     log_s = log1p(moments.s_minus_1)
     base = finite_base(moments.top)
     logp = (moments.u_target - base) * readout.kappa - log_s

@@ -2,12 +2,12 @@
 
 Kernels get the three sizes as TILE, a ``geometry.Tile``, which also says whether rows start at a multiple of 16 bytes.
 
-Which thread sums which column decides the bits of the result, so it must not depend on where the row happens to lie in
-memory. A row that does not start at a multiple of 16 bytes is therefore read as the aligned 16-byte granules that it
-overlaps, two for each vector, and shifted into place: loads stay 128 bits wide, and lane i still holds the columns
-that it holds in an aligned row. Such a read may touch up to 14 bytes beside the row, within the 16 that hold its first
-or last element: memory of that tensor or padding of its allocation, shifted out unseen. Stores need no such care
-(gradients are elementwise): they follow the alignment of the memory that is written.
+The assignment of columns to threads decides the bits of a sum, so it must not depend on the address of the row. A row
+that does not start at a multiple of 16 bytes is read as aligned 16-byte granules, two for each vector, and shifted into
+place. So loads stay 128 bits wide, and lane i holds the same columns as in an aligned row. Such a read may touch up to
+14 bytes outside of the row, within the 16 bytes of its first or last element. These bytes are memory of the same tensor
+or padding of its allocation, and are shifted out. Stores are elementwise, so they follow the alignment of the memory
+that is written.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ def lane_start(TILE: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def within_lane(TILE: tl.constexpr) -> tl.tensor:
-    """[UNROLL, 1, VECTOR] int32: where a lane's columns are, from its first. Constants, the same in every thread.
+    """[UNROLL, 1, VECTOR] int32: offsets of a lane's columns from its first one. Constants, the same in every thread.
 
-    Addresses, masks and comparisons are formed as (one number per lane) and (constants): as column numbers they would
-    take one register per element, 32 in every thread, all along.
+    Addresses, masks and comparisons are split into one number per lane and constants. As column numbers they would
+    take one register per element, 32 in every thread, all the time.
     """
     later = tl.arange(0, TILE.unroll) * (TILE.lanes * TILE.vector)
     return later[:, None, None] + tl.arange(0, TILE.vector)[None, None, :]
@@ -35,7 +35,7 @@ def within_lane(TILE: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def is_column(column: tl.tensor, start: tl.tensor, TILE: tl.constexpr) -> tl.tensor:
-    """[UNROLL, LANES, VECTOR] bool: whether an element of the tile at ``start`` is the one of ``column``."""
+    """[UNROLL, LANES, VECTOR] bool: whether an element of the tile at ``start`` is in ``column``."""
     return column - start - lane_start(TILE) == within_lane(TILE)
 
 
@@ -51,8 +51,8 @@ def addresses(
 ) -> tl.tensor:
     """[UNROLL, LANES * VECTOR] pointers to a tile that starts at ``first``, a multiple of a vector of WIDTH bytes.
 
-    Threads are laid out by the run of addresses that the compiler sees. Here it sees one along the last dimension; with
-    lanes and vectors apart, runs of VECTOR would leave it to the version of Triton which of the others comes next.
+    The compiler lays out threads along contiguous addresses. Here the last dimension is contiguous as a whole. With
+    separate dimensions for lanes and vectors, the layout would depend on the version of Triton.
     """
     columns = (tl.arange(0, UNROLL) * (LANES * VECTOR))[:, None] + tl.arange(0, LANES * VECTOR)[None, :]
     return tl.multiple_of(first + columns, (WIDTH // VECTOR, WIDTH))
@@ -62,9 +62,9 @@ def addresses(
 def whole_vectors(
     size: tl.tensor, start: tl.tensor, LANES: tl.constexpr, VECTOR: tl.constexpr, UNROLL: tl.constexpr
 ) -> tl.tensor:
-    """[UNROLL, LANES * VECTOR] bool: which columns of the tile at ``start`` are among ``size``, a multiple of VECTOR.
+    """[UNROLL, LANES * VECTOR] bool: which columns of the tile at ``start`` are below ``size``, a multiple of VECTOR.
 
-    Constant along a vector, which keeps masked accesses 128 bits wide.
+    The mask is constant along a vector, so that masked accesses stay 128 bits wide.
     """
     first = tl.arange(0, LANES * VECTOR) // VECTOR * VECTOR
     return size - start - first[None, :] > (tl.arange(0, UNROLL) * (LANES * VECTOR))[:, None]
@@ -79,7 +79,7 @@ def load(
     TILE: tl.constexpr,
     OUTSIDE: tl.constexpr = 0.0,
 ) -> tl.tensor:
-    """Columns ``start ...`` of a row, [UNROLL, LANES, VECTOR]. Beyond ``size``: OUTSIDE when aligned, else anything.
+    """Load columns ``start ...`` of a row, [UNROLL, LANES, VECTOR]. Beyond ``size``: OUTSIDE if aligned, else anything.
 
     Args:
         row: pointer to column 0.
@@ -88,7 +88,7 @@ def load(
         MASKED: whether the tile may reach beyond ``size``.
     """
     if TILE.aligned:
-        # Said of the scalar too, for the buffer instructions of AMD GPUs are made of scalar and offsets.
+        # The hint is also on the scalar: buffer instructions of AMD GPUs have a scalar address and offsets.
         at = addresses(tl.multiple_of(row + start, 16), 16, TILE.lanes, TILE.vector, TILE.unroll)
         if MASKED:
             x = tl.load(at, mask=whole_vectors(size, start, TILE.lanes, TILE.vector, TILE.unroll), other=OUTSIDE)
@@ -107,9 +107,11 @@ def _load_shifted(
     MASKED: tl.constexpr,
     TILE: tl.constexpr,
 ) -> tl.tensor:
-    """``load`` from any address: lane i takes granules i and i + 1, and of these 32 bytes the 16 of its vector.
+    """``load`` from any address: lane i reads granules i and i + 1, and takes the 16 of these 32 bytes that are its
+    vector.
 
-    Reads up to 15 bytes beyond either end of the row, in aligned 16 bytes that hold a byte of it: never another page.
+    Reads up to 15 bytes beyond either end of the row, but only granules that hold a byte of the row: never another
+    page.
     """
     BYTES: tl.constexpr = 16 // TILE.vector
     address = row.to(tl.uint64)
@@ -126,8 +128,8 @@ def _load_shifted(
         )
     else:
         low = tl.load(at)
-        # Without a shift the next granule is not needed, and may lie beyond the tensor or be written by another lane.
-        # Compared after the broadcast: Triton's interpreter keeps a scalar comparison in the operands' dtype.
+        # Without a shift the next granule is not needed. It may lie beyond the tensor, or another lane may write it.
+        # The comparison is after the broadcast, since Triton's interpreter compares scalars in the operands' dtype.
         high = tl.load(following, mask=tl.broadcast_to(beyond.to(tl.int32), TILE.unroll, TILE.lanes * 2) > 0, other=0)
     w0, w1 = tl.split(tl.reshape(low, TILE.unroll, TILE.lanes, 2))
     w2, w3 = tl.split(tl.reshape(high, TILE.unroll, TILE.lanes, 2))
@@ -136,7 +138,7 @@ def _load_shifted(
     b = tl.where(far, w2, w1)
     c = tl.where(far, w3, w2)
     shift = (beyond % 8) * 8
-    # In two steps: a shift by all 64 bits is undefined.
+    # In two steps, since a shift by 64 bits is undefined.
     first = (a >> shift) | ((b << 1) << (63 - shift))
     second = (b >> shift) | ((c << 1) << (63 - shift))
     return tl.reshape(_unpack(first, second, row, BYTES), TILE.unroll, TILE.lanes, TILE.vector)
@@ -144,7 +146,7 @@ def _load_shifted(
 
 @triton.jit
 def _unpack(first: tl.tensor, second: tl.tensor, row: tl.tensor, BYTES: tl.constexpr) -> tl.tensor:
-    """The elements of a vector, in order, along new last dimensions of size 2. Joins keep them in their thread."""
+    """The elements of a vector, in order, along new last dimensions of size 2. Joins keep elements in their thread."""
     if BYTES == 8:
         return tl.join(_element(first, 0, row, 8), _element(second, 0, row, 8))
     elif BYTES == 4:
@@ -177,7 +179,7 @@ def store(
     MASKED: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """Write a tile's columns below ``size``, a multiple of VECTOR; ``row`` starts at a whole vector of its dtype."""
+    """Store a tile's columns below ``size``, a multiple of VECTOR. ``row`` is aligned to a vector of its dtype."""
     BYTES: tl.constexpr = row.dtype.element_ty.primitive_bitwidth // 8
     WIDTH: tl.constexpr = TILE.vector * BYTES
     at = addresses(tl.multiple_of(row + start, WIDTH), WIDTH, TILE.lanes, TILE.vector, TILE.unroll)
@@ -190,7 +192,8 @@ def store(
 
 @triton.jit
 def head_and_body(row: tl.tensor, size: tl.tensor, TILE: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """Columns before the first address in ``row`` where a vector may start, and columns in whole vectors from there."""
+    """Number of columns before the first aligned vector of ``row``, and number of columns in whole vectors after
+    that."""
     if TILE.aligned:
         return 0, size
     else:
@@ -203,7 +206,7 @@ def head_and_body(row: tl.tensor, size: tl.tensor, TILE: tl.constexpr) -> tuple[
 
 @triton.jit
 def fringe(head: tl.tensor, body: tl.tensor, size: tl.tensor, VECTOR: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """[2 VECTOR] int32 and bool: the columns that lie in no aligned vector, before and behind the body."""
+    """[2 VECTOR] int32 and bool: the columns outside of aligned vectors, before and after the body."""
     i = tl.arange(0, 2 * VECTOR)
     columns = tl.where(i < VECTOR, i, head + body + i - VECTOR)
     return columns, tl.where(i < VECTOR, i < head, columns < size)
@@ -221,7 +224,7 @@ def fill(row: tl.tensor, size: tl.tensor, value: tl.tensor, TILE: tl.constexpr) 
 
 @triton.jit
 def fill_slice(row: tl.tensor, size: tl.tensor, value: tl.tensor, TILE: tl.constexpr) -> None:
-    """Set columns that fit into a tile to ``value``."""
+    """Set a slice, which fits a tile, to ``value``."""
     head, body = fill_fringe(row, size, value, TILE)
     tile = tl.full((TILE.unroll, TILE.lanes, TILE.vector), 0.0, value.dtype) + value
     store(row + head, 0, body, tile, True, TILE)
@@ -229,7 +232,7 @@ def fill_slice(row: tl.tensor, size: tl.tensor, value: tl.tensor, TILE: tl.const
 
 @triton.jit
 def fill_fringe(row: tl.tensor, size: tl.tensor, value: tl.tensor, TILE: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """Set the columns that lie in no aligned vector to ``value``. Returns head and body."""
+    """Set the columns outside of aligned vectors to ``value``. Returns head and body."""
     head, body = head_and_body(row, size, TILE)
     if not TILE.aligned:
         columns, inside = fringe(head, body, size, TILE.vector)
