@@ -3,7 +3,8 @@
 The CPU kernels are built without torch. The CUDA kernels are compiled by torch's tools and with torch's CUDA. pip
 builds in a separate environment; a torch that it downloads there has several gigabytes, and may have another CUDA
 version. So the torch of the environment that pip installs into is used. torch is downloaded only if that environment
-has none. """
+has none.
+"""
 
 from __future__ import annotations
 
