@@ -3,30 +3,29 @@
 A backend module offers
 
     KERNELS                names of its one-pass kernels
-    kernels_by_vocab       those to take without a name, each with the longest row that it is for
+    kernels_by_vocab       the default kernels, each with the longest row that it takes
     unavailable(device)    None, or the reason why it cannot run there
     token_stats            statistics and moments of each row, one read of the logits
-    token_observations     the same, and what else can be observed of a row in that read
+    token_observations     the same, and observations of each row, from the same read
     token_stats_backward   gradient of the logits from the row's moments and the gradients of its statistics, one read
                            and one write
     fused_loss             statistics, objective and gradient of each row, one read and one write
     matmuls                the matmuls of a linear head
     empty                  uninitialised memory for a vocabulary-sized tensor
-    release_memory         give back what ``empty`` keeps for reuse, where it keeps any
-    scale_                 multiply a gradient by a scalar, free where the scalar is 1
+    release_memory         free the memory that ``empty`` keeps for reuse
+    scale_                 multiply a gradient by a scalar; free if the scalar is 1
 
-with the signatures of ``Backend``. Shapes throughout: logits [B, L, V] with any strides and the last one 1; everything
-per row [B, L] and contiguous. The packed layout is B = 1. Statistics, moments and fields are fp32, fp64 for fp64
-logits.
+with the signatures of ``Backend``. Shapes: logits are [B, L, V] with any strides, the last one 1; values per row are
+[B, L] and contiguous. The packed layout is B = 1. Statistics, moments and fields are fp32, or fp64 for fp64 logits.
 
-Targets. A row whose target is ``IGNORE`` is not read: its statistics and loss are 0, its gradient exact zeros, its
-argmax -1. A row whose target is ``ELSEWHERE`` is a shard of a row whose target is another shard's: it is read, its
-moments have u_y = -inf, its gradient has no target column. A row whose target is otherwise outside [0, V) gets NaN
-everywhere and argmax -1. A target whose logit is -inf has log-probability -inf and the gradient that autograd gives
-log_softmax and gather: d_logp (1 - p_y) = d_logp at the target itself, -d_logp p_j elsewhere.
+Targets. A row whose target is ``IGNORE`` is not read: its statistics and loss are 0, its gradient is exactly 0, its
+argmax is -1. A row whose target is ``ELSEWHERE`` belongs to a shard, and another shard holds the target's column: it is
+read, its moments have u_y = -inf, and its gradient has no target column. A row with any other target outside [0, V)
+gets NaN everywhere, and argmax -1. If the target's logit is -inf, the log-probability is -inf, and the gradient is the
+one that autograd gives log_softmax and gather: d_logp (1 - p_y) = d_logp at the target, -d_logp p_j elsewhere.
 
-A logit of -inf has probability and gradient 0. logp <= 0 and H >= 0 always. Gradients of fp32 logits may be asked for
-in bf16 by a backend whose matmuls take them so; they are rounded once.
+A logit of -inf has probability and gradient 0. Always logp <= 0 and H >= 0. A backend whose matmuls take bf16 may ask
+for gradients of fp32 logits in bf16; they are rounded once.
 """
 
 from __future__ import annotations
@@ -44,14 +43,14 @@ from torch import Tensor
 from unirl_kernels.backends.matmuls import Matmuls
 
 ELSEWHERE = torch.iinfo(torch.int64).min
-"""Target of a shard's row whose target belongs to another shard. No user can mean this number."""
+"""Target of a shard's row if another shard holds the target's column. Users cannot pass this number."""
 
 
 class ReadoutArgs(NamedTuple):
     """How raw logits x become log-probabilities: z = softcap * tanh(scale * x / softcap) / temperature.
 
-    Kernels write z = kappa u with kappa > 0: u = x, or -x under a negative scale, or tanh(scale x / softcap);
-    kappa = |scale| / temperature, or softcap / temperature.
+    Kernels use z = kappa u with kappa > 0: u = x, or -x for a negative scale, or tanh(scale x / softcap); kappa =
+    |scale| / temperature, or softcap / temperature.
     """
 
     scale: float
@@ -67,13 +66,13 @@ class RowStats(NamedTuple):
 
 
 class RowMoments(NamedTuple):
-    """Sums over a row or a shard of it, relative to its own largest u. Statistics and gradients follow from them
-    without the digits that a rounded lse loses."""
+    """Sums over a row or a shard of it, relative to its largest u. Statistics and gradients are computed from them, and
+    not from lse, whose rounding loses digits."""
 
-    top: Tensor  # [B, L]; m = max_j u_j, -inf where all logits are
-    s_minus_1: Tensor  # [B, L]; sum_j e^(kappa (u_j - m)) - 1; -1 where all logits are -inf
+    top: Tensor  # [B, L]; m = max_j u_j; -inf if all logits are -inf
+    s_minus_1: Tensor  # [B, L]; sum_j e^(kappa (u_j - m)) - 1; -1 if all logits are -inf
     sz: Tensor  # [B, L]; sum_j e^(kappa (u_j - m)) kappa (u_j - m), <= 0
-    u_target: Tensor  # [B, L]; u_y; -inf where the target is ELSEWHERE
+    u_target: Tensor  # [B, L]; u_y; -inf if the target is ELSEWHERE
 
 
 class Measured(NamedTuple):
@@ -82,13 +81,13 @@ class Measured(NamedTuple):
 
 
 class RowObservations(NamedTuple):
-    """What the sweep of the statistics can tell besides."""
+    """Further results of the statistics' sweep, without a gradient."""
 
     log_sum_sq_probs: Tensor  # [B, L]; log sum_j p_j^2, <= 0
-    mean_logit: Tensor  # [B, L]; mean of z_j, which is -inf where one is
-    # Logits as they came, since z rounds: x_j, or -x_j under a negative scale. NaN and -1 in a row with NaN or inf.
+    mean_logit: Tensor  # [B, L]; mean of z_j; -inf if one is -inf
+    # Of the raw logits, since z rounds: x_j, or -x_j for a negative scale. NaN and -1 in a row with NaN or inf.
     largest: Tensor  # [B, L]; max_j
-    argmax: Tensor  # [B, L] int64; the first column with it
+    argmax: Tensor  # [B, L] int64; the first column with the largest
 
 
 class Observed(NamedTuple):
@@ -106,7 +105,7 @@ class RowGradients(NamedTuple):
 
 
 class ProgramArgs(NamedTuple):
-    """The scalar program of a loss, and what it reads of each row besides the statistics."""
+    """The scalar program of a loss, and its inputs other than the statistics."""
 
     text: str  # see ``Program.text``
     fields: Tensor  # [n_fields, B, L] contiguous, in the dtype of the statistics
@@ -121,14 +120,14 @@ class FusedRows(NamedTuple):
 
 
 def row_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What rows of logits are computed in: fp32, or fp64 for fp64."""
+    """The dtype of all computation on rows: fp32, or fp64 for fp64 logits."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def rows_like(target: Tensor, dtype: torch.dtype, n: int) -> list[Tensor]:
     """Uninitialised memory for n values of each row, for logits of a dtype."""
     computed = row_dtype(dtype)
-    # Half the time of torch.empty with a shape and a device.
+    # empty_like takes half the time of torch.empty with a shape and a device.
     return [torch.empty_like(target, dtype=computed, memory_format=torch.contiguous_format) for _ in range(n)]
 
 
@@ -218,8 +217,8 @@ class Choice(NamedTuple):
 
 
 INSTEAD = {("triton", "split_row"): Choice("cuda", "cluster")}
-"""Kernels that another one replaces: both read a row once, and the other one is predicted to be faster and waits for no
-other program."""
+"""Default kernels that another backend's kernel replaces. Both read a row once; the other one is predicted to be faster
+and waits for no other program."""
 
 
 def choose(device: torch.device, backend: str | None, kernel: str | None) -> Choice:
@@ -242,8 +241,9 @@ def choose(device: torch.device, backend: str | None, kernel: str | None) -> Cho
 def choices_by_vocab(
     device: torch.device, backend: str | None, kernel: str | None, dtype: torch.dtype
 ) -> tuple[tuple[Choice, int], ...]:
-    """What computes a loss in one pass on ``device``, each with the longest row that it is for: the named ones, else
-    the best backend's own choice for logits of ``dtype``.
+    """The one-pass kernels for ``device``, each with the longest row that it takes: the named ones, else the defaults
+    of
+    the best backend for logits of ``dtype``.
 
     Raises:
         ValueError, RuntimeError: as ``choose`` does.
@@ -256,19 +256,19 @@ def choices_by_vocab(
 
 @cache
 def _by_vocab(device: torch.device, backend: str, dtype: torch.dtype, others: bool) -> tuple[tuple[Choice, int], ...]:
-    """A backend's kernels, and before one that another backend has a better kernel for, that one where it runs."""
+    """A backend's kernels. A better kernel of another backend (``INSTEAD``) comes first, if that backend runs."""
     found: list[tuple[Choice, int]] = []
     for name, most in load(backend).kernels_by_vocab(device, dtype):
         other = INSTEAD.get((backend, name)) if others else None
         if other is not None and unavailable(other.backend, device) is None:
             found.append((other, dict(load(other.backend).kernels_by_vocab(device, dtype))[other.kernel]))
         found.append((Choice(backend, name), most))
-    found[-1] = found[-1][0], sys.maxsize  # it takes the rest, or says why it cannot
+    found[-1] = found[-1][0], sys.maxsize  # the last one takes all longer rows, or raises with the reason
     return tuple(found)
 
 
 def told(choices: Sequence[tuple[Choice, int]]) -> str:
-    """``choices_by_vocab`` in words."""
+    """``choices_by_vocab`` as text."""
     texts: list[str] = []
     reached = 0
     for choice, most in choices:
@@ -279,15 +279,15 @@ def told(choices: Sequence[tuple[Choice, int]]) -> str:
     return ", ".join(texts)
 
 
-# The mark of torch.compiler.assume_constant_result, which would import all of torch.compile to set it: 1.2 s. Callers
-# read fields of such a constant: torch.compile of torch 2.11 cannot unpack it.
+# Set by hand what torch.compiler.assume_constant_result sets: calling it imports torch.compile, 1.2 s. Callers read the
+# fields of the result, since torch.compile of torch 2.11 cannot unpack such a constant.
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 choices_by_vocab._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
 def _best(device: torch.device) -> str:
-    """The first backend of the table that runs on ``device``; a slow one does not step in without a word."""
+    """The first backend of the table that runs on ``device``. A slow one gives a warning."""
     reasons = {}
     for name in MODULES:
         reason = unavailable(name, device)

@@ -1,10 +1,10 @@
-"""The CPU backend: native kernels (``csrc``), one read and one write of the logits, any x86-64 or ARM machine.
+"""The CPU backend: native kernels (``csrc``), one read and one write of the logits, on any x86-64 or ARM machine.
 
-Environment, read when the backend is first used:
-    UNIRL_CPU_ISA           avx512, avx2 or baseline: the instruction set, instead of the widest that the machine has
-    UNIRL_CPU_MATMULS       panels-fp32, panels-bf16, brgemm-fp32 or brgemm-bf16: how matmuls of bf16 operands run, and
-                            other operands in fp32 by the same means, instead of what the table of cores says
-    UNIRL_CPU_CACHE_BYTES   most bytes of freed gradients to keep for reuse, see ``empty``; 0 keeps none
+Environment variables, read when the backend is first used:
+    UNIRL_CPU_ISA           the instruction set: avx512, avx2 or baseline; by default the widest of the machine
+    UNIRL_CPU_MATMULS       the matmul of bf16 operands: panels-fp32, panels-bf16, brgemm-fp32 or brgemm-bf16; by
+                            default the best for the kind of core. Other operands use the same family in fp32
+    UNIRL_CPU_CACHE_BYTES   how many bytes of freed gradients are kept for reuse, see ``empty``; 0 keeps none
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from unirl_kernels.backends.native import RowKernels, extension
 KERNELS = ("rows",)
 
 CACHE_BYTES = 2 * 2**30
-"""Most bytes of freed gradients that are kept where UNIRL_CPU_CACHE_BYTES does not say."""
+"""Default of UNIRL_CPU_CACHE_BYTES."""
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -47,11 +47,11 @@ def kernels_by_vocab(device: torch.device, dtype: torch.dtype) -> tuple[tuple[st
 
 @cache
 def _native() -> ModuleType:
-    """The extension, with what the environment says applied.
+    """The extension, with the settings of the environment applied.
 
     Raises:
         ImportError: when the extension is not built.
-        RuntimeError, ValueError: when the environment asks for what cannot be.
+        RuntimeError, ValueError: when the environment has an impossible setting.
     """
     native = extension()
     native.instruction_set()
@@ -78,13 +78,13 @@ def matmuls(weight: Tensor, dtype: torch.dtype) -> Matmuls:
 
 @dataclass(frozen=True, eq=False)
 class NativeMatmuls(Matmuls):
-    """Matmuls of ``csrc/cpu``, in one of ``matmul_ways``.
+    """Matmuls of ``csrc/cpu``, one of ``matmul_ways``.
 
-    The bits of a row depend on neither the other rows nor the number of threads.
+    The bits of a row depend neither on the other rows nor on the number of threads.
 
     Operands are float32, bfloat16 or float16, all the same, with any strides; the bias has any floating dtype. Results
-    are float32, with any row stride. Gradients of logits are float32 with any strides, and rounded to bf16 where
-    ``matmul_arithmetic`` says so. Anything else is a ValueError.
+    are float32, with any row stride. Gradients of logits are float32 with any strides; they are rounded to bf16 if
+    ``matmul_arithmetic`` is bf16. Anything else is a ValueError.
     """
 
     repeatable: ClassVar[bool] = True
@@ -102,22 +102,21 @@ class NativeMatmuls(Matmuls):
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised contiguous memory for a gradient, or for anything else of the vocabulary's size.
+    """Uninitialised contiguous memory for a gradient or another vocabulary-sized tensor.
 
-    Fresh memory from the system costs more than the whole loss, for it is zeroed page by page at the first touch
-    (benchmarks/NOTES.md has figures). Gradients of 2 MiB and more therefore lie on huge pages, and freed ones are kept
-    for the next that fits: at most ``UNIRL_CPU_CACHE_BYTES`` in all (default 2 GiB), the longest kept going first.
-    Nothing is kept on top of new memory: when no kept gradient is large enough, all of them go back to the system
-    before more is taken. ``release_memory`` gives them back at once.
+    New memory from the system costs more than the whole loss, since it is zeroed page by page at the first access
+    (figures in benchmarks/NOTES.md). So gradients of 2 MiB and more use huge pages, and freed ones are kept for reuse:
+    at most ``UNIRL_CPU_CACHE_BYTES`` in all (default 2 GiB); the oldest are freed first. If no kept gradient is large
+    enough, all of them are freed before new memory is allocated. ``release_memory`` frees them at once.
     """
     return _native().empty(shape, dtype)
 
 
 def release_memory() -> int:
-    """Give the freed gradients that are kept for reuse back to the system.
+    """Free the memory that is kept for reuse.
 
     Returns:
-        Bytes given back.
+        Bytes freed.
     """
     native = _native()
     kept = native.kept_bytes()
@@ -132,7 +131,7 @@ def scale_(x: Tensor, factor: Tensor) -> None:
 
 
 def report() -> dict[str, str]:
-    """What runs here, in words, for ``python -m unirl_kernels doctor``.
+    """What runs on this machine, as text for ``python -m unirl_kernels doctor``.
 
     Raises:
         ImportError, RuntimeError, ValueError: as ``unavailable`` says.
@@ -158,7 +157,7 @@ def _matmuls(native: ModuleType) -> str:
 
 
 def matmul_ways() -> list[str]:
-    """The ways to multiply that this machine has, as UNIRL_CPU_MATMULS takes them.
+    """The matmuls that this machine can run, by their names for UNIRL_CPU_MATMULS.
 
     ``panels`` are ours; ``brgemm`` is that of the torch that is loaded, on AMX tiles where the machine has them. Behind
     that the arithmetic: see ``matmul_arithmetic``.
@@ -169,7 +168,7 @@ def matmul_ways() -> list[str]:
 
 @contextmanager
 def forced_matmuls(way: str) -> Iterator[None]:
-    """Multiply in a way of ``matmul_ways``, for measurements and tests; no other thread may be multiplying.
+    """Force one of ``matmul_ways``, for measurements and tests. No other thread may run a matmul meanwhile.
 
     Raises:
         RuntimeError: when the machine lacks it.
@@ -183,12 +182,12 @@ def forced_matmuls(way: str) -> Iterator[None]:
 
 
 def matmuls_unavailable(dtype: torch.dtype) -> str:
-    """Why this machine does not run ``NativeMatmuls`` of a weight of this dtype; empty where it does."""
+    """Why this machine cannot run ``NativeMatmuls`` for a weight of this dtype; empty if it can."""
     return _native().matmuls_unavailable(dtype)
 
 
 def matmul_arithmetic(dtype: torch.dtype) -> str:
-    """What ``NativeMatmuls`` multiplies where the weight has this dtype; sums are fp32 in any case.
+    """The dtype in which ``NativeMatmuls`` multiplies if the weight has this dtype. Sums are always fp32.
 
     Returns:
         "bf16", to which gradients of logits are rounded, or "fp32", to which 16-bit operands are widened.

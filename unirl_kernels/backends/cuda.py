@@ -1,7 +1,7 @@
 """The CUDA backend: native kernels (``csrc/cuda``) for NVIDIA GPUs from sm_90, one read and one write of the logits.
 
-A row is held by a cluster of thread blocks, in their shared memory: V is limited to what 16 of them hold, about 900
-thousand logits in fp32 and 1.8 million in 16 bits. fp64 logits are for the eager backend.
+A cluster of thread blocks keeps a row in shared memory. So V is limited by the memory of 16 blocks: about 900 thousand
+logits in fp32, 1.8 million in 16 bits. fp64 logits need the eager backend.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from unirl_kernels.backends.torch_defaults import release_memory as release_memo
 KERNELS = ("cluster",)
 
 BYTES_BY_DEFAULT = 8 * 76000
-"""Most bytes of a row in a cluster of 8 blocks, three blocks to a multiprocessor (``FAIR_SLICE`` of
-``csrc/cuda/geometry.h``). Longer rows take a cluster of 16, which not every device has."""
+"""The largest row, in bytes, for a cluster of 8 blocks with three blocks per multiprocessor (``FAIR_SLICE`` of
+``csrc/cuda/geometry.h``). Longer rows need a cluster of 16, which not every device supports."""
 
 MIN_CAPABILITY = (9, 0)
 
 
 def unavailable(device: torch.device) -> str | None:
-    """None where the backend runs, else the reason why not."""
+    """None if the backend can run, else the reason why it cannot."""
     if device.type != "cuda":
         return f"it runs on CUDA devices, not on {device.type}"
     try:
@@ -43,7 +43,7 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def kernels_by_vocab(device: torch.device, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
-    """Rows that clusters of portable size hold well; fp64 is for the eager backend."""
+    """Rows that fit clusters of portable size well; none for fp64, which needs the eager backend."""
     return (("cluster", BYTES_BY_DEFAULT // dtype.itemsize if dtype.itemsize <= 4 else 0),)
 
 

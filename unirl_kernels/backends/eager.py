@@ -1,4 +1,4 @@
-"""The eager backend: plain torch operations, any device. Slow, short, and the meaning of the other backends."""
+"""The eager backend: plain torch operations, on any device. Slow and short; it defines what the others compute."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def kernels_by_vocab(device: torch.device, dtype: torch.dtype) -> tuple[tuple[st
 
 
 class Mapped(NamedTuple):
-    """z = kappa u of rows of logits."""
+    """Rows of logits after the readout: z = kappa u."""
 
     u: Tensor  # [B, L, V] fp32, fp64 for fp64 logits
     kappa: Tensor  # [B, L] or []
@@ -123,7 +123,7 @@ def token_stats_backward(
     if gradients.d_entropy is not None:
         surprise = log_p + stats.entropy.unsqueeze(-1)
         d_z -= torch.where(p == 0, p, p * surprise) * d_entropy.unsqueeze(-1)
-    # p_y close to 1 would cancel in d_logp (1 - p_y) if it were summed from two rounded terms.
+    # As a difference of two rounded terms, d_logp (1 - p_y) would cancel for p_y close to 1.
     p_y = stats.logp.exp()
     at_target = -d_logp * torch.expm1(stats.logp) + d_lse * p_y
     at_target -= d_entropy * torch.where(p_y == 0, p_y, p_y * (stats.logp + stats.entropy))

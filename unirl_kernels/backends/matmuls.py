@@ -1,8 +1,8 @@
-"""The three matmuls of a linear head, with fp32 results whatever the operands are (fp64 for fp64).
+"""The three matmuls of a linear head, with fp32 results for operands of any dtype (fp64 for fp64).
 
     logits = hidden W^T + b        d_hidden = d_logits W        d_W = d_logits^T hidden
 
-Results are never rounded to 16 bits: logits that were have lost up to 0.06 of a log-probability.
+Results are never rounded to 16 bits: rounded logits have changed log-probabilities by up to 0.06.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 SLICE_BYTES = 2**24
-"""Bytes of the part of the weight that is converted to fp32 at a time, where a device cannot multiply 16-bit operands
+"""Bytes of the part of the weight that is converted to fp32 at a time, on a device that cannot multiply 16-bit operands
 into fp32."""
 
 SLICES_OF_HALVES_BYTES = 2**28
-"""Bytes of the two bf16 halves of a part of the weight, which exist at a time."""
+"""Bytes of the two bf16 halves of the part of the weight that is converted at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,23 +29,24 @@ class Matmuls:
     weight: Tensor  # [V, D]
 
     repeatable: ClassVar[bool] = False
-    """Whether a logit has the same bits whatever other tokens and columns are multiplied at once."""
+    """Whether the bits of a logit do not depend on the other tokens and columns of the matmul."""
 
     rounds: ClassVar[bool] = False
-    """Whether ``add_d_weight`` also writes, the first time, to memory of the operands' dtype, rounded once."""
+    """Whether the first ``add_d_weight`` may write to memory of the operands' dtype, rounded once."""
 
     @property
     def gradient_bytes(self) -> int:
-        """Memory of a row of the logits' gradient; 0 where it takes that of the logits."""
+        """Bytes of a row of the logits' gradient; 0 if it overwrites the logits."""
         return 0
 
     @property
     def row_bytes(self) -> int:
-        """Memory that the logits of one token and their gradient take."""
+        """Bytes of the logits of one token and of their gradient."""
         return 4 * self.weight.shape[0] + self.gradient_bytes
 
     def gradient_buffer(self, logits: Tensor, rows: int) -> Tensor:
-        """[rows, V] for gradients of logits, in the dtype that is multiplied: their own memory where it is theirs."""
+        """[rows, V] for gradients of logits, in the dtype of the matmuls; the logits' own memory if that has this
+        dtype."""
         return logits
 
     def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -57,13 +58,13 @@ class Matmuls:
         raise NotImplementedError
 
     def add_d_weight(self, d_logits: Tensor, hidden: Tensor, total: Tensor, first: bool) -> None:
-        """Add d_logits^T hidden to [V, D]; write it there the first time."""
+        """Add d_logits^T hidden to ``total``, [V, D]; the first time, write it."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
 class Mixed(Matmuls):
-    """Matmuls of a device that multiplies 16-bit operands into fp32 results; the gradient of the logits is one."""
+    """Matmuls of a device that multiplies 16-bit operands into fp32. The gradient of the logits is such an operand."""
 
     rounds: ClassVar[bool] = True
 
@@ -73,7 +74,7 @@ class Mixed(Matmuls):
 
     @property
     def _row(self) -> int:
-        """V, and what brings the next row of a gradient to a multiple of 16 bytes: tensor cores' operands are such."""
+        """V, rounded up so that each row of a gradient starts at a multiple of 16 bytes, as tensor cores need."""
         step = 16 // self.weight.itemsize
         return -(-self.weight.shape[0] // step) * step
 
@@ -97,10 +98,10 @@ class Mixed(Matmuls):
 class Halved(Matmuls):
     """Matmuls of a device that multiplies 16-bit operands into fp32 results, for fp16 operands.
 
-    The gradient of the logits stays in fp32, and is multiplied as the sum of two numbers in bf16, which has the range
-    of fp32: fp16 holds no gradient of a single token. An fp16 operand is the sum of two numbers in bf16, exactly. Of
-    the four matmuls of the halves the smallest, 2^-16 of the whole, is left out: seven matmuls in all on tensor cores,
-    in the place of three in fp32 beside them. Errors are within 2^-15 of the sum of the magnitudes.
+    The gradient of the logits stays in fp32, since the gradient of a single token is too small for fp16. It is split
+    into a sum of two bf16 numbers, since bf16 has the range of fp32. An fp16 operand is exactly a sum of two bf16
+    numbers. Of the four matmuls of the halves the smallest, 2^-16 of the whole, is left out. This makes seven matmuls
+    on tensor cores instead of three in fp32 without them. Errors are within 2^-15 of the sum of the magnitudes.
     """
 
     def logits(self, hidden: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -121,7 +122,7 @@ class Halved(Matmuls):
             _add_product(total[rows], (high.t(), low.t()), halves)
 
     def _slices(self) -> Iterator[slice]:
-        """Parts of the vocabulary that are small enough for their halves to take little memory."""
+        """Parts of the vocabulary, so small that their halves take little memory."""
         vocab, d = self.weight.shape
         step = max(128, SLICES_OF_HALVES_BYTES // (4 * d) // 128 * 128)
         for start in range(0, vocab, step):
@@ -129,23 +130,23 @@ class Halved(Matmuls):
 
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x as a sum of two numbers in bf16: to 2^-16, exactly if it is fp16."""
+    """x as a sum of two bf16 numbers: within 2^-16, and exact if x is fp16."""
     high = x.to(torch.bfloat16)
     return high, (x.to(torch.float32) - high).to(torch.bfloat16)
 
 
 def _add_product(total: Tensor, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> None:
-    """Add (a0 + a1) (b0 + b1) to an fp32 matrix, without a1 b1; the smallest first."""
+    """Add (a0 + a1) (b0 + b1) to an fp32 matrix, without a1 b1; the smallest matmul first."""
     for left, right in ((a[1], b[0]), (a[0], b[1]), (a[0], b[0])):
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
 
 
 def _write_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """Into fp32, of 16-bit operands."""
+    """Write hidden W^T + b in fp32, from 16-bit operands."""
     if bias is None:
         torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=out)
     else:
-        # As a matrix: with out_dtype, torch has had trouble with a vector (pytorch/pytorch#154086).
+        # The bias as a matrix: with out_dtype, torch had a bug with a vector (pytorch/pytorch#154086).
         out.copy_(bias)
         torch.addmm(out, hidden, weight.t(), out_dtype=torch.float32, out=out)
 
@@ -195,7 +196,7 @@ class Widened(Matmuls):
 
 @dataclass(frozen=True, eq=False)
 class NoColumns(Matmuls):
-    """Matmuls of a shard without columns, which libraries of matmuls need not take."""
+    """Matmuls of a shard without columns, which matmul libraries may not support."""
 
     repeatable: ClassVar[bool] = True
 

@@ -1,4 +1,4 @@
-"""Moments of a row: what shards and tiles of a row exchange, and what statistics follow from.
+"""Moments of a row: shards and tiles of a row exchange them, and the statistics are computed from them.
 
 With z = kappa u, and sums over the columns j of a shard relative to its own m = max_j u_j,
 
@@ -8,7 +8,7 @@ Merging two shards a and b, m = max(m_a, m_b), w = e^(kappa (m_shard - m)):
 
     s = w_a s_a + w_b s_b        sz = sum over a, b of w (sz + s kappa (m_shard - m))        u_y = max(u_y_a, u_y_b)
 
-A rounded lse loses the digits of log-probabilities where logits are large; these do not.
+For large logits a rounded lse loses digits of the log-probabilities. Moments do not.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from unirl_kernels.batch import IGNORE
 
 
 def target_in(target: Tensor, columns: range, vocab: int) -> Tensor:
-    """Targets as a shard of the vocabulary has them, ELSEWHERE in the others; those outside the vocabulary stay so."""
+    """Targets for a shard with these columns: ELSEWHERE for columns of other shards; invalid targets stay invalid."""
     inside = (target >= columns.start) & (target < columns.stop)
     elsewhere = (target >= 0) & (target < vocab)
     outside = torch.where(elsewhere, ELSEWHERE, torch.where(target == IGNORE, IGNORE, -1))
@@ -29,7 +29,7 @@ def target_in(target: Tensor, columns: range, vocab: int) -> Tensor:
 
 
 def kappa_of(readout: ReadoutArgs, like: Tensor) -> Tensor:
-    """dz/du of a readout, [] or as its row temperature, in the dtype and on the device of a tensor."""
+    """dz/du of a readout, [] or the shape of its row temperature, with the dtype and device of ``like``."""
     size = abs(readout.scale) if readout.softcap is None else readout.softcap
     if readout.row_temperature is None:
         return like.new_tensor(size / readout.temperature)
@@ -68,12 +68,12 @@ def merge(parts: RowMoments, kappa: Tensor) -> RowMoments:
     """
     top = parts.top.amax(0)
     reference = torch.where(top == -torch.inf, 0, top).double()
-    # A shard of -inf alone has s = 0 and no finite maximum.
+    # A shard with only -inf has s = 0 and no finite maximum.
     shift = torch.where(parts.top == -torch.inf, 0, (parts.top.double() - reference) * kappa.double())
     weight = shift.exp()
     s = weight * (1 + parts.s_minus_1.double())
     sz = weight * parts.sz.double() + s * shift
-    # Of the shards that hold the maximum one has weight 1: its s - 1 keeps the digits that s would round away.
+    # One of the shards with the maximum has weight 1. Its s - 1 keeps the digits that s would round away.
     first = (parts.top == top).to(torch.int8).argmax(0, keepdim=True)
     s_minus_1 = s.scatter(0, first, parts.s_minus_1.double().gather(0, first)).sum(0)
     u_target = parts.u_target.amax(0)
@@ -82,7 +82,7 @@ def merge(parts: RowMoments, kappa: Tensor) -> RowMoments:
 
 
 def merge_observations(parts: RowObservations, moments: RowMoments, row: RowMoments, kappa: Tensor) -> RowObservations:
-    """Observations of rows from those of their shards, with w the probability of falling into a shard:
+    """Observations of rows from those of their shards. w is the probability of a shard:
 
         log sum p^2 = log sum_shards w^2 e^l        mean = sum_shards mean
 

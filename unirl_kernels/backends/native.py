@@ -1,4 +1,4 @@
-"""What ``csrc`` is compiled to, behind the functions that a backend offers."""
+"""The native extensions (``csrc``), with the functions of a backend."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ class RowKernels:
     """Statistics, observations, their gradient and losses of rows, by a native extension.
 
     Args:
-        part: gives the extension; asked at each call, so that a backend can be imported where it does not load.
+        part: returns the extension. It is called at each use, so that a backend can be imported if its extension does
+            not load.
     """
 
     def __init__(self, part: Callable[[], ModuleType]) -> None:

@@ -1,4 +1,4 @@
-"""Buffers and matmuls of torch itself, for backends that have none of their own."""
+"""Buffers and matmuls of torch, for backends without their own."""
 
 from __future__ import annotations
 
@@ -24,5 +24,5 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
 
 
 def release_memory() -> int:
-    """Nothing is kept."""
+    """Frees nothing, since nothing is kept."""
     return 0

@@ -1,4 +1,4 @@
-"""Linear heads: statistics, loss and gradients of logits that exist in chunks only."""
+"""Linear heads: statistics, loss and gradients from logits that are computed in chunks."""
 
 from unirl_kernels.head import implementations
 from unirl_kernels.head.chunks import by_units, rows_per_chunk

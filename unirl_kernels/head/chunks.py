@@ -1,4 +1,4 @@
-"""Which tokens are worked on together: as many as the memory for their logits allows."""
+"""Chunks of tokens, as large as the memory for their logits allows."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ Values = TypeVar("Values", bound="tuple[Any, ...]")
 
 DEFAULT_CHUNK_BYTES = {"cpu": 2**28}
 DEFAULT_CHUNK_BYTES_OF_ACCELERATORS = 11 * 2**28
-"""Logits and their gradient, bytes. Every group of tokens but the first reads and writes the whole gradient of the
-weight once more; 2.75 GiB hold the 8192 tokens of a step at V = 152064, which then takes one matmul."""
+"""Bytes for logits and their gradient. Every group of tokens except the first reads and writes the whole gradient of
+the weight once more. 2.75 GiB hold the 8192 tokens of a step at V = 152064, so that one matmul suffices."""
 
 
 def chunk_bytes(device: torch.device, max_chunk_bytes: int | None) -> int:
-    """What ``Plan.max_chunk_bytes`` means on a device: itself, or the default."""
+    """``Plan.max_chunk_bytes``, or the default of the device."""
     if max_chunk_bytes is not None:
         return max_chunk_bytes
     return DEFAULT_CHUNK_BYTES.get(device.type, DEFAULT_CHUNK_BYTES_OF_ACCELERATORS)
 
 
 def rows_per_chunk(row_bytes: int, device: torch.device, max_chunk_bytes: int | None) -> int:
-    """Tokens that fit into the memory of one chunk; each takes ``row_bytes`` for its logits and what is made of them.
+    """The number of tokens that fit into one chunk; each needs ``row_bytes`` for its logits and their gradient.
 
     Raises:
-        ValueError: when not even one fits into a ``max_chunk_bytes`` that somebody gave.
+        ValueError: when not even one token fits into the given ``max_chunk_bytes``.
     """
     rows = chunk_bytes(device, max_chunk_bytes) // row_bytes
     if not rows and max_chunk_bytes is not None:
@@ -44,11 +44,11 @@ def rows_per_chunk(row_bytes: int, device: torch.device, max_chunk_bytes: int | 
 class Chunk:
     """Some of T tokens."""
 
-    positions: slice | Tensor  # a slice where they lie next to each other, else [n] int64
+    positions: slice | Tensor  # a slice if they are contiguous, else [n] int64
     n: int
 
     def take(self, x: Tensor, dim: int = 0) -> Tensor:
-        """[n, ...] of [T, ...]: the chunk's part, a view where it can be."""
+        """The chunk's part, [n, ...], of [T, ...]; a view if possible."""
         if isinstance(self.positions, slice):
             return x.narrow(dim, self.positions.start, self.n)
         return x.index_select(dim, self.positions)
@@ -71,9 +71,9 @@ class Chunk:
 
 
 def counted_tokens(target: Tensor) -> tuple[Tensor | None, int]:
-    """Positions of the tokens that count, of target [T], and how many they are; None where they are all, in order.
+    """Positions of the tokens that are not ignored, of target [T], and their number; None if no token is ignored.
 
-    Finding them waits for an accelerator once. A CUDA graph that is being recorded cannot wait, and gets all T.
+    Finding them waits for an accelerator once. While a CUDA graph is recorded this is impossible, and all T are taken.
     """
     counted = None if _is_recorded(target) else (target != IGNORE).nonzero().squeeze(-1)
     n = target.numel() if counted is None else counted.numel()
@@ -81,12 +81,12 @@ def counted_tokens(target: Tensor) -> tuple[Tensor | None, int]:
 
 
 def evenly(counted: Tensor | None, n: int, most: int) -> list[Chunk]:
-    """What ``counted_tokens`` finds in as few chunks of at most ``most`` tokens as can be, of about equal size."""
+    """Cut the result of ``counted_tokens`` into as few chunks of at most ``most`` tokens as possible, of equal size."""
     return [_chunk(counted, start, end) for start, end in _even(n, most)]
 
 
 def by_sizes(counted: Tensor | None, n: int, sizes: Sizes) -> list[Chunk]:
-    """``counted_tokens`` in chunks that do not reach from one group into the next."""
+    """Cut the result of ``counted_tokens`` into chunks, each inside one group."""
     return [
         _chunk(counted, at, min(at + sizes.chunk, start + sizes.group, n))
         for start in range(0, n, sizes.group)
@@ -99,14 +99,14 @@ def _chunk(counted: Tensor | None, start: int, end: int) -> Chunk:
 
 
 def in_groups(chunks: Sequence[Chunk], most: int) -> Iterator[list[Chunk]]:
-    """Chunks that lie next to one another, as many as hold at most ``most`` tokens; at least one."""
+    """Groups of consecutive chunks with at most ``most`` tokens, but at least one chunk."""
     for first, last in _packed([chunk.n for chunk in chunks], most):
         if first < last:
             yield list(chunks[first:last])
 
 
 def joined(chunks: Sequence[Chunk]) -> Chunk:
-    """Chunks that lie next to one another, as one chunk."""
+    """Consecutive chunks as one chunk."""
     if len(chunks) == 1:
         return chunks[0]
     n, positions = sum(chunk.n for chunk in chunks), [chunk.positions for chunk in chunks]
@@ -116,9 +116,9 @@ def joined(chunks: Sequence[Chunk]) -> Chunk:
 
 
 def without_ignored(hidden: Tensor, target: Tensor) -> Tensor:
-    """Hidden states, [T, D], that chunks may take: zeros at ignored tokens where they have to include those.
+    """Hidden states, [T, D], for chunks. If chunks include ignored tokens, their hidden states are set to zero.
 
-    Their logits' gradients are zeros, and 0 * NaN would not be 0 in that of the weight.
+    The gradients of their logits are zero, but 0 * NaN would not be 0 in the gradient of the weight.
     """
     return hidden.masked_fill((target == IGNORE).unsqueeze(-1), 0) if _is_recorded(target) else hidden
 
@@ -139,25 +139,25 @@ class Group:
 
     batch: Batch  # the part, ignored positions included
     positions: slice | Tensor  # of the part, among the flat positions of the whole
-    chunk: Chunk  # the tokens that count, among those of the whole
-    pairs: tuple[int, int]  # [first, last) of the pairs that it holds; [0, 0) where the scope is narrower
+    chunk: Chunk  # its tokens that are not ignored, among those of the whole
+    pairs: tuple[int, int]  # [first, last) of the pairs that it holds; [0, 0) for a narrower scope
 
     def weights(self, of_term: Tensor, scope: str) -> Tensor:
-        """The part's weights of a term with a scope: of its pairs, or of its positions."""
-        if scope == "batch":  # of pairs or positions, and the part is the whole
+        """The part of a term's weights for this group: of its pairs or of its positions, by the term's scope."""
+        if scope == "batch":  # the group is the whole batch
             return of_term.reshape(-1)
         return of_term[slice(*self.pairs)] if scope == "pair" else of_term.reshape(-1)[self.positions]
 
 
 def by_units(batch: Batch, scope: str, most: int) -> list[Group] | None:
-    """All of the batch in groups of at most ``most`` tokens; None where a unit that may not be cut is longer.
+    """Cut the batch into groups of at most ``most`` tokens; None if a unit that must not be cut is longer.
 
     Raises:
-        ValueError: when the sequences of a loss of pairs are odd in number.
+        ValueError: when a loss of pairs has an odd number of sequences.
     """
     if scope == "token":
         return _by_positions(batch, most)
-    if batch.ranks is not None:  # parts of sequences: sums over the group need all of them at once
+    if batch.ranks is not None:  # split sequences: sums over the ranks need all of them at once
         return None
     lengths = batch.lengths.tolist()
     if scope == "pair":
@@ -175,7 +175,7 @@ def by_units(batch: Batch, scope: str, most: int) -> list[Group] | None:
 
 def _group(batch: Batch, scope: str, units: Sequence[Sequence[int]], span: tuple[int, int]) -> Group:
     members = units[slice(*span)]
-    # Of pairs that stand in halves, the chosen ones first and then the rejected.
+    # For pairs in halves: the chosen ones first, then the rejected ones.
     columns = zip(*members, strict=True) if scope == "pair" and batch.pairs == "halves" else members
     sequences = torch.tensor([s for column in columns for s in column], device=batch.target.device)
     positions, _ = batch.positions_of(sequences)
@@ -198,7 +198,7 @@ def _by_positions(batch: Batch, most: int) -> list[Group]:
 
 
 def _packed(sizes: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
-    """[first, last) of sizes that lie next to one another, as many as add up to at most ``most``."""
+    """[first, last) of consecutive sizes whose sum is at most ``most``."""
     first = total = 0
     for i, size in enumerate(sizes):
         if total + size > most:

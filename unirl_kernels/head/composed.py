@@ -1,7 +1,7 @@
 """Losses of any scope on a linear head, in chunks: statistics, the objectives as plain PyTorch, the gradient.
 
-The gradient is formed from the logits that gave the statistics: three matmuls, where statistics first and logits once
-more in the backward take four.
+The gradient is computed from the same logits as the statistics: three matmuls. Computing all statistics first, and the
+logits again in the backward, would take four.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from unirl_kernels.operators.shards import ShardArgs, rows_of
 
 
 class Composition(NamedTuple):
-    """What is computed of a head's logits: a loss of a batch, in groups that do not depend on one another."""
+    """A loss of a batch, to be computed from a head's logits in independent groups."""
 
     batch: Batch
     loss: Loss
     groups: Sequence[Group]
     readout: ReadoutArgs
-    observes: bool = False  # what can be observed of whole rows besides their statistics
+    observes: bool = False  # whether observations are computed too
     shard: ShardArgs | None = None
-    sums: bool = False  # the gradient of hidden over the ranks
+    sums: bool = False  # whether the gradient of hidden is summed over the ranks
 
 
 class ComposedLinear(torch.autograd.Function):
-    """Loss, statistics and observations of a ``Composition``, [T] each, with its gradients made in the forward."""
+    """Loss, statistics and observations of a ``Composition``, [T] each. The forward computes the gradients."""
 
     @staticmethod
     def forward(
@@ -90,7 +90,7 @@ def _composed(
 def _differentiated(
     loss: Loss, batch: Batch, stats: RowStats, weights: Sequence[Tensor]
 ) -> tuple[Tensor, RowGradients]:
-    """The loss of a part, and its gradient with respect to the statistics of the tokens that count, [1, n] each."""
+    """The loss of a group, and its gradients with respect to the statistics of its valid tokens, [1, n] each."""
     counted = batch.valid.reshape(-1)
     with torch.enable_grad():
         leaves = [x.detach().squeeze(0).requires_grad_() for x in stats]
@@ -104,7 +104,7 @@ def _differentiated(
 
 
 def _check_no_others(value: Tensor, leaves: Sequence[Tensor]) -> None:
-    """Raise a ``ValueError`` where the objective depends on a parameter of its own, whose gradient would be lost."""
+    """Raise a ``ValueError`` if the objective depends on another tensor whose gradient would be lost."""
     seen, left = set(), [value.grad_fn]
     while left:
         node = left.pop()

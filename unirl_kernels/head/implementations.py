@@ -1,4 +1,4 @@
-"""What the operators of linear heads do: chunks of logits, and the row kernels on them."""
+"""The implementations of the operators of linear heads: chunks of logits, and row kernels on them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ from unirl_kernels.operators.shards import Tiles, no_columns
 
 
 def _implements(operator: Operator) -> Callable[[Callable[..., Any]], None]:
-    """Decorator: without autocast, which would convert the operands of the matmuls again."""
+    """Decorator: the implementation of an operator. It runs without autocast, which would convert the operands
+    again."""
 
     def declare(function: Callable[..., Any]) -> None:
         def run(head: HeadArgs, *rest: object) -> Any:
@@ -60,7 +61,7 @@ def _checked(args: HeadArgs, target: Tensor, how: SweepArgs) -> Head:
     check_targets(target, args.weight.shape[0])
     head = Head.of(args, how)
     if how.max_chunk_bytes is not None:
-        head.rows_per_chunk()  # what the backward would refuse is refused here
+        head.rows_per_chunk()  # raise here, not in the backward, if the memory is too small
     return head
 
 
@@ -74,7 +75,8 @@ def _token_stats_backward(
     how: SweepArgs,
     wanted: Wanted,
 ) -> HeadGradients:
-    # Moments of other bits give probabilities that do not add up to 1: at a low temperature by percents.
+    # If the bits of the logits differ, these moments give probabilities that do not add up to 1: at a low temperature
+    # the error is some percent. So without repeatable matmuls each chunk is measured again.
     known = moments if Head.of(args, how).matmuls.repeatable else None
     return _stats_backward(args, target, readout, known, gradients, how, wanted)
 
@@ -88,7 +90,7 @@ def _stats_backward(
     how: SweepArgs,
     wanted: Wanted,
 ) -> HeadGradients:
-    """The gradients of a head from those of the statistics. Without moments each chunk is measured again."""
+    """The gradients of a head from those of the statistics. Without moments, each chunk computes them again."""
     head, chunks, group = _chunked(args, target, how)
 
     def work(logits: Tensor, d_logits: Tensor, k: int) -> None:
@@ -101,7 +103,7 @@ def _stats_backward(
 
 
 def _chunked(args: HeadArgs, target: Tensor, how: SweepArgs) -> tuple[Head, list[Chunk], int]:
-    """A head, the chunks in which the gradient of its logits is made, and how many tokens form a group."""
+    """A head, the chunks in which the gradient of its logits is computed, and the number of tokens in a group."""
     head = Head.of(args._replace(hidden=without_ignored(args.hidden, target.reshape(-1))), how)
     return head, *head.chunks(target)
 

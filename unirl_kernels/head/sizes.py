@@ -1,4 +1,4 @@
-"""How many tokens a GPU works on together: a pure function of sizes, for matmuls in whole waves of tiles."""
+"""The number of tokens in chunks and groups on a GPU: a pure function of sizes, for whole waves of matmul tiles."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import NamedTuple
 import torch
 
 TILE = (128, 256)
-"""Rows and columns of the result that a multiprocessor works on at a time in a matmul of cuBLAS, on Hopper."""
+"""Rows and columns of the tile that a multiprocessor computes at a time in a cuBLAS matmul on Hopper."""
 
 TOKENS_OF_CHUNK = (512, 1280)
-"""Bounds of the tokens whose fp32 logits exist at a time: fewer are slower matmuls, more are memory for nothing."""
+"""Bounds of the number of tokens in a chunk: fewer make matmuls slower, more only take memory."""
 
 MULTIPLICATIONS_PER_BYTE = 100
-"""Of all multiprocessors while a byte crosses the memory: 84 on an H200, 120 on an H100."""
+"""Multiplications of a device in the time in which it moves a byte of memory: 84 on an H200, 120 on an H100."""
 
 MOST_GROUPS_MORE = 2
-"""So many times as many groups as the memory asks for are tried."""
+"""Try up to this many times the number of groups that the memory requires."""
 
 LOGITS_SHARE = 3
-"""The part of the memory that fp32 logits take at most is one in so many; gradients take the rest."""
+"""fp32 logits take at most 1 / LOGITS_SHARE of the memory; gradients take the rest."""
 
 
 @cache
@@ -30,34 +30,34 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def waves(rows: int, columns: int, processors: int) -> int:
-    """How often all multiprocessors work on a tile until a result of rows x columns is there."""
+    """The number of waves of tiles in a matmul with a result of rows x columns."""
     tiles = -(-rows // TILE[0]) * -(-columns // TILE[1])
     return -(-tiles // processors)
 
 
 class Shape(NamedTuple):
-    """What the sizes of chunks depend on."""
+    """The inputs of ``sizes_of``."""
 
     tokens: int
     vocab: int
     d: int
-    logits: int  # bytes of those of a token
-    gradient: int  # bytes of theirs
+    logits: int  # bytes of the logits of a token
+    gradient: int  # bytes of their gradient
     memory: int  # bytes for both
     processors: int  # multiprocessors of the device
 
 
 class Sizes(NamedTuple):
-    """Tokens that are worked on together."""
+    """The number of tokens in a chunk and in a group."""
 
-    chunk: int  # whose logits exist at a time
-    group: int  # whose gradients do: what the other matmuls are made of
+    chunk: int  # tokens whose logits exist at a time
+    group: int  # tokens whose gradients exist at a time, for the two other matmuls
 
 
 @lru_cache
 def sizes_of(shape: Shape) -> Sizes | None:
-    """Chunks and groups where logits and their gradient have memory of their own, those that are predicted to take the
-    least time; None where the memory is too little."""
+    """The sizes with the least predicted time, if logits and their gradient have separate memory; None if the memory is
+    too small."""
     step = TILE[0]
     most = min(shape.memory // LOGITS_SHARE // shape.logits, TOKENS_OF_CHUNK[1]) // step * step
     if most == 0:
@@ -71,21 +71,22 @@ def sizes_of(shape: Shape) -> Sizes | None:
 
 
 def _work_of(shape: Shape, sizes: Sizes) -> float:
-    """What depends on the sizes: multiplications of a multiprocessor, and as many as it could do meanwhile where fp32
-    sums of d_weight cross the memory."""
+    """The part of the time that depends on the sizes, in multiplications of a multiprocessor: the matmuls, and the
+    memory
+    traffic of the fp32 sums of d_weight."""
     groups = -(-shape.tokens // sizes.group)
-    passes = 0 if groups <= 1 else 2 * groups - 1  # all groups write, all but the first read
+    passes = 0 if groups <= 1 else 2 * groups - 1  # all groups write, and all except the first read
     per_pass = 4 * shape.vocab * shape.d * MULTIPLICATIONS_PER_BYTE / shape.processors
     return _over(shape.tokens, sizes.group, lambda rows: _matmuls(shape, rows, sizes.chunk)) + passes * per_pass
 
 
 def _matmuls(shape: Shape, rows: int, chunk: int) -> float:
-    """Multiplications of a multiprocessor for a group's logits and d_hidden. Those of d_weight are the same whatever
-    the sizes are: its result is many waves."""
+    """Multiplications of a multiprocessor for a group's logits and d_hidden. Those of d_weight do not depend on the
+    sizes, since its result has many waves."""
     logits = _over(rows, chunk, lambda part: waves(part, shape.vocab, shape.processors)) * shape.d
     return TILE[0] * TILE[1] * (logits + waves(rows, shape.d, shape.processors) * shape.vocab)
 
 
 def _over(n: int, part: int, cost: Callable[[int], float]) -> float:
-    """The cost of n tokens in parts of which the last one may be smaller."""
+    """The cost of n tokens in parts; the last part may be smaller."""
     return n // part * cost(part) + (cost(n % part) if n % part else 0)

@@ -1,6 +1,6 @@
-"""Statistics of each token's row from tiles of logits, tokens by vocabulary, none of which is kept.
+"""Statistics of each token's row from tiles of logits, tokens by vocabulary, which are not kept.
 
-A tile gives the moments of its columns; those of all tiles are merged once, in their order.
+A tile gives the moments of its columns. The moments of all tiles are merged once, in order.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from unirl_kernels.head.sweep import Head
 from unirl_kernels.operators.shards import Tiles, moments_of_tiles, tiles_like
 
 TOKENS_OF_TILE = 1024
-"""Enough for a matmul to run at full speed; the rest of a tile's memory goes into its width."""
+"""Enough tokens for a matmul at full speed. The width of a tile takes the rest of the memory."""
 
 Function = Callable[[Tensor, Tensor, ReadoutArgs], Any]
-"""Of a backend, that measures rows."""
+"""A function of a backend: ``token_stats`` or ``token_observations``."""
 
 
 def measured_in_tiles(head: Head, target: Tensor, readout: ReadoutArgs) -> Measured:
     """Statistics and moments of all tokens, in target's shape.
 
-    They are 0 where the target is ``IGNORE``, and NaN where it is otherwise outside [0, V).
+    They are 0 if the target is ``IGNORE``, and NaN if it is another value outside [0, V).
     """
     found = Measured(*no_rows(target, head, RowStats, RowMoments))
     _in_tiles(head, target, readout, head.kernels.token_stats, found)
@@ -44,16 +44,17 @@ def measured_in_tiles(head: Head, target: Tensor, readout: ReadoutArgs) -> Measu
 
 
 def observed_in_tiles(head: Head, target: Tensor, readout: ReadoutArgs) -> Observed:
-    """The same, and observations; the argmax is -1 where the target is outside [0, V)."""
+    """The same, and observations; the argmax is -1 if the target is outside [0, V)."""
     found = Observed(*no_rows(target, head, RowStats, RowMoments, RowObservations))
     _in_tiles(head, target, readout, head.kernels.token_observations, found)
     return found
 
 
 def moments_in_chunks(head: Head, target: Tensor, readout: ReadoutArgs, tiles: Tiles) -> RowMoments:
-    """Moments of all tokens, [slots, B, L], of the chunks of logits that the gradient is made in.
+    """Moments of all tokens, [slots, B, L], computed in the same chunks of logits as the gradient.
 
-    A matmul of other sizes rounds otherwise, and moments of other logits give probabilities that do not add up to 1.
+    A matmul of other sizes rounds differently, and moments of differently rounded logits would give probabilities that
+    do not add up to 1.
     """
     measure = partial(moments_of_tiles, head.kernels.token_stats, tiles=tiles)
     if not head.weight.shape[0]:
@@ -66,7 +67,7 @@ def moments_in_chunks(head: Head, target: Tensor, readout: ReadoutArgs, tiles: T
 
 
 def observed_in_chunks(head: Head, target: Tensor, readout: ReadoutArgs) -> Observed:
-    """Statistics, moments and observations of all tokens, of the same chunks."""
+    """Statistics, moments and observations of all tokens, computed in the same chunks."""
     found = Observed(*no_rows(target, head, RowStats, RowMoments, RowObservations))
     for chunk, of_chunk in _chunks(head, target, readout, head.kernels.token_observations):
         _put(chunk, found, of_chunk, target)
@@ -74,7 +75,7 @@ def observed_in_chunks(head: Head, target: Tensor, readout: ReadoutArgs) -> Obse
 
 
 def _chunks(head: Head, target: Tensor, readout: ReadoutArgs, function: Function) -> Iterator[tuple[Chunk, Any]]:
-    """What a function finds in the rows of each chunk."""
+    """The results of a backend function for each chunk."""
     chunks, _ = head.chunks(target)
     memory = head.empty(max((chunk.n for chunk in chunks), default=0), head.weight.shape[0])
     for chunk in chunks:
@@ -84,24 +85,24 @@ def _chunks(head: Head, target: Tensor, readout: ReadoutArgs, function: Function
 
 
 Tile = tuple[Any, range]
-"""What a backend found in a tile, and the columns of the tile."""
+"""The results for a tile, and its columns."""
 
 
 def _in_tiles(head: Head, target: Tensor, readout: ReadoutArgs, function: Function, whole: Measured | Observed) -> None:
-    """Write what a function finds in the rows of all tokens."""
+    """Write the results of a backend function for all tokens."""
     for chunk, tiles in _tiles(head, target, readout, function):
         _put(chunk, whole, _merged(tiles, chunk.rows(readout), head.weight.shape[0]), target)
 
 
 def _tiles(head: Head, target: Tensor, readout: ReadoutArgs, function: Function) -> Sequence[tuple[Chunk, list[Tile]]]:
-    """What a function finds in the tiles of each chunk of tokens."""
+    """The results of a backend function for the tiles of each chunk of tokens."""
     vocab = head.weight.shape[0]
     logits = max(1, head.chunk_bytes // head.row_dtype.itemsize)
     chunks = evenly(*counted_tokens(target.reshape(-1)), min(TOKENS_OF_TILE, logits))
     width = min(max(1, logits // TOKENS_OF_TILE), vocab)
     memory = head.empty(max((chunk.n for chunk in chunks), default=0) * width)
     found: list[tuple[Chunk, list[Tile]]] = [(chunk, []) for chunk in chunks]
-    # Tiles of the vocabulary first: a weight in another dtype is converted once, part by part.
+    # The outer loop is over the vocabulary, so that each part of the weight is converted once.
     for start in range(0, vocab, width):
         columns = range(start, min(start + width, vocab))
         part = head.columns(columns.start, columns.stop)
@@ -119,7 +120,7 @@ def _stacked(groups: Sequence[Any]) -> Any:
 
 
 def _merged(tiles: Sequence[Tile], readout: ReadoutArgs, vocab: int) -> Measured | Observed:
-    """What was found in the rows of a chunk, from what was found in its tiles."""
+    """The results for the rows of a chunk, merged from those of its tiles."""
     moments: RowMoments = _stacked([tile.moments for tile, _ in tiles])
     kappa = kappa_of(readout, moments.top)
     row = merge(moments, kappa) if len(tiles) > 1 else tiles[0][0].moments
@@ -135,7 +136,7 @@ def _merged(tiles: Sequence[Tile], readout: ReadoutArgs, vocab: int) -> Measured
 
 
 def no_rows(target: Tensor, head: Head, *groups: type[Any]) -> list[Any]:
-    """Groups as they are for tokens that are ignored. No views: users may change what an operator returns in place."""
+    """Groups with the values of ignored tokens. They share no memory: users may change results in place."""
     dtype = head.row_dtype
 
     def value(field: str) -> Tensor:
@@ -145,7 +146,7 @@ def no_rows(target: Tensor, head: Head, *groups: type[Any]) -> list[Any]:
 
 
 def _put(chunk: Chunk, whole: Any, found: Any, target: Tensor) -> None:
-    """Write what was found in a chunk, [1, n] each, into groups of target's shape; 0 for targets that are ignored."""
+    """Write the results of a chunk, [1, n] each, into groups of target's shape; 0 for ignored targets."""
     ignored = chunk.row(target).squeeze(0) == IGNORE
     for of_whole, of_chunk in zip(whole, found, strict=True):
         for values, new in zip(of_whole, of_chunk, strict=True):

@@ -1,4 +1,4 @@
-"""Chunk after chunk: logits, their gradient, and the gradients of what made them."""
+"""The sweep over chunks: logits, their gradient, and the gradients of hidden, weight and bias."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from unirl_kernels.ranks.collectives import Group, start_all_reduce, wait
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """What makes logits, and how: ``HeadArgs`` and ``SweepArgs`` in one."""
+    """``HeadArgs`` and ``SweepArgs`` in one."""
 
     hidden: Tensor  # [T, D]
     weight: Tensor  # [V, D]
     bias: Tensor | None  # [V]
     dtype: torch.dtype  # of the matmuls' operands
-    backend: str  # multiplies, and its row kernels work on the logits
+    backend: str  # for the matmuls and the row kernels
     max_chunk_bytes: int | None = None
 
     @property
@@ -66,11 +66,11 @@ class Head:
         return chunk_bytes(self.weight.device, self.max_chunk_bytes)
 
     def rows_per_chunk(self) -> int:
-        """Tokens whose logits and gradient exist at a time where both are made of all of them at once."""
+        """The number of tokens whose logits and gradient fit the memory of a chunk."""
         return rows_per_chunk(self.matmuls.row_bytes, self.weight.device, self.max_chunk_bytes)
 
     def chunks(self, target: Tensor) -> tuple[list[Chunk], int]:
-        """The tokens that count, where chunks may be cut anywhere; and how many tokens form a group."""
+        """The valid tokens in chunks that may be cut anywhere, and the number of tokens in a group."""
         counted, n = counted_tokens(target.reshape(-1))
         sizes = self._sizes(n)
         if sizes is not None:
@@ -79,7 +79,7 @@ class Head:
         return evenly(counted, n, rows), rows
 
     def _sizes(self, tokens: int) -> Sizes | None:
-        """Two sizes where the gradient of the logits has memory of its own, and there is enough of it."""
+        """Two sizes, if the gradient of the logits has separate memory and there is enough memory."""
         gradient = self.matmuls.gradient_bytes
         if not gradient:
             return None
@@ -93,7 +93,7 @@ class Head:
 
 
 class AtOnce:
-    """Writes the gradient of the hidden states of a chunk where it belongs."""
+    """Writes the gradient of a chunk's hidden states to d_hidden."""
 
     def put(self, chunk: Chunk, d_hidden: Tensor, part: Tensor) -> None:
         chunk.put(d_hidden, part)
@@ -103,7 +103,7 @@ class AtOnce:
 
 
 class Summed(AtOnce):
-    """Writes the sum of that gradient over ranks, which is formed in fp32 while the next chunk is worked on."""
+    """Writes the sum of that gradient over ranks. It is summed in fp32 while the next chunk is computed."""
 
     def __init__(self, ranks: Group) -> None:
         self._ranks = ranks
@@ -128,19 +128,19 @@ def sweep(
     group: int = 1,
     of_hidden: AtOnce = AtOnce(),
 ) -> HeadGradients:
-    """Make the logits of each chunk, let ``work`` find their gradient, and form the other gradients from it.
+    """For each chunk compute the logits, call ``work`` to compute their gradient, and compute the other gradients from
+    it.
 
-    Three matmuls per token in all, two or one where fewer gradients are wanted. Gradients are zero at tokens in no
-    chunk.
+    Three matmuls per token; two or one if fewer gradients are wanted. Tokens in no chunk have zero gradients.
 
     Args:
-        head: what makes the logits.
+        head: the head.
         chunks: of the T tokens.
-        work: gets the logits of a chunk, [1, n, V] fp32 (fp64 for fp64), memory for their gradient, which is their own
-            or has the dtype that is multiplied, and the chunk's number.
+        work: called with the logits of a chunk, [1, n, V] fp32 (fp64 for fp64); memory for their gradient, which is the
+            logits themselves or has the dtype of the matmuls; and the index of the chunk.
         wanted: which gradients.
-        group: tokens whose gradients are kept until they are multiplied; at least one chunk is.
-        of_hidden: what becomes of the gradient of a chunk's hidden states.
+        group: the number of tokens whose gradients are kept for one matmul; at least those of one chunk.
+        of_hidden: writes the gradient of a chunk's hidden states.
     """
     vocab, d = head.weight.shape
     tokens = head.hidden.shape[0] if wanted.hidden else 0
@@ -175,8 +175,9 @@ def sweep(
 
 
 def _memory_of_d_weight(head: Head, vocab: int, d: int, groups: int) -> Tensor:
-    """Memory for d_weight. It has the dtype that is returned where one matmul makes all of it and the device rounds;
-    else it has that of the sums over groups."""
+    """Memory for d_weight: in the returned dtype if one matmul computes all of it and the device rounds, else in the
+    dtype
+    of the sums over groups."""
     dtype = kept_dtype(head.weight)
     rounded = groups == 1 and head.matmuls.rounds and dtype == head.dtype
     return head.kernels.empty((vocab, d), dtype if rounded else head.row_dtype, head.weight.device)
