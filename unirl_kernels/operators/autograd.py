@@ -1,4 +1,4 @@
-"""Gradients of operators on rows of logits. The only autograd formulas that these operators have."""
+"""Autograd functions of the operators on rows of logits: their only gradient formulas."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def refuse_double_backward() -> None:
 
 
 def refuse_forward_mode(*inputs: Tensor | None) -> None:
-    """Raise where a tangent of forward-mode AD would be dropped without a word."""
+    """Raise if a tangent of forward-mode AD would be dropped silently."""
     if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level < 0:
         return
     if any(x is not None and torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in inputs):
@@ -31,7 +31,7 @@ def refuse_forward_mode(*inputs: Tensor | None) -> None:
 
 
 def scaled(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
-    """gradient * factor; in place unless the graph is kept, for then the gradient is needed again."""
+    """gradient * factor. In place, unless the graph is kept for another backward that needs the gradient again."""
     refuse_double_backward()
     traced = type(gradient) is not Tensor or torch.compiler.is_compiling()
     if traced or torch._C._autograd._get_current_graph_task_keep_graph():
@@ -41,7 +41,7 @@ def scaled(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
 
 
 def of_stats(d_logp: Tensor | None, d_entropy: Tensor | None, d_lse: Tensor | None) -> RowGradients:
-    """Gradients of statistics as kernels take them."""
+    """Gradients of statistics in the form that kernels take."""
     return RowGradients(*(None if g is None else g.contiguous() for g in (d_logp, d_entropy, d_lse)))
 
 
@@ -51,12 +51,13 @@ def as_rows(logits: Tensor) -> Tensor:
 
 
 def overwrite(logits: Tensor, write: Callable[[Tensor], Result]) -> Result:
-    """Let ``write`` put a gradient into the memory of logits, which they lose: using them fails instead of reading a
-    gradient, and so does using what they are a view of.
+    """Call ``write`` to put a gradient into the memory of the logits. The logits, and the tensor that they are a view
+    of,
+    become empty, so that using them fails instead of reading a gradient.
 
-    They are whole again when it raises. When it is interrupted nobody knows what it has written, and they stay empty.
+    If ``write`` raises, they get their memory back. If it is interrupted, they stay empty, since it may have written.
     """
-    # .data: the gradient must not share the version counter of the logits, which says that they changed.
+    # .data, so that the gradient does not share the version counter of the logits, which is incremented below.
     memory = logits.data
     if torch.compiler.is_compiling():
         result = write(memory)
@@ -77,9 +78,9 @@ def overwrite(logits: Tensor, write: Callable[[Tensor], Result]) -> Result:
 def save_statistics(
     ctx: Any, found: Whole, readout: ReadoutArgs, inputs: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
-    """What an autograd function of statistics returns; with what its backward needs saved.
+    """Save what the backward needs, and return the results of an autograd function of statistics.
 
-    The backward goes by the moments: users may change the results.
+    The backward uses the moments, not the results: users may change the results in place.
     """
     stats, moments, others = found
     ctx.mark_non_differentiable(*others)
@@ -90,16 +91,16 @@ def save_statistics(
 
 
 class Statistics(torch.autograd.Function):
-    """logp, entropy, lse of rows, and the observations of an operator that makes them, which have no gradient.
+    """logp, entropy, lse of rows, and observations if the operator computes them; these have no gradient.
 
-    Of a shard the statistics are those of whole rows: one exchange in the forward, none in the backward.
+    With a shard the statistics are those of whole rows: one exchange in the forward, none in the backward.
     """
 
     @staticmethod
     def without_gradient(
         logits: Tensor, target: Tensor, readout: ReadoutArgs, backend: str, operators: Operators
     ) -> tuple[Tensor, ...]:
-        """What ``apply`` returns where no gradient is wanted, in less of the host's time."""
+        """The same as ``apply`` without a gradient, with less host time."""
         refuse_forward_mode(logits)
         stats, _, others = measured(operators, as_rows(logits), target, readout, backend, None)
         return *stats, *others
@@ -153,8 +154,9 @@ def saved_rows(ctx: Any) -> tuple[Any, ...]:
 
 
 class OnePass(torch.autograd.Function):
-    """Loss, logp, entropy, lse of ``fused_loss``, whose gradient was made in the same pass. It keeps the gradient to
-    itself, and so may scale it in place."""
+    """Loss, logp, entropy, lse of ``fused_loss``. The forward computes the gradient in the same pass. Nobody else has
+    it, so
+    the backward may scale it in place."""
 
     @staticmethod
     def forward(

@@ -1,7 +1,7 @@
 """Declares operators of ``torch.ops.unirl`` from typed functions whose arguments are named groups.
 
-A group is a ``NamedTuple`` of tensors and scalars. torch.library sees its fields laid flat, each as
-``<argument>_<field>``; the schema, the flattening and the regrouping follow from the annotations.
+A group is a ``NamedTuple`` of tensors and scalars. torch.library sees its fields as separate arguments
+``<argument>_<field>``. The annotations determine the schema, the flattening and the regrouping.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 PACKAGE = __name__.split(".")[0]
 NAMESPACE = "unirl" if PACKAGE == "unirl_kernels" else PACKAGE
-"""``kernels`` loads each of several versions under a name of its own: their operators may not meet in one namespace."""
+"""``kernels`` may load several versions under different names: each needs its own namespace of operators."""
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 SCHEMA_TYPES: dict[Any, str] = {
@@ -41,7 +41,7 @@ def _schema_type(annotation: Any) -> str:
 
 
 def _leaves(annotation: Any) -> Iterator[Any]:
-    """Types of the values in a result: a tensor, or a group of tensors or groups."""
+    """The types of the values in a result, which is a tensor, or a group of tensors or groups."""
     if not _is_group(annotation):
         yield annotation
         return
@@ -50,7 +50,7 @@ def _leaves(annotation: Any) -> Iterator[Any]:
 
 
 def flat(groups: Iterable[object]) -> list[Any]:
-    """Values, and groups of values, laid out flat."""
+    """Flatten values and groups of values to one list."""
     values: list[Any] = []
     for group in groups:
         if isinstance(group, tuple):
@@ -61,7 +61,7 @@ def flat(groups: Iterable[object]) -> list[Any]:
 
 
 def _builder(annotation: Any) -> Callable[[Iterator[Any]], Any]:
-    """Takes as many values as the annotation has leaves, and groups them."""
+    """A function that takes the values of an annotation's leaves and groups them."""
     if not _is_group(annotation):
         return next
     builders = [_builder(inner) for inner in typing.get_type_hints(annotation).values()]
@@ -71,8 +71,8 @@ def _builder(annotation: Any) -> Callable[[Iterator[Any]], Any]:
 class Operator:
     """An operator of torch.library that takes and returns named groups.
 
-    Its implementation gets the groups, on any device; the backend is one of the arguments. It has no gradient of its
-    own: autograd functions (``operators/autograd.py``) call it.
+    The implementation gets the groups, on any device; the backend is one of the arguments. The operator has no
+    gradient: autograd functions (``operators/autograd.py``) call it.
 
     Args:
         name: of the operator.

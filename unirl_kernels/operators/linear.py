@@ -29,7 +29,7 @@ from unirl_kernels.operators.shards import Operators, Tiles, tiles_like
 
 
 class HeadArgs(NamedTuple):
-    """What makes logits: hidden W^T + b."""
+    """The inputs of logits = hidden W^T + b."""
 
     hidden: Tensor  # [T, D]
     weight: Tensor  # [V, D]
@@ -37,7 +37,7 @@ class HeadArgs(NamedTuple):
 
 
 class SweepArgs(NamedTuple):
-    """How chunks of logits are made."""
+    """How chunks of logits are computed."""
 
     dtype: torch.dtype  # of the matmuls' operands
     max_chunk_bytes: int | None  # see ``Plan``
@@ -45,7 +45,7 @@ class SweepArgs(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Which gradients are wanted; what nobody asks for is not computed."""
+    """Which gradients are wanted; the others are not computed."""
 
     hidden: bool
     weight: bool
@@ -53,7 +53,7 @@ class Wanted(NamedTuple):
 
 
 class HeadGradients(NamedTuple):
-    """Those not wanted have no elements. fp32 for fp16, until the loss scale has multiplied them."""
+    """Gradients that are not wanted have no elements. For fp16 they are fp32, until multiplied by the loss scale."""
 
     hidden: Tensor  # [T, D]
     weight: Tensor  # [V, D]
@@ -67,7 +67,7 @@ class FusedHead(NamedTuple):
 
 
 def kept_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that the gradient of x has until the loss scale has multiplied it."""
+    """The dtype of the gradient of x until it is multiplied by the loss scale."""
     return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
@@ -82,7 +82,7 @@ def _gradients_like(head: HeadArgs, wanted: Wanted) -> HeadGradients:
 
 
 def _declared(function: Callable[..., Any]) -> Operator:
-    """Decorator: an operator of these arguments; the function is its fake, and ``head`` implements it."""
+    """Decorator: an operator with these arguments. The function is its fake; ``head`` implements it."""
     return Operator(function.__name__, function, function)
 
 
@@ -126,7 +126,7 @@ def fused_linear_loss(
     return FusedHead(loss, RowStats._make(rows_like(target, sweep.dtype, 3)), _gradients_like(head, wanted))
 
 
-# Of a shard; a target may be ELSEWHERE. Its rows are measured in the chunks of the backward, which takes their moments.
+# Operators of a shard, whose targets may be ELSEWHERE. They use the chunks of the backward, which takes their moments.
 
 
 @_declared

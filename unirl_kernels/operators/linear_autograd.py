@@ -1,4 +1,4 @@
-"""Gradients of operators on linear heads. The only autograd formulas that these operators have."""
+"""Autograd functions of the operators on linear heads: their only gradient formulas."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from unirl_kernels.operators.shards import Operators, ShardArgs, measured
 
 
 class LinearStatistics(torch.autograd.Function):
-    """logp, entropy, lse of a head, and the observations of an operator that makes them, which have no gradient.
+    """logp, entropy, lse of a head, and observations if the operator computes them; these have no gradient.
 
-    The backward makes the logits again. Of a shard of the weight the statistics are those of the whole vocabulary, and
-    the gradient of hidden is this rank's part of the sum.
+    The backward computes the logits again. With a shard of the weight, the statistics are those of the whole
+    vocabulary, and the gradient of hidden is this rank's part of the sum.
     """
 
     @staticmethod
@@ -64,8 +64,9 @@ class LinearStatistics(torch.autograd.Function):
 
 
 class OnePassLinear(torch.autograd.Function):
-    """Loss, logp, entropy, lse of ``fused_linear_loss``, whose gradients were made in the same pass. It keeps them to
-    itself, and so may scale them in place."""
+    """Loss, logp, entropy, lse of ``fused_linear_loss``. The forward computes the gradients in the same pass. Nobody
+    else
+    has them, so the backward may scale them in place."""
 
     @staticmethod
     def forward(
@@ -92,7 +93,7 @@ class OnePassLinear(torch.autograd.Function):
 
 
 def keep(ctx: Any, head: HeadArgs, gradients: Sequence[Tensor], backend: str) -> None:
-    """Save gradients of hidden, weight and bias that the forward has made."""
+    """Save gradients of hidden, weight and bias that the forward has computed."""
     refuse_forward_mode(*head)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*gradients)
@@ -107,6 +108,6 @@ def scaled_gradients(ctx: Any, d_loss: Tensor | None) -> list[Tensor | None]:
 
 
 def handed_on(ctx: Any, gradients: Sequence[Tensor], dtypes: Sequence[torch.dtype | None]) -> list[Tensor | None]:
-    """Gradients of hidden, weight and bias as autograd wants them: those asked for, in their input's dtype."""
+    """Gradients of hidden, weight and bias for autograd: only the wanted ones, in the dtype of their input."""
     found = zip(gradients, dtypes, ctx.needs_input_grad[:3], strict=True)
     return [x.to(dtype) if dtype is not None and wanted else None for x, dtype, wanted in found]

@@ -1,4 +1,4 @@
-"""Operators on rows of logits. They dispatch to the backend that is named, never choose one and never fall back.
+"""Operators on rows of logits. They dispatch to the named backend: they never choose one, and there is no fallback.
 
 Logits are [B, L, V] and per-row tensors [B, L]; the packed layout is B = 1.
 """
@@ -43,7 +43,7 @@ class FusedWithGradient(NamedTuple):
 def check_targets(target: Tensor, vocab: int) -> None:
     """Raise an ``IndexError`` for a target outside the vocabulary, with its index: (b, l), or (t,) of a single row.
 
-    On an accelerator reading the values would wait for the device; there such rows become NaN instead.
+    On an accelerator, reading the values would wait for the device. There such rows become NaN instead.
     """
     if target.device.type != "cpu" or not has_values(target) or not target.numel():
         return
@@ -89,7 +89,7 @@ def token_stats_backward(
     columns: int,
     backend: str,
 ) -> Tensor:
-    """The gradient of the first columns; that of the others, which are padding of a shard, is 0."""
+    """The gradient of the first ``columns`` columns. The others are padding of a shard; their gradient is 0."""
     kernels = load(backend)
     d_logits = kernels.empty(logits.shape, logits.dtype, logits.device)
     used, d_used = _first(logits, columns), _first(d_logits, columns)
@@ -140,7 +140,7 @@ def fused_loss_(
     logits: Tensor, target: Tensor, readout: ReadoutArgs, program: ProgramArgs, backend: str, kernel: str
 ) -> Fused:
     check_targets(target, logits.shape[-1])
-    loss = _sum_like(target, logits)  # nothing may fail for want of memory after the kernel
+    loss = _sum_like(target, logits)  # allocate before the kernel: after it nothing may fail for lack of memory
     rows = load(backend).fused_loss(logits, target, readout, program, logits, kernel)
     return Fused(torch.sum(rows.loss, (0, 1), out=loss), RowStats(*rows[1:]))
 

@@ -31,7 +31,7 @@ from unirl_kernels.ranks.collectives import Group, all_gather
 
 
 class Tiles(NamedTuple):
-    """What the moments of a shard are those of: columns that lie together, and how many such tiles a shard has."""
+    """The tiles of a shard: columns per tile, and number of tiles."""
 
     columns: int
     slots: int
@@ -44,30 +44,30 @@ class ShardArgs(NamedTuple):
     columns: int  # without padding
     vocab: int
     ranks: Group
-    same_targets: bool  # whether it is known that all ranks have the same
+    same_targets: bool  # whether it was checked that all ranks have the same targets
     tiles: Tiles
 
     def target(self, target: Tensor) -> Tensor:
-        """Targets as this shard has them."""
+        """Targets for this shard's columns, see ``target_in``."""
         return target_in(target, range(self.start, self.start + self.columns), self.vocab)
 
 
 @operator(fake=lambda logits, target, readout, tiles, backend: tiles_like(target, logits.dtype, tiles))
 def shard_moments(logits: Tensor, target: Tensor, readout: ReadoutArgs, tiles: Tiles, backend: str) -> RowMoments:
-    """[slots, B, L]: moments of the columns that a rank has, tile by tile; a target may be ELSEWHERE."""
+    """[slots, B, L]: moments of a rank's columns, tile by tile. A target may be ELSEWHERE."""
     return moments_of_tiles(load(backend).token_stats, logits, target, readout, tiles)
 
 
 @operator(fake=lambda logits, target, *_: observed_like(target, logits.dtype))
 def shard_observations(logits: Tensor, target: Tensor, readout: ReadoutArgs, tiles: Tiles, backend: str) -> Observed:
-    """[B, L]: the same of all columns at once, and what else is observed of them."""
+    """[B, L]: moments of all columns of a rank at once, and observations."""
     if not logits.shape[-1]:
         return no_columns(target, logits.dtype)
     return load(backend).token_observations(logits, target, readout)
 
 
 class Operators(NamedTuple):
-    """What measures rows: whole ones, and those of which a rank has a shard."""
+    """The operators for statistics or observations: of whole rows, and of rows of which a rank has a shard."""
 
     whole: Operator
     of_shard: Operator
@@ -78,13 +78,13 @@ STATISTICS = Operators(rows.token_stats, shard_moments, in_tiles=True)
 OBSERVATIONS = Operators(rows.token_observations, shard_observations, in_tiles=False)
 
 Whole = tuple[RowStats, RowMoments, tuple[Tensor, ...]]
-"""Statistics and moments of whole rows, and observations where they are made."""
+"""Statistics and moments of whole rows, and observations if they are computed."""
 
 
 def measured(
     operators: Operators, operand: object, target: Tensor, readout: ReadoutArgs, how: object, shard: ShardArgs | None
 ) -> Whole:
-    """What operators find in the rows of logits or of a head; without a shard they are whole."""
+    """Run the operators on logits or a head. With a shard, merge the results of all ranks."""
     if shard is None:
         return _whole(operators.whole(operand, target, readout, how))
     part = operators.of_shard(operand, shard.target(target), readout, shard.tiles, how)
@@ -98,7 +98,7 @@ def rows_of(
     readout: ReadoutArgs,
     shard: ShardArgs | None,
 ) -> Whole:
-    """What a function of a backend finds in the rows of a chunk of logits; without a shard they are whole."""
+    """Run a backend function on a chunk of logits. With a shard, merge the results of all ranks."""
     if shard is None:
         return _whole(function(logits, target, readout))
     part = moments_of_tiles(function, logits, shard.target(target), readout, shard.tiles)
@@ -122,7 +122,7 @@ def moments_of_tiles(
     readout: ReadoutArgs,
     tiles: Tiles,
 ) -> RowMoments:
-    """Moments that a backend finds in each tile of a shard, [slots, B, L]; the last tiles may have no columns."""
+    """Moments of each tile of a shard, [slots, B, L]. The last tiles may have no columns."""
     width, found = logits.shape[-1], []
     for k in range(tiles.slots):
         columns = range(min(k * tiles.columns, width), min((k + 1) * tiles.columns, width))
@@ -137,10 +137,10 @@ def moments_of_tiles(
 
 
 def exchanged(part: Sequence[Tensor], target: Tensor, shard: ShardArgs) -> list[Tensor]:
-    """[n slots, B, L] for each of the values [slots, B, L] that this rank has: those of all ranks, by one all-gather.
+    """The values of all ranks by one all-gather: [n slots, B, L] for each of this rank's values [slots, B, L].
 
-    Where it is not known that the ranks have the same targets, a hash of them (8 bytes) goes with the values, which are
-    NaN if it differs.
+    If it was not checked that the ranks have the same targets, a hash of the targets (8 bytes) is sent with the values,
+    and the results are NaN if the hashes differ.
     """
     values = torch.stack(tuple(part))
     if shard.same_targets:
@@ -154,12 +154,12 @@ def exchanged(part: Sequence[Tensor], target: Tensor, shard: ShardArgs) -> list[
 
 
 def _by_value(gathered: Tensor) -> list[Tensor]:
-    """[n slots, B, L] each of [n, values, slots, B, L]."""
+    """Split [n, values, slots, B, L] into a list of [n slots, B, L]."""
     return list(gathered.transpose(0, 1).flatten(1, 2).unbind(0))
 
 
 def target_hash(target: Tensor) -> Tensor:
-    """[] int64: a number that differs, all but certainly, where targets or their order differ."""
+    """[] int64: a hash that almost certainly differs if the targets or their order differ."""
     flat = target.reshape(-1)
     positions = torch.arange(flat.numel(), device=flat.device)
     mixed = (flat + 1 + positions * -7046029254386353131) * -4417276706812531889
@@ -167,7 +167,7 @@ def target_hash(target: Tensor) -> Tensor:
 
 
 def merged(part: RowMoments | Observed, target: Tensor, readout: ReadoutArgs, shard: ShardArgs) -> Whole:
-    """Statistics, moments and, where they are in the part, observations of whole rows.
+    """Statistics and moments of whole rows, and observations if the part has them.
 
     Args:
         part: of this rank's columns; moments are [slots, B, L], moments with observations [B, L].
@@ -196,7 +196,7 @@ def merged(part: RowMoments | Observed, target: Tensor, readout: ReadoutArgs, sh
 
 
 def _sent(part: Observed, shard: ShardArgs) -> RowObservations:
-    """Observations of a shard as ``merge_observations`` takes them, in one dtype."""
+    """Observations of a shard in the form that ``merge_observations`` takes, in one dtype."""
     own = part.observations
     return own._replace(
         mean_logit=own.mean_logit * (shard.columns / shard.vocab),
@@ -209,7 +209,7 @@ def _used(values: Sequence[Tensor], target: Tensor) -> list[Tensor]:
 
 
 def no_columns(target: Tensor, dtype: torch.dtype) -> Observed:
-    """What a shard without columns finds: nothing."""
+    """The results of a shard without columns."""
 
     (like,) = rows_like(target, dtype, 1)
 
