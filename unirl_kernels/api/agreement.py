@@ -1,5 +1,5 @@
-"""What the ranks of a split vocabulary have to agree on: compared before they work together, so that none waits for a
-rank that works on something else.
+"""The ranks of a split vocabulary compare their arguments before the work starts, so that no rank waits for one that
+makes another call.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 
 
 class Brought(NamedTuple):
-    """What a rank brings of its own arguments."""
+    """A rank's own values that the exchange needs."""
 
     columns: int  # of its logits, or rows of its weight, padding included
     row_bytes: int = 0  # memory for the logits of one token of a linear head
@@ -33,7 +33,7 @@ class Brought(NamedTuple):
 
 
 OWN = ("refused", "start", "columns", "row_bytes")
-"""Numbers that may differ from rank to rank; the first says whether it refuses its own arguments."""
+"""Numbers that may differ between ranks. The first says whether the rank refuses its own arguments."""
 
 NUMBERS = {
     "vocab": "shard.vocab",
@@ -44,10 +44,10 @@ NUMBERS = {
     "max_chunk_bytes": "plan.max_chunk_bytes",
     "wants": "what requires a gradient (1: hidden, 2: weight, 4: bias, added up)",
 }
-"""Compared as they are."""
+"""Numbers that are compared directly."""
 
 NONE = {"max_chunk_bytes": -1, "tiles": 0}
-"""Sent in the place of None."""
+"""Sent instead of None."""
 
 ARGUMENTS = {
     "call": "the function that is called",
@@ -57,14 +57,14 @@ ARGUMENTS = {
     "batch": "batch",
     "loss": "loss",
 }
-"""Compared by a hash, and told as text where the hashes differ."""
+"""Arguments that are compared by a hash, and shown as text if the hashes differ."""
 
 EXCHANGED = (*OWN, *NUMBERS, *ARGUMENTS, "targets")
 Terms = dict[str, int]
-"""What a rank sends: a number for each of ``EXCHANGED``, 0 where it has none. ``targets`` is a hash."""
+"""What a rank sends: a number for each of ``EXCHANGED``, 0 if it has none. ``targets`` is a hash."""
 
 _known: set[tuple[VocabShard, tuple[int, ...]]] = set()
-"""What has been compared on accelerators."""
+"""What was already compared on accelerators."""
 
 
 def agreed(
@@ -76,20 +76,20 @@ def agreed(
     *,
     waits: bool = False,
 ) -> tuple[Result, ShardArgs, int]:
-    """What ``check`` makes of the arguments, this rank's shard as operators take it, and the largest ``row_bytes``.
+    """The result of ``check``, this rank's shard for operators, and the largest ``row_bytes``.
 
-    On the CPU ranks compare in each call what they bring. They must not go by what they remember: exchanges of other
-    sizes than the others' give garbage with gloo, or end the process. On an accelerator, where comparing waits for the
-    device, what has been compared is remembered, without numbers, which change from step to step, and targets are
-    compared by their hash in the exchange that follows. Compiled code compares the targets alone.
+    On a CPU, ranks compare in each call. A cache would be unsafe: if one rank skips the exchange and another does not,
+    the exchanges have different sizes, which with gloo gives garbage or ends the process. On an accelerator, comparing
+    waits for the device, so what was compared is cached, without numbers, which change from step to step. Targets are
+    then compared by their hash in the exchange that follows. Compiled code compares only the targets.
 
     Args:
         shard: the shard.
-        operand: logits or hidden states: refused arguments are told to the other ranks on its device.
-        given: what has to be the same on all ranks.
-        own: what else has to be, by the names of ``ARGUMENTS``.
-        check: raises for arguments that this rank refuses.
-        waits: whether the call waits for the device in any case.
+        operand: logits or hidden states; a refusal is sent from its device.
+        given: arguments that must be the same on all ranks.
+        own: further values that must be the same, by the names of ``ARGUMENTS``.
+        check: checks this rank's arguments, and raises if it refuses them.
+        waits: whether the call waits for the device anyway.
 
     Raises:
         RuntimeError: when another rank refuses its arguments.
@@ -130,7 +130,7 @@ def _terms(shard: VocabShard, own: Brought, target: Tensor) -> Terms:
 
 
 def reading_waits(target: Tensor) -> bool:
-    """Whether the values of a tensor are there only after waiting for a device."""
+    """Whether reading the values of a tensor waits for a device."""
     return target.device.type != "cpu"
 
 
@@ -140,7 +140,7 @@ def _args(shard: VocabShard, columns: int, same_targets: bool) -> ShardArgs:
 
 
 def _compared(shard: VocabShard, own: Terms, target: Tensor, arguments: Mapping[str, object]) -> int:
-    """The largest ``row_bytes``, if the ranks agree."""
+    """Compare the ranks' terms; return the largest ``row_bytes``."""
     everyone = _exchanged(shard, own, target.device)
     for rank, terms in enumerate(everyone):
         if terms["refused"]:
@@ -165,7 +165,7 @@ def _exchanged(shard: VocabShard, own: Terms, device: torch.device) -> list[Term
 
 
 def _other(everyone: Sequence[Terms], name: str) -> int | None:
-    """The first rank that has another number than rank 0."""
+    """The first rank whose number differs from that of rank 0."""
     return next((rank for rank, terms in enumerate(everyone) if terms[name] != everyone[0][name]), None)
 
 
@@ -178,7 +178,7 @@ def _differing(name: str, here: object, there: object, rank: int, at: str = "") 
 def _check_told(
     shard: VocabShard, everyone: Sequence[Terms], name: str, device: torch.device, arguments: Mapping[str, object]
 ) -> None:
-    """Raise a ``ValueError`` where an argument differs; what differs is exchanged as text."""
+    """Raise a ``ValueError`` if an argument differs. The ranks then exchange it as text."""
     rank = _other(everyone, name)
     if rank is None:
         return
@@ -208,7 +208,7 @@ def _check_layout(everyone: Sequence[Terms]) -> None:
 
 
 def _differing_targets(shard: VocabShard, target: Tensor) -> ValueError:
-    """Names the first position where a rank has another target than rank 0."""
+    """The error for the first position where a rank's target differs from that of rank 0."""
     everyone = all_gather(target, shard.ranks)
     rank, *at = (everyone != everyone[:1]).nonzero()[0].tolist()
     return _differing("target", int(everyone[(0, *at)]), int(everyone[(rank, *at)]), rank, f" at {tuple(at)}")

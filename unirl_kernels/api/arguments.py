@@ -1,4 +1,4 @@
-"""Checks of what users give."""
+"""Checks of users' arguments."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Given(NamedTuple):
-    """What functions on logits and on linear heads are given alike, and what they find: nobody has checked it."""
+    """The unchecked arguments that functions on logits and on linear heads share, and the operators that they call."""
 
     operators: Operators
     target: Tensor
@@ -40,7 +40,7 @@ class Given(NamedTuple):
         plan: Plan,
         shard: VocabShard | None,
     ) -> Given:
-        # What has no target is refused by the check of the types.
+        # Something that is not a batch has no target; the check of types refuses it later.
         target = batch.target if isinstance(batch, Batch) else torch.empty(0, dtype=torch.int64)
         return cls(operators, target, readout, plan, shard, (batch, loss))
 
@@ -49,7 +49,7 @@ class Given(NamedTuple):
         return None if self.of_loss is None else self.of_loss[0]
 
     def check_kinds(self) -> None:
-        """Raise a ``TypeError`` unless batch, loss, readout and plan are what they are called."""
+        """Raise a ``TypeError`` unless batch, loss, readout and plan have their types."""
         if self.of_loss is not None:
             batch, loss = self.of_loss
             check_kind("batch", batch, Batch)
@@ -62,14 +62,14 @@ def check_kind(name: str, value: object, kind: type) -> None:
     if isinstance(value, kind):
         return
     got = type(value)
-    if got.__name__ == kind.__name__:  # a kernel of the Hub beside the installed package, or two kernels
+    if got.__name__ == kind.__name__:  # of another copy of this package: a kernel of the Hub
         here, there = (x.__module__.split(".")[0] for x in (kind, got))
         raise TypeError(f"{name} must be a {kind.__name__} of {here}, got one of {there}: they share no types")
     raise TypeError(f"{name} must be a {kind.__name__}, got {got.__name__}")
 
 
 def check_input(name: str, value: object) -> Tensor:
-    """The value, if it is a dense tensor of a dtype that kernels compute on, with memory behind it.
+    """Check that a value is a dense tensor with memory, of a dtype that kernels support. Returns it.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -87,7 +87,7 @@ def check_input(name: str, value: object) -> Tensor:
 
 
 def check_whole(name: str, value: Tensor) -> None:
-    """Raise a ``ValueError`` for sharded tensors: a shard looks like a small tensor."""
+    """Raise a ``ValueError`` for a sharded tensor, which looks like a small tensor."""
     if hasattr(value, "full_tensor"):
         raise ValueError(
             f"{name} must be a whole tensor, got a DTensor: compute the loss in the forward of the module that holds "
@@ -102,7 +102,7 @@ def check_whole(name: str, value: Tensor) -> None:
 
 
 def _check_readable(name: str, value: Tensor) -> None:
-    """Raise where kernels would read memory that is gone, or values that only a function transform has."""
+    """Raise if kernels would read freed memory, or values inside a function transform (torch.func)."""
     if torch.compiler.is_compiling() or not has_values(value):
         return
     if torch._C._functorch.is_functorch_wrapped_tensor(value):
@@ -114,7 +114,7 @@ def _check_readable(name: str, value: Tensor) -> None:
 
 
 def check_positions(name: str, value: Tensor, target: Tensor, last: str) -> None:
-    """Raise a ``ValueError`` unless the shape is target's, and one dimension more, called ``last``."""
+    """Raise a ``ValueError`` unless the shape is target's plus one dimension, called ``last``."""
     if value.dim() != target.dim() + 1 or value.shape[:-1] != target.shape:
         expected = ", ".join(str(n) for n in target.shape)
         shape, hint = tuple(value.shape), ""
@@ -128,7 +128,7 @@ def check_positions(name: str, value: Tensor, target: Tensor, last: str) -> None
 
 
 def _check_part(hidden: Tensor, target: Tensor, shard: VocabShard) -> None:
-    """Raise a ``ValueError`` unless hidden states are those of an equal part of target's sequences or positions."""
+    """Raise a ``ValueError`` unless hidden states belong to an equal part of target's sequences or positions."""
     parts, dim = shard.parts, 0 if shard.hidden == "fsdp" else -1
     shape = list(target.shape)
     if shape[dim] % parts:
@@ -141,7 +141,7 @@ def _check_part(hidden: Tensor, target: Tensor, shard: VocabShard) -> None:
 
 
 def check_logits(logits: Tensor, target: Tensor, shard: VocabShard | None = None) -> None:
-    """Raise a ``TypeError`` or ``ValueError`` unless logits and target fit each other. A shard may have no columns."""
+    """Raise a ``TypeError`` or ``ValueError`` unless logits and target fit together. A shard may have no columns."""
     check_input("logits", logits)
     check_target(target)
     check_positions("logits", logits, target, "V")
@@ -165,7 +165,7 @@ def check_overwritable(logits: Tensor) -> None:
         )
     reach = logits.shape[-1]
     rows = [(stride, size) for stride, size in zip(logits.stride()[:-1], logits.shape[:-1], strict=True) if size > 1]
-    # From the smaller stride; torch.compile compares lengths that vary, but cannot sort them.
+    # Start at the smaller stride. Not by sorting: torch.compile can compare varying lengths, but not sort them.
     for stride, size in rows[::-1] if len(rows) == 2 and rows[0][0] > rows[1][0] else rows:
         if stride < reach:
             raise ValueError(f"overwrite_logits=True needs rows that do not overlap, got strides {logits.stride()}")
@@ -173,9 +173,9 @@ def check_overwritable(logits: Tensor) -> None:
 
 
 def check_head(head: HeadArgs, target: Tensor, shard: VocabShard | None = None) -> None:
-    """Raise a ``TypeError`` or ``ValueError`` unless the parts of a linear head fit one another.
+    """Raise a ``TypeError`` or ``ValueError`` unless hidden, weight and bias fit together.
 
-    The weight of a shard may have no rows, and its hidden states may be a part of the whole.
+    With a shard, the weight may have no rows, and hidden may be a part of the whole.
     """
     check_target(target)
     for name, value in zip(HeadArgs._fields, head, strict=True):
@@ -197,7 +197,7 @@ def check_head(head: HeadArgs, target: Tensor, shard: VocabShard | None = None) 
 
 
 def check_split(shard: VocabShard, columns: int, given: Given, device: torch.device) -> None:
-    """Raise a ``ValueError`` where a call cannot work on a shard of so many columns."""
+    """Raise a ``ValueError`` if the call is not possible on a shard with this number of columns."""
     choose(device, given.plan.backend, given.plan.kernel)
     if given.of_loss is not None and given.plan.kernel not in (None, COMPOSED):  # no kernel sees a whole row
         raise ValueError(f"kernel must be None or {COMPOSED!r} for a split vocabulary, got {given.plan.kernel!r}")
@@ -218,7 +218,7 @@ def kernel_of(loss: Loss, plan: Plan, device: torch.device, dtype: torch.dtype, 
 
     Raises:
         UnsupportedOperation: when an objective uses what a one-pass kernel cannot run.
-        ValueError: when a one-pass kernel is named for an objective that needs another.
+        ValueError: when a one-pass kernel is named for an objective that needs ``composed``.
     """
     if loss.scope != "token":
         if plan.kernel not in (None, COMPOSED):
@@ -228,5 +228,5 @@ def kernel_of(loss: Loss, plan: Plan, device: torch.device, dtype: torch.dtype, 
         if vocab <= most:
             break
     if choice.kernel != COMPOSED:
-        loss.traced()  # must not pass where no gradient is wanted
+        loss.traced()  # raise for an unsupported operation, even if no gradient is wanted
     return choice

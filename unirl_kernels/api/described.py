@@ -1,4 +1,4 @@
-"""Arguments as text that is the same on all ranks if, and only if, the arguments are."""
+"""Arguments as text. The texts of two ranks are equal if and only if their arguments are."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from unirl_kernels.operators.shards import target_hash
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 DEPTH = 8
-"""Attributes of attributes beyond this are not compared."""
+"""Nesting depth to which attributes are compared."""
 
 
 def hash_of(lines: Iterable[str]) -> int:
@@ -28,13 +28,13 @@ def hash_of(lines: Iterable[str]) -> int:
 
 
 def compared_lines(value: object, values: bool) -> list[str]:
-    """What has to be the same on all ranks.
+    """The text that is compared.
 
-    Of a loss of token scope it is the program and its parameters: two functions that compute the same are equal.
+    For a loss of token scope it is the program and its parameters, so two functions that compute the same are equal.
 
     Args:
         value: an argument.
-        values: whether numbers and the values of tensors count, not only types, shapes and dtypes.
+        values: whether to compare numbers and values of tensors, not only types, shapes and dtypes.
     """
     if isinstance(value, Loss) and (program := _program(value, values)) is not None:
         weights = [(term.aggregation, term.coefficient) for term in value.terms]
@@ -43,8 +43,8 @@ def compared_lines(value: object, values: bool) -> list[str]:
 
 
 def shown_lines(value: object, values: bool) -> list[str]:
-    """A line ``path=value`` for each number, tensor and name that an argument is made of."""
-    if isinstance(value, Batch):  # targets have a hash of their own
+    """A line ``path=value`` for each number, tensor and name in an argument."""
+    if isinstance(value, Batch):  # targets have a separate hash
         names = [f.name for f in dataclasses.fields(value) if f.name != "target"]
         return list(_lines("", {name: getattr(value, name) for name in names}, values, DEPTH))
     if isinstance(value, Loss):
@@ -54,7 +54,7 @@ def shown_lines(value: object, values: bool) -> list[str]:
 
 
 def _program(loss: Loss, values: bool) -> list[str] | None:
-    """Program and parameters of a loss; None where it has none."""
+    """Program and parameters of a loss; None if it has no program."""
     if loss.scope != "token":
         return None
     try:
@@ -73,7 +73,7 @@ def _lines(path: str, value: Any, values: bool, depth: int) -> Iterator[str]:
     elif isinstance(value, Tensor):
         yield f"{path}={_tensor(value, values)}"
     elif isinstance(value, torch.distributed.ProcessGroup):
-        yield f"{path}=group of {value.size()}"  # another one on each rank
+        yield f"{path}=group of {value.size()}"  # ranks have different objects
     else:
         yield f"{path}={getattr(value, '__qualname__', type(value).__qualname__)}"
         if depth:
@@ -82,7 +82,7 @@ def _lines(path: str, value: Any, values: bool, depth: int) -> Iterator[str]:
 
 
 def _parts(value: Any) -> Iterator[tuple[str, Any]]:
-    """What a value is made of, by name. What begins with _ is what a class keeps for itself."""
+    """The parts of a value, by name. Attributes that begin with _ are private and left out."""
     if isinstance(value, Mapping):
         yield from ((f".{key}", value[key]) for key in sorted(value, key=str))
     elif isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Shards that DTensors give by themselves."""
+"""The shards of DTensors."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from unirl_kernels.ranks.shard import VocabShard
 
 
 def shard_of_logits(logits: Tensor, given: VocabShard | None) -> tuple[Tensor, VocabShard | None]:
-    """Logits and shard of this rank: as given, or those of a DTensor that is split along the vocabulary alone.
+    """Logits and shard of this rank: the given ones, or those of a DTensor that is split only along the vocabulary.
 
-    A DTensor of another placement is given back, and refused by the checks.
+    A DTensor with another placement is returned unchanged; the checks refuse it.
     """
     if given is not None or type(logits).__name__ != "DTensor":
         return logits, given
@@ -22,11 +22,12 @@ def shard_of_logits(logits: Tensor, given: VocabShard | None) -> tuple[Tensor, V
 
 
 def shard_of_head(head: HeadArgs, given: VocabShard | None) -> tuple[HeadArgs, VocabShard | None]:
-    """Head and shard of this rank: as given, or those of a DTensor of a weight that is split along the vocabulary, with
+    """Head and shard of this rank: the given ones, or those of a weight that is a DTensor split along the vocabulary,
+    with
     hidden states that are replicated on the same mesh.
 
-    An FSDP2 weight is split in the same way, but there each rank has other tokens, in plain tensors: it is given back,
-    and refused by the checks.
+    An FSDP2 weight is split in the same way, but each rank has other tokens, in plain tensors. It is returned
+    unchanged; the checks refuse it.
     """
     if given is not None or type(head.weight).__name__ != "DTensor":
         return head, given
@@ -42,7 +43,7 @@ def shard_of_head(head: HeadArgs, given: VocabShard | None) -> tuple[HeadArgs, V
 
 
 def _split_dimension(x: Any, dim: int) -> int | None:
-    """The mesh dimension along which x is split at dim, if it is whole on all others."""
+    """The mesh dimension along which x is split at ``dim``; None if x is also split otherwise."""
     split = [k for k, placement in enumerate(x.placements) if not placement.is_replicate()]
     return split[0] if len(split) == 1 and x.placements[split[0]].is_shard(dim) else None
 

@@ -1,4 +1,4 @@
-"""Checks a linear head, and brings it into the form that operators take."""
+"""Checks a linear head, and converts it to the form that operators take."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from unirl_kernels.ranks.shard import VocabShard
 
 
 class CheckedHead(NamedTuple):
-    """A head whose arguments have been checked; of a shard also compared with those of the other ranks.
+    """A checked head. With a shard, its arguments were also compared with those of the other ranks.
 
-    It has the hidden states of all tokens, and its weight no padding.
+    Hidden states are those of all tokens, and the weight has no padding.
     """
 
     head: HeadArgs
@@ -30,7 +30,7 @@ class CheckedHead(NamedTuple):
     sweep: SweepArgs
     shard: ShardArgs | None = None
     sums: bool = False  # whether the gradient of hidden is to be summed over the ranks
-    row_bytes: int | None = None  # memory for the logits of a token, of the widest shard; None: of the head itself
+    row_bytes: int | None = None  # bytes of a token's logits in the widest shard; None: those of this head
 
 
 def checked_head(head: HeadArgs, given: Given) -> CheckedHead:
@@ -56,7 +56,7 @@ def checked_head(head: HeadArgs, given: Given) -> CheckedHead:
 
 
 def _sweep(head: HeadArgs, given: Given, shard: VocabShard | None) -> tuple[ReadoutArgs, SweepArgs]:
-    """The readout of a head, and how its logits are made; raises where arguments do not fit one another."""
+    """The readout of a head, and how its logits are computed; raises if the arguments do not fit together."""
     given.check_kinds()
     check_head(head, given.target, shard)
     sweep = sweep_args(*head, given.plan)
@@ -64,13 +64,13 @@ def _sweep(head: HeadArgs, given: Given, shard: VocabShard | None) -> tuple[Read
 
 
 def _brought(head: HeadArgs, sweep: SweepArgs, shard: VocabShard, given: Given) -> Brought:
-    """Checks what holds for shards alone."""
+    """Checks that only shards need, and this rank's values for the exchange."""
     columns = head.weight.shape[0]
     check_split(shard, columns, given, head.hidden.device)
     if given.of_loss is not None:
         batch, loss = given.of_loss
         loss.check_scopes()
-        # Pairs in halves: the sequences of one rank follow those of another.
+        # With pairs in halves, gathering the ranks' sequences one after another would mix up chosen and rejected.
         if shard.hidden == "fsdp" and loss.scope in ("pair", "batch") and batch.pairs == "halves":
             raise ValueError("batch.pairs must be 'interleaved' for a shard of FSDP2 and a loss of pairs, got 'halves'")
     row_bytes = 0
@@ -82,7 +82,7 @@ def _brought(head: HeadArgs, sweep: SweepArgs, shard: VocabShard, given: Given) 
 
 
 def _kind_of(head: HeadArgs) -> str:
-    """Size and dtype of hidden states, which may be no tensors, and whether there is a bias."""
+    """Size and dtype of hidden states, which may be no tensor yet, and whether there is a bias."""
     shape = getattr(head.hidden, "shape", None)
     size = shape[-1] if shape else 0
     bias = "without" if head.bias is None else "with"
@@ -90,7 +90,7 @@ def _kind_of(head: HeadArgs) -> str:
 
 
 def _gathered(hidden: Tensor, shard: VocabShard) -> Tensor:
-    """[B, L, D] of the ranks' [B, L / n, D] or, with FSDP2, [B / n, L, D]; [T, D] of [T / n, D]."""
+    """Gather [B, L, D] from the ranks' [B, L / n, D], or with FSDP2 [B / n, L, D]; [T, D] from [T / n, D]."""
     dtype = row_dtype(hidden.dtype)
     if shard.hidden == "fsdp":
         return Gathered.apply(hidden, shard.ranks, dtype, shard.ranks.size)  # type: ignore[no-any-return]
@@ -99,7 +99,7 @@ def _gathered(hidden: Tensor, shard: VocabShard) -> Tensor:
 
 
 def _flat(head: HeadArgs) -> HeadArgs:
-    """Its hidden states as [T, D]."""
+    """The head with hidden states [T, D]."""
     return HeadArgs(head.hidden.reshape(-1, head.hidden.shape[-1]), head.weight, head.bias)
 
 

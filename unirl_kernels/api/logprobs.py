@@ -94,12 +94,12 @@ def linear_logprobs(
 
 
 def _as_tokens(name: str, rows: Tensor, labels: Tensor, readout: Readout) -> tuple[Tensor, Tensor, Readout]:
-    """Rows, labels and readout with leading dimensions that ``token_stats`` takes."""
+    """Rows, labels and readout with leading dimensions that ``token_stats`` accepts."""
     check_input(name, rows)
     check_kind("readout", readout, Readout)
     _check_labels(name, rows, labels)
     target = labels.long()
-    if labels.dtype == torch.uint64:  # from 2^63 on they would wrap around, one of them to IGNORE
+    if labels.dtype == torch.uint64:  # values from 2^63 on would wrap around, and one of them to IGNORE
         target = torch.where(target < 0, torch.iinfo(torch.int64).max, target)
     if labels.dim() in (1, 2):
         return rows, target, readout

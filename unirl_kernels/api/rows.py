@@ -1,4 +1,4 @@
-"""Builds the groups that operators take from what users give; the same for both levels, logits and linear heads."""
+"""Builds the groups that operators take from users' arguments, for both levels, logits and linear heads."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout
 
 EXACT_INTEGERS = {torch.float32: 2**24, torch.float64: 2**53}
-"""Up to here every integer is a number of the rows' dtype."""
+"""The dtype represents every integer up to this number exactly."""
 
 
 def as_rows(per_token: Tensor) -> Tensor:
-    """[B, L] contiguous, of either layout; the packed one is B = 1."""
+    """[B, L] contiguous, for both layouts; the packed one is B = 1."""
     return (per_token if per_token.dim() == 2 else per_token.unsqueeze(0)).contiguous()
 
 
 def readout_args(readout: Readout, target: Tensor, dtype: torch.dtype, batch: Batch | None = None) -> ReadoutArgs:
-    """A readout as operators take it, for rows of ``dtype``.
+    """A readout in the form that operators take, for rows of ``dtype``.
 
     Raises:
-        ValueError: when a temperature has another shape than [S] or target's, or lies on another device.
+        ValueError: when a temperature has another shape than [S] or target's, or is on another device.
     """
     temperature = readout.temperature
     if not isinstance(temperature, Tensor):
         if torch.compiler.is_compiling() and temperature != 1:
-            # An operator's numbers are constants of the compiled code: each temperature would compile again.
+            # Numbers are constants in compiled code, so each new temperature would compile again.
             rows = torch.ones(target.shape, dtype=dtype, device=target.device) * temperature
             return ReadoutArgs(readout.scale, readout.softcap, 1.0, as_rows(rows))
         return ReadoutArgs(readout.scale, readout.softcap, float(temperature), None)
@@ -52,12 +52,13 @@ def program_args(loss: Loss, batch: Batch, dtype: torch.dtype) -> ProgramArgs:
     """The program of a loss of token scope, with its fields in one tensor.
 
     Raises:
-        ValueError: when the batch lacks a field, or a field requires a gradient, which one-pass kernels do not give.
+        ValueError: when the batch does not have a field, or a field requires a gradient, which one-pass kernels do not
+            compute.
     """
     traced = loss.traced(batch.on_policy)
     weights = loss.weights(batch)
     values = [_exact(name, loss.field(name, batch, weights), dtype) for name in traced.fields]
-    # A constant objective reads no field, not even its weight.
+    # A constant objective has no fields, not even its weight.
     fields = (
         torch.stack(values) if values else torch.empty(0, *batch.target.shape, dtype=dtype, device=batch.target.device)
     )
@@ -70,7 +71,7 @@ def _exact(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     """A field in the rows' dtype.
 
     Raises:
-        ValueError: for a field that requires a gradient, and for an integer that would be rounded. On an accelerator
+        ValueError: for a field that requires a gradient, and for an integer that would be rounded. On an accelerator,
             reading values would wait for the device; there such integers become NaN.
     """
     if value.requires_grad:
@@ -81,7 +82,7 @@ def _exact(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     largest = EXACT_INTEGERS[dtype]
     if value.is_floating_point() or value.dtype == torch.bool or torch.iinfo(value.dtype).max <= largest:
         return value.to(dtype)
-    # As int64: a narrower integer would be compared with a bound that wraps around in its own dtype.
+    # As int64, since the bound would wrap around in a narrower dtype.
     wide = value.double() if value.dtype == torch.uint64 else value.to(torch.int64)
     rounded = (wide > largest) | (wide < -largest)
     if value.device.type != "cpu" or torch.compiler.is_compiling():
@@ -95,13 +96,14 @@ def _exact(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def sweep_args(hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> SweepArgs:
-    """How the chunks of a head's logits are made."""
+    """How the chunks of a head's logits are computed."""
     backend = choose(hidden.device, plan.backend, plan.kernel).backend
     return SweepArgs(_operand_dtype(hidden, weight, bias), plan.max_chunk_bytes, backend)
 
 
 def _operand_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
-    """The dtype of the matmuls' operands: that of autocast where it is on, else that of hidden, which all must have."""
+    """The dtype of the matmuls' operands: the autocast dtype under autocast, else that of hidden, which all must
+    have."""
     autocast = not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type)
     if autocast and torch.float64 not in (hidden.dtype, weight.dtype):
         return torch.get_autocast_dtype(hidden.device.type)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Group(NamedTuple):
-    """A process group as operators take it."""
+    """A process group in the form that operators take."""
 
     name: str
     size: int
@@ -39,21 +39,21 @@ def group_of(argument: str, group: ProcessGroup) -> Group:
 
 
 def _operators() -> Any:
-    # What gives the operators shapes without data; a process that splits nothing does not load it.
+    # This import registers the operators' fakes. It is here so that a process without collectives does not load it.
     import torch.distributed._functional_collectives
 
     return torch.ops._c10d_functional
 
 
 def all_gather(x: Tensor, group: Group) -> Tensor:
-    """[n, *x.shape]: the x of each rank, in the order of ranks. The shape is the same on all."""
+    """[n, *x.shape]: the x of each rank, in the order of ranks. All ranks have the same shape."""
     operators = _operators()
     found = operators.all_gather_into_tensor(x.reshape(-1), group.size, group.name)
     return operators.wait_tensor(found).view(group.size, *x.shape)  # type: ignore[no-any-return]
 
 
 def all_texts(own: str, group: Group, device: torch.device) -> list[str]:
-    """The text of each rank; waits for the device."""
+    """The text of each rank. Waits for the device."""
     encoded = own.encode()
     longest = int(all_gather(torch.tensor(len(encoded), device=device), group).max())
     padded = torch.tensor(list(encoded.ljust(longest)), dtype=torch.uint8, device=device)
@@ -61,7 +61,7 @@ def all_texts(own: str, group: Group, device: torch.device) -> list[str]:
 
 
 def start_all_reduce(x: Tensor, group: Group) -> Tensor:
-    """The sum of the ranks' x, which is there after ``wait``."""
+    """Start to sum the ranks' x; ``wait`` returns the sum."""
     return _operators().all_reduce(x.contiguous(), "sum", group.name)  # type: ignore[no-any-return]
 
 
@@ -75,16 +75,16 @@ def all_reduce(x: Tensor, group: Group) -> Tensor:
 
 
 def reduce_scatter(x: Tensor, group: Group) -> Tensor:
-    """[m / n, ...] of [m, ...]: this rank's part of the sum of the ranks' x."""
+    """This rank's part, [m / n, ...], of the sum of the ranks' x, [m, ...]."""
     operators = _operators()
     found = operators.reduce_scatter_tensor(x.contiguous(), "sum", group.size, group.name)
     return operators.wait_tensor(found)  # type: ignore[no-any-return]
 
 
 class SumOverGroup(torch.autograd.Function):
-    """The sum of the ranks' x, added in their order.
+    """The sum of the ranks' x, added in the order of ranks.
 
-    The loss is the sum of the ranks' losses, each of which depends on this sum: so the gradient is a sum, too.
+    The loss is the sum of the ranks' losses, and each of them depends on this sum, so the gradient is a sum too.
     """
 
     @staticmethod
@@ -98,7 +98,7 @@ class SumOverGroup(torch.autograd.Function):
 
 
 class SumGradient(torch.autograd.Function):
-    """x in another dtype, whose gradient is summed over the ranks in that dtype: each of them has a part of it."""
+    """x in another dtype. Each rank has a part of its gradient; the parts are summed over the ranks in that dtype."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
@@ -111,8 +111,9 @@ class SumGradient(torch.autograd.Function):
 
 
 class Gathered(torch.autograd.Function):
-    """[n m, ...] of the ranks' x, [m, ...], in another dtype; in that the gradient of x is summed over the ranks, and
-    multiplied by a factor.
+    """The ranks' x, [m, ...], gathered to [n m, ...] in another dtype. The gradient of x is summed over the ranks in
+    that
+    dtype and multiplied by a factor.
     """
 
     @staticmethod

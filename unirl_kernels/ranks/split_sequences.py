@@ -1,4 +1,4 @@
-"""What ranks exchange when they make batches that each hold a part of every sequence."""
+"""The exchange between ranks that each make a batch with a part of every sequence."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from unirl_kernels.ranks.collectives import Group, all_gather, all_texts
 
 REFUSED = -1
-"""Sent in the place of a number of sequences."""
+"""Sent instead of a number of sequences."""
 
 
 def refuse(ranks: Group) -> None:
@@ -22,16 +22,16 @@ def agree(n_sequences: int, readings: Mapping[str, str], ranks: Group) -> frozen
 
     Args:
         n_sequences: of this rank.
-        readings: by field, what ``Batch._reading`` finds on this rank.
-        ranks: that have parts of the same sequences.
+        readings: by field, the result of ``Batch._reading`` on this rank.
+        ranks: the ranks that have parts of the same sequences.
 
     Returns:
-        The fields that have a value per sequence because they have on another rank; without doubt there are none.
+        Fields that are ambiguous on this rank and have a value per sequence on another one.
 
     Raises:
         RuntimeError: when another rank refuses its batch.
-        ValueError: when the ranks have other numbers of sequences, or a field has a value per sequence on one rank
-            and per token on another, on every rank.
+        ValueError: on every rank, when the ranks have different numbers of sequences, or when a field has a value per
+            sequence on one rank and per token on another.
     """
     doubt = "either" in readings.values()
     everyone, doubts = all_gather(torch.tensor([n_sequences, doubt]), ranks).T.tolist()
@@ -47,10 +47,11 @@ def agree(n_sequences: int, readings: Mapping[str, str], ranks: Group) -> frozen
 
 
 def _of_sequences(readings: Mapping[str, str], ranks: Group) -> frozenset[str]:
-    """Fields with a value per sequence: a rank with as many tokens as sequences goes by the shapes on the others.
+    """Fields with a value per sequence. If a rank has as many tokens as sequences, the shapes on the other ranks
+    decide.
 
     Raises:
-        ValueError: when no rank tells, or two disagree; on every rank.
+        ValueError: on every rank, when no rank can tell, or two disagree.
     """
     told = all_texts("\n".join(f"{name} {reading}" for name, reading in readings.items()), ranks, torch.device("cpu"))
     everyone = [dict(line.split(" ") for line in text.splitlines()) for text in told]
