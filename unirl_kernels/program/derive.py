@@ -20,7 +20,7 @@ from unirl_kernels.program.kinks import Rule
 
 
 def _along(slope: Callable[[Expr, Expr], Expr]) -> Rule:
-    """Rule of a function of one argument: slope(x, y) dx, where y is the function's value."""
+    """The rule of a function of one argument: slope(x, y) dx, with the function's value y."""
     return lambda y, x, dx: _times(slope(x[0], y), dx[0])
 
 
@@ -30,15 +30,16 @@ def _steep(slope: Callable[[Expr, Expr], Expr]) -> Rule:
 
 
 def _times(factor: Expr, dx: Expr) -> Expr:
-    """factor dx; 0 where ``where``, ``clamp`` or the like made dx 0, even if a computed factor overflowed or is NaN."""
+    """factor dx; 0 if ``where``, ``clamp`` or a similar operation made dx 0, even if the factor overflows or is NaN."""
     product = factor * dx
     chosen = isinstance(factor.kind, Op) and any(x.kind is Op.WHERE for x in ancestors(dx))
     return _selected(dx, product) if chosen else product
 
 
 def _selected(dx: Expr, product: Expr) -> Expr:
-    """``product`` where dx is not 0, else 0: an infinite slope times a derivative that ``where``, ``clamp`` or ``relu``
-    made 0 would be NaN, where PyTorch's backward pass selects and gives 0."""
+    """``product`` if dx is not 0, else 0. An infinite slope times a derivative that ``where``, ``clamp`` or ``relu``
+    made 0
+    would be NaN. PyTorch's backward selects instead, and gives 0."""
     return product if _is_number(dx) else where(dx, product, 0)
 
 
@@ -95,7 +96,7 @@ RULES: dict[Op, Rule] = {
     Op.WHERE: lambda y, x, dx: where(x[0], dx[1], dx[2]),
     Op.POW: _power,
 }
-"""Derivative of each operation, at kinks as PyTorch has it."""
+"""The derivative of each operation. At kinks it is that of PyTorch."""
 
 
 def derivative(of: Expr, wrt: str) -> Expr:
@@ -154,7 +155,7 @@ def assemble(g: Graph, terms: Sequence[Expr], weights: Sequence[str]) -> tuple[P
 
 
 def _weighted_sum(values: Sequence[Expr], weights: Sequence[Expr]) -> Expr:
-    """The sum of weight * value; exactly 0 where the weight is 0, whatever the value is there (NaN, inf)."""
+    """The sum of weight * value; exactly 0 if the weight is 0, for any value (NaN, inf)."""
     total = weights[0].graph.const(0)
     for x, weight in zip(values, weights, strict=True):
         if x.constant != 0:
@@ -163,8 +164,8 @@ def _weighted_sum(values: Sequence[Expr], weights: Sequence[Expr]) -> Expr:
 
 
 def _visible(slopes: list[Expr]) -> list[Expr]:
-    """Derivatives of a term, NaN in a row with NaN logits: a clamp's would be 0 there, and hide it. PyTorch's backward
-    of log_softmax multiplies even 0 by the row's NaN."""
+    """Derivatives of a term; NaN in a row with NaN logits. Without this, the derivative of a clamp would be 0 there and
+    hide the NaN. PyTorch's backward of log_softmax multiplies even 0 by the row's NaN."""
     for k, slope in enumerate(slopes):
         if slope.constant != 0:
             lse = slope.graph.input("lse")

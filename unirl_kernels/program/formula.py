@@ -1,4 +1,4 @@
-"""Writes the expressions of an objective for people."""
+"""Prints the expressions of an objective as formulas."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def formula(*outputs: tuple[str, Expr]) -> str:
 
 
 def _write(x: Expr, names: dict[Expr, str]) -> tuple[str, int]:
-    """Text of an expression and how tightly it binds."""
+    """Text of an expression, and its operator precedence."""
     if x in names:
         return names[x], CALL
     if x.kind == "input":

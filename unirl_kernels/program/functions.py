@@ -1,4 +1,4 @@
-"""The torch functions that an objective may use in a one-pass kernel, and what each records."""
+"""The torch functions that an objective may use in a one-pass kernel, and the expressions that they record."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _direct(op: Op) -> Function:
 
 
 def _of(rule: Callable[..., Expr]) -> Function:
-    """A function all of whose arguments are numbers of a token, by its equation."""
+    """A function defined by an equation; all its arguments are numbers of a token."""
     return lambda g, *args, **named: rule(
         *(expr_of(g, x) for x in args), **{name: expr_of(g, x) for name, x in named.items()}
     )
@@ -52,7 +52,7 @@ def _is_inf(x: Expr) -> Expr:
 
 
 def _logaddexp(x: Expr, other: Expr) -> Expr:
-    """log(e^x + e^y); where both are the same infinity the difference would be NaN."""
+    """log(e^x + e^y). If both are the same infinity, their difference would be NaN."""
     largest = apply(Op.MAXIMUM, x, other)
     value = largest + apply(Op.LOG1P, apply(Op.EXP, -apply(Op.ABS, x - other)))
     return where(equal(x, other) * _is_inf(x), x, value)
@@ -104,7 +104,7 @@ def _clamp(g: Graph, x: Any, min: Any = None, max: Any = None) -> Expr:
 
 
 def _bounds(*bounds: Any) -> str:
-    """What the bounds of a clamp are. A constant tensor beside a number is a number to torch."""
+    """The kind of a clamp's bounds. With a number as the other bound, torch takes a constant tensor as a number."""
     given = [x for x in bounds if x is not None]
     if not any(isinstance(x, numbers.Real) for x in given):
         return kinks.TENSORS
@@ -161,7 +161,7 @@ def _huber_loss(g: Graph, x: Any, target: Any, reduction: str = "mean", delta: f
 
 
 def _to(g: Graph, x: Any, *how: Any, **named: Any) -> Expr:
-    """A conversion. Kernels compute in fp32, fp64 for fp64 logits; what rounds further is refused."""
+    """A conversion. Kernels compute in fp32, or fp64 for fp64 logits; a conversion to a narrower dtype is refused."""
     for dtype in (*how, *named.values()):
         if isinstance(dtype, torch.dtype) and dtype not in (torch.float32, torch.float64):
             raise UnsupportedOperation(f"converts to {dtype}, which would round: one-pass kernels compute in float32")
@@ -215,23 +215,23 @@ FUNCTIONS: dict[str, Function] = {op.name.lower(): _direct(op) for op in Op} | {
     "where": _where,
     "zeros_like": lambda g, x, **_: g.param(0),
 }
-"""Supported torch functions, by name. An operation of programs is the torch function of its name, but for those that
-stand here."""
+"""Supported torch functions, by name. Operations of programs are torch functions of the same name, unless the table has
+another definition."""
 
 METHODS = FUNCTIONS | {"where": lambda g, x, condition, other: _where(g, condition, x, other)}
-"""Supported tensor methods: ``where`` alone takes its operands in another order than the function."""
+"""Supported tensor methods. Only ``where`` takes its operands in another order than the function."""
 
 LOGIC = frozenset({"bitwise_and", "bitwise_not", "bitwise_or", "logical_and", "logical_not", "logical_or"})
 TRUTHS = LOGIC | {"bool", "eq", "ge", "gt", "isfinite", "isinf", "isnan", "le", "lt", "ne"}
-"""Functions whose value is a truth value, whatever they are given."""
+"""Functions that always return a truth value."""
 
 OF_ONE_KIND = frozenset(
     {"detach", "max", "maximum", "min", "minimum", "mul", "ones_like", "sign", "where", "zeros_like"}
 )
-"""Functions whose value is a truth value where all operands are."""
+"""Functions that return a truth value if all operands are truth values."""
 
 NUMBERS_ONLY = frozenset({"abs", "log_sigmoid", "logsigmoid", "neg", "relu", "rsub", "softplus", "sub"})
-"""Functions that PyTorch refuses where an operand is a truth value."""
+"""Functions that PyTorch refuses if an operand is a truth value."""
 
 
 def record(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], *, method: bool) -> Operand:
@@ -241,7 +241,7 @@ def record(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], *, method: 
         UnsupportedOperation: when one-pass kernels cannot run it.
     """
     graph = next((x.expr.graph for x in (*args, *kwargs.values()) if isinstance(x, Operand)), None)
-    # Options such as inplace=False are bools, but no operands.
+    # Options such as inplace=False are bools, but not operands.
     operands = (*args, *(x for x in kwargs.values() if isinstance(x, (Operand, torch.Tensor))))
     truths = [is_truth(x) for x in operands]
     if (name in NUMBERS_ONLY and any(truths)) or (name == "add" and all(truths)):
@@ -260,7 +260,7 @@ def record(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], *, method: 
 
 
 def _is_truth_value(name: str, truths: list[bool | None]) -> bool | None:
-    """Whether the value of a call is one, with operands that are or are not."""
+    """Whether a call returns a truth value, for operands that are truth values or not."""
     if name in TRUTHS:
         return True
     if name not in OF_ONE_KIND or False in truths:

@@ -1,4 +1,4 @@
-"""Scalar expressions: a hash-consed graph that simplifies itself."""
+"""Scalar expressions: a hash-consed graph with simplification."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Expr:
 
     @property
     def opposite(self) -> Expr | None:
-        """-x where that is simpler than x: x is a negation or a negative constant."""
+        """-x if that is simpler than x: if x is a negation or a negative constant."""
         if self.constant is not None and self.constant < 0:
             return self.graph.const(-self.constant)
         return self.args[0] if self.kind is Op.NEG else None
@@ -63,7 +63,7 @@ class Expr:
 
 
 def apply(op: Op, *operands: Expr | float, value: str = "") -> Expr:
-    """The expression ``op(*operands)``, or a simpler one that is equal to it."""
+    """The expression ``op(*operands)``, or an equal, simpler one."""
     graph = next(x.graph for x in operands if isinstance(x, Expr))
     args = tuple([x if isinstance(x, Expr) else graph.const(x) for x in operands])
     rewrite = REWRITES.get(op)
@@ -77,7 +77,7 @@ def equal(x: Expr, y: Expr | float) -> Expr:
 
 
 def where(condition: Expr, x: Expr | float, y: Expr | float) -> Expr:
-    """x where the condition is not 0, else y."""
+    """x if the condition is not 0, else y."""
     return apply(Op.WHERE, condition, x, y)
 
 
@@ -97,7 +97,7 @@ class Graph:
     _integers: dict[int, Expr] = field(default_factory=dict)
 
     def intern(self, kind: Op | str, args: tuple[Expr, ...] = (), value: str | int | float = "") -> Expr:
-        """The expression of this kind, made where there is none yet."""
+        """The expression of this kind; it is created if it does not exist yet."""
         key = (kind, args, value)
         known = self._known.get(key)
         if known is None:
@@ -109,7 +109,7 @@ class Graph:
         return self.intern("input", value=name)
 
     def const(self, value: float) -> Expr:
-        """A number that belongs to the structure (from the rules of calculus): simplified away where possible."""
+        """A number of the program's structure, from the rules of calculus. Simplification may remove it."""
         return self.intern("const", value=float(value))
 
     def param(self, value: float) -> Expr:
@@ -196,11 +196,11 @@ REWRITES: dict[Op, Callable[..., Expr | None]] = {
     Op.NEG: _simpler_negation,
     Op.WHERE: _simpler_choice,
 }
-"""Exact rewrites: the identities of 0 and 1, and signs moved outwards. None where nothing applies."""
+"""Exact rewrites: the identities of 0 and 1, and moving signs outwards. None if no rewrite applies."""
 
 
 def ancestors(*of: Expr) -> list[Expr]:
-    """Every expression that ``of`` depend on, arguments before values."""
+    """Every expression that ``of`` depends on, arguments before values."""
     seen: set[Expr] = set()
     stack = list(of)
     while stack:

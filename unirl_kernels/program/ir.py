@@ -1,16 +1,16 @@
-"""The scalar program: what a one-pass kernel runs once per row.
+"""The scalar program that a one-pass kernel runs once per row.
 
-The terms of token scope of a loss become one short straight-line program over scalars. It reads the row's statistics
+All terms of token scope of a loss become one short straight-line program over scalars. It reads the row's statistics
 and the batch's fields, and returns the row's weighted loss and its derivatives with respect to the three statistics:
 
     (logp, entropy, lse; fields; params)  ->  (loss, d_logp, d_entropy, d_lse)
 
-The weights of the terms are fields like all others. The gradient coefficient of the unified paradigm is GC = -d_logp
-of an unweighted term (Shao et al. 2024, arXiv:2402.03300v3, eq. 1).
+The weights of the terms are fields too. The gradient coefficient of the unified paradigm is GC = -d_logp of an
+unweighted term (Shao et al. 2024, arXiv:2402.03300v3, eq. 1).
 
 Registers are numbered: the three ``STATISTICS``, then the fields, then the parameters, then one register per
-instruction. Names of fields stay outside: kernels know numbers only. ``csrc/program.h`` interprets the same text;
-``backends/triton`` prints it as a device function.
+instruction. Kernels do not know the names of fields, only their numbers. ``csrc/program.h`` interprets the same
+program; ``backends/triton`` prints it as a device function.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from torch.nn.functional import logsigmoid
 STATISTICS = ("logp", "entropy", "lse")
 OUTPUTS = ("loss", "d_logp", "d_entropy", "d_lse")
 ZERO = -1
-"""Register of an output that is identically zero, and of an operand that an instruction does not have."""
+"""Register number of an output that is identically zero, and of an unused operand."""
 
 MAX_FIELDS = 24
 MAX_PARAMS = 96
 MAX_INSTRUCTIONS = 512
-"""Limits of the native interpreters: twice what the largest published sum of losses takes."""
+"""Limits of the native interpreters: twice what the largest published sum of losses needs."""
 
 HEADER = 3 + len(OUTPUTS)
 WORD = 4
@@ -40,7 +40,7 @@ WORD = 4
 
 
 class Op(IntEnum):
-    """Operations of a program, each with its number of operands and what it means on tensors.
+    """Operations of a program, each with its number of operands and its definition on tensors.
 
     The order is the encoding, as in ``csrc/program.h``. Truth values are the numbers 1 and 0.
     """
@@ -96,7 +96,7 @@ class Program:
         n_fields: number of fields that it reads.
         n_params: number of run-time parameters (the objectives' scalars, then constants of the derivation).
         instructions: executed in order.
-        outputs: registers of ``OUTPUTS``; ``ZERO`` where the output is identically zero.
+        outputs: registers of ``OUTPUTS``; ``ZERO`` if an output is identically zero.
     """
 
     n_fields: int
@@ -110,10 +110,10 @@ class Program:
 
     @property
     def text(self) -> str:
-        """The program as operators and kernels take it: decimal numbers with spaces between them.
+        """The program in the form that operators and kernels take: decimal numbers separated by spaces.
 
-        ``n_fields n_params n_instructions``, the four outputs, then ``op a b c`` for each instruction. Text, because
-        torch.compile would make every integer of a list a variable.
+        ``n_fields n_params n_instructions``, the four outputs, then ``op a b c`` for each instruction. It is text
+        because torch.compile would make a variable of every integer in a list.
         """
         numbers = [self.n_fields, self.n_params, len(self.instructions), *self.outputs]
         for i in self.instructions:
@@ -145,7 +145,7 @@ def parsed(text: str) -> Program:
 
 
 def evaluate(program: Program, stats: Sequence[Tensor], fields: Tensor, params: Tensor) -> tuple[Tensor, ...]:
-    """Run ``program`` on tensors: what the eager backend does, and what programs mean.
+    """Run ``program`` on tensors. The eager backend uses it, and it defines what programs compute.
 
     Args:
         program: what to compute.

@@ -1,6 +1,6 @@
-"""Derivatives at kinks: where a bound is met, at ties, at 0. PyTorch has changed some of them (clamp in 2.14).
+"""Derivatives at kinks: at bounds, at ties, at 0. PyTorch has changed some of them (clamp in 2.14).
 
-They are asked of the torch that is installed, once, when this module is imported, and not looked up by its version.
+When this module is imported, it asks the installed torch for them. It does not look them up by version.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Rule = Callable[[Expr, tuple[Expr, ...], tuple[Expr, ...]], Expr]
 """Derivative of an operation: rule(value, arguments, their derivatives)."""
 
 NUMBERS, TENSORS = "numbers", "tensors"
-"""What the bounds of a clamp are: torch has a function for each, and they differ at the bounds."""
+"""The kinds of a clamp's bounds. torch has one function for each, and their derivatives differ at the bounds."""
 
 
 def slopes(function: Callable[..., Tensor], *at: float) -> tuple[float, ...]:
@@ -32,8 +32,8 @@ def slopes(function: Callable[..., Tensor], *at: float) -> tuple[float, ...]:
     """
     with torch.inference_mode(False), torch.enable_grad():
         value = function(*(torch.tensor(x, dtype=torch.float64, device="cpu", requires_grad=True) for x in at))
-    # The node by itself, not backward(): autograd's engine starts threads where there is a GPU, and a process that has
-    # them must not fork.
+    # Call the node, not backward(): with a GPU autograd's engine starts threads, and a process with threads must not
+    # fork.
     with torch.inference_mode(False), torch.no_grad():
         node: Any = value.grad_fn
         found = node(torch.ones((), dtype=torch.float64, device="cpu"))
@@ -43,16 +43,16 @@ def slopes(function: Callable[..., Tensor], *at: float) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Kinks:
-    """What autograd gives at the kinks.
+    """The derivatives that autograd gives at the kinks.
 
     Args:
         tie: of minimum and maximum, for both arguments.
         abs: at 0.
         relu: at 0.
-        number: of clamp where x is at a bound that is a number.
-        tensor: of clamp where x is at a bound that is a tensor: for x, for the bound.
-        both: of clamp where x and both bounds are equal: for x, for the lower and for the upper bound.
-        below: of clamp where x is below two equal bounds: for x, for the lower and for the upper bound.
+        number: of clamp, if x is at a bound that is a number.
+        tensor: of clamp, if x is at a bound that is a tensor: for x, for the bound.
+        both: of clamp, if x and both bounds are equal: for x, for the lower and for the upper bound.
+        below: of clamp, if x is below two equal bounds: for x, for the lower and for the upper bound.
     """
 
     tie: tuple[float, ...]
@@ -65,7 +65,7 @@ class Kinks:
 
 
 def asked() -> Kinks:
-    """``Kinks`` of the torch that is installed."""
+    """``Kinks`` of the installed torch."""
     return Kinks(
         tie=slopes(torch.maximum, 1, 1),
         abs=slopes(torch.abs, 0)[0],
@@ -81,10 +81,10 @@ KINKS = asked()
 
 
 def clamp(y: Expr, x: tuple[Expr, ...], dx: tuple[Expr, ...]) -> Expr:
-    """Derivative of clamp: outside, a bound that is a tensor has it, the upper one where it is below the lower one.
+    """Derivative of clamp. Outside of the bounds, a tensor bound gets it; if the bounds are reversed, the upper one.
 
     Args:
-        y, x, dx: as for every rule; ``value`` of y says what the bounds are.
+        y, x, dx: as for every rule; ``value`` of y is the kind of the bounds.
     """
     zero = y.graph.const(0)
     at_bound = KINKS.number * dx[0] if y.value == NUMBERS else _at_bounds(x, dx)
@@ -101,7 +101,7 @@ def clamp(y: Expr, x: tuple[Expr, ...], dx: tuple[Expr, ...]) -> Expr:
 
 
 def _within(x: tuple[Expr, ...], before: Op) -> Expr:
-    """lower < x < upper, or <=; one comparison where there is one bound."""
+    """lower < x < upper, or <=; one comparison if there is only one bound."""
     value, low, high = x
     if _open(low):
         return apply(before, value, high)
@@ -110,12 +110,12 @@ def _within(x: tuple[Expr, ...], before: Op) -> Expr:
 
 
 def _open(bound: Expr) -> bool:
-    """Whether there is no such bound."""
+    """Whether the bound is absent."""
     return bound.constant is not None and math.isinf(bound.constant)
 
 
 def _at_bounds(x: tuple[Expr, ...], dx: tuple[Expr, ...]) -> Expr:
-    """Derivative where x is at one bound or at both, which are tensors."""
+    """Derivative if x is at one bound or at both; the bounds are tensors."""
     at_low, at_high = equal(x[0], x[1]), equal(x[0], x[2])
     of_low = _sum(KINKS.tensor, dx[:2])
     of_high = where(at_high, _sum(KINKS.tensor, (dx[0], dx[2])), dx[0])
@@ -127,7 +127,7 @@ def _at_bounds(x: tuple[Expr, ...], dx: tuple[Expr, ...]) -> Expr:
 
 
 def extremum(is_first: Callable[[Expr, Expr], Expr]) -> Rule:
-    """Rule of minimum or maximum: the chosen argument's derivative, a share of both at a tie, their sum where an
+    """Rule of minimum or maximum: the derivative of the chosen argument, a share of both at a tie, their sum if an
     argument is NaN.
 
     Args:

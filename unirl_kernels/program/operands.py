@@ -1,4 +1,4 @@
-"""What torch functions are called with while an objective is traced."""
+"""The operands of torch functions while an objective is traced."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from unirl_kernels.program.graph import Expr, Graph, equal
 class UnsupportedOperation(TypeError):
     """An objective uses an operation that the one-pass kernels cannot run.
 
-    The text names the operation, lists those that can be used, and says how to run the objective all the same.
+    The message names the operation, lists the supported ones, and says how to run the objective anyway.
 
     Examples:
         >>> loss = uk.Loss(lambda t: torch.special.i0(t.logp))
@@ -26,7 +26,7 @@ class UnsupportedOperation(TypeError):
 
 
 FLOAT64 = "torch.float64"
-"""Stands among names of fields; it is no identifier, so that no field can have it."""
+"""An entry among names of fields. It is not an identifier, so no field can have this name."""
 
 
 class Operand:
@@ -34,10 +34,10 @@ class Operand:
 
     Args:
         expr: how it is computed.
-        truth: whether a tensor in its place would be of dtype bool, whose arithmetic differs from that of numbers.
-            None for a user's field, which may be either.
-        wide: what may make a tensor in its place wider than the rows: the fields that its dtype comes of, and
-            ``FLOAT64`` where it was converted to that.
+        truth: whether it is of dtype bool in PyTorch, whose arithmetic differs from that of numbers. None for a user's
+            field, which may be bool or not.
+        wide: what may make it wider than the rows in PyTorch: the fields that its dtype depends on, and ``FLOAT64`` if
+            it was converted to float64.
     """
 
     def __init__(self, expr: Expr, truth: bool | None = False, wide: frozenset[str] = frozenset()) -> None:
@@ -74,7 +74,7 @@ def is_truth(x: Any) -> bool | None:
 
 
 def wide_inputs(*operands: Any) -> frozenset[str]:
-    """``Operand.wide`` of what is computed from these: as torch promotes dtypes, without numbers and 0-dim tensors."""
+    """``Operand.wide`` of a result, as torch promotes dtypes: numbers and 0-dim tensors do not count."""
     found: set[str] = set()
     for x in operands:
         if isinstance(x, Operand):
@@ -91,7 +91,7 @@ def truth_of(g: Graph, x: Any) -> Expr:
 
 
 def condition_of(g: Graph, x: Any, use: str) -> Expr:
-    """``truth_of`` of what PyTorch wants to be a truth value."""
+    """``truth_of`` of an operand that PyTorch requires to be a truth value."""
     if is_truth(x) is False:
         raise UnsupportedOperation(f"{use} what is not a truth value: compare it first, as in (x > 0)")
     return truth_of(g, x)

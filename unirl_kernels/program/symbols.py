@@ -1,4 +1,4 @@
-"""Scalars that remember how they were computed: what an objective is run on while it is traced."""
+"""Symbols: scalars that record how they were computed. An objective runs on them while it is traced."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from unirl_kernels.program.operands import Operand, UnsupportedOperation
 
 
 def _operator(name: str) -> Callable[..., Symbol]:
-    """The method of an operator, which records the function ``name``."""
+    """The method of a Python operator; it records the function ``name``."""
     return lambda *args: Symbol.of_call(name, args, {})
 
 
@@ -24,7 +24,7 @@ class Symbol(Operand):
 
     @classmethod
     def of_call(cls, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], method: bool = False) -> Symbol:
-        """What the torch function ``name`` gives, or the tensor's method of that name."""
+        """Record the torch function ``name``, or the tensor's method of that name."""
         found = record(name, args, kwargs, method=method)
         return cls(found.expr, found.truth, found.wide)
 

@@ -1,4 +1,4 @@
-"""Reads objectives: runs each once on symbols and records what it computes."""
+"""Traces objectives: runs each once on symbols and records what it computes."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ NUMBERS = frozenset({"advantage", "old_logp", "ref_logp"})
 
 @dataclass(frozen=True)
 class Traced:
-    """What tracing found.
+    """The result of tracing.
 
     Args:
         program: the weighted loss and its derivatives, shared by all values of the objectives' scalars.
         params: values of the program's parameters, for rows and fields in fp32; see ``params_of``.
-        text: the program as operators take it.
+        text: the program in the form that operators take.
         fields: names of the fields that the program reads, in their order. The weight of term k is
             ``weight_name(k)``.
         graph: the expressions it was made from.
@@ -63,7 +63,7 @@ class Traced:
 
 
 def weight_name(term: int) -> str:
-    """Name of the field that holds a term's weight. It is no identifier, so that no user's field can have it."""
+    """Name of the field with a term's weight. It is not an identifier, so no user's field can have this name."""
     return f"weight {term}"
 
 
@@ -72,7 +72,7 @@ def trace(objectives: Sequence[Objective], reserved: frozenset[str] = frozenset(
 
     Args:
         objectives: called with symbols in place of tensors.
-        reserved: attributes of the tokens that are no fields: what looks further than one token.
+        reserved: attributes of the tokens that are not fields: those of objectives of a wider scope.
         on_policy: whether ``old_logp`` is the value of ``logp``, without its gradient.
 
     Raises:
