@@ -1,4 +1,4 @@
-"""The weight that a model's output layer multiplies with, also where another library has wrapped the layer."""
+"""Weight and bias of a model's output layer, also if another library has wrapped the layer."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from unirl_kernels.api.arguments import check_whole
 
 
 class HeadParameters(NamedTuple):
-    """Weight and bias of an output layer, as ``fused_linear_loss`` takes them.
+    """Weight and bias of an output layer, for ``fused_linear_loss``.
 
     Args:
-        weight: [V, D], differentiable in the parameters that it was made of.
+        weight: [V, D], differentiable in the parameters from which it was computed.
         bias: [V] or None.
 
     Examples:
@@ -27,15 +27,15 @@ class HeadParameters(NamedTuple):
 
 
 def head_parameters(module: nn.Module) -> HeadParameters:
-    """Weight and bias of an output layer, the ones that its forward applies: x W^T + b.
+    """Weight and bias that the forward of an output layer applies: x W^T + b.
 
-    A ``torch.nn.Linear`` gives its own. If PEFT has adapted it with LoRA (Hu et al. 2021, arXiv:2106.09685), the weight
-    is
+    For a ``torch.nn.Linear`` they are its parameters. If PEFT has adapted it with LoRA (Hu et al. 2021,
+    arXiv:2106.09685), the weight is
 
         W = W_0 + sum over active adapters of scaling * B A
 
-    It is formed at each call, so that gradients reach A and B through it. That takes memory for W and for its gradient,
-    [V, D] each. If PEFT trains a copy of the layer (``modules_to_save``), weight and bias are those of the copy.
+    It is computed at each call, so that gradients reach A and B. This takes memory for W and for its gradient, [V, D]
+    each. If PEFT trains a copy of the layer (``modules_to_save``), weight and bias are those of the copy.
 
     Args:
         module: an output layer, for instance ``model.get_output_embeddings()``.
@@ -44,9 +44,9 @@ def head_parameters(module: nn.Module) -> HeadParameters:
         ``HeadParameters``.
 
     Raises:
-        TypeError: when the layer computes something else than x W^T + b, or its class is not known.
+        TypeError: when the layer computes something other than x W^T + b, or its class is unknown.
         ValueError: when it computes x W^T + b only in some states (dropout of an adapter, a merged adapter that is
-            switched off), or when its parameters are not whole (FSDP2 outside of the layer's forward, ZeRO-3).
+            switched off), or when its parameters are sharded (FSDP2 outside of the layer's forward, ZeRO-3).
 
     Examples:
         >>> head = torch.nn.Linear(3, 4)
@@ -71,7 +71,7 @@ def _of_linear(module: Any) -> HeadParameters:
 def _check_linear(module: Any) -> None:
     kind = type(module)
     if not isinstance(module, nn.Linear) or kind.forward is not nn.Linear.forward:
-        # PEFT calls the layers of its other methods Linear, too.
+        # The layers of PEFT's other methods are also called Linear.
         name = f"{kind.__module__}.{kind.__qualname__}"
         raise TypeError(f"module must be a torch.nn.Linear, or one adapted by PEFT's LoRA, got {name}")
     if "forward" in vars(module):

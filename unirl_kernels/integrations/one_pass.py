@@ -1,4 +1,4 @@
-"""Loss and gradient made where a trainer's model calls its head, instead of log-probabilities alone."""
+"""Computes a trainer's loss and gradient at the point where its model calls the head."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from unirl_kernels.objectives import Loss
 
 
 class OnePass:
-    """The loss of a micro-batch, for the next call of a head to make.
+    """The loss of a micro-batch, which the next call of a head computes.
 
     Args:
         loss: the loss.
-        batch_of: makes the batch of the targets that the head is called with.
+        batch_of: makes the batch from the targets of the head's call.
     """
 
     def __init__(self, loss: Loss, batch_of: Callable[[Tensor], Batch]) -> None:
@@ -31,7 +31,7 @@ class OnePass:
 
     @contextmanager
     def awaited(self) -> Iterator[None]:
-        """The next call of a head inside makes the loss.
+        """Inside this context the next call of a head computes the loss.
 
         Raises:
             RuntimeError: at the end, when no head was called.
@@ -48,7 +48,7 @@ class OnePass:
             )
 
     def run(self, hidden: Tensor, weight: Tensor, targets: Tensor, **how: Any) -> tuple[Tensor, Tensor]:
-        """Make the loss.
+        """Compute the loss.
 
         Args:
             hidden: [N, D].
@@ -57,18 +57,19 @@ class OnePass:
             how: ``bias``, ``readout`` and ``plan`` of ``fused_linear_loss``.
 
         Returns:
-            log-probabilities and entropies, [N]. A gradient for the log-probabilities is dropped; they hang on the
-            loss so that DistributedDataParallel, which looks from a model's outputs, finds all parameters in use.
+            log-probabilities and entropies, [N]. A gradient of the log-probabilities is dropped. They are connected to
+            the loss in the graph, so that DistributedDataParallel, which starts from a model's outputs, finds all used
+            parameters.
 
         Raises:
-            RuntimeError: when the loss was made already.
+            RuntimeError: when the loss was already computed.
         """
         self._check_first()
         self._out = fused_linear_loss(hidden, weight, self._batch_of(targets), self._loss, **how)
         return _Hanging.apply(self._out.logp, self._out.loss), self._out.entropy
 
     def observe(self, hidden: Tensor, weight: Tensor, targets: Tensor, **how: Any) -> TokenObservations:
-        """``run``, which also returns what else is observed of each token's distribution."""
+        """``run``, with observations of each token's distribution."""
         self._check_first()
         self._out, seen = observed_linear_loss(hidden, weight, self._batch_of(targets), self._loss, **how)
         return seen._replace(logp=_Hanging.apply(seen.logp, self._out.loss))
@@ -88,7 +89,7 @@ _awaited: ContextVar[OnePass | None] = ContextVar("awaited", default=None)
 
 
 def awaited() -> OnePass | None:
-    """The loss that the next call of a head has to make; None where only statistics are wanted."""
+    """The loss that the next call of a head has to compute; None if only statistics are wanted."""
     return _awaited.get()
 
 
@@ -101,7 +102,7 @@ class ScoredTokens:
 
     def __init__(self, mask: Tensor) -> None:
         scored = mask != 0
-        self._at = scored.reshape(-1).nonzero().squeeze(-1)  # found once: finding them waits for an accelerator
+        self._at = scored.reshape(-1).nonzero().squeeze(-1)  # once, since this waits for an accelerator
         self.lengths = scored.sum(1, dtype=torch.int32)
         if len(self._at) == len(self.lengths) and bool((self.lengths != 1).any()):
             raise ValueError(
@@ -115,18 +116,19 @@ class ScoredTokens:
         return pad(self.lengths.cumsum(0, dtype=torch.int32), (1, 0))
 
     def packed(self, x: Tensor) -> Tensor:
-        """[N] of [S, L]."""
+        """The scored tokens, [N], of [S, L]."""
         return x.reshape(-1)[self._at]
 
     def at_first(self, x: Tensor) -> Tensor:
-        """[N]: a value per sequence, [S], at its first token and 0 at the others, so that its sum is the value."""
+        """[N]: a value per sequence, [S], at the sequence's first token, and 0 at its others: their sum is the
+        value."""
         n = len(self._at)
         at = self.ends[:-1].clamp(max=n - 1)
         return x.new_zeros(n).index_add(0, at, torch.where(self.lengths > 0, x, 0)) if n else x.new_zeros(0)
 
 
 class _Hanging(torch.autograd.Function):
-    """Values that depend on a loss in the graph alone."""
+    """Values that depend on a loss only in the graph: their gradient is dropped."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, loss: Tensor) -> Tensor:
@@ -138,7 +140,7 @@ class _Hanging(torch.autograd.Function):
 
 
 class _Reached(torch.autograd.Function):
-    """A value, with a gradient of 0 for others that it does not depend on."""
+    """A value with a gradient of 0 for tensors that it does not depend on."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, others: Tensor) -> Tensor:
@@ -151,5 +153,5 @@ class _Reached(torch.autograd.Function):
 
 
 def reached_by(value: Tensor, others: Tensor) -> Tensor:
-    """A value whose backward comes by other tensors: hooks on them run before what they hang on."""
+    """A value whose backward also passes other tensors, so that their hooks run."""
     return _Reached.apply(value, others) if others.requires_grad else value  # type: ignore[no-any-return]

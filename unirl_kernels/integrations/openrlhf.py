@@ -31,8 +31,8 @@ def patch() -> Patch:
         ``Patch``.
 
     Raises:
-        ImportError: when OpenRLHF is not installed, or what it needs is not.
-        RuntimeError: when it does not have what was looked for. A release that was not tried warns.
+        ImportError: when OpenRLHF or one of its requirements is not installed.
+        RuntimeError: when OpenRLHF does not have the expected functions. A release that was not tried gives a warning.
     """
     check_release("openrlhf", TRIED, TRIED)
     _switch.off()
@@ -46,7 +46,7 @@ def patch() -> Patch:
 
 
 def unpatch() -> None:
-    """Give OpenRLHF its own functions back. Without a patch it does nothing."""
+    """Restore OpenRLHF's own functions. Without a patch it does nothing."""
     _switch.off()
 
 

@@ -1,4 +1,4 @@
-"""Puts objects in the place of another library's, and back. Works for modules of any name."""
+"""Replaces objects of another library in its loaded modules, and restores them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 
 @dataclass(frozen=True, eq=False)
 class Replacement:
-    """An object that takes another's place, in modules and in the dictionaries that they hold.
+    """A replacement of an object in modules, and in the dictionaries that they hold.
 
     Args:
         old: the library's object.
-        new: what takes its place.
-        where: the modules in which it does, by their name or that of a package around them; several names, or one.
+        new: the object that replaces it.
+        where: one or several names of modules, or of packages that contain them.
     """
 
     old: object
@@ -30,13 +30,13 @@ class Replacement:
 
 
 class Patch:
-    """Replacements in whatever module holds the objects, until ``undo`` or the end of a ``with`` block.
+    """Replacements in all modules that hold the objects, until ``undo`` or the end of a ``with`` block.
 
     Args:
-        replacements: what takes whose place.
+        replacements: the replacements.
 
     Raises:
-        RuntimeError: when no module that is imported holds an object. Nothing is replaced then.
+        RuntimeError: when no imported module holds one of the objects. Nothing is replaced then.
 
     Examples:
         >>> import types, sys
@@ -59,7 +59,7 @@ class Patch:
             _swap(replacement)
 
     def undo(self) -> None:
-        """Put every original back, in modules that were imported meanwhile, too. A second time does nothing."""
+        """Restore every original, also in modules that were imported meanwhile. A second call does nothing."""
         for replacement in self._replacements:
             _swap(replacement.undone)
         self._replacements.clear()
@@ -74,13 +74,13 @@ class Patch:
 
 
 class Switch:
-    """The patch of one library: there is one at a time, or none."""
+    """The active patch of a library, at most one."""
 
     def __init__(self) -> None:
         self._patch: Patch | None = None
 
     def on(self, replacements: Sequence[Replacement]) -> Patch:
-        """End the patch before, and begin another.
+        """Undo the active patch, and start a new one.
 
         Raises:
             RuntimeError: as ``Patch``.
@@ -90,7 +90,7 @@ class Switch:
         return self._patch
 
     def off(self) -> None:
-        """End the patch. Without one it does nothing."""
+        """Undo the active patch. Without one it does nothing."""
         if self._patch is not None:
             self._patch.undo()
             self._patch = None
@@ -102,7 +102,7 @@ def _swap(replacement: Replacement) -> None:
 
 
 def _holders(replacement: Replacement) -> Iterator[tuple[dict[Any, Any], Any]]:
-    """What holds the old object, and by which name."""
+    """The dictionaries that hold the old object, with the key."""
     for module in _loaded(replacement.where):
         for names in (vars(module), *(x for x in vars(module).values() if type(x) is dict)):
             for name, value in list(names.items()):
@@ -119,18 +119,18 @@ def _loaded(where: str | tuple[str, ...]) -> Iterator[ModuleType]:
 
 
 def known(module: ModuleType, name: str, *signatures: Sequence[str]) -> tuple[Any, Sequence[str]]:
-    """A function, an autograd function or a module of another library that takes what is expected of it.
+    """Look up a function, an autograd function or a module of another library, and check its signature.
 
     Args:
-        module: where it is looked for.
+        module: the module to search.
         name: its name.
-        signatures: names of its parameters in order, one for each version known.
+        signatures: the names of its parameters in order, for each supported version.
 
     Returns:
         The function and its signature.
 
     Raises:
-        RuntimeError: when it is not there or takes something else, saying what was looked for and what was found.
+        RuntimeError: when it does not exist or has another signature; the message has the expected and the found one.
     """
     wanted = " or ".join(f"{name}({', '.join(signature)})" for signature in signatures)
     found = getattr(module, name, None)
@@ -143,6 +143,6 @@ def known(module: ModuleType, name: str, *signatures: Sequence[str]) -> tuple[An
 
 
 def parameters_of(found: Any) -> list[str]:
-    """Names of what a function, or the forward of an autograd function or a module, is called with, in order."""
+    """Names of the parameters of a function, or of the forward of an autograd function or a module, in order."""
     function = getattr(found, "forward", found)
     return [name for name in inspect.signature(function).parameters if name not in ("ctx", "self")]

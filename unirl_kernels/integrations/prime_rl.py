@@ -1,7 +1,7 @@
 """prime-rl's fused output layer on this package's kernels, with its name, signature and results.
 
-prime-rl is in no package index. Its ``inject_prime_lm_head`` puts the output layer in place, and takes the class from
-its module:
+prime-rl is in no package index. Its ``inject_prime_lm_head`` installs the output layer, and takes the class from its
+module:
 
     from prime_rl.trainer.models.layers import lm_head
     from unirl_kernels.integrations.prime_rl import FusedOutputLinear
@@ -19,12 +19,12 @@ from unirl_kernels.readout import Readout
 
 
 class FusedOutputLinear(torch.nn.Linear):
-    """log pi of each label, and H, from hidden states; the logits are never formed as a whole.
+    """log pi of each label, and H, from hidden states, without a tensor of all logits.
 
     Args:
         in_features: size of a hidden state, D.
         out_features: size of the vocabulary, V.
-        chunk_size: of prime-rl's chunks of tokens; the kernels choose theirs.
+        chunk_size: size of prime-rl's chunks of tokens; not used, since the kernels choose their own.
     """
 
     def __init__(self, in_features: int, out_features: int, chunk_size: int) -> None:

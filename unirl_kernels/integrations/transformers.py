@@ -25,7 +25,7 @@ P = ParamSpec("P")
 
 
 LOSS_PARAMETERS = (*("logits", "labels", "vocab_size", "num_items_in_batch", "ignore_index", "shift_labels", "kwargs"),)
-"""What transformers' own ``ForCausalLMLoss`` takes."""
+"""The parameters of transformers' own ``ForCausalLMLoss``."""
 
 
 def causal_lm_loss(
@@ -45,14 +45,14 @@ def causal_lm_loss(
         logits: [B, L, V], any floating dtype; not converted, and internals are float32.
         labels: [B, L] int64, the tokens themselves: position t is scored against label t + 1.
         vocab_size: V.
-        num_items_in_batch: labels of the whole optimisation step, > 0, which is more than this batch holds under
-            gradient accumulation; a number, or a tensor that holds one. None counts those of the batch.
-        ignore_index: label of a token that does not count.
-        shift_labels: [B, L] int64, labels in place of ``labels`` that are shifted already.
+        num_items_in_batch: the number of labels of the whole optimisation step, > 0; a number, or a tensor with one
+            number. Under gradient accumulation this batch has only a part of them. None: the labels of this batch.
+        ignore_index: label of ignored tokens.
+        shift_labels: [B, L] int64, labels that are already shifted; they replace ``labels``.
         kwargs: what transformers passes to every loss; not used.
 
     Returns:
-        0-dim; 0 where no label counts.
+        0-dim; 0 if all labels are ignored.
 
     Raises:
         ValueError: when there are no labels, V is not ``vocab_size``, or ``num_items_in_batch`` holds several numbers.
@@ -107,7 +107,7 @@ def readout_of(config: Any) -> Readout:
 
 
 class FusedHead:
-    """Lets a causal language model return its loss without making logits, until ``undo`` or the end of a ``with``.
+    """Lets a causal language model compute its loss without logits, until ``undo`` or the end of a ``with`` block.
 
     With labels its forward runs the backbone, takes the loss from the hidden states and returns ``logits=None``;
     without labels (in generation, say) it is the model's own. The loss is ``causal_lm_loss``, gradient accumulation's

@@ -1,10 +1,10 @@
-"""TRL's trainers on this package's kernels: ``patch()``, and every loss, entropy and gradient as before.
+"""TRL's trainers on this package's kernels. ``patch()`` keeps every loss, entropy and gradient as before.
 
-``fuse(trainer)`` makes a trainer's loss and gradient in one pass.
+``fuse(trainer)`` computes a trainer's loss and gradient in one pass.
 
-Tried are TRL 0.24 to 1.16. From 1.15 on its trainers score tokens by a fused head, an autograd function that is
-replaced. Before, and in experimental trainers, they do by functions of logits, replaced in every module that has
-imported them; below 1.7 by these alone.
+TRL 0.24 to 1.16 were tried. From 1.15 on, its trainers score tokens with a fused head, an autograd function, which is
+replaced. Earlier releases, and experimental trainers, also use functions of logits, which are replaced in every module
+that has imported them. Releases below 1.7 have only these functions.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ FIRST, LAST = "0.24", "1.16"
 """Releases that were tried, both included."""
 
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-"""What the fused head gives besides log-probabilities."""
+"""Outputs of the fused head besides log-probabilities."""
 
 MAKERS_OF_HEADS = ("add_fused_lm_head", "patch_chunked_lm_head")
-"""What gives a model TRL's fused head, by release. Where neither is, there is no such head."""
+"""The functions that install TRL's fused head, by release. A TRL without them has no fused head."""
 
 ZERO3 = "weight must not be partitioned by ZeRO-3: TRL gathers it for the backward of its own head only"
 
 FUSED: tuple[type[OnePassTrainer], ...] = (OnePassGRPO, OnePassRLOO, OnePassDPO, OnePassKTO, OnePassSFT)
-"""What ``fuse`` does for each class of trainers."""
+"""The implementation of ``fuse`` for each class of trainers."""
 
 _switch = Switch()
 
@@ -52,11 +52,11 @@ _switch = Switch()
 def patch(plan: Plan = Plan()) -> Patch:
     """Let TRL compute log-probabilities, entropies and their gradients with this package, until ``unpatch()``.
 
-    Trainers are made and used as before. Patching again only changes the plan. In a ``with`` statement the patch ends
-    with the block.
+    Create and use trainers as before. Patching again only changes the plan. In a ``with`` statement the patch ends with
+    the block.
 
-    What TRL computes in other ways stays as it is: distillation, and before 1.15 the losses of
-    ``use_liger_kernel=True`` and of SFT, except ``loss_type="dft"``.
+    TRL's other code is not replaced: distillation, and before 1.15 the losses of ``use_liger_kernel=True`` and of SFT,
+    except ``loss_type="dft"``.
 
     Args:
         plan: how the machine computes them.
@@ -66,9 +66,9 @@ def patch(plan: Plan = Plan()) -> Patch:
 
     Raises:
         ImportError: when TRL is not installed.
-        RuntimeError: when it does not have what was looked for. A release that was not tried warns, see
+        RuntimeError: when TRL does not have the expected functions. A release that was not tried gives a warning, see
             ``integrations.versions``.
-        ValueError: later, from a trainer that is made for DeepSpeed's ZeRO-3, whose weights are not whole.
+        ValueError: later, when a trainer is created under DeepSpeed's ZeRO-3, whose weights are sharded.
     """
     check_release("trl", FIRST, LAST)
     _switch.off()
@@ -77,20 +77,21 @@ def patch(plan: Plan = Plan()) -> Patch:
 
 
 def unpatch() -> None:
-    """Give TRL its own functions back. Without a patch it does nothing."""
+    """Restore TRL's own functions. Without a patch it does nothing."""
     _switch.off()
 
 
 def fuse(trainer: Any, plan: Plan = Plan()) -> None:
-    """Let a trainer make its loss and gradient in one pass of the model's head, until ``unfuse(trainer)``.
+    """Let a trainer compute its loss and gradient in one pass of the model's head, until ``unfuse(trainer)``.
 
-    Three matmuls of tokens by vocabulary instead of the four of ``patch()``: the loss is ``loss(trainer.args)``, in
-    ``fused_linear_loss``. What the trainer logs is what TRL's own code makes of the log-probabilities, entropies and
-    observations of that pass. A loss of sequence or pair scope takes three matmuls where a sequence or pair fits a
-    chunk, else four. DPO and KTO score their reference first, by the trainer's ``compute_ref_log_probs``.
+    This takes three matmuls of tokens by vocabulary instead of the four of ``patch()``. The loss is
+    ``loss(trainer.args)``, computed by ``fused_linear_loss``. TRL's own code computes the logged values from the
+    log-probabilities, entropies and observations of that pass. A loss of sequence or pair scope takes three matmuls if
+    a sequence or pair fits a chunk, else four. DPO and KTO first score their reference with the trainer's
+    ``compute_ref_log_probs``.
 
-    TRL is patched as by ``patch(plan)``, for old and reference log-probabilities; ``unfuse`` leaves that patch.
-    Options are read here, once.
+    This also calls ``patch(plan)``, for old and reference log-probabilities. ``unfuse`` does not undo that patch.
+    Options are read once, in this call.
 
     Args:
         trainer: a GRPOTrainer, RLOOTrainer, DPOTrainer, KTOTrainer or SFTTrainer of TRL 1.16, before ``train()``.
@@ -98,10 +99,10 @@ def fuse(trainer: Any, plan: Plan = Plan()) -> None:
 
     Raises:
         ImportError, RuntimeError: as ``patch`` and ``loss`` do.
-        TypeError: when the trainer is of another class, or one that computes its loss otherwise.
-        ValueError: when one pass cannot make what the configuration asks for (a router's loss, torch_compile,
+        TypeError: when the trainer has another class, or a class that computes its loss in another way.
+        ValueError: when one pass cannot compute what the configuration asks for (a router's loss, torch_compile,
             DataParallel, FSDP, ZeRO-3, a parallelism_config, DPO's use_weighting, SFT's compute_loss_func, and what
-            ``loss`` refuses), by the name of the option. Nothing is changed then.
+            ``loss`` refuses); names the option. Nothing is changed then.
     """
     check_release("trl", LAST, LAST)
     one_pass = _one_pass(trainer)
@@ -120,7 +121,7 @@ def _one_pass(trainer: Any) -> OnePassTrainer:
 
 
 def unfuse(trainer: Any) -> None:
-    """Give a trainer its own loss back. Without ``fuse`` it does nothing.
+    """Restore a trainer's own loss. Without ``fuse`` it does nothing.
 
     Args:
         trainer: the trainer.
@@ -158,14 +159,15 @@ def _of_hidden_states(utils: ModuleType, plan: Plan) -> list[Replacement]:
     if hasattr(utils, "add_fused_lm_head"):
         replacements.append(Replacement(utils.add_fused_lm_head, _refusing_zero3(utils.add_fused_lm_head), "trl"))
     if hasattr(utils, "_use_triton"):
-        # Where there is no Triton device TRL scores every position, prompts and padding too; here only what counts.
+        # Without a Triton device TRL scores every position, including prompts and padding. Here only valid ones are
+        # scored.
         chooser, _ = known(utils, "_use_triton", ("device",))
         replacements.append(Replacement(chooser, lambda device: True, utils.__name__))
     return replacements
 
 
 def _refusing_zero3(add_fused_lm_head: Callable[P, None]) -> Callable[P, None]:
-    """What trainers call when they are made, so that nothing is sampled before the refusal."""
+    """Refuse ZeRO-3 when a trainer is created, before anything is sampled."""
 
     @functools.wraps(add_fused_lm_head)
     def add(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -179,10 +181,10 @@ def _refusing_zero3(add_fused_lm_head: Callable[P, None]) -> Callable[P, None]:
 
 
 class LogitFunctions:
-    """TRL's functions of logits, under their names.
+    """TRL's functions of logits, with their names.
 
-    Log-probabilities and entropies are float32 also for 16-bit logits, of which TRL's own are rounded to 16 bits
-    (off by up to 0.06).
+    Log-probabilities and entropies are float32, also for 16-bit logits. TRL's own are then rounded to 16 bits, an error
+    of up to 0.06.
 
     Args:
         plan: how the machine computes them.
@@ -194,7 +196,7 @@ class LogitFunctions:
     def selective_log_softmax(
         self, logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
     ) -> Tensor:
-        """log pi of the tokens in ``index``, [...] or, of several for each position, [..., K]; 0 where the mask is."""
+        """log pi of the tokens in ``index``, [...], or [..., K] for K tokens per position; 0 where the mask is 0."""
         if index.dim() == logits.dim():
             return self._several(logits, index, temperature, row_mask)
         return self.selective_log_softmax_and_entropy(logits, index, True, temperature, row_mask)[0]
@@ -212,12 +214,12 @@ class LogitFunctions:
         temperature: float = 1.0,
         row_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """log pi of the token in ``index``, and H; [...], 0 where the mask is."""
+        """log pi of the token in ``index``, and H; [...], 0 where the mask is 0."""
         target = index.long() if row_mask is None else torch.where(row_mask == 0, IGNORE, index.long())
         rows = whole_rows(logits)
         readout = Readout(temperature=float(temperature))
         stats = token_stats(rows, target.reshape(rows.shape[:-1]), readout=readout, plan=self._plan)
-        # Copies: trainers write zeros into what they get, and the gradient is made of the statistics.
+        # Copies, since trainers write zeros into the results, and the gradient needs the statistics.
         logp, entropy = (x.view(index.shape).clone() for x in (stats.logp, stats.entropy))
         return logp, entropy if entropy_requires_grad else entropy.detach()
 
@@ -230,7 +232,7 @@ class LogitFunctions:
 
 
 class FusedHead:
-    """TRL's fused head in the forms that its versions have given it.
+    """TRL's fused head, with the signature of each of its versions.
 
     Args:
         plan: how the machine computes it.
@@ -240,7 +242,8 @@ class FusedHead:
         self._plan = plan
 
     def without_bias(self, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
-        """TRL 1.7 to 1.10: log-probability and entropy, whose gradient that version drops and this one gives."""
+        """TRL 1.7 to 1.10: log-probability and entropy. TRL's own drops the gradient of the entropy, this one does
+        not."""
         return self.with_entropy(hidden, weight, None, *rest)
 
     def with_entropy(self, *given: Any) -> tuple[Tensor | None, ...]:

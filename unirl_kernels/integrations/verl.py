@@ -1,6 +1,6 @@
 """verl's functions on this package's kernels, with verl's names, signatures and results.
 
-Tried is verl 0.9. ``patch()`` puts them where verl's own are:
+verl 0.9 was tried. ``patch()`` replaces verl's functions:
 
 - in ``verl.utils.torch_functional``, for log-probabilities and entropies of logits, padding removed or not: the engines
   for FSDP, VeOmni, AutoModel and torchtitan, and PrefixGrouper;
@@ -10,12 +10,11 @@ Tried is verl 0.9. ``patch()`` puts them where verl's own are:
 - in ``verl.utils.megatron.tensor_parallel``, where Megatron is installed, for log-probabilities and entropies of logits
   whose vocabulary is split (see ``integrations/megatron.py``).
 
-Everything else stays verl's: VeOmni's own fused head, top-k distillation, and ``calculate_sum_pi_squared``, of a split
-vocabulary too. Engines refuse a temperature per sample together with
-``use_fused_kernels`` themselves.
+Everything else is not replaced: VeOmni's own fused head, top-k distillation, and ``calculate_sum_pi_squared``, also for
+a split vocabulary. verl's engines refuse a temperature per sample together with ``use_fused_kernels``.
 
-Log-probabilities and entropies are float32 also for 16-bit operands, of which verl's own are rounded to 16 bits in
-part (logits of the torch backend, entropies, log-probabilities without flash-attn).
+Log-probabilities and entropies are float32, also for 16-bit operands. Some of verl's own are rounded to 16 bits (logits
+of the torch backend, entropies, log-probabilities without flash-attn).
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ from unirl_kernels.readout import Readout
 TRIED = "0.9"
 
 OF_SHARDS = ("vocab_parallel_log_probs_from_logits", "vocab_parallel_entropy", "vocab_parallel_entropy_with_chunking")
-"""Functions of ``integrations/megatron.py`` that take the places of verl's."""
+"""Functions of ``integrations/megatron.py`` that replace verl's."""
 
 _switch = Switch()
 
@@ -51,16 +50,16 @@ _switch = Switch()
 def patch() -> Patch:
     """Let verl compute log-probabilities, entropies and their gradients with this package, until ``unpatch()``.
 
-    Call it in every worker process, before the model is built: in a module that ``VERL_USE_EXTERNAL_MODULES`` names,
-    say, which verl imports in each. Patching again changes nothing. In a ``with`` statement the patch ends with the
-    block.
+    Call it in every worker process before the model is built, for instance in a module that
+    ``VERL_USE_EXTERNAL_MODULES`` names: verl imports that module in each worker. Patching again changes nothing. In a
+    ``with`` statement the patch ends with the block.
 
     Returns:
         ``Patch``.
 
     Raises:
-        ImportError: when verl is not installed, or what it needs is not.
-        RuntimeError: when it does not have what was looked for. A release that was not tried warns, see
+        ImportError: when verl or one of its requirements is not installed.
+        RuntimeError: when verl does not have the expected functions. A release that was not tried gives a warning, see
             ``integrations.versions``.
     """
     check_release("verl", TRIED, TRIED)
@@ -81,24 +80,25 @@ def patch() -> Patch:
     apply = known(of_kernel, "LinearCrossEntropy", parameters_of(linear_cross_entropy))[0].apply
     if getattr(of_kernel, "linear_cross_entropy", None) != apply:
         raise RuntimeError(f"looked for linear_cross_entropy = LinearCrossEntropy.apply in {of_kernel.__name__}")
-    # Another read of ``apply`` is another object: what takes its place takes that of the one in verl's modules.
+    # Each access to ``apply`` makes a new object, so replace the one that verl's modules hold.
     replacements.append(Replacement(of_kernel.linear_cross_entropy, linear_cross_entropy, "verl"))
     return _switch.on(replacements)
 
 
 def unpatch() -> None:
-    """Give verl its own functions back. Without a patch it does nothing."""
+    """Restore verl's own functions. Without a patch it does nothing."""
     _switch.off()
 
 
 def fuse(worker: Any) -> None:
-    """Let an actor make its loss and gradient in one pass of the model's head, until ``unfuse(worker)``.
+    """Let an actor compute its loss and gradient in one pass of the model's head, until ``unfuse(worker)``.
 
-    Three matmuls of tokens by vocabulary instead of the four of ``patch()``: the loss is ``loss(actor_config)``, in
-    ``fused_linear_loss``, with the counts of each micro-batch. What the actor logs is what verl's own ``ppo_loss``
-    makes of the log-probabilities and entropies of that pass. Prompts are left out of the matmuls.
+    This takes three matmuls of tokens by vocabulary instead of the four of ``patch()``. The loss is
+    ``loss(actor_config)``, computed by ``fused_linear_loss`` with the counts of each micro-batch. verl's own
+    ``ppo_loss`` computes the logged values from the log-probabilities and entropies of that pass. Prompts take no part
+    in the matmuls.
 
-    verl is patched as by ``patch()``, for the old and reference policies; ``unfuse`` leaves that patch.
+    This also calls ``patch()``, for the old and reference policies. ``unfuse`` does not undo that patch.
 
     Args:
         worker: the actor's TrainingWorker after ``set_loss_fn``, or what has its ``engine`` and ``loss_fn``: verl's

@@ -1,4 +1,4 @@
-"""Releases of trainers: whether one works is decided by what it has; one that was not tried warns."""
+"""Releases of trainers. A release that was not tried gives a warning; patches check signatures."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import warnings
 from importlib.metadata import PackageNotFoundError, version
 
 SWITCH = "UNIRL_UNTRIED_VERSIONS"
-"""Environment variable that says what to do with a release that was not tried: one of ``CHOICES``, default warn."""
+"""Environment variable for releases that were not tried: one of ``CHOICES``; default: warn."""
 
 CHOICES = ("warn", "allow", "refuse")
 
@@ -16,17 +16,17 @@ AXOLOTL = "0.19"
 
 
 def check_release(package: str, first: str, last: str) -> None:
-    """Say that the installed release of a package was not tried.
+    """Warn if the installed release of a package was not tried.
 
     Args:
         package: its name.
-        first, last: the releases that were tried, both included, as "1.10". Later numbers do not count: "1.10" stands
-            for 1.10.3 and for 1.10rc1 too.
+        first, last: the releases that were tried, both included, such as "1.10". Further numbers are ignored: "1.10"
+            includes 1.10.3 and 1.10rc1.
 
     Raises:
         ImportError: when the package is not installed.
         RuntimeError: when the release was not tried, and ``UNIRL_UNTRIED_VERSIONS`` is ``refuse``.
-        ValueError: when ``UNIRL_UNTRIED_VERSIONS`` is something else than ``CHOICES``.
+        ValueError: when ``UNIRL_UNTRIED_VERSIONS`` is not one of ``CHOICES``.
     """
     choice = os.environ.get(SWITCH, "warn")
     if choice not in CHOICES:
@@ -48,7 +48,7 @@ def check_release(package: str, first: str, last: str) -> None:
 
 
 def is_between(installed: str, first: str, last: str) -> bool:
-    """Whether a version is one of those from first to last; numbers after theirs do not count."""
+    """Whether a version is in the range from first to last; further numbers are ignored."""
     # Whatever needs this check depends on packaging itself.
     from packaging.version import InvalidVersion, Version
 

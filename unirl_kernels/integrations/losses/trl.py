@@ -1,4 +1,4 @@
-"""``integrations.trl.loss``: the loss that a configuration of TRL means."""
+"""``integrations.trl.loss``: the loss of a configuration of TRL."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from unirl_kernels.integrations.versions import check_release
 from unirl_kernels.objectives import Loss
 
 TRIED = "1.16"
-"""The release whose losses these are."""
+"""The release that these losses reproduce."""
 
 CONFIGS: dict[str, Callable[[Options], Loss]] = {
     "GRPOConfig": trl_policy.grpo,
@@ -23,13 +23,13 @@ CONFIGS: dict[str, Callable[[Options], Loss]] = {
 
 
 def loss(config: Any) -> Loss:
-    """The loss that a configuration of TRL means: what its trainer's ``compute_loss`` returns for a micro-batch.
+    """The loss of a configuration of TRL: what its trainer's ``compute_loss`` returns for a micro-batch.
 
-    Known are GRPOConfig, RLOOConfig, DPOConfig, KTOConfig, SFTConfig and what is derived from them, of TRL 1.16.
-    Targets are what the trainer scores: prompts, padding and masked tool output are ``IGNORE``. ``temperature`` is no
-    part of a loss; give ``uk.Readout(temperature=config.temperature)``.
+    It takes a GRPOConfig, RLOOConfig, DPOConfig, KTOConfig or SFTConfig of TRL 1.16, or a subclass. Targets are the
+    tokens that the trainer scores: prompts, padding and masked tool output are ``IGNORE``. ``temperature`` is not part
+    of the loss; pass ``uk.Readout(temperature=config.temperature)``.
 
-    The batch needs, beside ``target``:
+    Besides ``target`` the batch needs:
 
     ===========================  ==========================  =====================================================
     configuration                where                       what, by TRL's name
@@ -54,18 +54,18 @@ def loss(config: Any) -> Loss:
     SFTConfig                    ``num_items_in_batch`` []   the same
     ===========================  ==========================  =====================================================
 
-    GRPO's loss has the factor 1 / gradient_accumulation_steps, as its trainer's has. For another window of n
-    micro-batches multiply it by gradient_accumulation_steps / n. In evaluation multiply it by
-    gradient_accumulation_steps, and num_items_in_batch by steps_per_generation. For SFT in evaluation
-    num_items_in_batch is the number of the batch's tokens, times the processes where
-    ``average_tokens_across_devices`` is set.
+    GRPO's loss has the factor 1 / gradient_accumulation_steps, as in its trainer. For a window of n micro-batches
+    multiply it by gradient_accumulation_steps / n. In evaluation multiply it by gradient_accumulation_steps, and
+    num_items_in_batch by steps_per_generation. For SFT in evaluation num_items_in_batch is the number of tokens in the
+    batch; with ``average_tokens_across_devices`` multiply it by the number of processes.
 
     ``out.metrics`` has TRL's names and values, of this process: ``clip_ratio/...``, ``cispo_clip_ratio``, ``kl``,
     ``entropy``, ``vespo/phi_seq_mean``, ``rewards/...``, ``logps/...``. ``out.terms`` has the terms, the entropy bonus
-    last. Not there are ``logits/...`` and ``mean_token_accuracy``, which ``uk.token_observations`` has, and counts.
+    last. Missing are counts, and ``logits/...`` and ``mean_token_accuracy``, for which there is
+    ``uk.token_observations``.
 
-    Where TRL differs: an advantage per token gives sequence-level metrics by its mean; ratios beyond e^40 are bounded;
-    a sequence without tokens adds 0, where TRL's RLOO and KTO add a constant without a gradient.
+    Differences from TRL: with an advantage per token, sequence-level metrics use its mean; ratios are bounded by e^40;
+    a sequence without tokens adds 0, while TRL's RLOO and KTO add a constant without a gradient.
 
     Args:
         config: the configuration, as its trainer takes it.
@@ -74,10 +74,10 @@ def loss(config: Any) -> Loss:
         The loss.
 
     Raises:
-        ImportError: when TRL is not installed. Another release warns, see ``integrations.versions``.
-        TypeError: when the configuration is of another class, lacks an option, or an option is of another type.
-        ValueError: when an option has an unknown value, is outside its range, or asks for what no loss can express:
-            label smoothing of SFT, a router's loss, an entropy quantile over several processes.
+        ImportError: when TRL is not installed. Another release gives a warning, see ``integrations.versions``.
+        TypeError: when the configuration has another class, lacks an option, or an option has another type.
+        ValueError: when an option has an unknown value, is outside its range, or cannot be expressed as a loss: label
+            smoothing of SFT, a router's loss, an entropy quantile over several processes.
     """
     check_release("trl", TRIED, TRIED)
     names = [f"{c.__module__}.{c.__name__}" for c in type(config).__mro__ if c.__module__.partition(".")[0] == "trl"]

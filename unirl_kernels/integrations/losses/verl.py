@@ -31,20 +31,20 @@ from unirl_kernels.objectives import (
 from unirl_kernels.objectives.arguments import Number, Positive
 
 TRIED = "0.9"
-"""The release whose losses these are."""
+"""The release that these losses reproduce."""
 
 WEIGHTS = "rollout_is_weights"
 """The field with the weights that verl's trainer computes."""
 
 
 def loss(actor_config: Any, rollout_correction: Any = None) -> Loss:
-    """The loss that an actor's configuration of verl means: what verl's ``ppo_loss`` returns for a micro-batch.
+    """The loss of an actor's configuration of verl: what verl's ``ppo_loss`` returns for a micro-batch.
 
-    Known are ActorConfig of verl 0.9, what is derived from it, and mappings that have all its options (those of
-    verl's YAML files do not: ``omega_conf_to_dataclass``). Targets are verl's responses, ``IGNORE`` where
-    ``response_mask`` is 0, padded or packed.
+    It takes an ActorConfig of verl 0.9, a subclass, or a mapping with all its options. Those of verl's YAML files have
+    not all: convert them with ``omega_conf_to_dataclass``. Targets are verl's responses, padded or packed, with
+    ``IGNORE`` where ``response_mask`` is 0.
 
-    The batch needs, beside ``target``:
+    Besides ``target`` the batch needs:
 
     =================================  =============================  ==========================================
     configuration                      where                          what, by verl's name
@@ -59,35 +59,36 @@ def loss(actor_config: Any, rollout_correction: Any = None) -> Loss:
                                                                       is left out
     =================================  =============================  ==========================================
 
-    What verl rejects before the step (``rollout_rs``, no bypass mode) it takes out of ``response_mask``: ``IGNORE``.
+    verl removes tokens that it rejects before the step (``rollout_rs``, no bypass mode) from ``response_mask``: they
+    are ``IGNORE``.
 
     ``actor_config.global_batch_info`` is read when the loss is made, as verl's losses do at each step: ``dp_size``,
-    ``batch_num_tokens``, ``global_batch_size``; numbers or 0-dim tensors. Without them counts are the batch's own.
-    ``loss_agg_mode="seq-mean-token-sum-norm"`` without ``loss_scale_factor`` divides by the padded length of the
-    target, which has to be that of verl's responses; it refuses packed targets.
+    ``batch_num_tokens``, ``global_batch_size``; numbers or 0-dim tensors. Without them the counts are those of the
+    batch. ``loss_agg_mode="seq-mean-token-sum-norm"`` without ``loss_scale_factor`` divides by the padded length of the
+    target. This must be the length of verl's responses; packed targets are refused.
 
     ``out.metrics`` has ``actor/ppo_kl``, ``actor/pg_clipfrac``, ``actor/pg_clipfrac_lower`` where verl logs them.
     ``out.terms`` is the policy loss, minus ``entropy_coeff`` times the entropy loss, and ``kl_loss_coef`` times the
     penalty, so ``actor/pg_loss``, ``actor/entropy_loss`` and ``kl_loss`` are terms divided by their coefficients.
-    Not there is ``rollout_corr/...`` of bypass mode; verl's own function computes it of ``out.logp``.
+    ``rollout_corr/...`` of bypass mode is missing; verl's own function computes it from ``out.logp``.
 
-    Where verl differs: a log-ratio is bounded at 40, which verl bounds at 20 or not at all, and in ``gspo`` at -10 from
-    below, too (values change by less than 5e-5 of the advantage); a batch without a valid token is 0, not NaN;
-    ``geo_mean`` moves tokens of advantage 0 in a sequence whose other tokens have one.
+    Differences from verl: log-ratios are bounded by 40; verl bounds them by 20 or not at all, and in ``gspo`` also from
+    below by -10 (values differ by less than 5e-5 of the advantage). The loss of a batch without a valid token is 0, not
+    NaN. ``geo_mean`` gives a gradient to tokens of advantage 0 if other tokens of the sequence have an advantage.
 
     Args:
         actor_config: the actor's configuration.
-        rollout_correction: ``algorithm.rollout_correction``; None for none. With ``bypass_mode`` it makes the loss what
-            verl's trainer makes it, whatever ``loss_mode`` says.
+        rollout_correction: ``algorithm.rollout_correction``, or None. With ``bypass_mode`` it determines the loss, as
+            in verl's trainer, and ``loss_mode`` is not used.
 
     Returns:
         The loss.
 
     Raises:
-        ImportError: when verl is not installed. Another release warns, see ``integrations.versions``.
-        TypeError: when the configuration lacks an option, or one is of another type.
-        ValueError: when an option has an unknown value, is outside its range, or asks for what no loss can express:
-            the penalty ``full``, weights normalised over several processes, a policy loss that is not verl's own.
+        ImportError: when verl is not installed. Another release gives a warning, see ``integrations.versions``.
+        TypeError: when the configuration lacks an option, or an option has another type.
+        ValueError: when an option has an unknown value, is outside its range, or cannot be expressed as a loss: the
+            penalty ``full``, weights normalised over several processes, a policy loss that is not verl's own.
     """
     check_release("verl", TRIED, TRIED)
     options = Options(actor_config, "ActorConfig")
