@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.distributed.split import same_bits
-from unirl_kernels.integrations import megatron, verl
+from unirl_kernels.integrations import verl
+from unirl_kernels.integrations.verl import megatron
 from unirl_kernels.testing import oracle
 
 V, D, SHAPE = 64, 12, (3, 7)

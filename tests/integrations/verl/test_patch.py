@@ -14,8 +14,9 @@ import torch
 
 from tests import ROOT
 from tests.integrations.verl.modules import V, Verl, verl
-from unirl_kernels.integrations import megatron, versions
 from unirl_kernels.integrations import verl as ours
+from unirl_kernels.integrations import versions
+from unirl_kernels.integrations.verl import megatron
 
 __all__ = ["verl"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unirl_kernels.integrations.losses.rules import WithField
+from unirl_kernels.integrations.rules import WithField
 from unirl_kernels.objectives import Objective
 from unirl_kernels.objectives.arguments import AboveOne, NonNegative, Parameters, Positive, Share
 from unirl_kernels.objectives.ratios import ratio

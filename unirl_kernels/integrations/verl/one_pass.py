@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from unirl_kernels.batch import IGNORE, Batch
-from unirl_kernels.integrations.losses.options import Options
-from unirl_kernels.integrations.losses.verl import WEIGHTS
-from unirl_kernels.integrations.losses.verl import loss as loss_of
 from unirl_kernels.integrations.one_pass import OnePass, reached_by
+from unirl_kernels.integrations.options import Options
+from unirl_kernels.integrations.verl.configuration import WEIGHTS
+from unirl_kernels.integrations.verl.configuration import loss as loss_of
 from unirl_kernels.objectives import Loss
 
 COUNTS = ("dp_size", "batch_num_tokens", "global_batch_size")

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unirl_kernels.integrations.losses.options import Options
-from unirl_kernels.integrations.losses.rules import Logged
-from unirl_kernels.integrations.losses.verl_logs import (
+from unirl_kernels.integrations.options import Options
+from unirl_kernels.integrations.rules import Logged
+from unirl_kernels.integrations.verl.logs import (
     BOUND,
     ZERO,
     AbsoluteLog,
@@ -19,7 +19,7 @@ from unirl_kernels.integrations.losses.verl_logs import (
     GeoMeanLog,
     TrustLog,
 )
-from unirl_kernels.integrations.losses.verl_rollout import (
+from unirl_kernels.integrations.verl.rollout import (
     GeometricMean,
     Kept,
     importance_weight,

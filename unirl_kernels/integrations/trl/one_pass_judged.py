@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unirl_kernels.batch import Batch
 from unirl_kernels.integrations.one_pass import OnePass, ScoredTokens
-from unirl_kernels.integrations.trl_fuse import OnePassTrainer
+from unirl_kernels.integrations.trl.one_pass import OnePassTrainer
 
 
 class OnePassJudged(OnePassTrainer):

@@ -8,7 +8,7 @@ verl 0.9 was tried. ``patch()`` replaces verl's functions:
 - in ``verl.utils.kernel.linear_cross_entropy``, for ``impl_backend: triton``, which then needs no Triton (but
   ``use_remove_padding``, as verl's own does), and for Megatron's fused forward, the vocabulary split or not;
 - in ``verl.utils.megatron.tensor_parallel``, where Megatron is installed, for log-probabilities and entropies of logits
-  whose vocabulary is split (see ``integrations/megatron.py``).
+  whose vocabulary is split (see ``megatron.py``).
 
 Everything else is not replaced: VeOmni's own fused head, top-k distillation, and ``calculate_sum_pi_squared``, also for
 a split vocabulary. verl's engines refuse a temperature per sample together with ``use_fused_kernels``.
@@ -28,12 +28,12 @@ import torch
 from torch import Tensor
 
 from unirl_kernels.api import linear_token_stats, token_stats
-from unirl_kernels.integrations import megatron
-from unirl_kernels.integrations.losses.verl import loss as loss
 from unirl_kernels.integrations.one_pass import awaited
 from unirl_kernels.integrations.patching import Patch, Replacement, Switch, known, parameters_of
 from unirl_kernels.integrations.rows import entropy, whole_rows
-from unirl_kernels.integrations.verl_fuse import OnePassActor
+from unirl_kernels.integrations.verl import megatron
+from unirl_kernels.integrations.verl.configuration import loss as loss
+from unirl_kernels.integrations.verl.one_pass import OnePassActor
 from unirl_kernels.integrations.versions import check_release
 from unirl_kernels.plan import Plan
 from unirl_kernels.ranks.shard import VocabShard
@@ -42,7 +42,7 @@ from unirl_kernels.readout import Readout
 TRIED = "0.9"
 
 OF_SHARDS = ("vocab_parallel_log_probs_from_logits", "vocab_parallel_entropy", "vocab_parallel_entropy_with_chunking")
-"""Functions of ``integrations/megatron.py`` that replace verl's."""
+"""Functions of ``megatron.py`` that replace verl's."""
 
 _switch = Switch()
 

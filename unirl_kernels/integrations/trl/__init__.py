@@ -20,12 +20,12 @@ from torch import Tensor
 
 from unirl_kernels.api import linear_token_observations, linear_token_stats, token_stats
 from unirl_kernels.batch import IGNORE
-from unirl_kernels.integrations.losses.trl import loss as loss
 from unirl_kernels.integrations.one_pass import awaited
 from unirl_kernels.integrations.patching import Patch, Replacement, Switch, known
 from unirl_kernels.integrations.rows import whole_rows
-from unirl_kernels.integrations.trl_fuse import OnePassGRPO, OnePassRLOO, OnePassTrainer
-from unirl_kernels.integrations.trl_fuse_judged import OnePassDPO, OnePassKTO, OnePassSFT
+from unirl_kernels.integrations.trl.configuration import loss as loss
+from unirl_kernels.integrations.trl.one_pass import OnePassGRPO, OnePassRLOO, OnePassTrainer
+from unirl_kernels.integrations.trl.one_pass_judged import OnePassDPO, OnePassKTO, OnePassSFT
 from unirl_kernels.integrations.versions import check_release
 from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from unirl_kernels.integrations.losses.options import Options
-from unirl_kernels.integrations.losses.rules import Logged, Scored, TokensOfStep, WithField
-from unirl_kernels.integrations.losses.trl_logs import CISPOLog, NoLog, SequenceClips, TokenClips, Value, VESPOLog
+from unirl_kernels.integrations.options import Options
+from unirl_kernels.integrations.rules import Logged, Scored, TokensOfStep, WithField
+from unirl_kernels.integrations.trl.logs import CISPOLog, NoLog, SequenceClips, TokenClips, Value, VESPOLog
 from unirl_kernels.objectives import (
     CISPO,
     GSPO,

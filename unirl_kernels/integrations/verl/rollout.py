@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from unirl_kernels.batch import IGNORE
-from unirl_kernels.integrations.losses.options import Options
+from unirl_kernels.integrations.options import Options
 from unirl_kernels.objectives import (
     Aggregation,
     IcePop,

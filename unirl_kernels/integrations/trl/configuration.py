@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from unirl_kernels.integrations.losses import trl_policy, trl_preference
-from unirl_kernels.integrations.losses.options import Options
+from unirl_kernels.integrations.options import Options
+from unirl_kernels.integrations.trl import policy, preference
 from unirl_kernels.integrations.versions import check_release
 from unirl_kernels.objectives import Loss
 
@@ -14,11 +14,11 @@ TRIED = "1.16"
 """The release that these losses reproduce."""
 
 CONFIGS: dict[str, Callable[[Options], Loss]] = {
-    "GRPOConfig": trl_policy.grpo,
-    "RLOOConfig": trl_policy.rloo,
-    "DPOConfig": trl_preference.dpo,
-    "KTOConfig": trl_preference.kto,
-    "SFTConfig": trl_preference.sft,
+    "GRPOConfig": policy.grpo,
+    "RLOOConfig": policy.rloo,
+    "DPOConfig": preference.dpo,
+    "KTOConfig": preference.kto,
+    "SFTConfig": preference.sft,
 }
 
 

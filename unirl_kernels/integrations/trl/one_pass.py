@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from unirl_kernels.batch import IGNORE, Batch
-from unirl_kernels.integrations.losses.trl import loss as loss_of
 from unirl_kernels.integrations.one_pass import OnePass, ScoredTokens
+from unirl_kernels.integrations.trl.configuration import loss as loss_of
 from unirl_kernels.objectives import Loss
 
 P = ParamSpec("P")

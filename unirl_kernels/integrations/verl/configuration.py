@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from unirl_kernels.batch import Batch
-from unirl_kernels.integrations.losses.options import Options
-from unirl_kernels.integrations.losses.rules import FieldWeight
-from unirl_kernels.integrations.losses.verl_policy import Policy
+from unirl_kernels.integrations.options import Options
+from unirl_kernels.integrations.rules import FieldWeight
+from unirl_kernels.integrations.verl.policy import Policy
 from unirl_kernels.integrations.versions import check_release
 from unirl_kernels.objectives import (
     K1,

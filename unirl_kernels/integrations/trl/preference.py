@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from unirl_kernels.batch import Batch
-from unirl_kernels.integrations.losses.options import Options
-from unirl_kernels.integrations.losses.rules import Logged, TokensOfStep
-from unirl_kernels.integrations.losses.trl_logs import JudgedLog, NoLog, PairLog
-from unirl_kernels.integrations.losses.trl_policy import check_router_loss
+from unirl_kernels.integrations.options import Options
+from unirl_kernels.integrations.rules import Logged, TokensOfStep
+from unirl_kernels.integrations.trl.logs import JudgedLog, NoLog, PairLog
+from unirl_kernels.integrations.trl.policy import check_router_loss
 from unirl_kernels.objectives import (
     AOT,
     DFT,

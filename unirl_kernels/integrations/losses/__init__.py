@@ -1,1 +1,0 @@
-"""The loss that a trainer's own configuration means: ``integrations.trl.loss``, ``integrations.verl.loss``."""
