@@ -155,9 +155,9 @@ def test_overwritten_logits_are_told_of_by_name(loss: uk.Loss) -> None:
     value.backward(retain_graph=True)
     with pytest.raises(ValueError, match=r"its memory was given to the gradient by overwrite_logits=True$"):
         uk.fused_loss(x, BATCH, loss)
-    with pytest.raises(RuntimeError, match="overwrite_logits=True puts their gradient there"):
+    with pytest.raises(RuntimeError, match="overwrite_logits=True wrote their gradient there"):
         other.backward()
-    once = "is for one backward" if loss.scope == "token" else "puts their gradient there"
+    once = "allows one backward" if loss.scope == "token" else "wrote their gradient there"
     before = leaf.grad.clone()
     with pytest.raises(RuntimeError, match=f"overwrite_logits=True {once}"):
         value.backward()

@@ -76,8 +76,8 @@ def _exact(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if value.requires_grad:
         raise ValueError(
-            f"fields[{name!r}] must not require a gradient in a one-pass kernel, which does not give it: detach it, "
-            "or call with Plan(kernel='composed'), which does"
+            f"fields[{name!r}] must not require a gradient in a one-pass kernel, which does not compute it: detach "
+            "it, or use Plan(kernel='composed')"
         )
     largest = EXACT_INTEGERS[dtype]
     if value.is_floating_point() or value.dtype == torch.bool or torch.iinfo(value.dtype).max <= largest:

@@ -114,8 +114,8 @@ def _check_no_others(value: Tensor, leaves: Sequence[Tensor]) -> None:
         variable = getattr(node, "variable", None)
         if variable is not None and all(variable is not leaf for leaf in leaves):
             raise ValueError(
-                "the objective must not depend on tensors that require a gradient, which a linear head does not give "
-                f"them, got one of shape {tuple(variable.shape)}: pass it in Batch(fields=...), or form the loss from "
-                "linear_token_stats"
+                "the objective must not depend on tensors that require a gradient, whose gradient a linear head "
+                f"does not compute, got one of shape {tuple(variable.shape)}: pass it in Batch(fields=...), or compute "
+                "the loss from linear_token_stats"
             )
         left += [following for following, _ in node.next_functions]

@@ -42,7 +42,7 @@ def check_release(package: str, first: str, last: str) -> None:
         raise RuntimeError(f"{package} must be of version {tried}, got {installed} ({SWITCH}=refuse)")
     warnings.warn(
         f"{package} {installed} was not tried, only {tried}: compare what a step logs with and without unirl_kernels. "
-        f"{SWITCH}=allow says nothing, {SWITCH}=refuse raises",
+        f"Set {SWITCH}=allow for no warning, {SWITCH}=refuse for an error",
         stacklevel=3,
     )
 

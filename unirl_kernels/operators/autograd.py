@@ -148,8 +148,8 @@ def saved_rows(ctx: Any) -> tuple[Any, ...]:
         if "modified by an inplace operation" not in str(error):
             raise
         raise RuntimeError(
-            "logits have changed since the forward: overwrite_logits=True puts their gradient there, for one use of "
-            "them and one backward, or another operation has changed them in place"
+            "logits have changed since the forward: overwrite_logits=True wrote their gradient there (it allows one "
+            "use of the logits and one backward), or another operation changed them in place"
         ) from error
 
 
@@ -191,7 +191,7 @@ class OnePass(torch.autograd.Function):
         (d_logits,) = ctx.saved_tensors
         if ctx.overwrites and not torch.compiler.is_compiling():
             if ctx.used:
-                raise RuntimeError("overwrite_logits=True is for one backward: the logits' memory went to its gradient")
+                raise RuntimeError("overwrite_logits=True allows one backward: its gradient took the logits' memory")
             ctx.used = True
         d_logits = None if d_loss is None else scaled(d_logits, d_loss, ctx.backend)
         return d_logits, None, None, None, None, None, None

@@ -83,8 +83,8 @@ def _extremum(op: Op) -> Function:
     def record(g: Graph, x: Any, other: Any) -> Expr:
         if not isinstance(x, (Operand, torch.Tensor)) or not isinstance(other, (Operand, torch.Tensor)):
             raise UnsupportedOperation(
-                f"calls {op.name.lower()} with a plain number, which PyTorch takes for a dimension or refuses: "
-                "bound by a number with clamp"
+                f"calls {op.name.lower()} with a plain number, which PyTorch takes as a dimension or refuses: "
+                "use clamp for a bound that is a number"
             )
         return apply(op, expr_of(g, x), expr_of(g, other))
 

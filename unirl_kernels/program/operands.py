@@ -53,8 +53,8 @@ def expr_of(g: Graph, x: Any) -> Expr:
     if isinstance(x, torch.Tensor):
         if x.requires_grad:
             raise UnsupportedOperation(
-                "uses a tensor that requires a gradient, which one-pass kernels do not give it: detach it, or "
-                "call fused_loss with Plan(kernel='composed'), which does"
+                "uses a tensor that requires a gradient, which one-pass kernels do not compute: detach it, or "
+                "call fused_loss with Plan(kernel='composed')"
             )
         if x.numel() != 1:
             raise UnsupportedOperation(f"uses a tensor of shape {tuple(x.shape)}; constants must be scalars")

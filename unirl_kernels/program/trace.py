@@ -125,7 +125,7 @@ class SymbolicTokens:
             raise AttributeError(name)
         if name in self._reserved:
             raise UnsupportedOperation(
-                f"uses t.{name}, which looks beyond one token: give it a scope of 'sequence', 'pair' or 'batch'"
+                f"uses t.{name}, which depends on more than one token: give it a scope of 'sequence', 'pair' or 'batch'"
             )
         if name == "old_logp" and self._on_policy:
             return Symbol(self._graph.detach(self._graph.input("logp")))

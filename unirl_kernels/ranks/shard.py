@@ -115,8 +115,8 @@ class VocabShard:
         kept: Any = weight
         if [(type(x).__name__, getattr(x, "dim", None)) for x in kept.placements] != [("Shard", 0)]:
             raise ValueError(
-                f"weight must be Shard(0) on a mesh of one dimension, got {kept.placements}; replicas of shards, and "
-                "shards of shards, need gradients that FSDP2 reduces"
+                f"weight must be Shard(0) on a mesh of one dimension, got {kept.placements}; the gradients of "
+                "replicated or further sharded shards would have to be reduced by FSDP2"
             )
         mesh, vocab = kept.device_mesh, weight.shape[0]
         start = -(-vocab // mesh.size()) * mesh.get_local_rank()

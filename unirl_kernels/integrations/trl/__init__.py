@@ -117,7 +117,7 @@ def _one_pass(trainer: Any) -> OnePassTrainer:
         if isinstance(trainer, getattr(trl, kind.KIND)):
             return kind(trainer)
     known = ", ".join(kind.KIND for kind in FUSED)
-    raise TypeError(f"trainer must be one of {known} of TRL, got {type(trainer).__name__}: patch() is for the others")
+    raise TypeError(f"trainer must be one of {known} of TRL, got {type(trainer).__name__}: use patch() instead")
 
 
 def unfuse(trainer: Any) -> None:

@@ -131,13 +131,13 @@ def _checked_config(engine: Any, loss_fn: Any) -> Any:
     own = engines.FSDPEngineWithLMHead
     if not isinstance(engine, own) or type(engine).forward_step is not own.forward_step:
         raise TypeError(
-            f"worker.engine must be verl's FSDPEngineWithLMHead, got {type(engine).__name__}: patch() is for the others"
+            f"worker.engine must be verl's FSDPEngineWithLMHead, got {type(engine).__name__}: use patch() instead"
         )
     if getattr(loss_fn, "func", None) is not losses.ppo_loss:
         name = getattr(loss_fn, "func", loss_fn)
         raise TypeError(
             f"worker.loss_fn must be partial(ppo_loss, config=...) of verl, got {getattr(name, '__name__', name)!r}: "
-            "patch() is for distillation, critics and losses of your own"
+            "use patch() for distillation, critics and your own losses"
         )
     if engine.use_ulysses_sp:
         raise ValueError(
