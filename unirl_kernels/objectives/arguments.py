@@ -1,4 +1,4 @@
-"""Checks of what objectives and aggregations are made of."""
+"""Checks of the parameters of objectives and aggregations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Range(NamedTuple):
-    """Which values a parameter may have."""
+    """The allowed values of a parameter."""
 
     words: str  # "name must <words>"
     holds: Callable[[Any], bool]
@@ -40,7 +40,7 @@ def _is_of_functions(hint: object) -> bool:
 class Parameters:
     """Base of frozen dataclasses whose parameters are checked when one is made.
 
-    A parameter of one of the types above has a range; an objective or rule that is one must be callable.
+    A parameter with one of the types above has a range. A parameter that is an objective or a rule must be callable.
 
     Raises:
         TypeError: when a parameter is not of its kind.

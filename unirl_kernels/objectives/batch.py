@@ -1,4 +1,4 @@
-"""What depends on the whole batch: tokens chosen by their rank among all. No count leaves the device."""
+"""Rules and objectives of the whole batch, which select tokens by their rank. They do not wait for the device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["ClipCov", "KLCov", "SecondMoment", "TopEntropy", "TopExcess"]
 
 
 def largest(x: Tensor, valid: Tensor, share: float) -> Tensor:
-    """[T] bool: the valid tokens with the largest values, a share of them, at least one; more where values are equal.
+    """[T] bool: a share of the valid tokens, those with the largest values; at least one, and more if values are equal.
 
     Args:
         x: [T].
@@ -51,7 +51,7 @@ class TopEntropy(Parameters):
 
 @dataclass(frozen=True)
 class TopExcess(Parameters):
-    """1 for the share of tokens that the reference knows best beside pi, by log pi_ref / pi; else 0.
+    """1 for the share of tokens with the largest log pi_ref / pi, which the reference knows better than pi; else 0.
 
     ``1 / share * Loss(Scaled(SFT(), TopExcess(share)), TokenMean())`` is Rho-1's loss.
 

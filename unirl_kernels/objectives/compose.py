@@ -18,11 +18,11 @@ __all__ = ["Choose", "EntropyAbove", "Flag", "Scaled", "WithAdvantage"]
 
 
 Rule = Callable[[Any], Any]
-"""A function of tokens, as an objective is one: its ``scope`` says how far it looks."""
+"""A function of tokens, like an objective; its ``scope`` says which tokens it depends on."""
 
 
 def metrics_of(objective: Any, t: Any) -> Metrics:
-    """What an objective logs; nothing where it has no ``metrics``."""
+    """The metrics of an objective; none if it has no method ``metrics``."""
     return objective.metrics(t) if hasattr(objective, "metrics") else {}
 
 
@@ -41,8 +41,8 @@ class Scaled(Composite):
 
     Args:
         objective: f.
-        by: w, a rule such as ``TruncatedRatio()`` or ``TrustTV()``: one value for each token (pair, where f has one
-            for each pair).
+        by: w, a rule such as ``TruncatedRatio()`` or ``TrustTV()``: one value per token, or per pair if f has one per
+            pair.
     """
 
     objective: Objective
@@ -54,7 +54,7 @@ class Scaled(Composite):
         return weight * self.objective(t)
 
     def metrics(self, t: Tokens) -> Metrics:
-        """Those of the objective; ``weight``; ``masked_fraction``: where the weight is 0."""
+        """Those of the objective; ``weight``; ``masked_fraction``: whether the weight is 0."""
         weight = self.by(t).to(t.logp.dtype)
         masked = (weight == 0).to(weight.dtype)
         return {**metrics_of(self.objective, t), "weight": weight, "masked_fraction": masked}
@@ -62,7 +62,7 @@ class Scaled(Composite):
 
 @dataclass(frozen=True)
 class WithAdvantage(Composite):
-    """An objective with another advantage in the place of ``t.advantage``.
+    """An objective with another advantage instead of ``t.advantage``.
 
     Args:
         objective: the objective.
@@ -98,7 +98,7 @@ class _Replaced:
 
 @dataclass(frozen=True)
 class Choose(Composite):
-    """One objective where a condition holds, another elsewhere.
+    """One objective for tokens where a condition holds, another for the others.
 
     ``Choose(EntropyAbove(1.0), PolicyGradient(Clip(0.5, 0.5), None), PolicyGradient(Clip(), KL(0.001)))`` is Archer's
     (Wang et al. 2025, arXiv:2507.15778); ``Choose(Flag("expert"), ShapedLikelihood(), Clip())`` is LUFFY's.
@@ -118,7 +118,7 @@ class Choose(Composite):
 
 @dataclass(frozen=True)
 class Flag(Parameters):
-    """Where a field is not 0.
+    """True where a field is not 0.
 
     Args:
         field: its name.

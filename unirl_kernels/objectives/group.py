@@ -1,6 +1,6 @@
-"""Objectives of groups: the sequences whose field ``group``, [S], is the same, such as the samples of one question.
+"""Objectives of groups. Sequences with the same field ``group``, [S], form a group, such as the samples of a question.
 
-The loss of a group stands at each of its tokens: ``GroupMean()`` is the mean over groups.
+Each token of a group gets the loss of the group, so that ``GroupMean()`` is the mean over groups.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def group_lse(t: Tokens, x: Tensor, of: Tensor | None = None) -> Tensor:
 
     Args:
         x: [S].
-        of: [S] or [S, S] bool, which sequences count; None: all. Where none does the result is -inf.
+        of: [S] or [S, S] bool, which sequences to include; None: all. Without any the result is -inf.
     """
     counted = t.same_group() if of is None else t.same_group() & of
     return torch.logsumexp(torch.where(counted, x, -torch.inf), -1)

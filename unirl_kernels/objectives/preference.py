@@ -38,7 +38,7 @@ __all__ = [
 
 
 class OfPairs(Objective):
-    """Base of losses of pairs. Two parameters stand in all of them.
+    """Base of losses of pairs, with two common parameters.
 
     Args:
         beta: inverse temperature of the preference model, > 0.
@@ -54,12 +54,13 @@ class OfPairs(Objective):
         return self.of_scores(*t.pairs(self.score(t)))
 
     def of_scores(self, chosen: Tensor, rejected: Tensor) -> Tensor:
-        """The loss of each pair, by the scores of its sequences."""
+        """The loss of each pair, from the scores of its sequences."""
         raise NotImplementedError
 
     def metrics(self, t: Tokens) -> Metrics:
-        """Of each pair: ``rewards/chosen``, ``rewards/rejected``, beta R; ``rewards/margins``, their difference;
-        ``rewards/accuracies``, whether it is positive; ``logps/chosen``, ``logps/rejected``, log pi of the sequences.
+        """For each pair: ``rewards/chosen`` and ``rewards/rejected``, beta R; ``rewards/margins``, their difference;
+        ``rewards/accuracies``, whether it is positive; ``logps/chosen`` and ``logps/rejected``, log pi of the
+        sequences.
         """
         chosen, rejected = t.pairs(self.beta * self.score(t))
         of_chosen, of_rejected = t.pairs(t.sequence_sum(t.logp))

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 BOUND = 40
-"""Where |log ratio| is bounded. exp(40) = 2.4e17: a ratio, the product of two and a square are finite in fp32, so that
-an advantage of 0 gives a loss and a gradient of exactly 0. Inside the bound nothing changes; beyond it the ratio is
-constant and has no gradient."""
+"""The bound of |log ratio|. exp(40) = 2.4e17: a ratio, the product of two ratios and a square are finite in fp32, so
+that an advantage of 0 gives a loss and a gradient of exactly 0. Inside the bound nothing changes. Beyond it the ratio
+is constant and has no gradient."""
 
 
 def ratio(log_ratio: Tensor, bound: float = BOUND) -> Tensor:
@@ -28,7 +28,7 @@ def clipped(r: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
 
 
 def clip_metrics(r: Tensor, advantage: Tensor, low: float, high: float) -> dict[str, Tensor]:
-    """Where the clip removes the gradient: below, above, either; one value for each ratio."""
+    """Whether the clip removes the gradient: below, above, or either; one value per ratio."""
     below = (r < 1 - low) & (advantage < 0)
     above = (r > 1 + high) & (advantage > 0)
     named = {"clip_fraction": below | above, "clip_fraction/low": below, "clip_fraction/high": above}

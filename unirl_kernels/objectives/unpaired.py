@@ -1,6 +1,6 @@
-"""Judged sequences without a partner: ``label`` is not 0 where a sequence is desirable, [S].
+"""Losses of single judged sequences. The field ``label``, [S], is not 0 if a sequence is desirable.
 
-The loss of a sequence stands at each of its tokens: ``SequenceMean()`` is the mean over sequences.
+Each token of a sequence gets the loss of the sequence, so that ``SequenceMean()`` is the mean over sequences.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class OfSequences(Objective):
 
     def metrics(self, t: Tokens) -> Metrics:
         """``rewards/chosen``, ``rewards/rejected``, ``logps/chosen``, ``logps/rejected``: beta R and log pi of the
-        sequences, where they are desirable and where they are not.
+        desirable sequences, and of the others.
         """
         good = desirable(t)
         reward, logp = self.beta * self.score(t), t.sequence_sum(t.logp)
