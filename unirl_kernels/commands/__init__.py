@@ -1,1 +1,1 @@
-"""``python -m unirl_kernels COMMAND``: the command line, on top of everything."""
+"""The command line, ``python -m unirl_kernels COMMAND``; it may import every other module."""

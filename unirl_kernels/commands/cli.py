@@ -14,18 +14,18 @@ from unirl_kernels._version import __version__
 COMMANDS = {"doctor": "unirl_kernels.commands.doctor", "explain": "unirl_kernels.commands.explain"}
 
 MOVED = {"bench": "python -m benchmarks", "demo": "python -m examples.demo"}
-"""Commands that were here, and what runs them now, in a checkout of the repository."""
+"""Commands that moved, and how to run them now in a checkout of the repository."""
 
 WRONG_USAGE = 2
 INTERRUPTED = 130
 
 
 class CommandFailed(Exception):
-    """A command cannot do what was asked of it; the message is one line that says why and what to do."""
+    """A command failed; the message is one line that says why and what to do."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """Answers a wrong option with one line; argparse would print the usage, many lines, before it."""
+    """Reports a wrong option in one line; argparse would first print the usage, which is long."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(WRONG_USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_alone(command: ModuleType, prog: str, arguments: Sequence[str] | None = None) -> int:
-    """Run a command that is a program by itself.
+    """Run a command as a separate program.
 
     Args:
         command: its module.

@@ -27,7 +27,7 @@ NO_BACKEND = 1
 
 
 class Section(NamedTuple):
-    """A table: its columns, and its rows of as many cells."""
+    """A table: columns and rows."""
 
     title: str
     columns: tuple[str, ...]
@@ -94,7 +94,7 @@ TRAINERS = (
     ("ms-swift", swift.TRIED, swift.TRIED, "swift.patch()"),
     ("axolotl", AXOLOTL, AXOLOTL, "axolotl.FusedLossPlugin, in a configuration's plugins"),
 )
-"""Each with the first and the last release that was tried, and what of ``unirl_kernels.integrations`` is for it."""
+"""Each trainer with the first and the last release that was tried, and its functions in ``integrations``."""
 
 
 def _trainer(package: str, first: str, last: str, what: str) -> tuple[str, str, str, str]:
@@ -130,7 +130,7 @@ def _backend(device: torch.device, name: str) -> tuple[str, str, str, str]:
 
 
 def _defaults(device: torch.device) -> list[tuple[str, str]]:
-    """What a loss runs on, by dtype of the logits."""
+    """The default backend and kernel, by dtype of the logits."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a slow default is what the table above shows
         return [
@@ -163,7 +163,7 @@ def _print_rich(sections: Sequence[Section]) -> None:
 
 
 def _print_json(sections: Sequence[Section]) -> None:
-    """A list of objects for each section, by the names of its columns."""
+    """Print a list of objects for each section, with the columns as keys."""
     found = {
         section.title: [dict(zip(section.columns, row, strict=True)) for row in section.rows] for section in sections
     }

@@ -1,4 +1,4 @@
-"""What this machine is."""
+"""The name of this machine's processor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 def processor() -> str:
-    """The processor by name, and by family and model: on a virtual machine the name alone may say little."""
+    """Name, family and model of the processor: on a virtual machine the name alone may not identify it."""
     try:
         lines = CPUINFO.read_text().splitlines()
     except OSError:  # not Linux

@@ -1,4 +1,4 @@
-"""Objects out of a user's own Python file, named ``FILE.py:NAME`` on the command line."""
+"""Loads an object from a user's Python file, given as ``FILE.py:NAME`` on the command line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from unirl_kernels.commands.cli import CommandFailed
 
 
 def load(text: str, option: str) -> object:
-    """Run a Python file and return what it calls by a name.
+    """Run a Python file and return the object with a name.
 
     A file runs once per process. Its folder is added to the end of ``sys.path``, so that it can import its neighbours.
 
@@ -65,7 +65,7 @@ def _module(path: Path) -> ModuleType:
 
 
 def _reason(error: BaseException, path: Path) -> str:
-    """The error in one line, with the line of the file where it came from."""
+    """The error in one line, with the line number in the file."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     if isinstance(error, SyntaxError) and error.filename == str(path):
         return f"{type(error).__name__} in line {error.lineno}: {error.msg}"
@@ -74,7 +74,7 @@ def _reason(error: BaseException, path: Path) -> str:
 
 
 def _names(module: ModuleType) -> list[str]:
-    """What the file defines; not what it imports."""
+    """Names that the file defines, without those that it imports."""
 
     def imported(x: object) -> bool:
         elsewhere = isinstance(x, type | FunctionType | BuiltinFunctionType) and x.__module__ != module.__name__

@@ -52,7 +52,7 @@ def patch() -> Patch:
 
 
 def unpatch() -> None:
-    """Give LLaMA-Factory and transformers their own functions back. Without a patch it does nothing."""
+    """Restore LLaMA-Factory's and transformers' own functions. Without a patch it does nothing."""
     _switch.off()
 
 
@@ -82,6 +82,6 @@ def get_batch_logps(
     if ld_alpha is None:
         return logp.sum(-1), lengths
     public = torch.minimum(*lengths.chunk(2)).repeat(2)
-    # From the first label on, whether or not all positions in between count.
+    # From the first label on, including ignored positions in between.
     position = torch.arange(labels.shape[1], device=labels.device) - valid.int().argmax(-1, keepdim=True)
     return torch.where(position < public.unsqueeze(-1), logp, ld_alpha * logp).sum(-1), lengths

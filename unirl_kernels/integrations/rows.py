@@ -1,4 +1,4 @@
-"""What functions of logits in other libraries have in common: any strides, and entropies alone."""
+"""Helpers for functions of logits in other libraries: any strides, and entropies without targets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from unirl_kernels.ranks.shard import VocabShard
 
 
 def whole_rows(logits: Tensor) -> Tensor:
-    """[T, V] or [B, L, V] of [..., V]. Kernels read a row as it lies; other libraries' functions take any strides."""
+    """[T, V] or [B, L, V] of [..., V], with contiguous rows for the kernels: other libraries accept any strides."""
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
     return logits if logits.dim() in (2, 3) else logits.reshape(-1, logits.shape[-1])
 

@@ -25,8 +25,8 @@ _switch = Switch()
 def patch() -> Patch:
     """Let ms-swift compute log-probabilities, entropies and their gradients with this package, until ``unpatch()``.
 
-    Call it before a trainer is made, in a file that ``--external_plugins`` names, say. Patching again changes nothing.
-    In a ``with`` statement the patch ends with the block.
+    Call it before a trainer is created, for instance in a file that ``--external_plugins`` names. Patching again
+    changes nothing. In a ``with`` statement the patch ends with the block.
 
     Returns:
         ``Patch``.
@@ -47,7 +47,7 @@ def patch() -> Patch:
 
 
 def unpatch() -> None:
-    """Give ms-swift the functions back that it had. Without a patch it does nothing."""
+    """Restore the functions that ms-swift had before. Without a patch it does nothing."""
     _switch.off()
 
 

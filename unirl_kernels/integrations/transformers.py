@@ -141,8 +141,8 @@ class FusedHead:
         model._replicate_for_data_parallel = MethodType(self._replicate_of(self._ours.__func__), model)
 
     def undo(self) -> None:
-        """Give the model its own forward back. A second time does nothing."""
-        self._active = False  # where something else has wrapped this forward meanwhile, it stays, and does nothing
+        """Restore the model's own forward. A second call does nothing."""
+        self._active = False  # if something else has wrapped this forward meanwhile, it stays, but does nothing
         vars(self._model).pop("_replicate_for_data_parallel", None)
         if vars(self._model).get("forward") is self._ours:
             del self._model.forward
@@ -180,7 +180,7 @@ class FusedHead:
 
         was_training, hook = model.training, model.base_model.register_forward_hook(in_place_of_backbone)
         ids = torch.zeros(1, 3, dtype=torch.int64, device=model.device)
-        # A position that is masked and has a label shows whether the loss looks at anything but labels.
+        # A masked position with a label shows whether the loss reads anything besides labels.
         mask = torch.tensor([[1, 1, 0]], device=model.device)
         try:
             model.eval()
@@ -193,7 +193,7 @@ class FusedHead:
             raise ValueError(f"model must return logits beside its loss; has {name} a fused head already?")
         if ours is None:
             raise TypeError(f"model must run its base_model and an output layer; {name} calls something else")
-        # In another order of operations the model's own dtype rounds otherwise.
+        # With another order of operations the model's own dtype rounds differently.
         if not _close(theirs.logits, ours, rounding=torch.finfo(theirs.logits.dtype).eps):
             raise ValueError(
                 f"model's logits must be those of its output layer with {self._readout}; {name} makes others"
@@ -202,7 +202,7 @@ class FusedHead:
             raise ValueError(f"model's loss must be the mean of -log pi over the labels; {name} makes another")
 
     def _forward_of(self, own: Callable[P, Any]) -> Callable[..., Any]:
-        """The model's forward, as a function of the model too, so that a copy of the model runs the copy."""
+        """The model's forward as a function that also takes the model, so that a copy of the model runs the copy."""
         function = getattr(own, "__func__", lambda _, *args, **kwargs: own(*args, **kwargs))
         signature = inspect.signature(own)
         rest = [name for name, p in signature.parameters.items() if p.kind is inspect.Parameter.VAR_KEYWORD]
@@ -216,7 +216,7 @@ class FusedHead:
                 return function(model, *args, **kwargs)
             return self._with_loss(model, **named)
 
-        # What looks for the signature of a method leaves the first parameter out.
+        # inspect leaves out the first parameter of a method.
         model = inspect.Parameter("model", inspect.Parameter.POSITIONAL_ONLY)
         forward.__signature__ = signature.replace(  # type: ignore[attr-defined]
             parameters=[model, *signature.parameters.values()]
@@ -262,17 +262,18 @@ class FusedHead:
 
 
 def _beside_the_loss() -> tuple[str, ...]:
-    """What a model returns beside loss and logits: its cache, ``past_key_values`` or ``cache`` by release, and more."""
+    """Outputs of a model besides loss and logits: its cache (``past_key_values`` or ``cache``, by release), and
+    others."""
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     return tuple(x.name for x in fields(CausalLMOutputWithPast) if x.name not in ("loss", "logits"))
 
 
-_LARGE = 64.0  # logits that a soft cap in use (15 to 50) changes much more than rounding does
+_LARGE = 64.0  # logits so large that usual soft caps (15 to 50) change them much more than rounding does
 
 
 def _close(theirs: Tensor, ours: Tensor, rounding: float) -> bool:
-    """Whether they are equal but for a few roundings of the largest."""
+    """Whether they are equal up to a few roundings of the largest."""
     if theirs.shape != ours.shape:
         return False
     return bool((theirs.float() - ours.float()).abs().max() <= 16 * rounding * theirs.float().abs().max())

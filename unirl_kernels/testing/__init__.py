@@ -1,9 +1,9 @@
-"""Check an objective or a kernel of your own: an oracle, and budgets for errors. Imports torch alone.
+"""Check your own objective or kernel: an oracle, and budgets for errors. Imports only torch.
 
-oracle      the published equations written out naively, in the dtype of the logits: in fp64 the truth
+oracle      the published equations, written naively, in the dtype of the logits: in fp64 they are the truth
 budgets     how large an error may be: computed from the error of eager PyTorch, never chosen
 
-A kernel that computes log-probabilities is right when nothing exceeds the budget:
+A kernel that computes log-probabilities is right if nothing exceeds the budget:
 
 >>> import torch
 >>> from unirl_kernels.testing import budgets, oracle

@@ -1,7 +1,7 @@
-"""The error budget: a kernel may err twice as much as plain PyTorch does on the same input, plus a few ulp.
+"""The error budget: the error of a kernel may be twice that of plain PyTorch on the same input, plus a few ulp.
 
-All errors are measured against fp64. Besides the largest error, a budget holds the relative L2 error and the signed
-bias, so that a small systematic error cannot hide under an elementwise bound.
+All errors are relative to fp64. Besides the largest error, a budget bounds the relative L2 error and the signed bias,
+so that it detects a small systematic error below the elementwise bound.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Error:
-    """How far values are from the truth.
+    """The difference between values and the truth.
 
     Args:
         largest: max |x - truth|.
-        relative: ||x - truth|| / ||truth||, Euclidean; 0 where both are 0.
+        relative: ||x - truth|| / ||truth||, Euclidean; 0 if both are 0.
         bias: sum of (x - truth) sign(truth) / sum |truth|; negative when x is too small in magnitude.
     """
 
@@ -31,7 +31,7 @@ def error(x: Tensor, truth: Tensor) -> Error:
     """The error of ``x``, any floating dtype, against ``truth``, float64 of the same shape.
 
     Raises:
-        ValueError: when the shapes differ, or where one is infinite or NaN and the other is not the same.
+        ValueError: when the shapes differ, or when an element is infinite or NaN in only one of them.
     """
     if x.shape != truth.shape:
         raise ValueError(f"x must have shape {tuple(truth.shape)}, got {tuple(x.shape)}")
@@ -59,31 +59,32 @@ def error(x: Tensor, truth: Tensor) -> Error:
 
 
 def condition_of(truth: Tensor, scale: float = 1.0) -> float:
-    """How much larger than a result the values are that it is computed from, at least 1.
+    """The size of the intermediate values relative to the result, at least 1.
 
     Args:
         truth: the result, float64.
-        scale: size of the intermediate values; for a log-probability |lse|, of which the target's logit is subtracted.
+        scale: size of the intermediate values; for a log-probability |lse|, which is subtracted from the target's
+            logit.
 
     Returns:
-        What ``budget`` and ``violations`` take as ``condition``.
+        The argument ``condition`` of ``budget`` and ``violations``.
     """
     return max(1.0, scale / max(_peak(truth), 1e-30))
 
 
 def _peak(truth: Tensor) -> float:
-    """max |truth| where it is finite; 0 where it never is."""
+    """max |truth| over finite elements; 0 if there are none."""
     finite = truth[torch.isfinite(truth)]
     return finite.abs().max().item() if len(finite) else 0.0
 
 
 def budget(plain: Tensor, truth: Tensor, *, ulps: float = 8.0, condition: float = 1.0) -> Error:
-    """The error allowed: twice that of ``plain``, and ``ulps`` units of rounding.
+    """The allowed error: twice that of ``plain``, plus ``ulps`` units of rounding.
 
     Args:
-        plain: what eager PyTorch computes; its dtype is the result's dtype.
+        plain: the result of eager PyTorch; its dtype is the result's dtype.
         truth: float64, the same shape.
-        ulps: units of rounding that pass in any case (``plain`` may be lucky).
+        ulps: units of rounding that are always allowed, since the error of ``plain`` may be small by chance.
         condition: factor from rounding of an intermediate value to an error of the result, >= 1; see ``condition_of``.
     """
     reached = error(plain, truth)
@@ -94,7 +95,7 @@ def budget(plain: Tensor, truth: Tensor, *, ulps: float = 8.0, condition: float 
 
 
 def violations(x: Tensor, plain: Tensor, truth: Tensor, *, ulps: float = 8.0, condition: float = 1.0) -> list[str]:
-    """What in ``x`` exceeds its budget, in words; empty when nothing does. Arguments as for ``budget``."""
+    """The errors of ``x`` that exceed the budget, as text; empty if none does. Arguments as for ``budget``."""
     try:
         reached = error(x, truth)
     except ValueError as mismatch:

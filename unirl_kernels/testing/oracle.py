@@ -1,11 +1,11 @@
-"""The oracle: equations (2) to (15) of Shao et al. 2024 (arXiv:2402.03300v3), written out naively.
+"""The oracle: equations (2) to (15) of Shao et al. 2024 (arXiv:2402.03300v3), written naively.
 
-Full log-softmax, gather, a Python loop over the sequences, autograd. Nothing here is shared with the objectives
-or the kernels, so agreement tests both. Give it fp64 logits and it is the truth the package is held to; give it
-fp32 or bf16 logits and it is what people write by hand.
+It uses a full log-softmax, gather, a Python loop over the sequences, and autograd. It shares no code with the
+objectives or the kernels, so a comparison tests both. With fp64 logits it is the truth for all tests; with fp32 or bf16
+logits it is what people write by hand.
 
-Every function reads ``batch`` by attribute: target, advantage, old_logp, ref_logp, cu_seqlens. The fp32 fields of a
-batch need no conversion: beside fp64 logits they are exact values of an fp64 computation.
+Every function reads these attributes of ``batch``: target, advantage, old_logp, ref_logp, cu_seqlens. The fp32 fields
+of a batch need no conversion: with fp64 logits they are exact inputs of an fp64 computation.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def apply_readout(
 
 
 def log_probs(logits: Tensor, target: Tensor) -> Tensor:
-    """log pi(o_t), target's shape; 0 at ignored places."""
+    """log pi(o_t), target's shape; 0 at ignored positions."""
     used = target != IGNORED
     all_log_probs = torch.log_softmax(logits, -1)
     chosen = all_log_probs.gather(-1, torch.where(used, target, 0).unsqueeze(-1)).squeeze(-1)
