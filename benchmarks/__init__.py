@@ -1,1 +1,1 @@
-"""The bench: every kernel here and its peers on the same work, side by side, held against fp64 before being timed."""
+"""The bench: it measures every kernel and its peers on the same work, and compares each with fp64 before timing."""

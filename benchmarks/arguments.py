@@ -1,4 +1,4 @@
-"""What the options of several commands have in common."""
+"""Option types and checks that several commands share."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def need(packages: Mapping[str, str]) -> None:
         packages: modules, each with the name under which pip knows its package.
 
     Raises:
-        CommandFailed: with the way to get those that are missing.
+        CommandFailed: names the missing packages and how to install them.
     """
     missing = [pip for module, pip in packages.items() if importlib.util.find_spec(module) is None]
     if missing:

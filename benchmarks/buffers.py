@@ -1,4 +1,4 @@
-"""Copies of the same operand, so that no call finds it in a cache."""
+"""Copies of the same operand, used in turn, so that no call finds it in a cache."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 class Ring:
-    """Equal copies of a tensor, together at least twice as large as the last-level cache, handed out in turn.
+    """Equal copies of a tensor, together at least twice as large as the last-level cache, used in turn.
 
     Args:
-        source: contiguous; what each copy holds. Not written.
+        source: contiguous; the content of each copy. Not written.
     """
 
     def __init__(self, source: Tensor) -> None:
@@ -34,8 +34,9 @@ class Ring:
         return len(self._memory)
 
     def take(self) -> Tensor:
-        """The copy that was handed out longest ago. Its version counter is its own, so that writing another copy
-        does not look to autograd like writing this one."""
+        """The copy that was used longest ago. It has its own version counter, so that for autograd a write to another
+        copy is
+        not a write to this one."""
         copy = self._memory.data[self._next, : self._source.numel()]
         self._next = (self._next + 1) % len(self)
         return copy.view(self._source.shape)
@@ -47,7 +48,7 @@ class Ring:
 
 @cache
 def last_level_cache_bytes(device: torch.device) -> int:
-    """Size of the largest cache in front of the memory of ``device``, bytes."""
+    """Size of the last-level cache of ``device``, bytes."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     units = {"K": 2**10, "M": 2**20, "G": 2**30}

@@ -1,4 +1,4 @@
-"""What the machine does at best, to measure kernels against: ``python -m benchmarks.ceilings FILE``.
+"""Ceilings of a machine, to compare kernels with: ``python -m benchmarks.ceilings FILE``.
 
 A copy and a read of memory, in bytes per second; a matmul of bf16 operands into bf16, into fp32, and added to an fp32
 matrix (``addmm`` with beta = 1), in operations per second. Writes JSON.
@@ -29,7 +29,7 @@ Ceiling = tuple[Callable[[], object], float]
 
 
 def calls(device: torch.device, size: int, shape: tuple[int, int, int]) -> dict[str, Ceiling]:
-    """Each ceiling's call, and how many bytes or operations it counts for."""
+    """Each ceiling's call, with its number of bytes or operations."""
     source = torch.ones(size // 2, dtype=torch.bfloat16, device=device)
     copied = torch.empty_like(source)
     t, d, v = shape
@@ -53,7 +53,7 @@ def calls(device: torch.device, size: int, shape: tuple[int, int, int]) -> dict[
 
 
 def those_that_run(measured: dict[str, Ceiling]) -> dict[str, Ceiling]:
-    """Without those that this torch or this device refuses, which it says."""
+    """The calls that this torch and this device support; prints the others."""
     found = {}
     for name, (call, amount) in measured.items():
         try:

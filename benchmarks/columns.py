@@ -1,4 +1,4 @@
-"""What a level's table shows, and how figures are written."""
+"""The columns of a level's table, and the format of figures."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Columns:
 
     Args:
         left, right: names of the columns, by alignment.
-        caption: what they mean.
-        cells: a provider's line, without markup. One that is wrong or failed gets no credit for its time.
-        baselines: the lines of what the machine does at best.
-        extra_bytes: of a provider's memory, what is the provider's own; None where not measured.
-        beyond: on top of what that comes.
-        dispensable: names of columns that a narrow terminal goes without, the first of them first.
+        caption: their meaning.
+        cells: a provider's line, without markup. A provider that is wrong or failed has no time.
+        baselines: the lines of the baselines: what the machine does at best.
+        extra_bytes: the memory that a provider needs in addition; None if not measured.
+        beyond: to what it is in addition.
+        dispensable: names of columns that a narrow terminal omits, in this order.
     """
 
     left: Sequence[str]
@@ -36,14 +36,14 @@ class Columns:
 
 
 def timed(row: Row) -> list[str]:
-    """Median and middle of a provider's time; what is wrong with it in their place."""
+    """Median and middle range of a provider's time, or its status if it is not right."""
     if row.time is not None:
         return timing(row.time)
     return [row.status if row.status != OK else BLANK, BLANK]
 
 
 def timing(time: Timing) -> list[str]:
-    """Median and middle."""
+    """Median and middle range."""
     return [three_digits(time.median * 1e3), f"{three_digits(time.p20 * 1e3)} – {three_digits(time.p80 * 1e3)}"]
 
 

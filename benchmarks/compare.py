@@ -1,4 +1,4 @@
-"""Two saved records of the bench side by side: what became slower or faster beyond the noise, larger, or wrong."""
+"""Compares two saved records of the bench: what became slower or faster beyond the noise, larger, or wrong."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SLOWER, FASTER, SAME = "slower", "faster", "same"
 WRONG_NOW, RIGHT_NOW, LARGER, GONE = "wrong now", "right now", "more memory", "gone"
 REGRESSIONS = (SLOWER, WRONG_NOW, LARGER, GONE)
 PAGES = 1 << 20
-"""Bytes that a process's resident memory varies by between two runs of the same call."""
+"""Bytes by which the resident memory of a process may differ between two runs of the same call."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Verdict:
 def compare(old: Record, new: Record) -> list[Verdict]:
     """One verdict for each provider of each piece of work that both records have.
 
-    A provider is slower when the middle 60 % of its times lie above those of the old record without touching them, and
-    faster when they lie below. Memory has grown when the peak has, by more than 5 % and a megabyte.
+    A provider is slower if the middle 60 % of its times are all above those of the old record, and faster if they are
+    all below. Memory has grown if the peak has grown by more than 5 % and a megabyte.
 
     Raises:
         ValueError: when the records have no work in common.

@@ -1,4 +1,4 @@
-"""Whether other processes held a call up: how long its threads waited for a processor."""
+"""Detects whether other processes delayed a call: how long its threads waited for a processor."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import NamedTuple
 TASKS = Path("/proc/self/task")
 
 TOLERATED = 0.05
-"""Share of a call's time that a thread may wait."""
+"""The share of a call's time that a thread may wait."""
 LEAST_SECONDS = 3e-4
-"""A thread that wakes up waits for some microseconds on an idle machine too; a process that is in its way runs for a
-millisecond and longer."""
+"""Shorter waits are ignored: on an idle machine a thread waits some microseconds when it wakes up. A disturbing process
+runs for a millisecond or longer."""
 
 
 class Scheduled(NamedTuple):
-    """Seconds of a thread: with a processor, and ready to run without one."""
+    """Seconds that a thread ran, and that it waited for a processor."""
 
     ran: float
     waited: float
 
 
 def scheduled() -> dict[str, Scheduled] | None:
-    """What the system says of each thread of this process; None where it does not tell (outside Linux)."""
+    """Run and wait times of each thread of this process; None if the system does not have them (outside Linux)."""
     found = {}
     try:
         for task in TASKS.iterdir():
@@ -37,14 +37,13 @@ def scheduled() -> dict[str, Scheduled] | None:
 
 
 def share_waited(before: dict[str, Scheduled], after: dict[str, Scheduled], seconds: float) -> float:
-    """Share of a call's time that the thread which waited longest spent without a processor; 0 where it is tolerated.
+    """The share of a call's time for which its longest waiting thread waited; 0 if it is tolerated.
 
-    Threads that had little to do with the call, as one that draws a progress bar, do not count: those that neither ran
-    nor waited for half of it.
+    A thread that ran and waited for less than half of the call is ignored, such as one that draws a progress bar.
 
     Args:
-        before, after: ``scheduled()`` at the call's beginning and end.
-        seconds: that it took.
+        before, after: ``scheduled()`` at the beginning and end of the call.
+        seconds: duration of the call.
     """
     longest = 0.0
     for thread, end in after.items():

@@ -1,4 +1,4 @@
-"""What a measurement was made on and with."""
+"""The machine and the versions of a measurement."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from unirl_kernels.commands.machine import processor
 SOURCE = Path(__file__).parent
 PEERS = ("trl", "liger-kernel", "flash-linear-attention", "flash-attn", "quack-kernels", "cut-cross-entropy")
 COMPUTING = (":/unirl_kernels", ":/csrc", ":/setup.py", ":(top,glob)benchmarks/**/*.py")
-"""What of the checkout decides on a measurement."""
+"""The parts of the checkout that affect a measurement."""
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, the package and the libraries that compute; one that is not installed is left out."""
+    """Versions of Python, the package and the measured libraries, if installed."""
     found = {"python": platform.python_version(), "torch": torch.__version__, "unirl_kernels": __version__}
     for library in ("triton", *PEERS):
         try:
@@ -34,7 +34,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware(device: torch.device) -> dict[str, str | int]:
-    """The processor, and the GPU where ``device`` is one."""
+    """The processor, and the GPU if ``device`` is one."""
     found: dict[str, str | int] = {
         "cpu": processor(),
         "cores": os.cpu_count() or 0,
@@ -60,14 +60,14 @@ COUNTABLE_SECONDS = 0.5
 
 
 class Elsewhere:
-    """How busy other processes keep the processor, from the moment this is made."""
+    """The load by other processes since this object was created."""
 
     def __init__(self) -> None:
         self._start = self._now()
 
     @staticmethod
     def _now() -> tuple[float, float, float] | None:
-        """Seconds: of the clock, of all processors at work, and of those for this process."""
+        """Seconds: of the clock, of all busy processors, and of processors used by this process."""
         try:
             line = Path("/proc/stat").read_text().splitlines()[0]
         except OSError:
@@ -77,8 +77,8 @@ class Elsewhere:
         return time.monotonic(), busy, sum(os.times()[:2])
 
     def share(self) -> float | None:
-        """Of all processors' time, 0 to 1; None where the system does not tell, or counts too coarsely for so short
-        a time."""
+        """The share of all processors' time, 0 to 1; None if the system does not have it, or the time is too short to
+        count."""
         end = self._now()
         if self._start is None or end is None:
             return None
@@ -89,7 +89,7 @@ class Elsewhere:
 
 
 def commit() -> tuple[str, bool]:
-    """The checkout's commit and whether its code is changed; ``unknown`` outside of one."""
+    """The commit of the checkout, and whether its code was changed; ``unknown`` outside of a checkout."""
     try:
         name, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--", *COMPUTING)
     except (OSError, subprocess.CalledProcessError):

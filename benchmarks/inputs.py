@@ -1,4 +1,4 @@
-"""The tensors of a piece of work, at any level, and what a provider makes of them."""
+"""The tensors of a piece of work, at any level, and the results of a provider."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from benchmarks.work import Work
 from unirl_kernels.objectives import Tokens
 
 SUREST = 20
-"""A target's logit is raised by up to this: probabilities from chance to nearly 1."""
+"""A target's logit is increased by up to this, so that probabilities range from chance to nearly 1."""
 
 
 class Values(NamedTuple):
-    """What a provider computes of the operands, differentiable in them. None: it does not say."""
+    """Results of a provider, differentiable in the operands. None: not returned."""
 
     loss: Tensor | None = None  # 0-dim
     logp: Tensor | None = None  # [B, L]
@@ -27,12 +27,12 @@ class Values(NamedTuple):
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a piece of work is done on.
+    """The inputs of a piece of work.
 
     Args:
-        work: what it was made for.
-        operands: what is differentiated: logits, or hidden states and the head's weight; not to be written.
-        batch: targets, advantages of both signs, old and reference policies a realistic distance away.
+        work: the piece of work.
+        operands: logits, or hidden states and the head's weight; differentiable, not to be written.
+        batch: targets, advantages of both signs, old and reference policies at a realistic distance.
         d_logp, d_entropy: [B, L] float32, upstream gradients for statistics; 0 at ignored positions.
     """
 
@@ -44,11 +44,11 @@ class Inputs:
 
     @staticmethod
     def around(work: Work, operands: tuple[Tensor, ...], target: Tensor, logp: Tensor, draw: dict[str, Any]) -> Inputs:
-        """The rest of the inputs, around what the operands say.
+        """Make the other inputs for given operands.
 
         Args:
             work: the work.
-            operands: of its level.
+            operands: the operands of its level.
             target: [B, L], the last position of each sequence ignored.
             logp: [B, L] float32, log-probabilities of the targets.
             draw: generator and device of random numbers.
@@ -64,12 +64,12 @@ class Inputs:
 
     @cached_property
     def index(self) -> Tensor:
-        """[B, L]: targets for those who cannot take ``IGNORE``; any target stands at ignored positions."""
+        """[B, L]: targets for providers that do not support ``IGNORE``; ignored positions have any valid target."""
         return self.batch.target.clamp(min=0)
 
     @cached_property
     def used(self) -> Tensor:
-        """[B, L] bool: the tokens that count."""
+        """[B, L] bool: tokens that are not ignored."""
         return self.batch.valid
 
     def composed(self, logp: Tensor) -> Values:
@@ -83,7 +83,7 @@ class Inputs:
 
 
 def random_numbers(work: Work) -> dict[str, Any]:
-    """Where the work's random numbers come from: the generator and device that torch's functions take."""
+    """The work's random numbers: generator and device, as keyword arguments of torch's functions."""
     device = torch.device(work.device)
     return {"generator": torch.Generator(device).manual_seed(work.seed), "device": device}
 

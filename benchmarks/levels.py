@@ -1,4 +1,4 @@
-"""The levels at which the bench compares: what providers are given, and all that depends on it."""
+"""The two levels of the bench, logits and linear heads, with everything that depends on the level."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Level:
     Args:
         make: the operands, and the batch around them.
         ours: this package's kernels.
-        peers: what people would use instead.
-        truth: what results are held against.
-        floor: what no provider can do without, as ``Run`` records it.
-        baselines: calls that show what the machine does at best, by their names in ``Run``.
+        peers: other libraries' implementations.
+        truth: the fp64 results to compare with.
+        floor: the least work of any provider, as ``Run`` records it.
+        baselines: calls that measure what the machine does at best, by their names in ``Run``.
         columns: the table.
     """
 
