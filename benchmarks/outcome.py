@@ -1,4 +1,4 @@
-"""What is made of runs: a record, and what is wrong in them."""
+"""The record of finished runs, and what is wrong in them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from benchmarks.record import FAILED, OK, WRONG, Record, Run
 
 
 def wrong_kernels(runs: Sequence[Run], names: Collection[str] = (OURS,)) -> str:
-    """Which kernels of providers with these names are wrong or failed, and why; empty where none is."""
+    """The kernels of providers with these names that are wrong or failed, with the reason; empty if there are none."""
     rows = [row for run in runs for row in run.rows if row.name in names and row.status != OK]
     said = {WRONG: "is wrong", FAILED: "failed"}
     return "; ".join(f"{row.kernel} {said[row.status]}: {row.reasons[0]}" for row in rows)
 
 
 def record_of(runs: Sequence[Run], device: torch.device) -> Record:
-    """What was measured just now."""
+    """The record of the runs of this process."""
     return Record(hardware.now(), *hardware.commit(), hardware.versions(), hardware.hardware(device), runs)

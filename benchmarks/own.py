@@ -58,7 +58,7 @@ def own(text: str, work: Work) -> Provider:
 
 
 def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
-    """None for a function that does not tell, as those of C extensions."""
+    """None for a function without a signature, such as those of C extensions."""
     try:
         return inspect.signature(function)
     except ValueError:

@@ -51,7 +51,8 @@ def own_loss(text: str) -> uk.Loss:
 
 
 def _check(loss: uk.Loss) -> None:
-    """Try it on two sequences, and refuse what reads the entropy or lse, of which there is no truth for all tokens."""
+    """Try it on two sequences. Refuse a loss that reads entropy or lse, since the truth has these not for all
+    tokens."""
     values = torch.full((2, 3), -1.0)
     batch = uk.Batch(torch.zeros(2, 3, dtype=torch.int64), torch.ones(2), values, values)
     statistics = [values.clone().requires_grad_() for _ in range(3)]

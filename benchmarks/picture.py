@@ -1,4 +1,4 @@
-"""How this package's pictures look."""
+"""The style of this package's plots."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ACCENT, WARM = "#0b7a75", "#d1495b"
 
 
 def new_figure(width: float, height: float, title: str = "") -> Figure:
-    """An empty picture of so many inches."""
+    """An empty figure with this size in inches."""
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)

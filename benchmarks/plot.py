@@ -1,4 +1,4 @@
-"""Pictures of saved results, made from nothing but the records."""
+"""Plots of saved results, made only from the records."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 OURS_COLORS = (ACCENT, "#12b5ac", "#06423f", "#5fd0c8")
 PEER_COLORS = (WARM, "#edae49", "#00798c", "#66507d", "#8d6a4f", "#30638e", "#b56576", "#6a994e")
 LEAST_SWEPT = 3
-"""Works that differ in one size alone form a sweep from this many on."""
+"""From this many on, works that differ in only one size form a sweep."""
 
 
 def plot(files: Sequence[Path], folder: Path) -> int:
-    """Draw every record: one picture for its sweeps, one for each other piece of work.
+    """Plot every record: one picture for its sweeps, one for each other piece of work.
 
     Raises:
         CommandFailed: when a file cannot be read or a picture not be written.
@@ -50,7 +50,7 @@ def plot(files: Sequence[Path], folder: Path) -> int:
 
 
 def _sweeps(runs: Sequence[Run], axis: str) -> Iterable[list[Run]]:
-    """Runs that differ in one size alone."""
+    """Runs that differ in only one size."""
 
     def others(run: Run) -> str:
         return repr({name: value for name, value in asdict(run.work).items() if name != axis})
@@ -62,7 +62,7 @@ def _sweeps(runs: Sequence[Run], axis: str) -> Iterable[list[Run]]:
 
 
 def draw_sweeps(sweeps: dict[str, list[list[Run]]]) -> Figure:
-    """Time against vocabulary and against tokens, the floor drawn."""
+    """Time against vocabulary and against tokens, with the floor."""
     panels = [(axis, group) for axis, groups in sweeps.items() for group in groups]
     figure = new_figure(6.2 * len(panels), 5)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -93,7 +93,7 @@ def _draw_sweep(axes: Axes, axis: str, runs: Sequence[Run], colors: dict[str, st
 
 
 def draw_run(run: Run) -> Figure:
-    """Time with the floor drawn, memory, and error against time."""
+    """Time with the floor, memory, and error against time."""
     right = sorted((row for row in run.rows if row.time is not None), key=_median)
     figure = new_figure(3 * 5.2, 1.6 + 0.36 * max(6, len(right)), title(run.work))
     axes = figure.subplots(1, 3)
@@ -145,7 +145,7 @@ def _median(row: Row) -> float:
 
 
 def _colors(runs: Iterable[Run]) -> dict[str, str]:
-    """A colour for each provider: shades of one for this package, others for the rest."""
+    """A colour for each provider: shades of one colour for this package, other colours for the rest."""
     keys = list(dict.fromkeys(row.key for run in runs for row in run.rows if row.time is not None))
     ours, peers = itertools.cycle(OURS_COLORS), itertools.cycle(PEER_COLORS)
     return {key: next(ours if key.startswith(OURS) else peers) for key in keys}

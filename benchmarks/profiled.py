@@ -12,7 +12,7 @@ TOKENS, VOCAB = 2048, 151936
 
 
 def run(backend: str, kernel: str, device: str, tokens: int, vocab: int) -> None:
-    """One GRPO loss with its gradient, after the first call has compiled what is compiled."""
+    """One GRPO loss with its gradient, after a first call that compiles."""
     logits = torch.randn(1, tokens, vocab, device=device, dtype=torch.bfloat16).requires_grad_()
     target = torch.randint(0, vocab, (1, tokens), device=device)
     logp = torch.full((1, tokens), -10.0, device=device)
@@ -32,7 +32,7 @@ def main() -> None:
         backend, _, kernel = name.partition("/")
         try:
             run(backend, kernel, device, tokens, vocab)
-        except RuntimeError as error:  # the kernels after this one still count
+        except RuntimeError as error:  # go on with the next kernel
             print(f"WRONG {name}: {error}".splitlines()[0], flush=True)
         else:
             print(name, flush=True)

@@ -1,4 +1,4 @@
-"""What takes part in a comparison, and how it is bound to a piece of work."""
+"""Providers: the kernels and peers of a comparison, and how they are bound to a piece of work."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from benchmarks.work import FUSED, Work
 from unirl_kernels import backends
 
 Function = Callable[..., Values]
-"""From the operands of the level to what the mode asks for: the loss, or log-probability and entropy."""
+"""A function from the operands of the level to the result of the mode: the loss, or log-probability and entropy."""
 
 Bind = Callable[[Inputs], Function]
-"""Makes the function for some inputs; raises ``Skipped`` where there is none."""
+"""Makes the function for given inputs; raises ``Skipped`` if there is none."""
 
 OURS = "unirl_kernels"
 
 
 class Skipped(Exception):
-    """A provider does not take part; the message says why."""
+    """A provider is not measured; the message says why."""
 
 
 @dataclass(frozen=True)
 class Provider:
-    """A kernel under comparison.
+    """A kernel or peer in a comparison.
 
     Args:
         name: whose it is, as ``--peers`` spells it.
@@ -52,7 +52,7 @@ class Provider:
 
     @property
     def key(self) -> str:
-        """Names it among all providers."""
+        """The name of the provider among all providers."""
         return key(self.name, self.kernel, self.overwrites)
 
 

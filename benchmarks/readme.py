@@ -17,7 +17,7 @@ MARKED = re.compile(r"(?P<open><!-- bench:(?P<name>\S+) -->\n).*?(?P<close><!-- 
 
 
 def renew(document: Path, results: Path) -> int:
-    """Write the tables of ``document`` anew.
+    """Rewrite the tables of ``document``.
 
     Raises:
         CommandFailed: when a file cannot be read or written, or a record is missing.
@@ -33,7 +33,7 @@ def renew(document: Path, results: Path) -> int:
 
 
 def renewed(text: str, results: Path) -> str:
-    """``text`` with its tables as the records in ``results`` have them.
+    """``text`` with tables made from the records in ``results``.
 
     Raises:
         OSError: when a record is missing.
@@ -51,7 +51,7 @@ def renewed(text: str, results: Path) -> str:
 
 
 def section(file: Path) -> str:
-    """The tables of a record, each under its title, and on what they were measured."""
+    """The tables of a record, each under its title, and the machine on which they were measured."""
     record = Record.load(file)
     tables = [f"**{title(run.work)}**\n\n{markdown(run)}\n" for run in record.runs]
     machine = record.hardware.get("gpu") or f"{record.hardware['cpu']}, {record.hardware['threads']} threads"

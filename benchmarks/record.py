@@ -1,4 +1,4 @@
-"""What a run of the bench found, as JSON; tables and plots are made from this and nothing else."""
+"""The results of a run of the bench, as JSON. Tables and plots are made only from this."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Row:
 
     @property
     def key(self) -> str:
-        """Names it among all rows of a run."""
+        """The name of the row among all rows of a run."""
         return key(self.name, self.kernel, self.overwrites)
 
 
@@ -58,11 +58,11 @@ def save(content: Mapping[str, Any], path: Path) -> None:
     """Write what was measured as JSON."""
     unfinished = path.with_name(f"{path.name}.part")
     unfinished.write_text(json.dumps({"schema": SCHEMA, **content}, indent=1, allow_nan=False) + "\n")
-    unfinished.replace(path)  # whoever interrupts this keeps the file that was there
+    unfinished.replace(path)  # an interrupt leaves the old file
 
 
 def key(name: str, kernel: str, overwrites: bool) -> str:
-    """A provider's name among all."""
+    """The name of a provider among all providers."""
     return f"{name} {kernel}{' in place' if overwrites else ''}"
 
 
@@ -114,7 +114,7 @@ class Run:
 
     @property
     def eager(self) -> Row | None:
-        """What speed-ups refer to: eager PyTorch, fp32 inside."""
+        """The reference of speed-ups: eager PyTorch with fp32 inside."""
         return next((row for row in self.rows if row.name == "eager" and row.status == OK), None)
 
     def speedup(self, row: Row) -> float | None:
@@ -176,7 +176,7 @@ def make_writable(out: Path | None) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("a") as file:
             empty = file.tell() == 0
-        if empty:  # a record comes with the first timings, and nothing without them
+        if empty:  # the record is written with the first timings, not now
             out.unlink()
     except OSError as error:
         raise CommandFailed(f"cannot write to --out {out}: {error.strerror}") from error
@@ -193,12 +193,12 @@ def _timing(content: dict[str, float] | None) -> Timing | None:
 
 
 def three_digits(x: float) -> str:
-    """``x`` >= 0 with three significant digits and no exponent; what rounds to nothing at two decimals is 0."""
+    """``x`` >= 0 with three significant digits and no exponent; 0 if it rounds to 0 at two decimals."""
     return f"{x:.0f}" if x >= 100 else f"{x:.3g}" if x >= 0.01 else "0"
 
 
 def title(work: Work) -> str:
-    """What is computed, in words."""
+    """The computation, as text."""
     what = work.modes[work.mode]
     what = f"{work.loss.rpartition(':')[2]}: {what}" if work.mode == FUSED else what
     chunks = "" if work.chunk_bytes is None else f", chunks of {three_digits(work.chunk_bytes / 1e6)} MB"

@@ -16,7 +16,7 @@ from unirl_kernels.backends import COMPOSED, load
 
 DTYPES = (torch.float32, torch.bfloat16)
 ALIGNED = ((4096, 0), (32000, 0), (151936, 0), (4096, 64))
-"""V, and what lies between two rows."""
+"""V, and the number of elements between two rows."""
 ODD = ((1, 0), (7, 0), (2049, 0), (50257, 0), (4097, 3), (151936, 1))
 
 

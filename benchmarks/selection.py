@@ -1,4 +1,4 @@
-"""Which providers take part."""
+"""Selects the providers of a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.work import Work
 
 
 def chosen(work: Work, kernels: Sequence[str], peers: Sequence[str], overwrite: bool | None = None) -> list[Provider]:
-    """The providers that take part, ours first.
+    """The selected providers, this package's first.
 
     Args:
         work: the work.

@@ -1,4 +1,4 @@
-"""``--tp N``: a vocabulary that is split over N processes of this machine, beside kernels that do not communicate."""
+"""``--tp N``: measures a vocabulary that is split over N local processes, and kernels that do not communicate."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ONE_PASS, TWO_PASSES = "V / N columns alone: default kernel", "V / N columns alo
 
 
 class Setting(NamedTuple):
-    """What is split: options that a process can be given."""
+    """The options of a split run, in a form that can be sent to a process."""
 
     tp: int
     tokens: int
@@ -73,7 +73,7 @@ def _rank(rank: int, setting: Setting, store: str, out: Path | None) -> None:
 
 
 def _record(setting: Setting, times: Mapping[str, Timing]) -> dict[str, object]:
-    """What was measured, and on what; seconds of the slowest rank."""
+    """Results and machine; seconds of the slowest rank."""
     commit, dirty = hardware.commit()
     return {
         "date": hardware.now(),

@@ -34,7 +34,7 @@ MODES = (FUSED, STATS, FORWARD_BACKWARD)
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured on a kind of device.
+    """The measurements for a kind of device.
 
     Args:
         logits: tokens, vocabulary and dtype of each.
@@ -52,12 +52,12 @@ class Sizes:
 SIZES = {
     "cuda": Sizes(
         (
-            (256, 32000, "bf16"),  # so small that the host decides
+            (256, 32000, "bf16"),  # so small that host time dominates
             (8192, 151936, "bf16"),
             (4096, 262144, "bf16"),
             (16384, 32000, "bf16"),
             (4096, 151936, "fp32"),
-            (8191, 50257, "bf16"),  # odd rows: none but the first is aligned
+            (8191, 50257, "bf16"),  # odd V: only the first row is aligned
             (4096, 9496, "bf16"),
         ),
         (
@@ -95,7 +95,7 @@ PARTS = tuple(SIZES["cuda"].rounds)
 
 
 def works(part: str, device: str, few: bool, modes: Sequence[str] = MODES) -> Iterator[Work]:
-    """The most telling first.
+    """All works, the most informative first.
 
     Args:
         part: of the suite.
@@ -111,7 +111,7 @@ def works(part: str, device: str, few: bool, modes: Sequence[str] = MODES) -> It
         logits, heads = logits[::5], heads[:1]
     asked = [(Work().loss, mode) for mode in modes]
     if part == "peers" and FUSED in modes:
-        asked.insert(1, ("sft", FUSED))  # what most peers compute
+        asked.insert(1, ("sft", FUSED))  # the loss that most peers have
     for loss, mode in asked:
         if part != "heads":
             yield from (Work(loss, mode, tokens=t, vocab=v, dtype=dtype, device=device) for t, v, dtype in logits)
@@ -132,7 +132,7 @@ def name_of(part: str, work: Work) -> str:
 
 
 class DeviceLost(Exception):
-    """Nothing more can be done on the device by this process."""
+    """This process cannot use the device any more."""
 
 
 def timed(work: Work, providers: Sequence[Provider], rounds: int, watch: Watch) -> Run:
@@ -149,7 +149,8 @@ def timed(work: Work, providers: Sequence[Provider], rounds: int, watch: Watch) 
 
 
 def timed_without_failing(work: Work, providers: Sequence[Provider], rounds: int, watch: Watch) -> Run:
-    """``timed``; a provider that was right and fails later is a row that failed, and the others are timed again."""
+    """``timed``. If a provider was right and fails later, its row is marked as failed and the others are timed
+    again."""
     failed: list[Row] = []
     while True:
         try:
@@ -168,7 +169,7 @@ def timed_without_failing(work: Work, providers: Sequence[Provider], rounds: int
 
 
 def faster_peers(run: Run) -> list[str]:
-    """A line for each peer that is right and takes less time than every kernel of this package."""
+    """A line for each peer that is right and faster than every kernel of this package."""
     seconds = {row.key: row.time.median for row in run.rows if row.time is not None and row.status == OK}
     ours = [seconds[row.key] for row in run.rows if row.name == OURS and row.key in seconds]
     peers = [row.key for row in run.rows if row.name != OURS and row.key in seconds]
@@ -177,7 +178,7 @@ def faster_peers(run: Run) -> list[str]:
 
 
 def measure(part: str, work: Work, options: argparse.Namespace, watch: Watch) -> str:
-    """Measure, show and save one work, and say what is wrong with it; nothing where it is right."""
+    """Measure, show and save one work. Returns what is wrong with it; empty if nothing is."""
     file = options.folder / f"{name_of(part, work)}.json"
     if file.exists():
         return ""
@@ -190,7 +191,7 @@ def measure(part: str, work: Work, options: argparse.Namespace, watch: Watch) ->
         print(markdown(run), *remarks(run), *faster_peers(run), sep="\n", flush=True)
         record_of([run], torch.device(work.device)).save(file)
         return wrong_kernels([run])
-    except Exception as error:  # the works after this one still count
+    except Exception as error:  # go on with the next work
         traceback.print_exc()
         if lost(work.device):
             raise DeviceLost from error
@@ -198,7 +199,7 @@ def measure(part: str, work: Work, options: argparse.Namespace, watch: Watch) ->
 
 
 def lost(device: str) -> bool:
-    """After an access to memory that is not there, nothing more can be done on the device by this process."""
+    """After an invalid memory access this process cannot use the device any more."""
     try:
         if device == "cuda":
             torch.cuda.synchronize()
@@ -208,7 +209,7 @@ def lost(device: str) -> bool:
 
 
 def release(device: str) -> None:
-    """Give the memory of a work back."""
+    """Free the memory of a work."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -234,7 +235,7 @@ def main() -> int:
                 wrong = measure(part, work, options, watch)
             except DeviceLost:
                 print(f"WRONG {name_of(part, work)}: {watch.blame('loses the device')}", flush=True)
-                return LOST if watch.at_work else 1  # without it another process would fare no better
+                return LOST if watch.at_work else 1  # if no kernel was running, another process would fail too
             finally:
                 watch.rest()
             if wrong:

@@ -15,14 +15,15 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 QUIET = 0.05
-"""Share of the processors' time that others may take without a word."""
+"""The share of the processors' time that other processes may take without a note."""
 
 WIDTH = 100
-"""Columns of a line of Markdown that is no table."""
+"""The width of a line of Markdown outside of tables."""
 
 
 def terminal(run: Run, width: int | None = None) -> Table:
-    """For the terminal: ours in bold, the wrong in red. A narrow one goes without some columns, and is told which."""
+    """For the terminal: this package in bold, wrong providers in red. A narrow terminal omits some columns, and names
+    them."""
     from rich.table import Table  # a machine that measures alone need not have it
 
     from benchmarks.terminal import LOG_WIDTH, fitting, widths
@@ -66,7 +67,7 @@ def remarks(run: Run) -> list[str]:
 
 
 def markdown(run: Run) -> str:
-    """For the README: the same lines, the right ones only, those that are wrong below."""
+    """For the README: the lines of the right providers; the wrong ones are listed below."""
     columns = level_of(run.work).columns
     right = (columns.cells(run, row) for row in sorted(run.rows, key=_by_time) if row.status == OK)
     aligned = ["---"] * len(columns.left) + ["---:"] * len(columns.right)

@@ -1,4 +1,4 @@
-"""What a long command shows: a bar for each of its stages while it lasts, a line when it is done."""
+"""The progress of a long command: a bar for each stage while it runs, and a line when it is done."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from rich.progress import (
 )
 
 LOG_WIDTH = 200
-"""Columns of a log file, so that the cells of a table need no second line."""
+"""The width of a log file, so large that cells of a table fit on one line."""
 
 
 def open_console() -> Console:
-    """The terminal, or the log file in its place."""
+    """The terminal, or a log file."""
     console = Console()
     if not console.is_terminal:
         console.width = LOG_WIDTH
@@ -60,7 +60,7 @@ def widths(names: Sequence[str], lines: Sequence[Sequence[str]], fit: Sequence[i
 
 
 CELL_FRAME = 3
-"""Columns that a cell's padding and rule take."""
+"""The width of a cell's padding and rule."""
 
 
 def _longest_word(texts: Sequence[str]) -> int:
@@ -68,7 +68,7 @@ def _longest_word(texts: Sequence[str]) -> int:
 
 
 class Stages:
-    """The stages of a run, one after the other."""
+    """The stages of a run."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -80,7 +80,7 @@ class Stages:
         columns: list[ProgressColumn] = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn()]
         if total is not None:
             columns.append(MofNCompleteColumn())
-        hidden = not self.console.is_terminal  # a log file gets the line alone
+        hidden = not self.console.is_terminal  # a log file gets only the line
         with Progress(*columns, TimeElapsedColumn(), console=self.console, transient=True, disable=hidden) as progress:
             task = progress.add_task(title, total=total)
             yield lambda: progress.advance(task)

@@ -20,14 +20,14 @@ from benchmarks.measure import interleaved_times, peak_extra_bytes
 from benchmarks.memory import CHECKOUT, KEEP_NOTHING
 
 PRIVATE = ("rounds", "out", "memory_of")
-"""Options that say nothing about the work."""
+"""Options that do not change the work."""
 
 
 class Head(Protocol):
     """A micro-batch, and the trainer that computes its loss."""
 
     def step(self, way: str) -> Callable[[], tuple[float, float]]:
-        """A call that makes loss and gradient and returns both, the gradient by its norm."""
+        """A call that computes loss and gradient, and returns the loss and the norm of the gradient."""
 
 
 def run(
@@ -95,7 +95,7 @@ def measure(module: str, ways: Sequence[str], head: Head, options: argparse.Name
 
 
 def _peak(module: str, way: str) -> int:
-    """In a process of its own."""
+    """Runs in a separate process."""
     command = [sys.executable, "-m", module, *sys.argv[1:], "--memory-of", way]
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=CHECKOUT, env=os.environ | KEEP_NOTHING, check=True

@@ -27,7 +27,7 @@ EXACT, PLAIN = torch.float64, torch.float32
 
 @dataclass
 class Check:
-    """What a provider's results are worth.
+    """The errors of a provider's results, and what exceeds the budget.
 
     Args:
         largest: largest absolute error by name of a result; NaN where it is no number.
@@ -81,7 +81,7 @@ class Truth(ABC):
         """
 
     def check(self, values: Values, gradients: Sequence[Tensor]) -> Check:
-        """Compare with the truth. Arguments as the provider returned them."""
+        """Compare with the truth. The arguments are the provider's results."""
         check = Check()
         if values.logp is not None:
             exact, plain = self.logp[EXACT], self.logp[PLAIN]

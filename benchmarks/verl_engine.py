@@ -22,7 +22,7 @@ ENGINE, LOSSES = "verl.workers.engine.fsdp.transformer_impl", "verl.workers.util
 
 
 class Absent(ModuleType):
-    """A module of which only names are needed."""
+    """A stub for a module from which verl only imports names."""
 
     MISSING = "???"
 
@@ -33,7 +33,7 @@ class Absent(ModuleType):
 
 
 class Names(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds modules of which only names are needed."""
+    """Finds the stubs."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         return importlib.machinery.ModuleSpec(name, self, is_package=True) if name.split(".")[0] in NEEDLESS else None
