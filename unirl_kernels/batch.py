@@ -21,7 +21,7 @@ IGNORE = -100
 
 
 FIELDS = ("advantage", "old_logp", "ref_logp")
-"""Fields with an argument of their own."""
+"""Fields that are arguments of ``Batch``."""
 
 RESERVED = frozenset(
     {
@@ -81,7 +81,8 @@ class Batch:
     fields: Mapping[str, Tensor] = field(default_factory=dict)  # [], [S] or target's shape each
     pairs: Literal["halves", "interleaved"] = "halves"
     sequence_group: ProcessGroup | None = None
-    # Which fields have a value per sequence. No field of the dataclass: dataclasses.replace must make it anew.
+    # Names of fields with a value per sequence. Not a field of the dataclass, so that dataclasses.replace computes it
+    # again.
     _of_sequences: ClassVar[frozenset[str]] = frozenset()
     # Of a split sequence: the ranks, and the valid tokens of each sequence on each of them, [n, S].
     ranks: ClassVar[Group | None] = None

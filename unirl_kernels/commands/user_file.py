@@ -46,7 +46,7 @@ def load(text: str, option: str) -> object:
 
 @cache
 def _module(path: Path) -> ModuleType:
-    # A name of its own: a user's file called like an installed module must not take that module's place.
+    # A unique name, so that a user's file does not replace an installed module of the same name.
     identifier = re.sub(r"\W", "_", path.stem)
     name = f"{identifier}_{zlib.crc32(bytes(path)):08x}"
     spec = importlib.util.spec_from_file_location(name, path)

@@ -56,11 +56,11 @@ class Overlaid:
 
 @dataclass(frozen=True)
 class Scored(Composite):
-    """A rule or objective that sees another field where ``rollout_logp`` is NaN: tokens without a rollout's score.
+    """A rule or objective that reads another field where ``rollout_logp`` is NaN: at tokens without a rollout's score.
 
     Args:
         rule: the rule or objective.
-        field: what stands in; ``old_logp`` makes the ratio pi_old / pi_rollout 1.
+        field: the other field; with ``old_logp`` the ratio pi_old / pi_rollout is 1 there.
     """
 
     rule: Rule

@@ -1,9 +1,9 @@
 """ms-swift's log-probabilities on this package's kernels.
 
-Known is ms-swift 4. Its trainers for GRPO, DPO, KTO and their relatives score tokens by TRL's
-``selective_log_softmax``, and entropies by TRL's ``entropy_from_logits`` or a function of their own of that name.
-``patch()`` replaces them in ms-swift's modules, whatever release TRL is. TRL's own modules are left to
-``integrations.trl``. Megatron's functions of a vocabulary that is split stay as they are.
+For ms-swift 4. Its trainers for GRPO, DPO, KTO and similar losses score tokens with TRL's ``selective_log_softmax``.
+For entropies they use TRL's ``entropy_from_logits``, or their own function of that name. ``patch()`` replaces these in
+ms-swift's modules, for any release of TRL. TRL's own modules are left to ``integrations.trl``. Megatron's functions for
+a split vocabulary are not replaced.
 """
 
 from __future__ import annotations

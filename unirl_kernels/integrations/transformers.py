@@ -109,22 +109,22 @@ def readout_of(config: Any) -> Readout:
 class FusedHead:
     """Lets a causal language model compute its loss without logits, until ``undo`` or the end of a ``with`` block.
 
-    With labels its forward runs the backbone, takes the loss from the hidden states and returns ``logits=None``;
-    without labels (in generation, say) it is the model's own. The loss is ``causal_lm_loss``, gradient accumulation's
-    ``num_items_in_batch`` included. A deep copy of the model and a replica of DataParallel have the head too, until
-    ``undo``; one that was saved or pickled has not.
+    With labels, the forward runs the backbone, computes the loss from the hidden states, and returns ``logits=None``.
+    Without labels, for instance in generation, it is the model's own forward. The loss is ``causal_lm_loss``, including
+    ``num_items_in_batch`` of gradient accumulation. A deep copy of the model and a replica of DataParallel also have
+    this head, until ``undo``. A saved or pickled model does not.
 
-    Trained with ``Trainer``, nothing else changes. Where that computes the loss itself (``label_smoothing_factor``,
-    ``compute_loss_func``) it keeps the labels, so that the model's own forward runs and makes logits. Evaluation gives
-    the loss alone: the predictions that ``predict`` returns and ``compute_metrics`` gets are ``()``.
+    Training with ``Trainer`` needs no other change. If Trainer computes the loss itself (``label_smoothing_factor``,
+    ``compute_loss_func``), it keeps the labels, so that the model's own forward runs and computes logits. An evaluation
+    returns only the loss: the predictions of ``predict`` and for ``compute_metrics`` are ``()``.
 
     Args:
-        model: transformers' model for causal language modelling, or PEFT's around one. It is run on three tokens, to
-            see that its logits are what its output layer and its configuration say, and its loss ``causal_lm_loss``.
+        model: a causal language model of transformers, or a PEFT model around one. It is run on three tokens, to check
+            that its logits follow from its output layer and its configuration, and that its loss is ``causal_lm_loss``.
         plan: how the machine computes the loss.
 
     Raises:
-        TypeError, ValueError: when the model's logits or its loss are made in a way that is not known.
+        TypeError, ValueError: when the model computes its logits or its loss in an unknown way.
     """
 
     def __init__(self, model: Any, plan: Plan = Plan()) -> None:

@@ -17,7 +17,7 @@ Empty = Literal["count", "skip"]
 class Aggregation(Protocol):
     """L = sum over units of w * loss, where units are tokens or pairs of sequences.
 
-    A token of weight 0 adds exactly 0 to loss and gradient, whatever its loss is (NaN, inf).
+    A token of weight 0 adds exactly 0 to loss and gradient, even if its loss is NaN or inf.
     """
 
     def weights(self, batch: Batch) -> Tensor:

@@ -1,9 +1,9 @@
-"""Weights for what was sampled by another policy than pi_old: importance ratios w, truncated or masked.
+"""Weights for samples of another policy than pi_old: importance ratios w, truncated or masked.
 
     Scaled(Clip(), TruncatedRatio()) + 0.04 * Loss(K3())            # TRL, NeMo RL, slime: the penalty is not weighted
     Scaled(PolicyGradient(), IcePop())                              # ms-swift: it is
 
-``of="logp"`` takes the ratio of the policy that is trained (verl's bypass mode), without a gradient.
+``of="logp"`` uses the ratio of the trained policy (verl's bypass mode), without a gradient.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Distillation from a teacher's log-probabilities of the sampled tokens, field ``teacher_logp``.
 
-Estimates of the divergence itself are penalties: ``K3("teacher_logp")``, ``LowVarianceKL("teacher_logp")``. As a
-policy gradient it is ``WithAdvantage(Clip(), TeacherAdvantage())``.
+Estimates of the divergence are penalties: ``K3("teacher_logp")``, ``LowVarianceKL("teacher_logp")``. Distillation as a
+policy gradient is ``WithAdvantage(Clip(), TeacherAdvantage())``.
 """
 
 from __future__ import annotations

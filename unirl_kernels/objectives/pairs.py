@@ -1,4 +1,4 @@
-"""Losses of pairs beside DPO's family: without a reference, with rewards, with a likelihood."""
+"""Losses of pairs outside of DPO's family: without a reference, with rewards, with a likelihood."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Policy gradients of tokens: surrogates of the return through the ratio r = pi / pi_old.
 
-The log-ratio is bounded (``ratios.BOUND``), so that an advantage of 0 gives 0 whatever the policies are.
+The log-ratio is bounded (``ratios.BOUND``), so that an advantage of 0 gives 0 for any two policies.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class DualClip(Objective):
 
 @dataclass(frozen=True)
 class TwoSidedClip(Objective):
-    """-min(min(r, delta) A, clip(r, 1 - low, 1 + high) A), which bounds the ratio where A < 0, too.
+    """-min(min(r, delta) A, clip(r, 1 - low, 1 + high) A), which also bounds the ratio where A < 0.
 
     Source: Prime Intellect 2025 (INTELLECT-2, arXiv:2505.07291); TRL ``delta``.
 

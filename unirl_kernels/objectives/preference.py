@@ -1,7 +1,8 @@
-"""Preferences: losses of pairs of sequences, of the score R of the chosen and the rejected one.
+"""Preferences: losses of pairs of sequences, as functions of the scores R+ and R- of the chosen and the rejected one.
 
-R is the log-ratio to the reference policy unless ``score`` says otherwise (see ``scores``). Sums make the others:
-``Loss(DPO(), PairMean()) + Loss(ChosenNLL(), PairMean())`` is iterative reasoning preference optimisation.
+By default R is the log-ratio to the reference policy; ``score`` selects another one (see ``scores``). Other published
+losses are sums: ``Loss(DPO(), PairMean()) + Loss(ChosenNLL(), PairMean())`` is iterative reasoning preference
+optimisation.
 """
 
 from __future__ import annotations

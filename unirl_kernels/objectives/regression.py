@@ -1,4 +1,4 @@
-"""Regression of the log-ratio of sequences on rewards: what the best policy's would be."""
+"""Regression: the log-ratio of a sequence is fitted to the value that it has for the optimal policy, from rewards."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What a preference loss compares: one score for each sequence, for the ``score`` of a loss of pairs.
+"""Scores, one per sequence, which preference losses compare: the argument ``score`` of a loss of pairs.
 
-All but the last three are functions of R, the sequence's log-ratio to the reference policy.
+All except the last three are functions of R, the sequence's log-ratio to the reference policy.
 """
 
 from __future__ import annotations

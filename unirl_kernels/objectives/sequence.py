@@ -1,6 +1,6 @@
 """Objectives of whole sequences: ratios of sequences, and what depends on a token's place in one.
 
-What is one number for a sequence stands at each of its tokens: ``SequenceMean()`` is then the mean over sequences,
+Each token of a sequence gets the value of the sequence: ``SequenceMean()`` is then the mean over sequences,
 ``FixedLength(1)`` weighs each by its length.
 """
 

@@ -1,4 +1,4 @@
-"""Surrogates of the return in place of PPO's clip: gates, quadratic penalties, bounds of their own."""
+"""Surrogates of the return that replace PPO's clip: gates, quadratic penalties, other bounds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Masks of trust regions: which tokens may still move pi. 1 or 0, for ``Scaled``."""
+"""Masks of trust regions, for ``Scaled``: 1 for tokens that may still change pi, else 0."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ class VocabShard:
 
         Args:
             weight: [V, D], the parameter as ``fully_shard`` keeps it: a DTensor of placement ``Shard(0)`` on a mesh of
-                one dimension. The head needs a ``fully_shard`` of its own; else FSDP2 gathers it with the others.
+                one dimension. The head needs its own ``fully_shard``; otherwise FSDP2 gathers it with the others.
             model: the whole model, which must hold the weight once: FSDP2 gathers a weight that is tied to an
                 embedding, and reduces a second gradient for it.
 

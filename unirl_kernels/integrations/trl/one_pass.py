@@ -35,13 +35,13 @@ class OnePassTrainer(ABC):
 
     KIND: ClassVar[str]
     REPLACED: ClassVar[str] = "_compute_loss"
-    """The trainer's method whose place ``compute_loss`` takes."""
+    """The trainer's method that ``compute_loss`` replaces."""
 
     METHODS: ClassVar[tuple[str, ...]]
-    """What the trainer's class must not have of its own."""
+    """Methods that the trainer's class must not override."""
 
     OPTIONS: ClassVar[Mapping[str, str]] = {}
-    """Attributes that the trainer's own loss reads, and the options that they are made of."""
+    """Attributes that the trainer's own loss reads, with the options from which they are set."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
@@ -49,15 +49,15 @@ class OnePassTrainer(ABC):
         self._loss = loss_of(self._config())
 
     def _config(self) -> Any:
-        """The configuration that the loss is made of."""
+        """The configuration of the loss."""
         return self._trainer.args
 
     @abstractmethod
     def compute_loss(self, model: Any, inputs: Mapping[str, Any]) -> Any:
-        """What takes the place of the trainer's own."""
+        """Replaces the trainer's own method."""
 
     def _own(self, work: OnePass, model: Any, inputs: Mapping[str, Any], **options: Any) -> Any:
-        """What the trainer's own function returns, while the head makes the loss of ``work``."""
+        """Call the trainer's own method, while the head computes the loss of ``work``."""
         with work.awaited():
             return getattr(type(self._trainer), self.REPLACED)(self._trainer, model, inputs, **options)
 
