@@ -7,11 +7,11 @@
 
 namespace unirl::cpu::UNIRL_ISA {
 
-// A 32nd of an octave of e^x.
+// e^(POWER_STEP) = 2^(1/32).
 constexpr double POWER_STEP = 0.6931471805599453 / 32;
 
-// Whether the step of e^(kappa d) is a float, but for so little that e^-20 is off by 7e-8: log(2) is 11629080 2^-24 but
-// for 2.7e-9, so that this holds for kappa = 1 and for temperatures in tenths.
+// True if POWER_STEP / kappa rounds to a float with a relative error below 2^-28. The rounding then changes e^-20 by
+// 7e-8 at most. This holds for kappa = 1 and for temperatures in tenths, because log(2) = 11629080 2^-24 up to 2.7e-9.
 inline bool step_is_exact(double kappa) {
   const double step = POWER_STEP / kappa;
   return kappa > 0x1p-60 && kappa < 0x1p60 && fabs((float)step - step) < 0x1p-28 * step;
@@ -32,7 +32,7 @@ struct PowerBits {
   uint32_t of[32];
 };
 
-// The bits of 2^(j / 32) less j 2^18: with n 2^18 added, those of 2^(n / 32) for any n = 32 k + j.
+// The bits of 2^(j / 32) minus j 2^18. Adding n 2^18, for n = 32 k + j, gives the bits of 2^(n / 32).
 constexpr PowerBits power_bits() {
   PowerBits bits{};
   for (uint32_t j = 0; j < 32; ++j) bits.of[j] = __builtin_bit_cast(uint32_t, POWERS[j]) - (j << 18);
@@ -41,20 +41,21 @@ constexpr PowerBits power_bits() {
 
 alignas(64) constexpr PowerBits POWER_BITS = power_bits();
 
-// e^(kappa d) for d <= 0 as 2^(n / 32) 2^(r / 32), n whole, from a table that two vectors hold: half of the
-// multiplications of a polynomial on [-1/2, 1/2]. DEGREE names the polynomial of the other instruction sets, and none
-// of those errs less. BY_STEP, for where step_is_exact, takes r from d and n steps: a multiplication less.
+// Computes e^(kappa d) for d <= 0 as 2^(n / 32) 2^(r / 32), with n an integer. The 32 powers are a table in two
+// registers. It takes half the multiplications of a polynomial on [-1/2, 1/2]. DEGREE selects the accuracy: the error
+// is not larger than that of the polynomial of this degree below. BY_STEP needs step_is_exact and saves a
+// multiplication: r = d - n step.
 template <int DEGREE, bool BY_STEP = false>
 struct Exponential {
-  // Of e^y on |y| <= log(2) / 64: 1 + y (FIRST + SECOND y) errs by 5.3e-8, relative, and 1 + MEAN + FIRST y, which errs
-  // by 0 on average, by 3.9e-5.
+  // Approximations of e^y on |y| <= log(2) / 64. 1 + y (FIRST + SECOND y) has a relative error of at most 5.3e-8.
+  // SHORT: 1 + MEAN + FIRST y has at most 3.9e-5, and 0 on average.
   static constexpr bool SHORT = DEGREE == 3;
   static constexpr double FIRST = SHORT ? 0.99998042 : 1.00001466, SECOND = 0.49999998, MEAN = 1.958e-5;
 
-  float rate, low;  // steps to a unit of d, in two floats
+  float rate, low;  // steps per unit of d, as the sum of two floats
   float step;
   float first, second;
-  float floor;  // the d of 2^-127, where the result is 0
+  float floor;  // the d at which the result is 2^-127 and counts as 0
   F32 powers[2];
 
   explicit UNIRL_ALWAYS_INLINE Exponential(double kappa) {
@@ -68,10 +69,11 @@ struct Exponential {
     for (int k = 0; k < 2; ++k) powers[k] = load<F32>(POWER_BITS.of + k * LANES);
   }
 
-  // scale e^(kappa d); from DEGREE 4 on exactly scale at d = 0. No d is less than floor, or it is NaN, which stays.
+  // result = scale e^(kappa d). With DEGREE 4 and 5 it is exactly scale at d = 0. d is at least floor, or NaN, which
+  // stays.
   template <int N>
   UNIRL_ALWAYS_INLINE void evaluate(const F32 (&d)[N], float scale, F32 (&result)[N]) const {
-    const float magic = 12582912.0f;  // 1.5 * 2^23: the sum's last bits are n
+    const float magic = 12582912.0f;  // 1.5 * 2^23: the low bits of the sum are n
     F32 sum[N], r[N], power[N], p[N];
     for (int k = 0; k < N; ++k) sum[k] = d[k] * rate + magic;
     for (int k = 0; k < N; ++k) {
@@ -85,7 +87,7 @@ struct Exponential {
       const __m512 of_j = _mm512_permutex2var_ps((__m512)powers[0], (__m512i)sum[k], (__m512)powers[1]);
       power[k] = (F32)((U32)of_j + ((U32)sum[k] << 18));
     }
-    // In fp32 the power is added last, so that only one rounding counts. For 16 bits the polynomial takes scale.
+    // DEGREE 5 adds the power last, so that only one rounding matters. The others put scale into the polynomial.
     if (DEGREE == 5) {
       for (int k = 0; k < N; ++k) p[k] = r[k] * second + first;
       for (int k = 0; k < N; ++k) result[k] = ((power[k] * r[k]) * p[k] + power[k]) * scale;
@@ -101,9 +103,9 @@ struct Exponential {
 
 constexpr bool HAS_POWERS = false;
 
-// 2^f on [-1/2, 1/2]: polynomials of least relative error, lowest power first. Those of degree 4 and 5 have the value 1
-// at 0. That of degree 3 errs by 0 on average and by 2e-5 at 0: with the value 1 it would err by 1.0e-4 at most, and
-// make gradients too large by 4.4e-5.
+// Minimax polynomials of 2^f on [-1/2, 1/2], lowest power first; the comment is the largest relative error. Degrees 4
+// and 5 are exactly 1 at f = 0. Degree 3 has an error of 0 on average and of 2e-5 at 0. A polynomial of degree 3 that
+// is 1 at 0 would have at most 1.0e-4, but would make gradients too large by 4.4e-5.
 template <int DEGREE>
 constexpr float EXP2[DEGREE + 1] = {};
 template <>
@@ -121,19 +123,19 @@ constexpr float EXP2<5>[] = {  // 9.2e-8
     0.009671512991189957f,
     0.001326472731307149f};
 
-// e^(kappa d) for d <= 0 as 2^t, t = kappa log2(e) d, with log2(e) kappa in two floats. DEGREE 5 errs by at most
-// 1.9e-7, relative; lower ones are for results that are rounded to 16 bits.
+// Computes e^(kappa d) for d <= 0 as 2^t, t = kappa log2(e) d, with kappa log2(e) as the sum of two floats. DEGREE 5
+// has a relative error of at most 1.9e-7. Lower degrees are for results that are rounded to 16 bits.
 template <int DEGREE, bool = false>
 struct Exponential {
   float high, low;
-  float floor;  // the d of t = -127, where the result is 0
+  float floor;  // the d at which t = -127 and the result is 0
 
   explicit UNIRL_ALWAYS_INLINE Exponential(double kappa) {
     const double rate = kappa * 1.4426950408889634;
 #ifdef UNIRL_HAS_FMA
     high = (float)rate;
 #else
-    // Without FMA the reduction is exact where the product of 12 bits by 12 bits is.
+    // Without FMA, high has 12 bits: its product with 12 bits of d is exact.
     const float nearest = (float)rate;
     uint32_t bits;
     memcpy(&bits, &nearest, sizeof bits);
@@ -144,10 +146,10 @@ struct Exponential {
     floor = (float)(-127 / rate);
   }
 
-  // scale e^(kappa d); from DEGREE 4 on exactly scale at d = 0. No d is less than floor, or it is NaN, which stays.
+  // As above.
   template <int N>
   UNIRL_ALWAYS_INLINE void evaluate(const F32 (&d)[N], float scale, F32 (&result)[N]) const {
-    // 1.5 * 2^23 + 127: the sum's last bits are the rounded exponent, biased; -127 gives the factor 0.
+    // 1.5 * 2^23 + 127: the low bits of the sum are the rounded exponent plus 127. An exponent of -127 makes them 0.
     const float magic = 12583039.0f;
     F32 biased[N], f[N], p[N];
 #ifdef UNIRL_HAS_FMA
@@ -174,8 +176,9 @@ struct Exponential {
 
 #endif
 
-// v as it is rounded. v is a product, and what adds to a product may be contracted with either of its products: a tanh
-// would then be another one in another function, and the target's logit not the row's largest, which it is.
+// Returns v, rounded. Without this the compiler may contract the product v into a following addition, differently in
+// each function. The tanh of one logit would then have two values, and a target could differ from the row's maximum
+// although it is that maximum.
 UNIRL_ALWAYS_INLINE F32 uncontracted(F32 v) {
 #if defined(__x86_64__)
   __asm__("" : "+x"(v));
@@ -187,7 +190,7 @@ UNIRL_ALWAYS_INLINE F32 uncontracted(F32 v) {
   return v;
 }
 
-// tanh(v), and 1 - tanh(v)^2 without the cancellation: both from w = e^(-2|v|).
+// tanh(v), and 1 - tanh(v)^2 without cancellation, both from w = e^(-2|v|).
 struct Tanh {
   F32 value, slope;
 };
@@ -202,7 +205,7 @@ UNIRL_ALWAYS_INLINE Tanh hyperbolic_tangent(F32 product) {
   const F32 w = e[0];
   const F32 inverse = 1.0f / (1.0f + w);
   const F32 large = (F32)((U32)((1.0f - w) * inverse) | ((U32)v & 0x80000000u));
-  // v + v^3 P(v^2) on [-0.625, 0.625], fitted to the least relative error (4.4e-9): there 1 - w would cancel.
+  // v + v^3 P(v^2) on [-0.625, 0.625], where 1 - w would cancel. Fitted to a relative error of 4.4e-9.
   const F32 v2 = v * v;
   F32 p = v2 * -0.005704985931515694f + 0.02063908614218235f;
   p = p * v2 - 0.05373971536755562f;

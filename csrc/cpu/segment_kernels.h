@@ -1,4 +1,4 @@
-// The two sweeps over a segment, compiled once per instruction set. See simd.h on the namespace.
+// The two sweeps over a segment: sums and gradient. Compiled once per instruction set; simd.h explains the namespace.
 #pragma once
 
 #include <type_traits>
@@ -8,8 +8,8 @@
 
 namespace unirl::cpu::UNIRL_ISA {
 
-// u and du/dv of a row's logits, from v = gain x (see row_math.h). Without a softcap gain is 1 or -1.
-// signed_x: x, or -x under a negative scale; z increases with it.
+// u and du/dv of a row's logits, from v = gain x (see row_math.h). Without a softcap, gain is 1 or -1.
+// signed_x: x, or -x if the scale is negative; z increases with it.
 struct Plain {
   static constexpr bool BOUNDED = false, NEGATES = false;
   explicit Plain(double) {}
@@ -35,12 +35,12 @@ struct Capped {
   static UNIRL_ALWAYS_INLINE Tanh map(F32 v) { return hyperbolic_tangent(v); }
 };
 
-// A segment in steps of STEP logits, the last of them filled up with the logit that u maps to -inf or -1.
+// A segment in steps of STEP logits. The last step is padded with the logit that u maps to -inf or -1.
 template <class Format>
 struct Steps {
   typedef typename Format::Storage Storage;
   const Storage* x;
-  int64_t whole;  // logits in steps that need no filling
+  int64_t whole;  // logits in steps without padding
   int64_t rest;
   Storage tail[STEP];
 
@@ -54,8 +54,8 @@ struct Steps {
   UNIRL_ALWAYS_INLINE int64_t end() const { return whole + rest; }
   UNIRL_ALWAYS_INLINE Block load(int64_t i) const { return Format::load(i < whole ? x + i : tail); }
 
-  // 0 for the logits of the last step, -inf for its filling.
-  Block filling() const {
+  // 0 for the logits of the last step, -inf for its padding.
+  Block padding() const {
     Storage values[STEP];
     for (int i = 0; i < STEP; ++i) values[i] = i < rest ? Storage(0) : Format::INFINITY_BITS[1];
     return Format::load(values);
@@ -65,33 +65,33 @@ struct Steps {
 constexpr auto larger = [](auto a, auto b) { return a > b ? a : b; };
 constexpr auto smaller = [](auto a, auto b) { return a < b ? a : b; };
 
-// Logits that are summed before their sum joins the segment's. A lane that adds hundreds of like numbers rounds them
-// all alike: without runs a segment of equal logits would be off by 6e-6 in the baseline.
+// The sum of a segment is a sum of the sums of RUN logits. A lane that adds hundreds of equal numbers rounds them all
+// the same way: without runs, a segment of equal logits would have an error of 6e-6 in the baseline.
 constexpr int64_t RUN = 32 * STEP;
 
 UNIRL_ALWAYS_INLINE void add(Block& sum, const Block& more) {
   for (int k = 0; k < VECTORS; ++k) sum.of[k] += more.of[k];
 }
 
-// Add a step's u, those of the filling left out.
+// Add a step's u, without the padding.
 template <class Format>
 UNIRL_ALWAYS_INLINE void add_given(Block& sum, Block u, const Steps<Format>& x, int64_t i) {
   if (i >= x.whole) {
-    const Block filling = x.filling();
-    for (int k = 0; k < VECTORS; ++k) u.of[k] = filling.of[k] == 0 ? u.of[k] : F32{};
+    const Block padding = x.padding();
+    for (int k = 0; k < VECTORS; ++k) u.of[k] = padding.of[k] == 0 ? u.of[k] : F32{};
   }
   add(sum, u);
 }
 
-// What the first way over a segment finds.
+// Result of the first sweep over a segment.
 struct Overview {
   float top;     // the largest of +-x (see Map::signed_x)
-  float bottom;  // what none of the whole steps is below
-  Block su;      // where it is wanted
+  float bottom;  // a lower bound of the logits in whole steps
+  Block su;      // the sum of u, if asked for
 };
 
-// For logits of 16 bits, which are twice as many to a vector as when they are widened. Read as whole numbers, those
-// with a sign lie above those without. A NaN is found as an end, or by the sums.
+// The overview of 16-bit logits, compared as integers: a vector holds twice as many as in fp32. As unsigned integers,
+// negative floats are larger than positive ones. A NaN becomes top or bottom, or the sums find it.
 template <class Map, class Format>
 Overview packed_overview(const Steps<Format>& x) {
   constexpr int N = 2 * LANES, VECTORS_OF_STEP = STEP / N;
@@ -111,7 +111,7 @@ Overview packed_overview(const Steps<Format>& x) {
   for (int k = 1; k < VECTORS_OF_STEP; ++k) high[0] = larger(high[0], high[k]), low[0] = larger(low[0], low[k]);
   uint16_t top = reduced<int16_t, UNIRL_SIMD_BYTES>(high[0], larger);
   const uint16_t lowest = reduced<uint16_t, UNIRL_SIMD_BYTES>(low[0], larger);
-  if (top & 0x8000) {  // all have a sign: the largest is nearest to 0
+  if (top & 0x8000) {  // all are negative: the largest is the nearest to 0
     U16 nearest = ~U16{};
     for (int64_t i = 0; i < x.end(); i += STEP) {
       for (int k = 0; k < VECTORS_OF_STEP; ++k) nearest = smaller(nearest, block(i < x.whole ? x.x + i : x.tail, k));
@@ -141,12 +141,12 @@ UNIRL_ALWAYS_INLINE Overview overview(const Steps<Format>& x, const Map& map) {
   return {reduced<float, UNIRL_SIMD_BYTES>(tops.of[0], larger), -__builtin_inff(), su};
 }
 
-// Logits whose exponentials lie in their order: they may take the place of fp32 logits.
+// Formats whose exponentials are kept in the order of the logits, and may replace them in memory.
 template <class Format>
 constexpr bool IN_PLACE = std::is_same_v<Format, Float32>;
 
-// Where the exponentials of a segment go, if anywhere. Those of the last step beside their place, where there is no
-// room for its filling.
+// Where the exponentials of a segment are kept. In place, those of the last step go through tail: memory has no room
+// for its padding.
 template <class Format>
 struct Kept {
   float* e;
@@ -164,26 +164,26 @@ struct Kept {
 template <class Sums, class Exp, class Map, bool KEEPS, class Format>
 Sums sums(const Steps<Format>& x, const Readout<double>& readout, Kept<Format>* kept) {
   constexpr bool OBSERVES = std::is_same_v<Sums, Observed<double>>;
-  // u is +-x or costs a tanh. What costs nothing is summed first, where vectors are free to hold its sum.
+  // Without a softcap, u = +-x and is summed in the first sweep, where registers are free. With one, u costs a tanh.
   constexpr bool SU_FIRST = OBSERVES && !Map::BOUNDED, SU_HERE = OBSERVES && Map::BOUNDED;
   constexpr bool PACKED = sizeof(typename Format::Storage) == 2 && !OBSERVES && !Map::BOUNDED;
   const Map map(readout.gain);
   const Exp exponential(readout.kappa);
   const Overview first = overview<PACKED, SU_FIRST>(x, map);
   const float m = Map::map(map.v(map.signed_x(splat(first.top)))).value[0];
-  // A segment of -inf alone has no finite maximum; its sum is then an exact zero.
+  // If all logits are -inf, there is no finite maximum and the sum is exactly 0.
   const float reference = m == -__builtin_inff() ? 0.0f : m;
   Block s{}, sz{}, s2{}, su = first.su;
   const auto add_run = [&](int64_t run, int64_t end, auto clamps) {
     Block run_s{}, run_sz{}, run_s2{}, run_su{};
     for (int64_t i = run; i < end; i += STEP) {
-      // The next segment arrives while this one is summed.
+      // Prefetch the next segment.
       for (size_t at = 0; at < STEP * sizeof *x.x; at += 64) __builtin_prefetch((const char*)(x.x + i + SEGMENT) + at);
       Block u = x.load(i), d, e;
       for (F32& v : u.of) v = Map::map(map.v(v)).value;
       if (SU_HERE) add_given(run_su, u, x, i);
       for (int k = 0; k < VECTORS; ++k) d.of[k] = u.of[k] - reference;
-      if (Map::BOUNDED && i >= x.whole) add(d, x.filling());
+      if (Map::BOUNDED && i >= x.whole) add(d, x.padding());
       if constexpr (clamps) {
         for (F32& of : d.of) of = maximum(splat(exponential.floor), of);
       }
@@ -200,7 +200,7 @@ Sums sums(const Steps<Format>& x, const Readout<double>& readout, Kept<Format>* 
     if (OBSERVES) add(s2, run_s2);
     if (SU_HERE) add(su, run_su);
   };
-  // Where no logit is far below the largest, whole steps do without a clamp.
+  // If no logit is far below the maximum, whole steps need no clamp.
   int64_t run = 0;
   if constexpr (PACKED) {
     const int64_t near = readout.kappa * (double(first.bottom) - first.top) > -87 ? x.whole : 0;
@@ -220,7 +220,7 @@ Sums sums(const Steps<Format>& x, const Readout<double>& readout, Kept<Format>* 
   }
 }
 
-// With the exponential that is the fastest for kappa. In fp32, where memory binds, with the most exact one.
+// Uses the fastest exponential for kappa; in fp32, where memory is the limit, the most accurate one.
 template <class Sums, class Map, bool KEEPS, class Format>
 Sums sums(const Steps<Format>& x, const Readout<double>& readout, Kept<Format>* kept) {
   if constexpr (HAS_POWERS && !Map::BOUNDED && !std::is_same_v<Format, Float32>) {
@@ -253,7 +253,7 @@ void gradient(
       d.of[k] = maximum(splat(exponential.floor), mapped.value - reference);
       slope.of[k] = mapped.slope;
     }
-    // Without a linear term the constant goes into the polynomial, where it costs nothing.
+    // Without a linear term, the constant goes into the polynomial at no cost.
     Block result;
     exponential.evaluate(d.of, WITH_LINEAR ? 1.0f : constant, result.of);
     for (int k = 0; k < VECTORS; ++k) {
@@ -312,7 +312,7 @@ int64_t find(const void* from, int64_t n, double top, const Readout<double>& rea
     for (int lane = 0; lane < LANES; ++lane) columns[k][lane] = Format::column(k, lane);
     first[k] = U32{} + (uint32_t)n;
   }
-  // Without a branch: a step that holds it would have to be searched lane by lane.
+  // Without a branch: the lanes of a step would have to be searched one by one.
   for (int64_t i = 0; i < x.end(); i += STEP) {
     const Block block = x.load(i);
     for (int k = 0; k < VECTORS; ++k) {
