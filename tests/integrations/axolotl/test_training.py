@@ -1,11 +1,11 @@
-"""axolotl trains alike on its own losses and with the plugin that a configuration names: SFT and DPO."""
+"""axolotl trains alike on its own losses and with the plugin: SFT, DPO and GRPO, full and LoRA."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -31,12 +31,23 @@ from unirl_kernels.integrations import axolotl as ours
 from unirl_kernels.testing import oracle
 
 PLUGIN = "unirl_kernels.integrations.axolotl.FusedLossPlugin"
+LORA = {
+    "adapter": "lora",
+    "lora_r": 4,
+    "lora_alpha": 8,
+    "lora_dropout": 0.0,
+    "lora_target_linear": True,
+    "lora_mlp_kernel": False,
+    "lora_qkv_kernel": False,
+    "lora_o_kernel": False,  # Triton's, on a GPU
+}
+LOGGED = {"sft": [], "dpo": ["rewards/margins", "logps/chosen"], "grpo": ["kl", "entropy", "rewards/vowels/std"]}
 MEMORY = ("allocated (GiB)", "active (GiB)", "reserved (GiB)", "per_sec_per_gpu")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model, and data for SFT and DPO."""
+    """A tiny model, and data for SFT, DPO and GRPO."""
     folder = tmp_path_factory.mktemp("axolotl")
     save("llama", folder / "model")
     pairs = [(" ".join(words[:3]), " ".join(words[3:]) or "and") for words in map(str.split, SENTENCES)]
@@ -46,7 +57,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"prompt": prompt, "chosen": end, "rejected": other}
         for (prompt, end), other in zip(pairs, ends[1:] + ends[:1], strict=True)
     ]
-    for name, rows in {"sft": sft, "dpo": dpo}.items():
+    grpo = [{"prompt": prompt} for prompt, _ in pairs]
+    for name, rows in {"sft": sft, "dpo": dpo, "grpo": grpo}.items():
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
 
@@ -82,13 +94,23 @@ def configuration(folder: Path, stage: str, **options: Any) -> Path:
     }
     if stage == "dpo":
         given |= {"rl": "dpo"}
+    if stage == "grpo":
+        group = {"num_generations": 4, "max_completion_length": 8}
+        trl = {**group, "reward_funcs": ["rewards.vowels"], "beta": 0.1, "temperature": 0.9}
+        given |= {"rl": "grpo", "trl": trl, "datasets": [{**data, "type": "rewards.prompts"}]}
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump(given | options))
     return file
 
 
-def train(file: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
-    """What a short run of ``axolotl train FILE`` logs."""
+class Trained(NamedTuple):
+    """What a short run of ``axolotl train FILE`` logs, and the parameters that it trained."""
+
+    log: list[dict[str, float]]
+    parameters: Tensor
+
+
+def train(file: Path, monkeypatch: pytest.MonkeyPatch) -> Trained:
     trainers = []
 
     def seen(**given: Any) -> Any:
@@ -96,10 +118,13 @@ def train(file: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]
         trainers.append(found[2])
         return found
 
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))  # axolotl looks for modules by one name
     monkeypatch.setattr(cli, "train", seen, raising=False)
     monkeypatch.setattr(PluginManager.get_instance(), "plugins", {})  # of the run before
+    torch.manual_seed(0)  # axolotl draws LoRA's A before it sets its own seed
     cli.do_train(load_cfg(str(file)), TrainerCliArgs())
-    return trainers[0].state.log_history  # type: ignore[no-any-return]
+    trained = [x.detach().flatten() for x in trainers[0].model.parameters() if x.requires_grad]
+    return Trained(trainers[0].state.log_history, torch.cat(trained).double())
 
 
 class Exact:
@@ -122,10 +147,20 @@ def exact_loss(logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_bat
     return -torch.where(target != -100, logp, 0).sum() / count
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_trains_as_with_its_own_losses(stage: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = train(configuration(folder, stage), monkeypatch)
-    file = configuration(folder, stage, plugins=[PLUGIN])
+def wrong(got: Trained, own: Trained, true: Trained) -> list[str]:
+    """In what a run is further from the one in fp64 than allowed."""
+    found = differences(got.log, own.log, true.log, MEMORY)
+    off, allowed = ((run.parameters - true.parameters).norm().item() for run in (got, own))
+    allowed = 2 * allowed + 2e-7 * true.parameters.norm().item()
+    return found + ([f"parameters by {off}, allowed {allowed:.3g}"] if not off <= allowed else [])
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("stage", ["sft", "dpo", "grpo"])
+def test_trains_as_with_its_own_losses(stage: str, lora: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = LORA if lora else {}
+    own = train(configuration(folder, stage, **options), monkeypatch)
+    file = configuration(folder, stage, plugins=[PLUGIN], **options)
     with monkeypatch.context() as in_fp64:
         in_fp64.setattr(ours, "causal_lm_loss", exact_loss)
         in_fp64.setattr(ours, "LogitFunctions", Exact)
@@ -135,14 +170,15 @@ def test_trains_as_with_its_own_losses(stage: str, folder: Path, monkeypatch: py
         scaled(noted, 1.0, calls)
         got = train(file, noted)
     assert set(calls) >= {"loss" if stage == "sft" else "logp"}
-    assert differences(got, own, true, MEMORY) == []
-    for key in ("loss", "grad_norm", *(["rewards/margins", "logps/chosen"] if stage == "dpo" else [])):
-        assert any(log.get(key, 0.0) != 0 for log in own), key
+    assert wrong(got, own, true) == []
+    for key in ("loss", "grad_norm", *LOGGED[stage]):
+        assert any(log.get(key, 0.0) != 0 for log in own.log), key
 
-    with monkeypatch.context() as wrong:
-        scaled(wrong, 1.0001, [])
-        found = differences(train(file, wrong), own, true, MEMORY)
+    with monkeypatch.context() as faulty:
+        scaled(faulty, 1.0001, [])
+        found = wrong(train(file, faulty), own, true)
     assert any(line.startswith("grad_norm of step 1") for line in found), found
+    assert any(line.startswith("parameters") for line in found), found
 
 
 def scaled(monkeypatch: pytest.MonkeyPatch, factor: float, calls: list[str]) -> None:
