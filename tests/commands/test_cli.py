@@ -125,7 +125,7 @@ def test_doctor_speaks_json_and_of_trainers(
     found = json.loads(capsys.readouterr().out)
     assert {"package": "torch", "version": "9.9"} in found["Versions"]
     tried = {row["package"]: row["tried"] for row in found["Trainers"]}
-    others = dict.fromkeys(("openrlhf", "llamafactory", "ms-swift", "axolotl"), "-")
+    others = dict.fromkeys(("openrlhf", "llamafactory", "ms-swift", "unsloth", "axolotl"), "-")
     assert tried == {"trl": "no", "verl": "yes", **others}
 
 

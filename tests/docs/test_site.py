@@ -37,7 +37,7 @@ OF_KERNELS = "hub.md"
 """Its example needs a library and a build: tests/install/test_kernel.py runs it."""
 OF_RANKS = "ranks.md"
 """Its examples need a group: test_ranks.py runs them."""
-OF_TRAINERS = [f"trainers/{name}.md" for name in ("openrlhf", "llamafactory", "swift", "prime_rl")]
+OF_TRAINERS = [f"trainers/{name}.md" for name in ("openrlhf", "llamafactory", "swift", "unsloth", "prime_rl")]
 """Pages whose examples need a trainer that has an environment of its own (``make test-trainers``)."""
 
 

@@ -1,8 +1,12 @@
-"""What a trainer logs in a run, against two other runs of it."""
+"""What a trainer logs and trains in a run, against two other runs of it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 RELATIVE = 1e-5
 """What a logged value may be off by, relative to itself; and twice what its own rounding does, against fp64 heads."""
@@ -33,3 +37,24 @@ def differences(
             if not key.endswith((*CLOCKS, *others)) and not abs(a[key] - c[key]) <= allowed:
                 found.append(f"{key} of step {step}: {a[key]} for {b[key]} and {c[key]}, allowed {allowed:.3g}")
     return found
+
+
+class Trained(NamedTuple):
+    """What a run logged, and the parameters that it trained."""
+
+    log: list[dict[str, float]]
+    parameters: Tensor
+
+    @classmethod
+    def of(cls, trainer: Any) -> Trained:
+        """What transformers' trainer has after ``train()``."""
+        trained = [x.detach().flatten() for x in trainer.model.parameters() if x.requires_grad]
+        return cls(trainer.state.log_history, torch.cat(trained).double())
+
+
+def wrong(got: Trained, own: Trained, true: Trained, others: Sequence[str] = ()) -> list[str]:
+    """``differences``, and the parameters if they are further from those in fp64 than allowed."""
+    off, allowed = ((run.parameters - true.parameters).norm().item() for run in (got, own))
+    allowed = 2 * allowed + 2e-7 * true.parameters.norm().item()
+    found = differences(got.log, own.log, true.log, others)
+    return found + ([f"parameters by {off:.3g}, allowed {allowed:.3g}"] if not off <= allowed else [])

@@ -37,6 +37,13 @@ def test_modules_and_their_dictionaries(modules: dict[str, Any]) -> None:
     assert all(module.score is old and {"score": old, "other": len} == module.TABLE for module in modules.values())
 
 
+def test_a_star_stands_for_anything(modules: dict[str, Any]) -> None:
+    with Patch([Replacement(old, new, "my_*s")]):
+        held = {name: module.score() for name, module in modules.items()}
+    assert held == dict.fromkeys(modules, "old") | {"my_trainers": "new", "my_trainer.losses": "new"}
+    assert all(module.score is old for module in modules.values())
+
+
 def test_nothing_is_replaced_where_one_object_is_missing(modules: dict[str, Any]) -> None:
     with pytest.raises(RuntimeError, match="no module of 'my_trainer' holds"):
         Patch([Replacement(old, new, "my_trainer"), Replacement(object(), new, "my_trainer")])

@@ -18,7 +18,7 @@ import torch
 from unirl_kernels import backends
 from unirl_kernels._version import __version__
 from unirl_kernels.commands.machine import processor
-from unirl_kernels.integrations import llamafactory, openrlhf, swift, trl, verl
+from unirl_kernels.integrations import llamafactory, openrlhf, swift, trl, unsloth, verl
 from unirl_kernels.integrations.versions import AXOLOTL, is_between
 
 HELP = "what is available here, and why the rest is not"
@@ -92,6 +92,7 @@ TRAINERS = (
     ("openrlhf", openrlhf.TRIED, openrlhf.TRIED, "openrlhf.patch()"),
     ("llamafactory", llamafactory.TRIED, llamafactory.TRIED, "llamafactory.patch()"),
     ("ms-swift", swift.TRIED, swift.TRIED, "swift.patch()"),
+    ("unsloth", unsloth.TRIED, unsloth.TRIED, "unsloth.patch()"),
     ("axolotl", AXOLOTL, AXOLOTL, "axolotl.FusedLossPlugin, in a configuration's plugins"),
 )
 """Each trainer with the first and the last release that was tried, and its functions in ``integrations``."""

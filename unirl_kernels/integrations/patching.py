@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from types import ModuleType, TracebackType
 from typing import Any
 
@@ -17,7 +18,7 @@ class Replacement:
     Args:
         old: the library's object.
         new: the object that replaces it.
-        where: one or several names of modules, or of packages that contain them.
+        where: one or several names of modules, or of packages that contain them. ``*`` matches anything.
     """
 
     old: object
@@ -113,7 +114,7 @@ def _holders(replacement: Replacement) -> Iterator[tuple[dict[Any, Any], Any]]:
 def _loaded(where: str | tuple[str, ...]) -> Iterator[ModuleType]:
     packages = (where,) if isinstance(where, str) else where
     for name, module in list(sys.modules.items()):
-        inside = any(name == package or name.startswith(f"{package}.") for package in packages)
+        inside = any(fnmatchcase(name, package) or fnmatchcase(name, f"{package}.*") for package in packages)
         if inside and isinstance(module, ModuleType):
             yield module
 

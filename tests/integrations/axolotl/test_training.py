@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ from axolotl.train import train as train_model
 from axolotl.utils.dict import DictDefault
 from transformers.loss import loss_utils
 
-from tests.integrations.logged import differences
+from tests.integrations.logged import Trained, wrong
 from tests.integrations.trl.models import SENTENCES, save
 from unirl_kernels.integrations import axolotl as ours
 from unirl_kernels.testing import oracle
@@ -103,14 +103,8 @@ def configuration(folder: Path, stage: str, **options: Any) -> Path:
     return file
 
 
-class Trained(NamedTuple):
-    """What a short run of ``axolotl train FILE`` logs, and the parameters that it trained."""
-
-    log: list[dict[str, float]]
-    parameters: Tensor
-
-
 def train(file: Path, monkeypatch: pytest.MonkeyPatch) -> Trained:
+    """A short run of ``axolotl train FILE``."""
     trainers = []
 
     def seen(**given: Any) -> Any:
@@ -121,10 +115,9 @@ def train(file: Path, monkeypatch: pytest.MonkeyPatch) -> Trained:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))  # axolotl looks for modules by one name
     monkeypatch.setattr(cli, "train", seen, raising=False)
     monkeypatch.setattr(PluginManager.get_instance(), "plugins", {})  # of the run before
-    torch.manual_seed(0)  # axolotl draws LoRA's A before it sets its own seed
+    torch.manual_seed(0)  # LoRA's A is drawn before the trainer sets its seed
     cli.do_train(load_cfg(str(file)), TrainerCliArgs())
-    trained = [x.detach().flatten() for x in trainers[0].model.parameters() if x.requires_grad]
-    return Trained(trainers[0].state.log_history, torch.cat(trained).double())
+    return Trained.of(trainers[0])
 
 
 class Exact:
@@ -147,14 +140,6 @@ def exact_loss(logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_bat
     return -torch.where(target != -100, logp, 0).sum() / count
 
 
-def wrong(got: Trained, own: Trained, true: Trained) -> list[str]:
-    """In what a run is further from the one in fp64 than allowed."""
-    found = differences(got.log, own.log, true.log, MEMORY)
-    off, allowed = ((run.parameters - true.parameters).norm().item() for run in (got, own))
-    allowed = 2 * allowed + 2e-7 * true.parameters.norm().item()
-    return found + ([f"parameters by {off}, allowed {allowed:.3g}"] if not off <= allowed else [])
-
-
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("stage", ["sft", "dpo", "grpo"])
 def test_trains_as_with_its_own_losses(stage: str, lora: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,13 +155,13 @@ def test_trains_as_with_its_own_losses(stage: str, lora: bool, folder: Path, mon
         scaled(noted, 1.0, calls)
         got = train(file, noted)
     assert set(calls) >= {"loss" if stage == "sft" else "logp"}
-    assert wrong(got, own, true) == []
+    assert wrong(got, own, true, MEMORY) == []
     for key in ("loss", "grad_norm", *LOGGED[stage]):
         assert any(log.get(key, 0.0) != 0 for log in own.log), key
 
     with monkeypatch.context() as faulty:
         scaled(faulty, 1.0001, [])
-        found = wrong(train(file, faulty), own, true)
+        found = wrong(train(file, faulty), own, true, MEMORY)
     assert any(line.startswith("grad_norm of step 1") for line in found), found
     assert any(line.startswith("parameters") for line in found), found
 
