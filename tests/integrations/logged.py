@@ -11,7 +11,10 @@ from torch import Tensor
 RELATIVE = 1e-5
 """What a logged value may be off by, relative to itself; and twice what its own rounding does, against fp64 heads."""
 
-CLOCKS = ("runtime", "per_second", "flos", "train_loss")
+ABSOLUTE = 1e-11
+"""What any may be off by: a penalty on the distance of two equal policies is the square of a rounding."""
+
+CLOCKS = ("runtime", "step_time", "per_second", "flos", "train_loss")
 
 
 def differences(
@@ -33,7 +36,7 @@ def differences(
     for step, (a, b, c) in enumerate(zip(got, own, true, strict=True), 1):
         assert a.keys() == b.keys()
         for key in a:
-            allowed = RELATIVE * abs(c[key]) + 2 * abs(b[key] - c[key])
+            allowed = RELATIVE * abs(c[key]) + 2 * abs(b[key] - c[key]) + ABSOLUTE
             if not key.endswith((*CLOCKS, *others)) and not abs(a[key] - c[key]) <= allowed:
                 found.append(f"{key} of step {step}: {a[key]} for {b[key]} and {c[key]}, allowed {allowed:.3g}")
     return found

@@ -1,4 +1,4 @@
-"""Trainers that unsloth writes run on these kernels, whether they are written before or after the patch."""
+"""Trainers that unsloth writes run on these kernels, written before or after the patch; GRPO trains alike."""
 
 from __future__ import annotations
 
@@ -17,17 +17,28 @@ pytest.importorskip("unsloth", reason="unsloth is not installed: make test-train
 ROOT = Path(__file__).parents[3]
 
 
-def run(when: str, folder: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "tests.integrations.unsloth.written", when]
-    environment = os.environ | {"UNSLOTH_COMPILE_LOCATION": str(folder / when), "PYTHONPATH": str(ROOT)}
+def run(program: str, argument: str, folder: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", f"tests.integrations.unsloth.{program}", argument]
+    environment = os.environ | {"UNSLOTH_COMPILE_LOCATION": str(folder / "written"), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
+def test_grpo_trains_as_with_its_own_scores(tmp_path: Path) -> None:
+    found = run("written_grpo", "model", tmp_path)
+    assert found["trainer"] == "UnslothGRPOTrainer"
+    assert found["calls"] == ["entropy", "logp"]
+    assert found["wrong"] == []
+    for key in ("loss", "grad_norm", "kl", "rewards/vowels/std"):
+        assert any(log.get(key, 0.0) != 0 for log in found["log"]), key
+    for name in ("grad_norm of step 1", "parameters"):
+        assert any(line.startswith(name) for line in found["faulty"]), found["faulty"]
+
+
 def test_written_before_and_after_the_patch(tmp_path: Path) -> None:
-    own, *patched = (run(when, tmp_path) for when in ("never", "before", "after"))
+    own, *patched = (run("written", when, tmp_path) for when in ("never", "before", "after"))
     assert own["calls"] == 0
     for found in patched:
         assert found["calls"] == 2

@@ -16,8 +16,10 @@ from typing import Any
 
 os.environ["UNSLOTH_ALLOW_CPU"] = "1"
 
+import unsloth  # noqa: F401  before what it changes
+
+# isort: split
 import torch
-import unsloth  # noqa: F401  before torch's other users
 import unsloth_zoo.fused_losses.fused_linear as linear
 from torch import Tensor
 from unsloth.models import rl
