@@ -1,8 +1,8 @@
 """unsloth's log-probabilities, entropies and SFT's loss on this package's kernels.
 
-Tried is unsloth 2026.10. It writes its trainers' source text from TRL's and its own, when it is imported. That text
-takes what knows a vocabulary from ``unsloth_zoo`` by name, so that ``patch()`` reaches trainers that are written before
-and after it, and leaves their text as it is.
+Tried is unsloth 2026.10. When it is imported it generates its trainers from source text, TRL's and its own. That text
+imports the functions of a vocabulary from ``unsloth_zoo`` by name, so ``patch()`` covers trainers that are generated
+before it or after it, and does not change their text.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ TAKEN = {
 """Functions of ``unsloth_zoo`` that are replaced, and what each takes."""
 
 WHERE = ("unsloth", "unsloth_zoo", "Unsloth*Trainer")
-"""Modules that hold them; the last are those that unsloth writes."""
+"""Modules that hold them; the last name matches those that unsloth generates."""
 
 _switch = Switch()
 
@@ -63,11 +63,11 @@ _switch = Switch()
 def patch(plan: Plan = Plan()) -> Patch:
     """Let unsloth compute log-probabilities, entropies, SFT's loss and their gradients here, until ``unpatch()``.
 
-    Call it after ``import unsloth``, before or after a trainer is made. Patching again only changes the plan. In a
-    ``with`` statement the patch ends with the block. The patch holds on GPUs and in unsloth's training on a CPU.
+    Call it after ``import unsloth``, before or after a trainer is created. Patching again only changes the plan. In a
+    ``with`` statement the patch ends with the block. It covers training on GPUs and unsloth's training on a CPU.
 
     Args:
-        plan: how the machine computes them; ``max_chunk_bytes`` takes the place of unsloth's sizes of chunks.
+        plan: how the machine computes them; ``max_chunk_bytes`` replaces unsloth's chunk sizes.
 
     Returns:
         ``Patch``.
@@ -91,25 +91,25 @@ def patch(plan: Plan = Plan()) -> Patch:
 
 
 def unpatch() -> None:
-    """Give unsloth its own functions back. Without a patch it does nothing."""
+    """Restore unsloth's own functions. Without a patch it does nothing."""
     _switch.off()
 
 
 def _instead(theirs: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
-    """A function whose source text, for those who ask, stays unsloth's: it ends in files that outlive the patch."""
+    """``ours``, with the source text of ``theirs``: unsloth writes that text to files that outlive the patch."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return ours(*args, **kwargs)
 
-    # Without what torch.compile notes on its functions.
+    # Without the attributes by which torch.compile would find and inline the original.
     return functools.update_wrapper(call, theirs, updated=())
 
 
 class Functions:
-    """unsloth's functions under their names; ``rows_per_chunk`` and the like are the plan's business.
+    """unsloth's functions under their names. ``Plan.max_chunk_bytes`` replaces ``rows_per_chunk`` and the like.
 
     Args:
-        theirs: unsloth's own, for what these kernels do not do.
+        theirs: unsloth's own, for options that these kernels do not have.
         plan: how the machine computes them.
     """
 
@@ -134,7 +134,7 @@ class Functions:
         max_rows_per_chunk: int | None = None,
         **wanted: bool,
     ) -> Tensor | tuple[Tensor, ...]:
-        """log pi of each target, and what of ``WANTED`` is asked for, in that order.
+        """log pi of each target, and the values of ``WANTED`` that are requested, in that order.
 
         Args:
             hidden: [..., D].
@@ -192,8 +192,7 @@ class Functions:
             hidden, weight, bias, targets, logit_*: as in ``fused_linear_logprobs``.
             divisor: of the sum; 0 counts as 1.
             ignore_index: a target that does not count.
-            memory: ``scaling``, ``fp32_head_grad`` and ``rows_per_chunk``: how unsloth keeps what it needs for the
-                gradient, which here is float32 until it is scaled.
+            memory: ``scaling``, ``fp32_head_grad`` and ``rows_per_chunk``, which say how unsloth stores its gradient.
         """
         if label_smoothing or logits_bias is not None:
             readout = dict(zip(READOUT, (logit_scale_multiply, logit_scale_divide, logit_softcapping), strict=True))
@@ -235,7 +234,7 @@ class Functions:
         shift_labels: Tensor | None = None,
         chunk_rows: int | None = None,
     ) -> Tensor:
-        """The mean of -log pi over the labels; 0-dim. NaN where no label counts, as unsloth's own, which then computes.
+        """The mean of -log pi over the labels; 0-dim. If no label counts, unsloth's own function is called.
 
         Args:
             hidden: [B, L, D].
