@@ -33,11 +33,10 @@ def check_target(target: Tensor) -> None:
 
 def check_dtype(name: str, value: object, *dtypes: torch.dtype) -> None:
     """Raise a ``TypeError`` that names the argument unless it is a tensor of one of the dtypes."""
-    expected = name_of(dtypes[0])
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a {expected} tensor, got {type(value).__name__}")
+        raise TypeError(f"{name} must be a {name_of(dtypes[0])} tensor, got {type(value).__name__}")
     if value.dtype not in dtypes:
-        raise TypeError(f"{name} must be {expected}, got {name_of(value.dtype)}")
+        raise TypeError(f"{name} must be {name_of(dtypes[0])}, got {name_of(value.dtype)}")
 
 
 def check_memory(name: str, value: Tensor) -> None:

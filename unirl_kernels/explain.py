@@ -117,15 +117,16 @@ def _linear(loss: Loss, batch: Batch | None, weight: Tensor | None, plan: Plan) 
     backend = choose(weight.device, plan.backend, plan.kernel).backend
     head = Head(weight, weight, None, weight.dtype, backend, plan.max_chunk_bytes)
     if loss.scope == "token" and head.matmuls.gradient_bytes:
-        chunks, group = head.chunks(batch.target)
-        most = max((chunk.n for chunk in chunks), default=0)
-        return f"three matmuls; chunks: {len(chunks)}, of at most {most} tokens; gradients are kept for {group} tokens."
+        groups = [[chunk.n for chunk in group] for group in head.groups(batch.target)]
+        sizes, kept = [n for group in groups for n in group], max(map(sum, groups), default=0)
+        most = max(sizes, default=0)
+        return f"three matmuls; chunks: {len(sizes)}, of at most {most} tokens; gradients are kept for {kept} tokens."
     rows = head.rows_per_chunk()
-    groups = by_units(batch, loss.scope, rows)
-    if groups is None:
+    parts = by_units(batch, loss.scope, rows)
+    if parts is None:
         return f"{apart}:\na {loss.scope} is longer than a chunk of {rows} tokens."
-    longest = max((group.chunk.n for group in groups), default=0)
-    return f"three matmuls; chunks: {len(groups)}, of at most {longest} tokens ({rows} would fit)."
+    longest = max((part.chunk.n for part in parts), default=0)
+    return f"three matmuls; chunks: {len(parts)}, of at most {longest} tokens ({rows} would fit)."
 
 
 def _row(loss: Loss) -> str:

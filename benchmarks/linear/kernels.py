@@ -12,6 +12,7 @@ from benchmarks.inputs import Inputs, Values
 from benchmarks.providers import OURS, Bind, Function, Provider, needs_backend
 from benchmarks.work import DTYPES, FUSED, Work
 from unirl_kernels import backends
+from unirl_kernels.backends.groups import row_dtype
 
 
 def ours(work: Work) -> Iterator[Provider]:
@@ -29,7 +30,7 @@ def _one_pass(work: Work, backend: str) -> str:
     device = torch.device(work.device)
     if backends.unavailable(backend, device):
         return (*backends.load(backend).KERNELS, backends.COMPOSED)[0]
-    choices = backends.choices_by_vocab(device, backend, None, backends.row_dtype(DTYPES[work.dtype]))
+    choices = backends.choices_by_vocab(device, backend, None, row_dtype(DTYPES[work.dtype]))
     return next(choice.kernel for choice, most in choices if work.vocab <= most)
 
 

@@ -13,7 +13,8 @@ import unirl_kernels as uk
 from tests.cases import BY_NAME, SHAPES, Shape, make_case
 from tests.observed import check
 from tests.runners import Runner
-from unirl_kernels.backends import COMPOSED, ReadoutArgs, load
+from unirl_kernels.backends import COMPOSED, load
+from unirl_kernels.backends.groups import ReadoutArgs
 from unirl_kernels.testing import oracle
 
 BY_SHAPE = {shape.name: shape for shape in SHAPES}

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from tests.backends.triton.rows import OBJECTIVES, READOUTS, make_program, make_rows
 from tests.runners import RUNNERS, Runner
-from unirl_kernels.backends import COMPOSED, RowGradients, load
+from unirl_kernels.backends import COMPOSED, load
+from unirl_kernels.backends.groups import RowGradients
 from unirl_kernels.batch import IGNORE
 from unirl_kernels.program import trace
 

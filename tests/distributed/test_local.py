@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import unirl_kernels as uk
-from unirl_kernels.backends import ReadoutArgs, RowMoments
+from unirl_kernels.backends.groups import ReadoutArgs, RowMoments
 from unirl_kernels.operators import shards
 from unirl_kernels.operators.shards import ShardArgs, Tiles
 from unirl_kernels.ranks.collectives import Gathered, Group, SumGradient, SumOverGroup, group_of
@@ -64,7 +64,7 @@ def test_merged_moments(group: Group, widths: tuple[int, ...], same_targets: boo
             for own, x in zip(args, logits.split(widths, -1), strict=True)
         ]
     moments = RowMoments(*(on_ranks(lambda rank, f=field: getattr(parts[rank], f)) for field in RowMoments._fields))
-    stats, _, _ = shards.merged(moments, on_ranks(lambda rank: target), READOUT, args[0])
+    stats, _ = shards.merged(moments, on_ranks(lambda rank: target), READOUT, args[0])
     for found, truth in zip(stats, expected, strict=True):
         assert all(torch.equal(x, of_rank(found, 0)) for x in each(found))
         torch.testing.assert_close(of_rank(found, 0), truth)

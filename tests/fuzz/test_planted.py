@@ -11,7 +11,8 @@ from torch import Tensor
 import unirl_kernels as uk
 from tests.fuzz.case import make
 from tests.fuzz.run import run
-from unirl_kernels.backends import Measured, RowGradients, cpu
+from unirl_kernels.backends import cpu
+from unirl_kernels.backends.groups import Measured, RowGradients
 from unirl_kernels.program import Op
 from unirl_kernels.program.derive import RULES
 

@@ -30,8 +30,9 @@ from tests.linear import (
     make_head,
 )
 from tests.runners import RUNNERS, Runner
-from unirl_kernels.backends import COMPOSED, ReadoutArgs, load
+from unirl_kernels.backends import COMPOSED, load
 from unirl_kernels.backends import matmuls as matmuls_module
+from unirl_kernels.backends.groups import ReadoutArgs
 from unirl_kernels.backends.matmuls import Halved, Mixed, Widened
 from unirl_kernels.head.sizes import Shape, sizes_of
 from unirl_kernels.head.statistics import moments_in_chunks
@@ -160,7 +161,7 @@ def test_ignored_tokens_are_not_multiplied(runner: Runner, monkeypatch: pytest.M
 def test_gradients_that_nobody_wants_have_no_memory(runner: Runner) -> None:
     head = make_head(PACKED, BY_NAME["sft"], device=runner.device)
     operands = Head(*head.operands, torch.float32, runner.backend)
-    gradients = sweep(operands, [], lambda logits, d_logits, k: None, Wanted(False, False, False))
+    gradients = sweep(operands, [], lambda logits, d_logits, chunk: None, Wanted(False, False, False))
     assert [x.numel() for x in gradients] == [0, 0, 0]
 
 
@@ -318,8 +319,8 @@ def test_a_shard_is_measured_in_the_chunks_of_its_gradient(monkeypatch: pytest.M
 
     with changed_matmuls(monkeypatch, "eager", lambda _: Seen(Mixed(head.weight))):
         moments_in_chunks(head, target, ReadoutArgs(1.0, None, 1.0, None), Tiles(40, 1))
-        chunks, _ = head.chunks(target)
-    assert sizes == [chunk.n for chunk in chunks]
+        groups = head.groups(target)
+    assert sizes == [chunk.n for group in groups for chunk in group]
     assert max(sizes) == 128
 
 

@@ -29,6 +29,11 @@ from tests.linear import (
 )
 from tests.runners import RUNNERS, Runner
 from unirl_kernels.backends import COMPOSED, load
+from unirl_kernels.backends.groups import ReadoutArgs
+from unirl_kernels.head import chunks, statistics
+from unirl_kernels.head.statistics import measured_in_tiles, observed_in_tiles
+from unirl_kernels.head.sweep import Head
+from unirl_kernels.operators.declare import flat
 from unirl_kernels.testing import oracle
 from unirl_kernels.testing.budgets import condition_of, violations
 
@@ -308,3 +313,19 @@ def test_gradients_of_some_statistics_only(device: str) -> None:
         _, together = with_gradients(head, lambda x: stats_of(x, uk.Plan()), weights)
         for a, b in zip(alone, together[1:4], strict=True):
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("columns", [25, 4])
+def test_chunks_of_a_graph_that_is_recorded(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph cannot wait for the number of tokens that count: ignored ones are multiplied, and are 0 all the
+    same, however many tiles they have."""
+    head = Head(torch.randn(6, 3), torch.randn(25, 3), None, torch.float32, "eager", 4 * 1024 * columns)
+    target = torch.tensor([[3, uk.IGNORE, 24, 0, uk.IGNORE, 9]])
+    arguments = head, target, ReadoutArgs(1.0, None, 0.7, None)
+    counted = [*flat(observed_in_tiles(*arguments)), *flat(measured_in_tiles(*arguments))]
+    for module in (chunks, statistics):
+        monkeypatch.setattr(module, "is_recorded", lambda x: True)
+    recorded = [*flat(observed_in_tiles(*arguments)), *flat(measured_in_tiles(*arguments))]
+    for expected, found in zip(counted, recorded, strict=True):
+        torch.testing.assert_close(found, expected)
+        assert torch.equal(found[target == uk.IGNORE], expected[target == uk.IGNORE])

@@ -30,7 +30,8 @@ from tests.linear import (
 )
 from tests.runners import Runner
 from unirl_kernels.api.rows import program_args
-from unirl_kernels.backends import COMPOSED, ReadoutArgs, RowGradients
+from unirl_kernels.backends import COMPOSED
+from unirl_kernels.backends.groups import ReadoutArgs, RowGradients
 from unirl_kernels.operators import linear
 from unirl_kernels.operators.declare import flat
 

@@ -10,7 +10,8 @@ import unirl_kernels as uk
 from tests.cases import BY_NAME, SHAPES, make_case
 from tests.runners import Runner
 from unirl_kernels.api.rows import program_args
-from unirl_kernels.backends import COMPOSED, ReadoutArgs, RowGradients
+from unirl_kernels.backends import COMPOSED
+from unirl_kernels.backends.groups import ReadoutArgs, RowGradients
 from unirl_kernels.operators import rows
 from unirl_kernels.operators.declare import flat
 

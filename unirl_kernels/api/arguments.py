@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,20 +30,6 @@ class Given(NamedTuple):
     shard: VocabShard | None
     of_loss: tuple[Batch, Loss] | None = None
 
-    @classmethod
-    def for_loss(
-        cls,
-        operators: Operators,
-        batch: Batch,
-        loss: Loss,
-        readout: Readout,
-        plan: Plan,
-        shard: VocabShard | None,
-    ) -> Given:
-        # Something that is not a batch has no target; the check of types refuses it later.
-        target = batch.target if isinstance(batch, Batch) else torch.empty(0, dtype=torch.int64)
-        return cls(operators, target, readout, plan, shard, (batch, loss))
-
     @property
     def batch(self) -> Batch | None:
         return None if self.of_loss is None else self.of_loss[0]
@@ -56,6 +42,11 @@ class Given(NamedTuple):
             check_kind("loss", loss, Loss)
         check_kind("readout", self.readout, Readout)
         check_kind("plan", self.plan, Plan)
+
+
+def target_of(batch: object) -> Any:
+    """The target of a batch. Something that is not a batch has none; ``check_kinds`` refuses it later."""
+    return getattr(batch, "target", None)
 
 
 def check_kind(name: str, value: object, kind: type) -> None:
@@ -103,9 +94,8 @@ def check_whole(name: str, value: Tensor) -> None:
 
 def _check_readable(name: str, value: Tensor) -> None:
     """Raise if kernels would read freed memory, or values inside a function transform (torch.func)."""
-    if torch.compiler.is_compiling() or not has_values(value):
-        return
-    if torch._C._functorch.is_functorch_wrapped_tensor(value):
+    compiling = torch.compiler.is_compiling()
+    if not compiling and torch._C._functorch.is_functorch_wrapped_tensor(value) and has_values(value):
         raise NotImplementedError(
             f"{name} must not be transformed by torch.func (grad, vmap, jvp): call backward, and fold mapped "
             "dimensions into the batch"

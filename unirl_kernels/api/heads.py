@@ -11,7 +11,7 @@ from unirl_kernels.api.agreement import Brought, agreed
 from unirl_kernels.api.arguments import Given, check_head, check_kind, check_split
 from unirl_kernels.api.dtensors import shard_of_head
 from unirl_kernels.api.rows import readout_args, sweep_args
-from unirl_kernels.backends import ReadoutArgs, row_dtype
+from unirl_kernels.backends.groups import ReadoutArgs, row_dtype
 from unirl_kernels.head import Head
 from unirl_kernels.operators.linear import HeadArgs, SweepArgs, Wanted
 from unirl_kernels.operators.shards import ShardArgs
@@ -104,4 +104,7 @@ def _flat(head: HeadArgs) -> HeadArgs:
 
 
 def wanted_of(head: HeadArgs) -> Wanted:
-    return Wanted(*(torch.is_grad_enabled() and x is not None and x.requires_grad for x in head))
+    if not torch.is_grad_enabled():
+        return Wanted(False, False, False)
+    bias = head.bias is not None and head.bias.requires_grad
+    return Wanted(head.hidden.requires_grad, head.weight.requires_grad, bias)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unirl_kernels.api.arguments import Given, kernel_of
+from unirl_kernels.api.arguments import Given, kernel_of, target_of
 from unirl_kernels.api.heads import CheckedHead, checked_head, wanted_of
 from unirl_kernels.api.outputs import LossOutput, TokenObservations, TokenStats
 from unirl_kernels.api.rows import as_rows, program_args
-from unirl_kernels.backends import COMPOSED, row_dtype
+from unirl_kernels.backends import COMPOSED
+from unirl_kernels.backends.groups import row_dtype
 from unirl_kernels.batch import Batch
 from unirl_kernels.checks import has_values
 from unirl_kernels.head import ComposedLinear, Composition, Head, by_units, rows_per_chunk
@@ -156,7 +157,7 @@ def fused_linear_loss(
         >>> weight.grad[:, 0]
         tensor([ 0.2500,  0.2500,  0.2500, -0.7500])
     """
-    given = Given.for_loss(STATISTICS, batch, loss, readout, plan, shard)
+    given = Given(STATISTICS, target_of(batch), readout, plan, shard, (batch, loss))
     checked = checked_head(HeadArgs(hidden, weight, bias), given)
     if checked.shard is None:
         dtype = row_dtype(checked.sweep.dtype)
@@ -194,7 +195,7 @@ def observed_linear_loss(
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as ``fused_linear_loss`` does.
     """
-    given = Given.for_loss(OBSERVATIONS, batch, loss, readout, plan, None)
+    given = Given(OBSERVATIONS, target_of(batch), readout, plan, None, (batch, loss))
     checked = checked_head(HeadArgs(hidden, weight, bias), given)
     value, *rows = _composed(checked, given, batch, loss)
     seen = TokenObservations.of_rows([x.detach().view(batch.target.shape) for x in rows])
@@ -232,9 +233,9 @@ def _in_chunks(checked: CheckedHead, batch: Batch, loss: Loss, observes: bool) -
         return None
     if row_bytes is None:
         row_bytes = Head.of(head, sweep).matmuls.row_bytes
-    groups = by_units(batch, loss.scope, rows_per_chunk(row_bytes, head.weight.device, sweep.max_chunk_bytes))
-    if groups is None:
+    parts = by_units(batch, loss.scope, rows_per_chunk(row_bytes, head.weight.device, sweep.max_chunk_bytes))
+    if parts is None:
         return None
-    composition = Composition(batch, loss, groups, readout, observes, shard, sums)
+    composition = Composition(batch, loss, parts, readout, observes, shard, sums)
     found: tuple[Tensor, ...] = ComposedLinear.apply(*head, composition, sweep)
     return found

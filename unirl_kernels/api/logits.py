@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -15,12 +13,14 @@ from unirl_kernels.api.arguments import (
     check_overwritable,
     check_split,
     kernel_of,
+    target_of,
     wants_gradient,
 )
 from unirl_kernels.api.dtensors import shard_of_logits
 from unirl_kernels.api.outputs import LossOutput, TokenObservations, TokenStats
 from unirl_kernels.api.rows import as_rows, program_args, readout_args
-from unirl_kernels.backends import COMPOSED, ReadoutArgs, choose, row_dtype
+from unirl_kernels.backends import COMPOSED, choose
+from unirl_kernels.backends.groups import ReadoutArgs, row_dtype
 from unirl_kernels.batch import Batch
 from unirl_kernels.objectives import Loss, Tokens
 from unirl_kernels.operators.autograd import OnePass, Statistics
@@ -72,7 +72,7 @@ def token_stats(
         tensor([-0.2500, -0.2500, -0.2500,  0.7500])
     """
     given = Given(STATISTICS, target, readout, plan, shard)
-    return TokenStats(*_measured(_checked(logits, given), given))
+    return TokenStats(*_measured(*_checked(logits, given), given))
 
 
 def token_observations(
@@ -109,7 +109,7 @@ def token_observations(
         (tensor([[1]]), tensor([[1.3333]]))
     """
     given = Given(OBSERVATIONS, target, readout, plan, shard)
-    return TokenObservations.of_rows(_measured(_checked(logits, given), given))
+    return TokenObservations.of_rows(_measured(*_checked(logits, given), given))
 
 
 def fused_loss(
@@ -164,35 +164,27 @@ def fused_loss(
         >>> logits.grad[0, 0]  # -2 (1[j = 3] - 1/4)
         tensor([ 0.5000,  0.5000,  0.5000, -1.5000])
     """
-    given = Given.for_loss(STATISTICS, batch, loss, readout, plan, shard)
-    checked = _checked(logits, given)
-    if checked.shard is None:
-        logits = checked.logits
+    given = Given(STATISTICS, target_of(batch), readout, plan, shard, (batch, loss))
+    logits, of_readout, split = _checked(logits, given)
+    if split is None:
         choice = kernel_of(loss, plan, logits.device, logits.dtype, logits.shape[-1])
         # An fp16 gradient is formed in the backward, with the loss scale of the upstream one: 1e-8 would round to 0.
         waits = logits.dtype == torch.float16 and plan.kernel is None
         if choice.kernel != COMPOSED and wants_gradient(logits) and not waits:
             program = program_args(loss, batch, row_dtype(logits.dtype))
-            of_rows = (as_rows(batch.target), checked.readout, program)
+            of_rows = (as_rows(batch.target), of_readout, program)
             how = (choice.backend, choice.kernel, plan.overwrite_logits)
             value, *stats = OnePass.apply(logits, *of_rows, *how)
             return LossOutput.of(value, stats, batch, loss)
-    stats = _measured(checked, given)
+    stats = _measured(logits, of_readout, split, given)
     return LossOutput.of(loss.composed(Tokens(batch, *stats), loss.weights(batch)), stats, batch, loss)
 
 
-class CheckedLogits(NamedTuple):
-    """Checked logits. With a shard, the arguments were also compared with those of the other ranks."""
-
-    logits: Tensor
-    readout: ReadoutArgs
-    shard: ShardArgs | None
-
-
-def _checked(logits: Tensor, given: Given) -> CheckedLogits:
+def _checked(logits: Tensor, given: Given) -> tuple[Tensor, ReadoutArgs, ShardArgs | None]:
+    """Checked logits, readout and shard. With a shard, the arguments were also compared with those of other ranks."""
     logits, shard = shard_of_logits(logits, given.shard)
     if shard is None:
-        return CheckedLogits(logits, _readout(logits, given, None), None)
+        return logits, _readout(logits, given, None), None
     check_kind("shard", shard, VocabShard)
 
     def check() -> tuple[ReadoutArgs, Brought]:
@@ -202,7 +194,7 @@ def _checked(logits: Tensor, given: Given) -> CheckedLogits:
 
     own = {"operand": getattr(logits, "dtype", None)}
     readout, of_shard, _ = agreed(shard, logits, given, own, check)
-    return CheckedLogits(logits, readout, of_shard)
+    return logits, readout, of_shard
 
 
 def _readout(logits: Tensor, given: Given, shard: VocabShard | None) -> ReadoutArgs:
@@ -214,13 +206,13 @@ def _readout(logits: Tensor, given: Given, shard: VocabShard | None) -> ReadoutA
     return readout_args(given.readout, given.target, row_dtype(logits.dtype), given.batch)
 
 
-def _measured(checked: CheckedLogits, given: Given) -> list[Tensor]:
+def _measured(logits: Tensor, readout: ReadoutArgs, shard: ShardArgs | None, given: Given) -> list[Tensor]:
     """The results of the operators for each row, in target's shape."""
-    logits, target, plan = checked.logits, given.target, given.plan
+    target, plan = given.target, given.plan
     backend = choose(logits.device, plan.backend, plan.kernel).backend
-    of_rows = (as_rows(target), checked.readout, backend, given.operators)
-    if checked.shard is None and not wants_gradient(logits):
+    of_rows = (as_rows(target), readout, backend, given.operators)
+    if shard is None and not wants_gradient(logits):
         found = Statistics.without_gradient(logits, *of_rows)
     else:
-        found = Statistics.apply(logits, *of_rows, plan.overwrite_logits, checked.shard)
+        found = Statistics.apply(logits, *of_rows, plan.overwrite_logits, shard)
     return [x.view(target.shape) for x in found]

@@ -130,8 +130,8 @@ class LossOutput:
     def of(cls, value: Tensor, stats: Iterable[Tensor], batch: Batch, loss: Loss) -> LossOutput:
         """From the statistics of each token, in any shape."""
         shape = batch.target.shape
-        detached = (x.detach() if x.requires_grad else x for x in stats)
-        logp, entropy, lse = (x if x.shape == shape else x.view(shape) for x in detached)
+        detached = [x.detach() if x.requires_grad else x for x in stats]
+        logp, entropy, lse = [x if x.shape == shape else x.view(shape) for x in detached]
         return cls(value, logp, entropy, lse, batch, loss)
 
     @property

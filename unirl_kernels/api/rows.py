@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends import ProgramArgs, ReadoutArgs, choose
+from unirl_kernels.backends import choose
+from unirl_kernels.backends.groups import ProgramArgs, ReadoutArgs
 from unirl_kernels.batch import Batch
 from unirl_kernels.checks import check_device, check_memory, name_of
 from unirl_kernels.objectives import Loss

@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends import Observed, ReadoutArgs
+from unirl_kernels.backends.groups import Observed, ReadoutArgs
 from unirl_kernels.backends.native import PACKAGE, RowKernels, extension
 from unirl_kernels.backends.torch_defaults import empty as empty
 from unirl_kernels.backends.torch_defaults import matmuls as matmuls

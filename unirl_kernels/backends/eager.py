@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends import (
+from unirl_kernels.backends.groups import (
     ELSEWHERE,
     FusedRows,
     Measured,

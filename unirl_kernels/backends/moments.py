@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends import ELSEWHERE, ReadoutArgs, RowMoments, RowObservations, RowStats
+from unirl_kernels.backends.groups import ELSEWHERE, ReadoutArgs, RowMoments, RowObservations, RowStats
 from unirl_kernels.batch import IGNORE
 
 
@@ -81,6 +81,17 @@ def merge(parts: RowMoments, kappa: Tensor) -> RowMoments:
     return RowMoments(top, s_minus_1.to(dtype), sz.sum(0).to(dtype), u_target)
 
 
+def placed(shard: RowObservations, start: int, share: float) -> RowObservations:
+    """Observations of a shard in the form that ``merge_observations`` takes.
+
+    Args:
+        shard: of its own columns.
+        start: its first column.
+        share: the shard's part of the vocabulary.
+    """
+    return shard._replace(mean_logit=shard.mean_logit * share, argmax=shard.argmax + start)
+
+
 def merge_observations(parts: RowObservations, moments: RowMoments, row: RowMoments, kappa: Tensor) -> RowObservations:
     """Observations of rows from those of their shards. w is the probability of a shard:
 
@@ -89,8 +100,7 @@ def merge_observations(parts: RowObservations, moments: RowMoments, row: RowMome
     and the argmax of the first shard with the largest logit.
 
     Args:
-        parts: [n, ...] each, in the order of the shards: means times the shard's part of the vocabulary, and columns of
-            the whole vocabulary.
+        parts: [n, ...] each, ``placed`` and in the order of the shards.
         moments: [n, ...] each, of the shards.
         row: [...] each, merged.
         kappa: [] or [...], dz/du.

@@ -9,7 +9,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from unirl_kernels.backends import (
+from unirl_kernels.backends.groups import (
     FusedRows,
     Measured,
     Observed,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends import ProgramArgs
+from unirl_kernels.backends.groups import ProgramArgs
 from unirl_kernels.batch import IGNORE, Batch
 from unirl_kernels.head.sizes import Sizes
 
@@ -67,7 +67,15 @@ class Chunk:
 
     def put(self, whole: Tensor, part: Tensor) -> None:
         """Write the chunk's part, [n, ...], of [T, ...]."""
-        whole[self.positions] = part.to(whole.dtype)
+        if isinstance(self.positions, slice):
+            self.take(whole).copy_(part)
+        else:
+            whole[self.positions] = part.to(whole.dtype)
+
+    def put_rows(self, whole: Iterable[Tensor], part: Iterable[Tensor]) -> None:
+        """Write the results of the chunk's rows, [1, n] each, into tensors with T elements."""
+        for of_all, of_chunk in zip(whole, part, strict=True):
+            self.put(of_all.view(-1), of_chunk.squeeze(0))
 
 
 def counted_tokens(target: Tensor) -> tuple[Tensor | None, int]:
@@ -75,7 +83,7 @@ def counted_tokens(target: Tensor) -> tuple[Tensor | None, int]:
 
     Finding them waits for an accelerator once. While a CUDA graph is recorded this is impossible, and all T are taken.
     """
-    counted = None if _is_recorded(target) else (target != IGNORE).nonzero().squeeze(-1)
+    counted = None if is_recorded(target) else (target != IGNORE).nonzero().squeeze(-1)
     n = target.numel() if counted is None else counted.numel()
     return (None, n) if n == target.numel() else (counted, n)
 
@@ -85,24 +93,17 @@ def evenly(counted: Tensor | None, n: int, most: int) -> list[Chunk]:
     return [_chunk(counted, start, end) for start, end in _even(n, most)]
 
 
-def by_sizes(counted: Tensor | None, n: int, sizes: Sizes) -> list[Chunk]:
-    """Cut the result of ``counted_tokens`` into chunks, each inside one group."""
-    return [
-        _chunk(counted, at, min(at + sizes.chunk, start + sizes.group, n))
-        for start in range(0, n, sizes.group)
-        for at in range(start, min(start + sizes.group, n), sizes.chunk)
-    ]
+def by_sizes(counted: Tensor | None, n: int, sizes: Sizes) -> list[list[Chunk]]:
+    """Cut the result of ``counted_tokens`` into groups, and each group into chunks."""
+    groups = []
+    for start in range(0, n, sizes.group):
+        end = min(start + sizes.group, n)
+        groups.append([_chunk(counted, at, min(at + sizes.chunk, end)) for at in range(start, end, sizes.chunk)])
+    return groups
 
 
 def _chunk(counted: Tensor | None, start: int, end: int) -> Chunk:
     return Chunk(slice(start, end) if counted is None else counted[start:end], end - start)
-
-
-def in_groups(chunks: Sequence[Chunk], most: int) -> Iterator[list[Chunk]]:
-    """Groups of consecutive chunks with at most ``most`` tokens, but at least one chunk."""
-    for first, last in _packed([chunk.n for chunk in chunks], most):
-        if first < last:
-            yield list(chunks[first:last])
 
 
 def joined(chunks: Sequence[Chunk]) -> Chunk:
@@ -120,10 +121,11 @@ def without_ignored(hidden: Tensor, target: Tensor) -> Tensor:
 
     The gradients of their logits are zero, but 0 * NaN would not be 0 in the gradient of the weight.
     """
-    return hidden.masked_fill((target == IGNORE).unsqueeze(-1), 0) if _is_recorded(target) else hidden
+    return hidden.masked_fill((target == IGNORE).unsqueeze(-1), 0) if is_recorded(target) else hidden
 
 
-def _is_recorded(x: Tensor) -> bool:
+def is_recorded(x: Tensor) -> bool:
+    """Whether a CUDA graph is being recorded. Chunks then hold ignored tokens, too."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
@@ -134,7 +136,7 @@ def _even(n: int, most: int) -> Iterator[tuple[int, int]]:
 
 
 @dataclass(frozen=True, eq=False)
-class Group:
+class Part:
     """A part of a batch whose losses do not depend on the rest, and that fits one chunk."""
 
     batch: Batch  # the part, ignored positions included
@@ -149,8 +151,8 @@ class Group:
         return of_term[slice(*self.pairs)] if scope == "pair" else of_term.reshape(-1)[self.positions]
 
 
-def by_units(batch: Batch, scope: str, most: int) -> list[Group] | None:
-    """Cut the batch into groups of at most ``most`` tokens; None if a unit that must not be cut is longer.
+def by_units(batch: Batch, scope: str, most: int) -> list[Part] | None:
+    """Cut the batch into parts of at most ``most`` tokens; None if a unit that must not be cut is longer.
 
     Raises:
         ValueError: when a loss of pairs has an odd number of sequences.
@@ -170,31 +172,31 @@ def by_units(batch: Batch, scope: str, most: int) -> list[Group] | None:
     sizes = [sum(lengths[s] for s in unit) for unit in units]
     if max(sizes, default=0) > most:
         return None
-    return [_group(batch, scope, units, span) for span in _packed(sizes, most)]
+    return [_part(batch, scope, units, span) for span in _packed(sizes, most)]
 
 
-def _group(batch: Batch, scope: str, units: Sequence[Sequence[int]], span: tuple[int, int]) -> Group:
+def _part(batch: Batch, scope: str, units: Sequence[Sequence[int]], span: tuple[int, int]) -> Part:
     members = units[slice(*span)]
     # For pairs in halves: the chosen ones first, then the rejected ones.
     columns = zip(*members, strict=True) if scope == "pair" and batch.pairs == "halves" else members
     sequences = torch.tensor([s for column in columns for s in column], device=batch.target.device)
     positions, _ = batch.positions_of(sequences)
-    part = batch.sequences(sequences)
-    counted = positions[part.valid]
+    own = batch.sequences(sequences)
+    counted = positions[own.valid]
     pairs = {"pair": span, "batch": (0, batch.n_sequences // 2)}.get(scope, (0, 0))
-    return Group(part, positions, Chunk(counted, counted.numel()), pairs)
+    return Part(own, positions, Chunk(counted, counted.numel()), pairs)
 
 
-def _by_positions(batch: Batch, most: int) -> list[Group]:
+def _by_positions(batch: Batch, most: int) -> list[Part]:
     valid = batch.valid.reshape(-1)
     counted = valid.nonzero().squeeze(-1)
-    groups, begin = [], 0
+    parts, begin = [], 0
     for first, last in _even(counted.numel(), most):
         end = valid.numel() if last == counted.numel() else int(counted[last])
         chunk = Chunk(counted[first:last], last - first)
-        groups.append(Group(batch.tokens(begin, end), slice(begin, end), chunk, (0, 0)))
+        parts.append(Part(batch.tokens(begin, end), slice(begin, end), chunk, (0, 0)))
         begin = end
-    return groups
+    return parts
 
 
 def _packed(sizes: Sequence[int], most: int) -> Iterator[tuple[int, int]]:

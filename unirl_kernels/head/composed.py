@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends import ReadoutArgs, RowGradients, RowObservations, RowStats
+from unirl_kernels.backends.groups import ReadoutArgs, RowGradients, RowObservations, RowStats
 from unirl_kernels.batch import Batch
-from unirl_kernels.head.chunks import Group
+from unirl_kernels.head.chunks import Chunk, Part
 from unirl_kernels.head.statistics import no_rows
 from unirl_kernels.head.sweep import AtOnce, Head, Summed, sweep
 from unirl_kernels.objectives import Loss, Tokens
@@ -26,11 +26,11 @@ from unirl_kernels.operators.shards import ShardArgs, rows_of
 
 
 class Composition(NamedTuple):
-    """A loss of a batch, to be computed from a head's logits in independent groups."""
+    """A loss of a batch, to be computed from a head's logits in independent parts."""
 
     batch: Batch
     loss: Loss
-    groups: Sequence[Group]
+    parts: Sequence[Part]
     readout: ReadoutArgs
     observes: bool = False  # whether observations are computed too
     shard: ShardArgs | None = None
@@ -59,30 +59,30 @@ class ComposedLinear(torch.autograd.Function):
 def _composed(
     args: HeadArgs, composition: Composition, how: SweepArgs, wanted: Wanted
 ) -> tuple[Tensor, list[Tensor], HeadGradients]:
-    batch, loss, groups, readout, observes, shard, sums = composition
+    batch, loss, parts, readout, observes, shard, sums = composition
     check_targets(batch.target, args.weight.shape[0] if shard is None else shard.vocab)
     head = Head.of(args, how)
     target = batch.target.reshape(-1)
     weights = loss.weights(batch)
     whole = flat(no_rows(target, head, *([RowStats, RowObservations] if observes else [RowStats])))
     losses: list[Tensor] = []
+    part_of = {part.chunk: part for part in parts}
 
-    def work(logits: Tensor, d_logits: Tensor, k: int) -> None:
-        group, chunk = groups[k], groups[k].chunk
+    def work(logits: Tensor, d_logits: Tensor, chunk: Chunk) -> None:
+        part = part_of[chunk]
         at, of_readout = chunk.row(target), chunk.rows(readout)
         function = head.kernels.token_observations if observes else head.kernels.token_stats
-        stats, moments, others = rows_of(function, logits, at, of_readout, shard)
-        of_group = [group.weights(w, term.scope) for w, term in zip(weights, loss.terms, strict=True)]
-        value, d_stats = _differentiated(loss, group.batch, stats, of_group)
+        stats, moments, *observed = rows_of(function, logits, at, of_readout, shard)
+        of_part = [part.weights(w, term.scope) for w, term in zip(weights, loss.terms, strict=True)]
+        value, d_stats = _differentiated(loss, part.batch, stats, of_part)
         if logits.shape[-1]:
             own = at if shard is None else shard.target(at)
             head.kernels.token_stats_backward(logits, own, of_readout, moments, d_stats, d_logits)
         losses.append(value)
-        for of_all, of_chunk in zip(whole, (*stats, *others), strict=True):
-            chunk.put(of_all, of_chunk.squeeze(0))
+        chunk.put_rows(whole, (*stats, *flat(observed)))
 
     of_hidden = Summed(shard.ranks) if shard is not None and sums else AtOnce()
-    gradients = sweep(head, [group.chunk for group in groups], work, wanted, of_hidden=of_hidden)
+    gradients = sweep(head, [[part.chunk] for part in parts], work, wanted, of_hidden)
     total = torch.stack(losses).sum() if losses else whole[0].new_zeros(())
     return total.to(head.row_dtype), whole, gradients
 

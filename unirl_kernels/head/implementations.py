@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends import (
+from unirl_kernels.backends.groups import (
     Measured,
     Observed,
     ProgramArgs,
@@ -91,21 +91,19 @@ def _stats_backward(
     wanted: Wanted,
 ) -> HeadGradients:
     """The gradients of a head from those of the statistics. Without moments, each chunk computes them again."""
-    head, chunks, group = _chunked(args, target, how)
+    head = _swept(args, target, how)
 
-    def work(logits: Tensor, d_logits: Tensor, k: int) -> None:
-        chunk = chunks[k]
+    def work(logits: Tensor, d_logits: Tensor, chunk: Chunk) -> None:
         of_rows = chunk.row(target), chunk.rows(readout)
         known = head.kernels.token_stats(logits, *of_rows).moments if moments is None else chunk.rows(moments)
         head.kernels.token_stats_backward(logits, *of_rows, known, chunk.rows(gradients), d_logits)
 
-    return sweep(head, chunks, work, wanted, group)
+    return sweep(head, head.groups(target), work, wanted)
 
 
-def _chunked(args: HeadArgs, target: Tensor, how: SweepArgs) -> tuple[Head, list[Chunk], int]:
-    """A head, the chunks in which the gradient of its logits is computed, and the number of tokens in a group."""
-    head = Head.of(args._replace(hidden=without_ignored(args.hidden, target.reshape(-1))), how)
-    return head, *head.chunks(target)
+def _swept(args: HeadArgs, target: Tensor, how: SweepArgs) -> Head:
+    """A head whose gradients are computed."""
+    return Head.of(args._replace(hidden=without_ignored(args.hidden, target.reshape(-1))), how)
 
 
 @_implements(linear.fused_linear_loss)
@@ -119,19 +117,17 @@ def _fused_loss(
     wanted: Wanted,
 ) -> FusedHead:
     check_targets(target, args.weight.shape[0])
-    head, chunks, group = _chunked(args, target, how)
+    head = _swept(args, target, how)
     losses: list[Tensor] = []
     (stats,) = no_rows(target, head, RowStats)
 
-    def work(logits: Tensor, d_logits: Tensor, k: int) -> None:
-        chunk = chunks[k]
+    def work(logits: Tensor, d_logits: Tensor, chunk: Chunk) -> None:
         of_rows = chunk.row(target), chunk.rows(readout), chunk.program(program)
         rows = head.kernels.fused_loss(logits, *of_rows, d_logits, kernel)
         losses.append(rows.loss.sum())
-        for whole, of_chunk in zip(stats, rows[1:], strict=True):
-            chunk.put(whole.view(-1), of_chunk.squeeze(0))
+        chunk.put_rows(stats, rows[1:])
 
-    gradients = sweep(head, chunks, work, wanted, group)
+    gradients = sweep(head, head.groups(target), work, wanted)
     loss = torch.stack(losses).sum() if losses else stats.logp.new_zeros(())
     return FusedHead(loss, stats, gradients)
 

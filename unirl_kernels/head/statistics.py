@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends import (
+from unirl_kernels.backends.groups import (
+    Measure,
     Measured,
     Observed,
     ReadoutArgs,
@@ -20,17 +21,15 @@ from unirl_kernels.backends import (
     RowObservations,
     RowStats,
 )
-from unirl_kernels.backends.moments import kappa_of, merge, merge_observations, statistics, target_in
+from unirl_kernels.backends.moments import kappa_of, merge, merge_observations, placed, statistics, target_in
 from unirl_kernels.batch import IGNORE
-from unirl_kernels.head.chunks import Chunk, counted_tokens, evenly
+from unirl_kernels.head.chunks import Chunk, counted_tokens, evenly, is_recorded
 from unirl_kernels.head.sweep import Head
+from unirl_kernels.operators.declare import flat
 from unirl_kernels.operators.shards import Tiles, moments_of_tiles, tiles_like
 
 TOKENS_OF_TILE = 1024
 """Enough tokens for a matmul at full speed. The width of a tile takes the rest of the memory."""
-
-Function = Callable[[Tensor, Tensor, ReadoutArgs], Any]
-"""A function of a backend: ``token_stats`` or ``token_observations``."""
 
 
 def measured_in_tiles(head: Head, target: Tensor, readout: ReadoutArgs) -> Measured:
@@ -61,8 +60,8 @@ def moments_in_chunks(head: Head, target: Tensor, readout: ReadoutArgs, tiles: T
         return measure(head.empty(*target.shape, 0), target, readout)
     found = RowMoments(*(x.zero_() for x in tiles_like(target, head.row_dtype, tiles)))
     for chunk, of_chunk in _chunks(head, target, readout, measure):
-        for whole, part in zip(zip(*found, strict=True), zip(*of_chunk, strict=True), strict=True):
-            _put(chunk, (whole,), (part,), target)
+        for whole, part in zip(found, of_chunk, strict=True):
+            chunk.put_rows(whole, part)
     return found
 
 
@@ -70,31 +69,36 @@ def observed_in_chunks(head: Head, target: Tensor, readout: ReadoutArgs) -> Obse
     """Statistics, moments and observations of all tokens, computed in the same chunks."""
     found = Observed(*no_rows(target, head, RowStats, RowMoments, RowObservations))
     for chunk, of_chunk in _chunks(head, target, readout, head.kernels.token_observations):
-        _put(chunk, found, of_chunk, target)
+        chunk.put_rows(flat(found), flat(of_chunk))
     return found
 
 
-def _chunks(head: Head, target: Tensor, readout: ReadoutArgs, function: Function) -> Iterator[tuple[Chunk, Any]]:
+def _chunks(
+    head: Head, target: Tensor, readout: ReadoutArgs, measure: Callable[..., Any]
+) -> Iterator[tuple[Chunk, Any]]:
     """The results of a backend function for each chunk."""
-    chunks, _ = head.chunks(target)
+    chunks = [chunk for group in head.groups(target) for chunk in group]
     memory = head.empty(max((chunk.n for chunk in chunks), default=0), head.weight.shape[0])
     for chunk in chunks:
         logits = memory[: chunk.n]
         head.matmuls.logits(chunk.take(head.hidden).to(head.dtype), head.bias, logits)
-        yield chunk, function(logits.unsqueeze(0), chunk.row(target), chunk.rows(readout))
+        yield chunk, measure(logits.unsqueeze(0), chunk.row(target), chunk.rows(readout))
 
 
 Tile = tuple[Any, range]
 """The results for a tile, and its columns."""
 
 
-def _in_tiles(head: Head, target: Tensor, readout: ReadoutArgs, function: Function, whole: Measured | Observed) -> None:
+def _in_tiles(head: Head, target: Tensor, readout: ReadoutArgs, measure: Measure, whole: Measured | Observed) -> None:
     """Write the results of a backend function for all tokens."""
-    for chunk, tiles in _tiles(head, target, readout, function):
-        _put(chunk, whole, _merged(tiles, chunk.rows(readout), head.weight.shape[0]), target)
+    for chunk, tiles in _tiles(head, target, readout, measure):
+        chunk.put_rows(flat(whole), flat(_merged(tiles, chunk.rows(readout), head.weight.shape[0])))
+    if is_recorded(target):  # tiles of ignored tokens add up to statistics that are not 0
+        for x in flat(whole):
+            x.masked_fill_(target == IGNORE, 0 if x.is_floating_point() else -1)
 
 
-def _tiles(head: Head, target: Tensor, readout: ReadoutArgs, function: Function) -> Sequence[tuple[Chunk, list[Tile]]]:
+def _tiles(head: Head, target: Tensor, readout: ReadoutArgs, measure: Measure) -> Sequence[tuple[Chunk, list[Tile]]]:
     """The results of a backend function for the tiles of each chunk of tokens."""
     vocab = head.weight.shape[0]
     logits = max(1, head.chunk_bytes // head.row_dtype.itemsize)
@@ -110,7 +114,7 @@ def _tiles(head: Head, target: Tensor, readout: ReadoutArgs, function: Function)
             tile = memory[: chunk.n * len(columns)].view(chunk.n, len(columns))
             part.matmuls.logits(chunk.take(part.hidden).to(part.dtype), part.bias, tile)
             at = target_in(chunk.row(target), columns, vocab)
-            tiles.append((function(tile.unsqueeze(0), at, chunk.rows(readout)), columns))
+            tiles.append((measure(tile.unsqueeze(0), at, chunk.rows(readout)), columns))
     return found
 
 
@@ -121,18 +125,14 @@ def _stacked(groups: Sequence[Any]) -> Any:
 
 def _merged(tiles: Sequence[Tile], readout: ReadoutArgs, vocab: int) -> Measured | Observed:
     """The results for the rows of a chunk, merged from those of its tiles."""
-    moments: RowMoments = _stacked([tile.moments for tile, _ in tiles])
-    kappa = kappa_of(readout, moments.top)
-    row = merge(moments, kappa) if len(tiles) > 1 else tiles[0][0].moments
+    moments = [tile.moments for tile, _ in tiles]
+    kappa = kappa_of(readout, moments[0].top)
+    row = merge(_stacked(moments), kappa) if len(tiles) > 1 else moments[0]
     stats = statistics(row, kappa)
     if isinstance(tiles[0][0], Measured):
         return Measured(stats, row)
-    seen: RowObservations = _stacked([tile.observations for tile, _ in tiles])
-    by_tile = (-1, *[1] * row.top.dim())
-    share = row.top.new_tensor([len(columns) / vocab for _, columns in tiles]).view(by_tile)
-    starts = torch.tensor([columns.start for _, columns in tiles], device=row.top.device).view(by_tile)
-    seen = seen._replace(mean_logit=seen.mean_logit * share, argmax=seen.argmax + starts)
-    return Observed(stats, row, merge_observations(seen, moments, row, kappa))
+    seen = [placed(tile.observations, columns.start, len(columns) / vocab) for tile, columns in tiles]
+    return Observed(stats, row, merge_observations(_stacked(seen), _stacked(moments), row, kappa))
 
 
 def no_rows(target: Tensor, head: Head, *groups: type[Any]) -> list[Any]:
@@ -143,12 +143,3 @@ def no_rows(target: Tensor, head: Head, *groups: type[Any]) -> list[Any]:
         return torch.full_like(target, -1) if field == "argmax" else target.new_zeros(target.shape, dtype=dtype)
 
     return [group(*map(value, group._fields)) for group in groups]
-
-
-def _put(chunk: Chunk, whole: Any, found: Any, target: Tensor) -> None:
-    """Write the results of a chunk, [1, n] each, into groups of target's shape; 0 for ignored targets."""
-    ignored = chunk.row(target).squeeze(0) == IGNORE
-    for of_whole, of_chunk in zip(whole, found, strict=True):
-        for values, new in zip(of_whole, of_chunk, strict=True):
-            new = new.squeeze(0)
-            chunk.put(values.view(-1), new.masked_fill(ignored, 0) if new.is_floating_point() else new)

@@ -9,7 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends import Backend, load, row_dtype
+from unirl_kernels.backends import Backend, load
+from unirl_kernels.backends.groups import row_dtype
 from unirl_kernels.backends.matmuls import Matmuls, NoColumns
 from unirl_kernels.head.chunks import (
     Chunk,
@@ -17,7 +18,6 @@ from unirl_kernels.head.chunks import (
     chunk_bytes,
     counted_tokens,
     evenly,
-    in_groups,
     joined,
     rows_per_chunk,
 )
@@ -69,14 +69,13 @@ class Head:
         """The number of tokens whose logits and gradient fit the memory of a chunk."""
         return rows_per_chunk(self.matmuls.row_bytes, self.weight.device, self.max_chunk_bytes)
 
-    def chunks(self, target: Tensor) -> tuple[list[Chunk], int]:
-        """The valid tokens in chunks that may be cut anywhere, and the number of tokens in a group."""
+    def groups(self, target: Tensor) -> list[list[Chunk]]:
+        """The valid tokens in chunks that may be cut anywhere, and the chunks in groups, see ``sweep``."""
         counted, n = counted_tokens(target.reshape(-1))
         sizes = self._sizes(n)
         if sizes is not None:
-            return by_sizes(counted, n, sizes), sizes.group
-        rows = self.rows_per_chunk()
-        return evenly(counted, n, rows), rows
+            return by_sizes(counted, n, sizes)
+        return [[chunk] for chunk in evenly(counted, n, self.rows_per_chunk())]
 
     def _sizes(self, tokens: int) -> Sizes | None:
         """Two sizes, if the gradient of the logits has separate memory and there is enough memory."""
@@ -122,10 +121,9 @@ class Summed(AtOnce):
 
 def sweep(
     head: Head,
-    chunks: Sequence[Chunk],
-    work: Callable[[Tensor, Tensor, int], None],
+    groups: Sequence[Sequence[Chunk]],
+    work: Callable[[Tensor, Tensor, Chunk], None],
     wanted: Wanted,
-    group: int = 1,
     of_hidden: AtOnce = AtOnce(),
 ) -> HeadGradients:
     """For each chunk compute the logits, call ``work`` to compute their gradient, and compute the other gradients from
@@ -135,40 +133,37 @@ def sweep(
 
     Args:
         head: the head.
-        chunks: of the T tokens.
+        groups: groups of chunks of the T tokens. The logits of one chunk exist at a time. Their gradients are kept for
+            the chunks of one group, and then multiplied in one matmul.
         work: called with the logits of a chunk, [1, n, V] fp32 (fp64 for fp64); memory for their gradient, which is the
-            logits themselves or has the dtype of the matmuls; and the index of the chunk.
+            logits themselves or has the dtype of the matmuls; and the chunk.
         wanted: which gradients.
-        group: the number of tokens whose gradients are kept for one matmul; at least those of one chunk.
         of_hidden: writes the gradient of a chunk's hidden states.
     """
     vocab, d = head.weight.shape
     tokens = head.hidden.shape[0] if wanted.hidden else 0
     d_hidden = head.hidden.new_zeros(tokens, d, dtype=kept_dtype(head.hidden))
-    groups = list(in_groups(chunks, group if head.matmuls.gradient_bytes else 1))
     d_weight = _memory_of_d_weight(head, vocab if wanted.weight else 0, d, len(groups))
     d_bias = head.weight.new_zeros(vocab if wanted.bias else 0, dtype=head.row_dtype)
-    logits_of_largest = head.empty(max((chunk.n for chunk in chunks), default=0), vocab)
-    rows = max((sum(chunk.n for chunk in of_group) for of_group in groups), default=0)
-    gradient = head.matmuls.gradient_buffer(logits_of_largest, rows)
-    k = 0
-    for number, of_group in enumerate(groups):
-        together, done = joined(of_group), 0
-        hidden = together.take(head.hidden).to(head.dtype)
-        for chunk in of_group:
+    logits_of_largest = head.empty(max((chunk.n for group in groups for chunk in group), default=0), vocab)
+    together = [joined(group) for group in groups]
+    gradient = head.matmuls.gradient_buffer(logits_of_largest, max((whole.n for whole in together), default=0))
+    for number, whole in enumerate(together):
+        hidden, done = whole.take(head.hidden).to(head.dtype), 0
+        for chunk in groups[number]:
             logits, d_logits = logits_of_largest[: chunk.n], gradient[done : done + chunk.n]
             head.matmuls.logits(hidden[done : done + chunk.n], head.bias, logits)
-            work(logits.unsqueeze(0), d_logits.unsqueeze(0), k)
-            k, done = k + 1, done + chunk.n
+            work(logits.unsqueeze(0), d_logits.unsqueeze(0), chunk)
+            done += chunk.n
         d_logits = gradient[:done]
         if wanted.hidden:
-            of_hidden.put(together, d_hidden, head.matmuls.d_hidden(d_logits))
+            of_hidden.put(whole, d_hidden, head.matmuls.d_hidden(d_logits))
         if wanted.weight:
             head.matmuls.add_d_weight(d_logits, hidden, d_weight, first=number == 0)
         if wanted.bias:
             d_bias += d_logits.sum(0, dtype=d_bias.dtype)
     of_hidden.finish()
-    if not chunks:
+    if not groups:
         d_weight.zero_()
     d_bias = d_bias if head.bias is None else d_bias.to(kept_dtype(head.bias))
     return HeadGradients(d_hidden, d_weight.to(kept_dtype(head.weight)), d_bias)

@@ -41,7 +41,7 @@ from unirl_kernels.objectives.distillation import *
 from unirl_kernels.objectives.group import *
 from unirl_kernels.objectives.importance import *
 from unirl_kernels.objectives.likelihood import *
-from unirl_kernels.objectives.loss import Loss, Objective, Paradigm, Term
+from unirl_kernels.objectives.loss import Loss, Objective, Paradigm
 from unirl_kernels.objectives.pairs import *
 from unirl_kernels.objectives.penalties import *
 from unirl_kernels.objectives.policy import *
@@ -50,6 +50,7 @@ from unirl_kernels.objectives.regression import *
 from unirl_kernels.objectives.scores import *
 from unirl_kernels.objectives.sequence import *
 from unirl_kernels.objectives.surrogates import *
+from unirl_kernels.objectives.term import Term
 from unirl_kernels.objectives.tokens import Tokens
 from unirl_kernels.objectives.trust import *
 from unirl_kernels.objectives.unpaired import *

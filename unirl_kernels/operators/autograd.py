@@ -8,9 +8,18 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends import ProgramArgs, ReadoutArgs, RowGradients, RowMoments, RowStats
+from unirl_kernels.backends.groups import (
+    Measured,
+    Observed,
+    ProgramArgs,
+    ReadoutArgs,
+    RowGradients,
+    RowMoments,
+    RowStats,
+)
 from unirl_kernels.operators import rows
-from unirl_kernels.operators.shards import Operators, ShardArgs, Whole, measured
+from unirl_kernels.operators.declare import flat
+from unirl_kernels.operators.shards import Operators, ShardArgs, measured
 
 Result = TypeVar("Result")
 
@@ -76,13 +85,14 @@ def overwrite(logits: Tensor, write: Callable[[Tensor], Result]) -> Result:
 
 
 def save_statistics(
-    ctx: Any, found: Whole, readout: ReadoutArgs, inputs: Sequence[Tensor | None]
+    ctx: Any, found: Measured | Observed, readout: ReadoutArgs, inputs: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
     """Save what the backward needs, and return the results of an autograd function of statistics.
 
     The backward uses the moments, not the results: users may change the results in place.
     """
-    stats, moments, others = found
+    stats, moments, *observed = found
+    others = flat(observed)
     ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs, readout.row_temperature, *moments)
@@ -102,8 +112,8 @@ class Statistics(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         """The same as ``apply`` without a gradient, with less host time."""
         refuse_forward_mode(logits)
-        stats, _, others = measured(operators, as_rows(logits), target, readout, backend, None)
-        return *stats, *others
+        stats, _, *observed = measured(operators, as_rows(logits), target, readout, backend, None)
+        return *stats, *flat(observed)
 
     @staticmethod
     def forward(

@@ -7,7 +7,7 @@ A group is a ``NamedTuple`` of tensors and scalars. torch.library sees its field
 from __future__ import annotations
 
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import UnionType
 from typing import Any
 
@@ -60,12 +60,26 @@ def flat(groups: Iterable[object]) -> list[Any]:
     return values
 
 
-def _builder(annotation: Any) -> Callable[[Iterator[Any]], Any]:
-    """A function that takes the values of an annotation's leaves and groups them."""
+Builder = Callable[[Sequence[Any]], Any]
+
+
+def _builder(annotation: Any, start: int) -> Builder:
+    """A function that takes the flat values, and groups those of an annotation, which begin at ``start``."""
     if not _is_group(annotation):
-        return next
-    builders = [_builder(inner) for inner in typing.get_type_hints(annotation).values()]
-    return lambda values: annotation._make([build(values) for build in builders])
+        return lambda values: values[start]
+    fields = typing.get_type_hints(annotation).values()
+    if any(map(_is_group, fields)):
+        builders = _builders(fields, start)
+        return lambda values: annotation._make([build(values) for build in builders])
+    return lambda values: annotation._make(values[start : start + len(fields)])
+
+
+def _builders(annotations: Iterable[Any], start: int = 0) -> list[Builder]:
+    builders = []
+    for annotation in annotations:
+        builders.append(_builder(annotation, start))
+        start += len(list(_leaves(annotation)))
+    return builders
 
 
 class Operator:
@@ -88,8 +102,8 @@ class Operator:
         self.name = name
         self._returns = hints.pop("return")
         self._arguments = list(hints.items())
-        self._build_arguments = [_builder(annotation) for annotation in hints.values()]
-        self._build_result = _builder(self._returns) if _is_group(self._returns) else None
+        self._build_arguments = _builders(hints.values())
+        self._build_result = _builder(self._returns, 0) if _is_group(self._returns) else None
         LIBRARY.define(self._schema(mutates))
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", self._regrouped(fake), lib=LIBRARY)
         if not mutates:
@@ -114,8 +128,7 @@ class Operator:
         """The function as torch.library calls it."""
 
         def run(*given: object) -> Any:
-            values = iter(given)
-            result = function(*[build(values) for build in self._build_arguments])
+            result = function(*[build(given) for build in self._build_arguments])
             return result if self._build_result is None else tuple(flat(result))
 
         return run
@@ -137,7 +150,7 @@ class Operator:
 
     def __call__(self, *groups: object) -> Any:
         result = self._call(*flat(groups))
-        return result if self._build_result is None else self._build_result(iter(result))
+        return result if self._build_result is None else self._build_result(result)
 
 
 def operator(fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Operator]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends import (
+from unirl_kernels.backends.groups import (
     Measured,
     Observed,
     ProgramArgs,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends import ProgramArgs, ReadoutArgs, RowMoments
+from unirl_kernels.backends.groups import ProgramArgs, ReadoutArgs, RowMoments
 from unirl_kernels.operators import linear
 from unirl_kernels.operators.autograd import (
     of_stats,
@@ -104,7 +104,9 @@ def scaled_gradients(ctx: Any, d_loss: Tensor | None) -> list[Tensor | None]:
     """The saved gradients of hidden, weight and bias, times the upstream one."""
     if d_loss is None:
         return [None, None, None]
-    return handed_on(ctx, [scaled(x, d_loss, ctx.backend) for x in ctx.saved_tensors], ctx.dtypes)
+    wanted = ctx.needs_input_grad[:3]
+    found = [scaled(x, d_loss, ctx.backend) if w else x for x, w in zip(ctx.saved_tensors, wanted, strict=True)]
+    return handed_on(ctx, found, ctx.dtypes)
 
 
 def handed_on(ctx: Any, gradients: Sequence[Tensor], dtypes: Sequence[torch.dtype | None]) -> list[Tensor | None]:

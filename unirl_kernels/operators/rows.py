@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends import (
+from unirl_kernels.backends import load
+from unirl_kernels.backends.groups import (
     Measured,
     Observed,
     ProgramArgs,
@@ -18,7 +19,6 @@ from unirl_kernels.backends import (
     RowGradients,
     RowMoments,
     RowStats,
-    load,
     measured_like,
     observed_like,
     row_dtype,

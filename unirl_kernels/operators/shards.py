@@ -4,26 +4,27 @@ rank, and what follows from the whole row is made here, of the moments that the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends import (
+from unirl_kernels.backends import load
+from unirl_kernels.backends.groups import (
     ELSEWHERE,
+    Measure,
     Measured,
     Observed,
     ReadoutArgs,
     RowMoments,
     RowObservations,
     RowStats,
-    load,
     measured_like,
     observed_like,
     rows_like,
 )
-from unirl_kernels.backends.moments import kappa_of, merge, merge_observations, statistics, target_in
+from unirl_kernels.backends.moments import kappa_of, merge, merge_observations, placed, statistics, target_in
 from unirl_kernels.batch import IGNORE
 from unirl_kernels.operators import rows
 from unirl_kernels.operators.declare import Operator, operator
@@ -77,37 +78,25 @@ class Operators(NamedTuple):
 STATISTICS = Operators(rows.token_stats, shard_moments, in_tiles=True)
 OBSERVATIONS = Operators(rows.token_observations, shard_observations, in_tiles=False)
 
-Whole = tuple[RowStats, RowMoments, tuple[Tensor, ...]]
-"""Statistics and moments of whole rows, and observations if they are computed."""
-
 
 def measured(
     operators: Operators, operand: object, target: Tensor, readout: ReadoutArgs, how: object, shard: ShardArgs | None
-) -> Whole:
+) -> Measured | Observed:
     """Run the operators on logits or a head. With a shard, merge the results of all ranks."""
     if shard is None:
-        return _whole(operators.whole(operand, target, readout, how))
+        return operators.whole(operand, target, readout, how)  # type: ignore[no-any-return]
     part = operators.of_shard(operand, shard.target(target), readout, shard.tiles, how)
     return merged(part, target, readout, shard)
 
 
 def rows_of(
-    function: Callable[[Tensor, Tensor, ReadoutArgs], Measured | Observed],
-    logits: Tensor,
-    target: Tensor,
-    readout: ReadoutArgs,
-    shard: ShardArgs | None,
-) -> Whole:
+    measure: Measure, logits: Tensor, target: Tensor, readout: ReadoutArgs, shard: ShardArgs | None
+) -> Measured | Observed:
     """Run a backend function on a chunk of logits. With a shard, merge the results of all ranks."""
     if shard is None:
-        return _whole(function(logits, target, readout))
-    part = moments_of_tiles(function, logits, shard.target(target), readout, shard.tiles)
+        return measure(logits, target, readout)
+    part = moments_of_tiles(measure, logits, shard.target(target), readout, shard.tiles)
     return merged(part, target, readout, shard)
-
-
-def _whole(found: Measured | Observed) -> Whole:
-    stats, moments, *others = found
-    return stats, moments, tuple(*others)
 
 
 def tiles_like(target: Tensor, dtype: torch.dtype, tiles: Tiles) -> RowMoments:
@@ -116,11 +105,7 @@ def tiles_like(target: Tensor, dtype: torch.dtype, tiles: Tiles) -> RowMoments:
 
 
 def moments_of_tiles(
-    token_stats: Callable[[Tensor, Tensor, ReadoutArgs], Measured | Observed],
-    logits: Tensor,
-    target: Tensor,
-    readout: ReadoutArgs,
-    tiles: Tiles,
+    measure: Measure, logits: Tensor, target: Tensor, readout: ReadoutArgs, tiles: Tiles
 ) -> RowMoments:
     """Moments of each tile of a shard, [slots, B, L]. The last tiles may have no columns."""
     width, found = logits.shape[-1], []
@@ -132,7 +117,7 @@ def moments_of_tiles(
         at = target
         if len(columns) < width:
             at = torch.where(target == ELSEWHERE, ELSEWHERE, target_in(target, columns, width))
-        found.append(token_stats(logits[..., columns.start : columns.stop], at, readout).moments)
+        found.append(measure(logits[..., columns.start : columns.stop], at, readout).moments)
     return RowMoments(*map(torch.stack, zip(*found, strict=True)))
 
 
@@ -166,7 +151,7 @@ def target_hash(target: Tensor) -> Tensor:
     return ((mixed ^ (mixed >> 29)) * -7723592293110705685).sum()
 
 
-def merged(part: RowMoments | Observed, target: Tensor, readout: ReadoutArgs, shard: ShardArgs) -> Whole:
+def merged(part: RowMoments | Observed, target: Tensor, readout: ReadoutArgs, shard: ShardArgs) -> Measured | Observed:
     """Statistics and moments of whole rows, and observations if the part has them.
 
     Args:
@@ -175,33 +160,26 @@ def merged(part: RowMoments | Observed, target: Tensor, readout: ReadoutArgs, sh
         readout: how logits become log-probabilities.
         shard: which columns.
     """
-    others: tuple[Tensor, ...] = ()
-    if isinstance(part, Observed):
-        own = RowMoments(*(x.unsqueeze(0) for x in part.moments))
-        others = tuple(x.unsqueeze(0) for x in _sent(part, shard))
+    if isinstance(part, RowMoments):
+        own: list[Tensor] = list(part)
     else:
-        own = part
-    kappa = kappa_of(readout, own.top)
-    found = exchanged((*own, *others), target, shard)
-    of_shards = RowMoments(*found[: len(own)])
+        seen = placed(part.observations, shard.start, shard.columns / shard.vocab)
+        # As a float it is exact: no vocabulary has 2^24 columns.
+        seen = seen._replace(argmax=seen.argmax.to(seen.largest.dtype))
+        own = [x.unsqueeze(0) for x in (*part.moments, *seen)]
+    found = exchanged(own, target, shard)
+    n = len(RowMoments._fields)
+    of_shards = RowMoments(*found[:n])
+    kappa = kappa_of(readout, of_shards.top)
     moments = merge(of_shards, kappa)
     stats = RowStats(*_used(statistics(moments, kappa), target))
-    if not others:
-        return stats, moments, ()
-    seen = RowObservations(*found[len(own) :])
+    if isinstance(part, RowMoments):
+        return Measured(stats, moments)
+    seen = RowObservations(*found[n:])
     seen = seen._replace(argmax=seen.argmax.nan_to_num(-1).to(torch.int64))
     *values, argmax = merge_observations(seen, of_shards, moments, kappa)
     known = (target >= 0) & (target < shard.vocab)
-    return stats, moments, (*_used(values, target), torch.where(known, argmax, -1))
-
-
-def _sent(part: Observed, shard: ShardArgs) -> RowObservations:
-    """Observations of a shard in the form that ``merge_observations`` takes, in one dtype."""
-    own = part.observations
-    return own._replace(
-        mean_logit=own.mean_logit * (shard.columns / shard.vocab),
-        argmax=(own.argmax + shard.start).to(own.largest.dtype),  # exact: no vocabulary has 2^24 columns
-    )
+    return Observed(stats, moments, RowObservations._make((*_used(values, target), torch.where(known, argmax, -1))))
 
 
 def _used(values: Sequence[Tensor], target: Tensor) -> list[Tensor]:

@@ -51,8 +51,6 @@ class Traced:
             dtype: float32 or float64.
             wide: names of the fields that are float64. Their limit is inf in rows of float32.
         """
-        if not self.graph.limits:
-            return self.params
         params = list(self.params)
         for inputs, limit in self.graph.limits.items():
             if dtype == torch.float64:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends import FusedRows, ProgramArgs, ReadoutArgs, RowMoments, cpu, eager
+from unirl_kernels.backends import cpu, eager
+from unirl_kernels.backends.groups import FusedRows, ProgramArgs, ReadoutArgs, RowMoments
 from unirl_kernels.program import trace, weight_name
 
 if reason := cpu.unavailable(torch.device("cpu")):

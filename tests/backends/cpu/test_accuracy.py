@@ -25,17 +25,8 @@ from tests.backends.cpu.rows import (
     z_of,
 )
 from tests.observed import check
-from unirl_kernels.backends import (
-    ELSEWHERE,
-    ProgramArgs,
-    ReadoutArgs,
-    RowGradients,
-    RowMoments,
-    cpu,
-    eager,
-    load,
-    moments,
-)
+from unirl_kernels.backends import cpu, eager, load, moments
+from unirl_kernels.backends.groups import ELSEWHERE, ProgramArgs, ReadoutArgs, RowGradients, RowMoments
 from unirl_kernels.batch import IGNORE
 from unirl_kernels.program import weight_name
 from unirl_kernels.testing.budgets import condition_of, violations

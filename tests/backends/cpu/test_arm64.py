@@ -17,7 +17,8 @@ from torch import Tensor
 
 from tests import ROOT
 from tests.backends.cpu.rows import DTYPES, GRPO, PARAMS, READOUTS, fields_of, row_dtype, rows_of
-from unirl_kernels.backends import ProgramArgs, ReadoutArgs, eager
+from unirl_kernels.backends import eager
+from unirl_kernels.backends.groups import ProgramArgs, ReadoutArgs
 from unirl_kernels.batch import IGNORE
 from unirl_kernels.testing.budgets import condition_of, violations
 

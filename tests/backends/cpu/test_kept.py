@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from tests.backends.cpu.rows import DTYPES, IDENTITY, SEGMENT, naive, one_thread, program_of, row_dtype, rows_of
-from unirl_kernels.backends import FusedRows, ReadoutArgs, cpu
+from unirl_kernels.backends import cpu
+from unirl_kernels.backends.groups import FusedRows, ReadoutArgs
 from unirl_kernels.testing.budgets import violations
 
 STREAMED_BYTES = 32 * 2**20

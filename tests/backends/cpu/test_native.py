@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends import ProgramArgs, ReadoutArgs, RowGradients, cpu
+from unirl_kernels.backends import cpu
+from unirl_kernels.backends.groups import ProgramArgs, ReadoutArgs, RowGradients
 from unirl_kernels.program import (
     MAX_FIELDS,
     MAX_INSTRUCTIONS,
@@ -296,7 +297,8 @@ def test_torch_without_exchange_functions_is_refused(before: str, said: str) -> 
 
 THREADS = """
 import os, sys, threading, torch
-from unirl_kernels.backends import ReadoutArgs, cpu
+from unirl_kernels.backends import cpu
+from unirl_kernels.backends.groups import ReadoutArgs
 native = cpu._native()
 torch.set_num_threads(3)
 logits, target = torch.zeros(1, 300, 9000), torch.zeros(1, 300, dtype=torch.int64)

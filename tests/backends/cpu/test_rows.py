@@ -23,7 +23,8 @@ from tests.backends.cpu.rows import (
     rows_of,
     rows_of_moments,
 )
-from unirl_kernels.backends import ELSEWHERE, RowGradients, cpu
+from unirl_kernels.backends import cpu
+from unirl_kernels.backends.groups import ELSEWHERE, RowGradients
 from unirl_kernels.batch import IGNORE
 from unirl_kernels.program import weight_name
 from unirl_kernels.testing.budgets import violations

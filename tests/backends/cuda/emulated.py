@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from unirl_kernels.backends import ELSEWHERE, ProgramArgs, ReadoutArgs, RowGradients, RowStats, cuda
+from unirl_kernels.backends import cuda
+from unirl_kernels.backends.groups import ELSEWHERE, ProgramArgs, ReadoutArgs, RowGradients, RowStats
 from unirl_kernels.batch import IGNORE
 from unirl_kernels.program import trace, weight_name
 from unirl_kernels.testing.budgets import condition_of, violations

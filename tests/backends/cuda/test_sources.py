@@ -22,7 +22,8 @@ import pytest
 import torch
 
 from tests import ROOT
-from unirl_kernels.backends import ReadoutArgs, choose, cuda, unavailable
+from unirl_kernels.backends import choose, cuda, unavailable
+from unirl_kernels.backends.groups import ReadoutArgs
 
 ARCHITECTURES = ("sm_90", "sm_100")
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))

@@ -162,7 +162,7 @@ def tile_of(variant: Variant) -> Any:
 
 def constants_of(variant: Variant) -> dict[str, Any]:
     """Arguments that are known when a kernel is compiled."""
-    from unirl_kernels.backends import RowObservations
+    from unirl_kernels.backends.groups import RowObservations
     from unirl_kernels.backends.triton import geometry
     from unirl_kernels.backends.triton.lowering import device_function
     from unirl_kernels.program import parsed

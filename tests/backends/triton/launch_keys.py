@@ -12,7 +12,7 @@ from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 import unirl_kernels as uk
-from unirl_kernels.backends import ProgramArgs, ReadoutArgs, RowGradients, RowMoments
+from unirl_kernels.backends.groups import ProgramArgs, ReadoutArgs, RowGradients, RowMoments
 from unirl_kernels.backends.triton import geometry, launch
 from unirl_kernels.program import trace
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unirl_kernels.backends import FusedRows, ProgramArgs, ReadoutArgs, load
+from unirl_kernels.backends import load
+from unirl_kernels.backends.groups import FusedRows, ProgramArgs, ReadoutArgs
 from unirl_kernels.program import Traced, trace, weight_name
 from unirl_kernels.testing.budgets import condition_of, violations
 

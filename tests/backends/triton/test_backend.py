@@ -26,7 +26,7 @@ from tests.backends.triton.rows import (
     run,
     with_entropy,
 )
-from unirl_kernels.backends import ELSEWHERE, ProgramArgs, ReadoutArgs, RowGradients, RowMoments
+from unirl_kernels.backends.groups import ELSEWHERE, ProgramArgs, ReadoutArgs, RowGradients, RowMoments
 from unirl_kernels.backends.moments import merge, statistics
 from unirl_kernels.batch import IGNORE
 from unirl_kernels.program import ZERO, Op, Program, trace

@@ -24,7 +24,7 @@ from tests.backends.triton.rows import (
     make_rows,
     run,
 )
-from unirl_kernels.backends import RowMoments
+from unirl_kernels.backends.groups import RowMoments
 from unirl_kernels.backends.triton import geometry
 from unirl_kernels.backends.triton.split_row import number, publish
 from unirl_kernels.backends.triton.tiles import head_and_body

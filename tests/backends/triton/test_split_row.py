@@ -11,7 +11,7 @@ import torch.multiprocessing
 from torch import Tensor
 
 from tests.backends.triton.rows import DEVICE, PLAIN, RESULTS, Rows, check, make_rows, run
-from unirl_kernels.backends import FusedRows
+from unirl_kernels.backends.groups import FusedRows
 from unirl_kernels.backends.triton import geometry
 from unirl_kernels.batch import IGNORE
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from unirl_kernels.backends import RowMoments, RowStats
+from unirl_kernels.backends.groups import RowMoments, RowStats
 from unirl_kernels.backends.triton.kernel import kernel
 from unirl_kernels.backends.triton.rows import (
     Matrix,

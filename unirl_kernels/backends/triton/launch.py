@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from unirl_kernels.backends import (
+from unirl_kernels.backends.groups import (
     FusedRows,
     Measured,
     Observed,

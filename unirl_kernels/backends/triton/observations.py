@@ -14,7 +14,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from unirl_kernels.backends import RowMoments, RowObservations
+from unirl_kernels.backends.groups import RowMoments, RowObservations
 from unirl_kernels.backends.triton.rows import Readout, Row, u_of
 from unirl_kernels.backends.triton.scalar_math import log1p, minimum
 from unirl_kernels.backends.triton.statistics import (

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from unirl_kernels.backends import ELSEWHERE as ELSEWHERE_TARGET
+from unirl_kernels.backends.groups import ELSEWHERE as ELSEWHERE_TARGET
 from unirl_kernels.backends.triton.scalar_math import LOG2E, divide, tanh
 from unirl_kernels.batch import IGNORE as IGNORED_TARGET
 

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from unirl_kernels.backends import RowMoments, RowStats
+from unirl_kernels.backends.groups import RowMoments, RowStats
 from unirl_kernels.backends.triton.gradient import (
     Gradients,
     Terms,

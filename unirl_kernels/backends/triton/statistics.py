@@ -15,7 +15,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from unirl_kernels.backends import RowMoments, RowStats
+from unirl_kernels.backends.groups import RowMoments, RowStats
 from unirl_kernels.backends.triton.rows import Readout, Row, u_of, u_of_target
 from unirl_kernels.backends.triton.scalar_math import LN2, log1p, maximum, minimum
 from unirl_kernels.backends.triton.tiles import is_below, load
