@@ -1,5 +1,7 @@
-"""The table of backends, and the choice among them. A backend is a module with the functions of ``Backend``, loaded when
-first used; ``groups`` has their arguments and results.
+"""The table of backends, and the choice among them.
+
+A backend is a module with the functions of ``Backend``, loaded when first used. ``groups`` has their arguments and
+results.
 """
 
 from __future__ import annotations
