@@ -71,7 +71,8 @@ def _builder(annotation: Any, start: int) -> Builder:
     if any(map(_is_group, fields)):
         builders = _builders(fields, start)
         return lambda values: annotation._make([build(values) for build in builders])
-    return lambda values: annotation._make(values[start : start + len(fields)])
+    stop = start + len(fields)
+    return lambda values: annotation._make(values[start:stop])
 
 
 def _builders(annotations: Iterable[Any], start: int = 0) -> list[Builder]:
