@@ -18,13 +18,14 @@ class Ring:
 
     Args:
         source: contiguous; the content of each copy. Not written.
+        copies: how many, where no time is measured; None: as many as the cache asks for.
     """
 
-    def __init__(self, source: Tensor) -> None:
+    def __init__(self, source: Tensor, copies: int | None = None) -> None:
         self._source = source
         step = ALIGNMENT // source.element_size()
         size = -(-source.numel() // step) * step
-        count = max(2, -(-2 * last_level_cache_bytes(source.device) // (size * source.element_size())))
+        count = copies or max(2, -(-2 * last_level_cache_bytes(source.device) // (size * source.element_size())))
         self._memory = torch.empty(count, size, dtype=source.dtype, device=source.device)
         self._memory[:, : source.numel()] = source.flatten()
         self._next = 0

@@ -45,8 +45,8 @@ class Measurement:
         self.cases: dict[str, Case] = {}
         """Those that passed ``check``."""
 
-    def check(self, after_each: Step) -> None:
-        """Let each provider do the work once, and hold it against fp64."""
+    def check(self, after_each: Step, right: Callable[[Provider], object] = lambda provider: None) -> None:
+        """Let each provider do the work once, and hold it against fp64; ``right`` is called with those that pass."""
         truth = self.level.truth(self.inputs)
         for provider in self.providers:
             try:
@@ -57,6 +57,8 @@ class Measurement:
                 message = str(error).strip().splitlines() or [""]
                 reasons = [f"{type(error).__name__}: {message[0]}"]
                 self.rows[provider.key] = Row(provider.name, provider.kernel, provider.overwrites, FAILED, reasons)
+            if provider.key in self.cases:
+                right(provider)
             after_each()
 
     def _checked(self, provider: Provider, truth: Truth) -> Row:

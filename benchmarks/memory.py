@@ -1,23 +1,27 @@
-"""Peak memory of one call in a fresh process: ``python -m benchmarks.memory WORK [KEY SOURCE]...``.
+"""Peak memory of one call in a fresh process: ``python -m benchmarks.memory WORK``.
 
-WORK as JSON; SOURCE is that of a user's own provider, or empty. A line for each provider: bytes, or ``failed`` and why.
+WORK as JSON. Each line that it reads is a key of a provider and the source of a user's own, or nothing, as JSON; each
+line that it writes is bytes, or ``failed`` and why.
 
 There, nothing that another provider left behind in an allocator or a cache hides what this one needs. On a CPU the
-process that has imported everything forks for each provider: importing takes longer than a small case. A provider's
-``modules`` are imported before the fork, once for all that need them.
+process forks for each provider: importing and ``Provider.prepare`` take longer than a small case. The command's own
+process has done both before it computes anything; a copy of it, made then, is as good as a new process.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import IO, Any
 
 import torch
 
@@ -26,7 +30,7 @@ from benchmarks.cases import Case
 from benchmarks.levels import level_of
 from benchmarks.measure import peak_extra_bytes
 from benchmarks.own import own
-from benchmarks.providers import Provider, imported
+from benchmarks.providers import Provider, prepare
 from benchmarks.selection import chosen
 from benchmarks.work import Work
 
@@ -46,24 +50,24 @@ def peak_in_fresh_process(provider: Provider, work: Work) -> int:
     Raises:
         RuntimeError: when the process fails, with the last line of what it said.
     """
-    with Peaks([provider], work) as peaks:
-        return next(peaks.of([provider]))
+    return next(Peaks(work, beside=False).of([provider]))
 
 
 class Peaks:
-    """``peak_in_fresh_process`` of several providers. Small work is measured from now on, beside this process.
+    """``peak_in_fresh_process`` of several providers.
 
     Args:
-        providers: all that may be asked for.
         work: what they do.
+        beside: measure small work beside this process, from ``ask`` to ``wait``.
+        fresh: this process has computed nothing yet.
     """
 
-    def __init__(self, providers: Sequence[Provider], work: Work) -> None:
+    def __init__(self, work: Work, *, beside: bool, fresh: bool = False) -> None:
         self._work = work
         self._answers: dict[str, str] = {}
-        self.beside = list(providers) if _forks(work) and _small(work) else []
+        self.asked: list[Provider] = []
         """Those that are measured beside this process."""
-        self._process = _Process(self.beside, work) if self.beside else None
+        self._process = _Process(work, fresh) if beside and _forks(work) and _small(work) else None
 
     def __enter__(self) -> Peaks:
         return self
@@ -76,9 +80,15 @@ class Peaks:
             self._process.stop()
             self._process = None
 
-    def wait(self, after_each: Callable[[], object] = lambda: None) -> None:
+    def ask(self, provider: Provider) -> None:
+        """Begin to measure it, if that is to be done beside this process."""
+        if self._process is not None:
+            self._process.ask(provider)
+            self.asked.append(provider)
+
+    def wait(self, after_each: Callable[[], object]) -> None:
         """Wait for what is measured beside this process, before it disturbs."""
-        for provider in self.beside:
+        for provider in self.asked:
             assert self._process is not None  # until all have answered
             self._answers[provider.key] = self._process.answer()
             after_each()
@@ -90,41 +100,40 @@ class Peaks:
         Raises:
             RuntimeError: when measuring one of them failed.
         """
-        if not self._answers:
-            self.wait()
-        later = [provider for provider in providers if provider.key not in self._answers]
-        for provider in providers:
-            if provider.key in self._answers:
-                yield _bytes(provider, self._answers[provider.key])
-        for group in [later] if later and _forks(self._work) else [[provider] for provider in later]:
-            process = _Process(group, self._work)
+        if self.asked:
+            yield from (_bytes(provider, self._answers[provider.key]) for provider in providers)
+            return
+        for group in [providers] if _forks(self._work) else [[provider] for provider in providers]:
+            process = _Process(self._work)
             try:
                 for provider in group:
+                    process.ask(provider)
                     yield _bytes(provider, process.answer())
             finally:
                 process.stop()
 
 
 class _Process:
-    """``python -m benchmarks.memory`` for some providers."""
+    """Measures providers, one after the other.
 
-    def __init__(self, providers: Sequence[Provider], work: Work) -> None:
-        named = [text for provider in providers for text in (provider.key, provider.source)]
-        command = [sys.executable, "-m", "benchmarks.memory", json.dumps(asdict(work)), *named]
+    Args:
+        work: what they do.
+        fresh: this process has computed nothing yet: a copy of it will do.
+    """
+
+    def __init__(self, work: Work, fresh: bool = False) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
-        self._running = subprocess.Popen(
-            command,
-            text=True,
-            cwd=CHECKOUT,
-            env=os.environ | KEEP_NOTHING,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-        )
+        self._running = (_Copy if fresh else _New)(work, self._errors)
+
+    def ask(self, provider: Provider) -> None:
+        assert self._running.stdin is not None
+        with suppress(BrokenPipeError):  # ``answer`` says why
+            self._running.stdin.write(f"{json.dumps([provider.key, provider.source])}\n".encode())
 
     def answer(self) -> str:
         """The next line that it says, or the last one of its errors."""
         assert self._running.stdout is not None
-        if said := self._running.stdout.readline().strip():
+        if said := self._running.stdout.readline().decode().strip():
             return said
         self._errors.seek(0)
         errors = self._errors.read().decode(errors="replace").strip().splitlines()
@@ -132,8 +141,56 @@ class _Process:
 
     def stop(self) -> None:
         self._running.kill()
-        self._running.communicate()
-        self._errors.close()
+        self._running.wait()
+        for file in (self._running.stdin, self._running.stdout, self._errors):
+            assert file is not None
+            file.close()
+
+
+class _New(subprocess.Popen[bytes]):
+    """A new process."""
+
+    def __init__(self, work: Work, errors: IO[bytes]) -> None:
+        command = [sys.executable, "-m", "benchmarks.memory", json.dumps(asdict(work))]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors, "bufsize": 0}
+        super().__init__(command, cwd=CHECKOUT, env=os.environ | KEEP_NOTHING, **pipes)
+
+
+class _Copy:
+    """A copy of this process, used as a ``Popen``."""
+
+    def __init__(self, work: Work, errors: IO[bytes]) -> None:
+        requests, stdin = os.pipe()
+        stdout, answers = os.pipe()
+        self._pid = os.fork()
+        if self._pid == 0:
+            os.close(stdin)  # else this process would not see the end of the requests
+            os.environ.update(KEEP_NOTHING)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            for standard in (1, 2):
+                os.dup2(errors.fileno(), standard)
+            with _left_at_once(), os.fdopen(requests) as lines, os.fdopen(answers, "w") as told:
+                _answer(work, lines, told)
+        os.close(requests)
+        os.close(answers)
+        self.stdin, self.stdout = os.fdopen(stdin, "wb", 0), os.fdopen(stdout, "rb", 0)
+
+    def kill(self) -> None:
+        os.kill(self._pid, signal.SIGKILL)
+
+    def wait(self) -> None:
+        os.waitpid(self._pid, 0)
+
+
+@contextmanager
+def _left_at_once() -> Iterator[None]:
+    """The end of a process that was copied: nothing of what the original still has to do."""
+    try:
+        yield
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(0)
 
 
 def _bytes(provider: Provider, answer: str) -> int:
@@ -156,7 +213,7 @@ def _provider(work: Work, key: str, source: str) -> Provider:
 
 def _peak(work: Work, provider: Provider) -> int:
     inputs = level_of(work).make(work)
-    case = Case(provider.bind(inputs), inputs, [Ring(x) for x in inputs.operands], provider.overwrites)
+    case = Case(provider.bind(inputs), inputs, [Ring(x, copies=2) for x in inputs.operands], provider.overwrites)
     case()
     case.renew()
     return peak_extra_bytes(case, torch.device(work.device))
@@ -172,14 +229,10 @@ def _said(work: Work, key: str, source: str) -> str:
 
 def _in_fork(work: Work, key: str, source: str) -> str:
     """``_said`` by a copy of this process, which has not computed anything yet."""
-    if not source:
-        for module in _provider(work, key, source).modules:
-            with suppress(ImportError):  # whoever binds the provider says so
-                imported(module)
     reader, writer = os.pipe()
     if (child := os.fork()) == 0:
-        os.write(writer, _said(work, key, source).encode())
-        os._exit(0)
+        with _left_at_once():
+            os.write(writer, _said(work, key, source).encode())
     os.close(writer)
     with os.fdopen(reader) as answer:
         said = answer.read()
@@ -187,13 +240,15 @@ def _in_fork(work: Work, key: str, source: str) -> str:
     return said or f"failed with status {status}"
 
 
-def main(arguments: Sequence[str]) -> None:
-    work = Work(**json.loads(arguments[0]))
+def _answer(work: Work, requests: Iterable[str], answers: IO[str]) -> None:
     ask = _in_fork if _forks(work) else _said
-    for key, source in zip(arguments[1::2], arguments[2::2], strict=True):
-        sys.stdout.write(f"{ask(work, key, source)}\n")
-        sys.stdout.flush()
+    for line in requests:
+        key, source = json.loads(line)
+        if not source:
+            prepare([_provider(work, key, source)], torch.device(work.device))
+        answers.write(f"{ask(work, key, source)}\n")
+        answers.flush()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    _answer(Work(**json.loads(sys.argv[1])), sys.stdin, sys.stdout)

@@ -6,7 +6,8 @@ import gc
 import importlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -22,6 +23,8 @@ Function = Callable[..., Values]
 
 Bind = Callable[[Inputs], Function]
 """Makes the function for given inputs; raises ``Skipped`` if there is none."""
+
+Prepare = Callable[[torch.device], object]
 
 OURS = "unirl_kernels"
 
@@ -40,7 +43,7 @@ class Provider:
         bind: makes the function.
         overwrites: the gradient comes into the operand's memory.
         source: ``FILE.py:FUNCTION`` where it is the user's own, see ``own``; else empty.
-        modules: what it imports that takes long.
+        prepare: what takes long once per process, whatever the work; called with the device.
     """
 
     name: str
@@ -48,7 +51,7 @@ class Provider:
     bind: Bind
     overwrites: bool = False
     source: str = ""
-    modules: tuple[str, ...] = ()
+    prepare: Prepare | None = None
 
     @property
     def key(self) -> str:
@@ -56,18 +59,33 @@ class Provider:
         return key(self.name, self.kernel, self.overwrites)
 
 
-def imported(module: str) -> ModuleType:
-    """Import a module without warnings, and without the garbage collector: it finds nothing in half-imported packages,
-    and takes 15 % of the time of TRL's and torch.compile's."""
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Without warnings, and without the garbage collector: it finds nothing in half-imported packages, and takes 15 %
+    of the time of TRL's and torch.compile's."""
     collects = gc.isenabled()
     gc.disable()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return importlib.import_module(module)
+            yield
     finally:
         if collects:
             gc.enable()
+
+
+def imported(module: str) -> ModuleType:
+    with _undisturbed():
+        return importlib.import_module(module)
+
+
+def prepare(providers: Iterable[Provider], device: torch.device) -> None:
+    """Do what takes long once per process."""
+    with _undisturbed():
+        for step in dict.fromkeys(p.prepare for p in providers if p.prepare):
+            with suppress(Exception):  # whoever binds the provider says so
+                step(device)
+    gc.freeze()  # else the process's end looks for garbage in all that was imported, for two seconds
 
 
 def needs(module: str, pip: str) -> ModuleType:

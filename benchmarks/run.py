@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ from benchmarks.measurement import Measurement
 from benchmarks.memory import Peaks
 from benchmarks.outcome import record_of, wrong_kernels
 from benchmarks.own import own
-from benchmarks.providers import OURS, Provider
+from benchmarks.providers import OURS, Provider, prepare
 from benchmarks.record import Run, make_writable, size
 from benchmarks.selection import chosen
 from benchmarks.table import remarks, terminal
@@ -99,13 +100,15 @@ def measured(
     """Measure one piece of work, and show it; ``keep`` gets the times as soon as there are any, and again with the
     memory."""
     stages = Stages(console)
-    with Peaks(providers if memory else [], work) as peaks:
+    with stages.stage("Preparing providers"):
+        prepare(providers, torch.device(work.device))
+    with Peaks(work, beside=memory, fresh=_is_fresh(work, providers)) as peaks:
         with stages.stage(f"Making inputs, {size(work)}"):
             measurement = Measurement(work, providers)
         with stages.stage("Checking against fp64", len(providers)) as after_each:
-            measurement.check(after_each)
-        if peaks.beside:
-            with stages.stage("Measuring memory", len(providers)) as after_each:
+            measurement.check(after_each, peaks.ask)
+        if peaks.asked:
+            with stages.stage("Measuring memory", len(peaks.asked)) as after_each:
                 peaks.wait(after_each)
         with stages.stage("Timing", measurement.calls(rounds)) as after_each:
             run = measurement.time(rounds, after_each, keep)
@@ -119,8 +122,15 @@ def measured(
     return run
 
 
+def _is_fresh(work: Work, providers: Sequence[Provider]) -> bool:
+    """Whether this process has computed nothing yet. Tests have, and a user's file may have."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    is_the_command = spec is not None and spec.name == "benchmarks.__main__"
+    return is_the_command and not (work.own or any(provider.source for provider in providers))
+
+
 def _with_memory(measurement: Measurement, run: Run, peaks: Peaks, stages: Stages) -> Run:
-    if peaks.beside:
+    if peaks.asked:
         return measurement.memory(run, peaks, lambda: None)
     with stages.stage("Measuring memory", len(measurement.cases)) as after_each:
         return measurement.memory(run, peaks, after_each)

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.inputs import Inputs, Values
-from benchmarks.logits.peers import INDUCTOR, TRL, log_softmax
-from benchmarks.providers import Bind, Function, Provider, Skipped, imported, needs, needs_gpu, needs_loss
+from benchmarks.logits.peers import TRL, import_trl, log_softmax, start_compiler
+from benchmarks.providers import Bind, Function, Provider, Skipped, needs, needs_gpu, needs_loss
 from benchmarks.work import FUSED
 
 
@@ -38,7 +38,6 @@ def whole_logits_in_fp32(inputs: Inputs) -> Function:
 def compiled(bind: Bind) -> Bind:
     def bind_compiled(inputs: Inputs) -> Function:
         function = bind(inputs)
-        imported(*INDUCTOR)
         torch.compiler.reset()
         return torch.compile(function, fullgraph=True)
 
@@ -115,7 +114,7 @@ def liger_grpo(inputs: Inputs) -> Function:
 
 def trl(inputs: Inputs) -> Function:
     """As ``add_fused_lm_head`` calls it: the positions that count on a GPU, all positions elsewhere."""
-    utils = needs(*TRL, "trl")
+    utils = needs(TRL, "trl")
     chunked, used, fused = utils._ChunkedLogProbFunction, inputs.used, inputs.work.mode == FUSED
     compact = torch.device(inputs.work.device).type == "cuda"
     targets = inputs.batch.target[used] if compact else inputs.index.flatten()
@@ -151,12 +150,12 @@ def cut_cross_entropy(inputs: Inputs) -> Function:
 PEERS = [
     Provider("eager", "F.linear in fp32", whole_logits_in_fp32),
     Provider("eager", "F.linear", whole_logits),
-    Provider("compile", "F.linear in fp32", compiled(whole_logits_in_fp32), modules=INDUCTOR),
-    Provider("compile", "F.linear", compiled(whole_logits), modules=INDUCTOR),
+    Provider("compile", "F.linear in fp32", compiled(whole_logits_in_fp32), prepare=start_compiler),
+    Provider("compile", "F.linear", compiled(whole_logits), prepare=start_compiler),
     Provider("torch", "F.linear_cross_entropy", torch_linear_cross_entropy(chunked=False)),
     Provider("torch", "F.linear_cross_entropy, chunked", torch_linear_cross_entropy(chunked=True)),
-    Provider("trl", "_ChunkedLogProbFunction", trl, modules=TRL),
-    Provider("trl", "_ChunkedLogProbFunction in fp32", trl_in_fp32, modules=TRL),
+    Provider("trl", "_ChunkedLogProbFunction", trl, prepare=import_trl),
+    Provider("trl", "_ChunkedLogProbFunction in fp32", trl_in_fp32, prepare=import_trl),
     Provider("liger", "fused_linear_cross_entropy", liger_cross_entropy(1)),
     Provider("liger", "fused_linear_cross_entropy, larger chunks", liger_cross_entropy(16)),
     Provider("liger", "LigerFusedLinearGRPOLoss", liger_grpo),

@@ -7,6 +7,7 @@ Versions looked at: TRL 1.16.0, Liger-Kernel 0.8.5, flash-linear-attention 0.6.0
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,21 @@ from benchmarks.work import FUSED, STATS
 Statistics = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 """From logits, [B, L, V], to log-probability and, where there is one, entropy, [B, L], differentiable."""
 
-TRL = ("trl.trainer.utils",)
-INDUCTOR = ("torch._inductor.compile_fx",)
+TRL = "trl.trainer.utils"
+
+
+def import_trl(device: torch.device) -> None:
+    imported(TRL)
+
+
+@cache
+def start_compiler(device: torch.device) -> None:
+    """torch.compile's imports, and on a CPU its search for vector instructions and headers, in processes of their own.
+    One number keeps a single thread busy: the process can still be copied."""
+    imported("torch._inductor.compile_fx")
+    if device.type == "cpu":
+        with torch.no_grad():
+            torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(1))
 
 
 def _either(inputs: Inputs, with_entropy: Statistics, without: Callable[[Tensor], Tensor]) -> Function:
@@ -63,7 +77,6 @@ def log_softmax(inputs: Inputs) -> Function:
 
 
 def compiled(inputs: Inputs) -> Function:
-    imported(*INDUCTOR)
     torch.compiler.reset()
     return torch.compile(_in_fp32(log_softmax)(inputs), fullgraph=True)
 
@@ -75,7 +88,7 @@ def cross_entropy(inputs: Inputs) -> Function:
 
 
 def trl(inputs: Inputs) -> Function:
-    utils = needs(*TRL, "trl")
+    utils = needs(TRL, "trl")
     index, used = inputs.index, inputs.used
 
     def logp(logits: Tensor) -> Tensor:
@@ -194,11 +207,11 @@ def quack(overwrites: bool) -> Bind:
 PEERS = [
     Provider("eager", "log_softmax in fp32", _in_fp32(log_softmax)),
     Provider("eager", "log_softmax", _unconverted(log_softmax)),
-    Provider("compile", "log_softmax in fp32", compiled, modules=INDUCTOR),
+    Provider("compile", "log_softmax in fp32", compiled, prepare=start_compiler),
     Provider("torch", "F.cross_entropy in fp32", _in_fp32(cross_entropy)),
     Provider("torch", "F.cross_entropy", _unconverted(cross_entropy)),
-    Provider("trl", "selective_log_softmax in fp32", _in_fp32(trl), modules=TRL),
-    Provider("trl", "selective_log_softmax", _unconverted(trl), modules=TRL),
+    Provider("trl", "selective_log_softmax in fp32", _in_fp32(trl), prepare=import_trl),
+    Provider("trl", "selective_log_softmax", _unconverted(trl), prepare=import_trl),
     Provider("trl", "logprob_entropy", trl_head),
     Provider("liger", "LigerCrossEntropyLoss", liger_cross_entropy, overwrites=True),
     Provider("liger", "triton_grpo_loss", liger_grpo(False)),

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import memory
 from benchmarks.__main__ import main
 from benchmarks.compare import FASTER, GONE, LARGER, RIGHT_NOW, SAME, SLOWER, WRONG_NOW, compare, lines
 from benchmarks.export import as_csv, as_markdown
 from benchmarks.measure import Sample, Timing
 from benchmarks.measurement import Measurement
-from benchmarks.providers import Provider
 from benchmarks.record import OK, WRONG, Record, Row, Run, three_digits
 from benchmarks.table import terminal
 from benchmarks.work import Work
@@ -152,51 +149,3 @@ def test_complete_rounds_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (run,) = Record.load(out).runs
     assert (run.rounds, len(run.rows)) == (3, 2)
     assert all(row.time is not None and 5e-3 <= row.time.median <= 16e-3 for row in run.rows)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere each provider has a process of its own")
-def test_memory_of_small_work_is_measured_beside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While providers are checked; it is over before they are timed."""
-    order: list[str] = []
-    for name in ("check", "time"):
-        method = getattr(Measurement, name)
-
-        def noted(self: Measurement, *args: Any, name: str = name, method: Any = method) -> Any:
-            order.append(name)
-            return method(self, *args)
-
-        monkeypatch.setattr(Measurement, name, noted)
-    process = memory._Process
-
-    class Noted(process):
-        def __init__(self, providers: Sequence[Provider], work: Work) -> None:
-            order.append(f"start {len(providers)}")
-            super().__init__(providers, work)
-
-        def answer(self) -> str:
-            order.append("answer")
-            return super().answer()
-
-        def stop(self) -> None:
-            order.append("stop")
-            super().stop()
-
-    monkeypatch.setattr(memory, "_Process", Noted)
-    monkeypatch.setattr(memory, "SMALL_BYTES", 64 * 2 * 1024)
-    small = ["--tokens", "64", "--peers", "none", "--kernels", "cpu/rows", "--rounds", "2"]
-    assert main([*small, "--vocab", "1024"]) == 0
-    assert order == ["start 2", "check", "answer", "answer", "stop", "time"]
-    order.clear()
-    assert main([*small, "--vocab", "1025"]) == 0
-    assert order == ["check", "time", "start 2", "answer", "answer", "stop"]
-
-
-def test_memory_of_several_is_measured_one_by_one(tmp_path: Path) -> None:
-    out = tmp_path / "out.json"
-    assert main([*SMALL, "--vocab", "200000", "--tokens", "64", "--peers", "none", "--out", str(out)]) == 0
-    (run,) = Record.load(out).runs
-    peaks = {x.overwrites: x.peak_extra_bytes for x in run.rows}
-    assert peaks[False] is not None
-    assert peaks[False] > 0.9 * run.work.logits_bytes
-    assert peaks[True] is not None
-    assert peaks[True] < 0.1 * run.work.logits_bytes
