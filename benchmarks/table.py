@@ -36,8 +36,11 @@ def terminal(run: Run, width: int | None = None) -> Table:
         lines.append((columns.cells(run, row), style))
     texts, room = [line for line, _ in lines], width or LOG_WIDTH
     fit = fitting(names, texts, columns.dispensable, room)
-    left_out = ", ".join(name for k, name in enumerate(names) if k not in fit)
-    caption = columns.caption if not left_out else f"{columns.caption}. No room for: {left_out}"
+    left_out = [name for k, name in enumerate(names) if k not in fit]
+    unseen = tuple(f"{name.partition(',')[0]}:" for name in left_out)
+    caption = "; ".join(part for part in columns.caption.split("; ") if not part.startswith(unseen))
+    if left_out:
+        caption += f". No room for: {', '.join(left_out)}"
     shown = Table(title=title(run.work), title_justify="left", caption=caption, caption_justify="left")
     for k, of_column in zip(fit, widths(names, texts, fit, room), strict=True):
         justify: JustifyMethod = "left" if k < len(columns.left) else "right"

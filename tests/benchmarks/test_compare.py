@@ -107,7 +107,12 @@ def test_eighty_columns_show_whole_words(name: str) -> None:
     text = console.export_text()
     assert "…" not in text
     assert all(line.rstrip()[-1] == line[0] for line in text.splitlines() if line[0] in "│┃")  # nothing is cut off
-    assert "No room for:" in " ".join(text.split())
+    words = " ".join(text.split())
+    assert "No room for: " in words
+    assert "extra memory: peak" in words
+    assert "p20 – p80" in words.split("No room for: ")[1]
+    assert "% of copy:" not in words  # what is not shown is not explained
+    assert "Gflop/s:" not in words
     for shown in run.rows:
         if shown.time is not None:
             assert three_digits(shown.time.median * 1e3) in text
