@@ -12,7 +12,7 @@ from unirl_kernels.commands.cli import CommandFailed
 
 DEVICES = ("cpu", "cuda")
 """Kinds of devices that compute in fp64, the truth of every comparison, and that ``measure`` knows."""
-DEVICE_HELP = "cpu, cuda, cuda:1 ...; None: cuda where there is one, else cpu"
+DEVICE_HELP = "cpu, cuda, cuda:1 ...; by default cuda where there is one, else cpu"
 
 
 def at_least(least: int) -> Callable[[str], int]:

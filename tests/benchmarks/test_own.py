@@ -189,3 +189,14 @@ def test_help_has_the_signature(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert "FUNCTION(logits, batch), or FUNCTION(hidden, weight, batch) with --hidden" in shown
+
+
+def test_help_names_the_defaults_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for text in ("triton/two_sweep (default: all)", "of the random numbers (default: 0)", "logits; by default 4096"):
+        assert text in shown
+    assert "None" not in shown
+    assert "False" not in shown
+    assert "[]" not in shown

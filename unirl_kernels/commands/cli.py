@@ -31,18 +31,21 @@ class _Parser(argparse.ArgumentParser):
         self.exit(WRONG_USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Names the default of each option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        has_one = action.default not in (None, []) and action.default is not False
+        return super()._get_help_string(action) if has_one else action.help
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="unirl_kernels", description="Fused kernels for the loss head of LLM post-training.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, module in COMMANDS.items():
         command = importlib.import_module(module)
-        options = commands.add_parser(
-            name,
-            help=command.HELP,
-            description=command.__doc__,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        )
+        options = commands.add_parser(name, help=command.HELP, description=command.__doc__, formatter_class=Help)
         _fill(options, command)
     return parser
 
@@ -80,8 +83,7 @@ def run_alone(command: ModuleType, prog: str, arguments: Sequence[str] | None = 
     Returns:
         As ``main``.
     """
-    helped = argparse.ArgumentDefaultsHelpFormatter
-    parser = _Parser(prog=prog, description=command.__doc__, formatter_class=helped)
+    parser = _Parser(prog=prog, description=command.__doc__, formatter_class=Help)
     _fill(parser, command)
     return _execute(parser, arguments)
 
