@@ -1,9 +1,9 @@
-"""Every way to multiply on this CPU, beside torch's matmuls: ``python -m benchmarks.linear.matmuls [FILE.json]``.
+"""Every matmul on this CPU, beside torch's matmuls: ``python -m benchmarks.linear.matmuls [FILE.json]``.
 
 For each shape and dtype, in interleaved rounds: three ``torch.mm`` (in bf16 their results are rounded to it), the three
-matmuls of each way of ``cpu.matmul_ways`` on the tokens of one chunk, and GRPO with the gradients of hidden states and
-weight in each way. Times are ratios to the three ``torch.mm`` of the same round. ``csrc/cpu/matmul_ways.cpp`` holds the
-table that they decide on.
+matmuls of each of ``cpu.matmul_variants`` on the tokens of one chunk, and GRPO with the gradients of hidden states and
+weight with each. Times are ratios to the three ``torch.mm`` of the same round. They decide on the table in
+``csrc/cpu/matmul_variants.cpp``.
 """
 
 from __future__ import annotations
@@ -41,46 +41,46 @@ def work_of(shape: tuple[int, int, int], dtype: str) -> Work:
     return Work(loss="grpo", mode="fused", tokens=tokens, hidden=hidden, vocab=vocab, dtype=dtype, device="cpu")
 
 
-def ways_of(dtype: str) -> list[str]:
+def variants_of(dtype: str) -> list[str]:
     """Those that differ: operands of other dtypes than bf16 are multiplied in fp32."""
-    return [way for way in cpu.matmul_ways() if dtype == "bf16" or way.endswith("fp32")]
+    return [variant for variant in cpu.matmul_variants() if dtype == "bf16" or variant.endswith("fp32")]
 
 
 def heads(work: Work) -> tuple[Calls, Calls]:
-    """torch's matmuls; and loss and gradients in each way."""
+    """torch's matmuls; and loss and gradients in each variant."""
     inputs = make(work)
     rings = [Ring(operand) for operand in inputs.operands]
 
-    def head(way: str) -> Callable[[], object]:
+    def head(variant: str) -> Callable[[], object]:
         def call() -> object:
             hidden, weight = (ring.take().requires_grad_() for ring in rings)
-            with cpu.forced_matmuls(way):
+            with cpu.forced_matmuls(variant):
                 loss = uk.fused_linear_loss(hidden, weight, inputs.batch, work.recipe, plan=uk.Plan("cpu")).loss
                 return torch.autograd.grad(loss, (hidden, weight))
 
         return call
 
-    return {TORCH: BareMatmuls(work, rings)}, {f"{way} head": head(way) for way in ways_of(work.dtype)}
+    return {TORCH: BareMatmuls(work, rings)}, {f"{variant} head": head(variant) for variant in variants_of(work.dtype)}
 
 
 def matmuls(work: Work) -> Calls:
-    """The bare matmuls of one chunk in each way."""
+    """The bare matmuls of one chunk in each variant."""
     assert work.hidden is not None
     dtype, d, vocab = DTYPES[work.dtype], work.hidden, work.vocab
     n = min(work.tokens, rows_per_chunk(4 * vocab, CPU, None))
     hidden, weight = torch.randn(n, d).to(dtype), (torch.randn(vocab, d) / d**0.5).to(dtype)
     logits, d_weight, of_weight = torch.empty(n, vocab), torch.empty(vocab, d), cpu.NativeMatmuls(weight)
 
-    def three(way: str) -> Callable[[], object]:
+    def three(variant: str) -> Callable[[], object]:
         def call() -> None:
-            with cpu.forced_matmuls(way):
+            with cpu.forced_matmuls(variant):
                 of_weight.logits(hidden, None, logits)
                 of_weight.d_hidden(logits)
                 of_weight.add_d_weight(logits, hidden, d_weight, first=True)
 
         return call
 
-    return {f"{way} matmuls": three(way) for way in ways_of(work.dtype)}
+    return {f"{variant} matmuls": three(variant) for variant in variants_of(work.dtype)}
 
 
 def measured(work: Work, rounds: int) -> dict[str, Any]:

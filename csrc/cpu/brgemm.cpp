@@ -59,7 +59,7 @@ constexpr int64_t BLOCK_UNITS = 512;
   const std::string said = error.what();
   throw std::runtime_error(
       "torch.backends.mkldnn must be enabled for matmuls by torch's brgemm; torch says: " +
-      said.substr(0, said.find('\n')) + ". UNIRL_CPU_MATMULS names other ways, such as panels-fp32");
+      said.substr(0, said.find('\n')) + ". UNIRL_CPU_MATMULS names other matmuls, such as panels-fp32");
 }
 
 template <int64_t UNIT_DEPTH>

@@ -6,7 +6,7 @@
 #include <new>
 
 #include "dispatch.h"
-#include "matmul_ways.h"
+#include "matmul_variants.h"
 #include "parallel.h"
 
 namespace unirl::cpu {
@@ -178,16 +178,16 @@ class Tiles {
 
 void multiply(const Matmul& matmul) {
   if (matmul.rows.lanes == 0 || matmul.columns.lanes == 0) return;
-  Tiles(matmul, *way_of(matmul.columns.format)->kernels).run();
+  Tiles(matmul, *variant_of(matmul.columns.format)->kernels).run();
 }
 
 Format multiplied_as(Format format) {
-  const MatmulWay* const way = way_of(format);
-  return way != nullptr && way->kernels->unit_depth == 2 ? Format::BF16 : Format::FP32;
+  const MatmulVariant* const variant = variant_of(format);
+  return variant != nullptr && variant->kernels->unit_depth == 2 ? Format::BF16 : Format::FP32;
 }
 
 std::string matmuls_unavailable(Format format) {
-  if (way_of(format) != nullptr) return "";
+  if (variant_of(format) != nullptr) return "";
   return "matmuls need the instruction set avx2 or avx512, this is " + instruction_set();
 }
 

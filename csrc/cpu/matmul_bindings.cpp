@@ -2,7 +2,7 @@
 #include "bindings.h"
 #include "dispatch.h"
 #include "matmul.h"
-#include "matmul_ways.h"
+#include "matmul_variants.h"
 
 namespace unirl {
 namespace {
@@ -23,7 +23,7 @@ std::string matmul_arithmetic(Dtype dtype) {
 }
 
 // For a dtype that this machine multiplies.
-std::string matmul_way(Dtype dtype) { return cpu::way_of(format_of(dtype))->name; }
+std::string matmul_variant(Dtype dtype) { return cpu::variant_of(format_of(dtype))->name; }
 
 void require_on_cpu(const Tensor& x, const char* name) {
   if (!x.is_cpu()) require(false, name, " must be a dense tensor on the cpu, got ", x.described());
@@ -130,9 +130,9 @@ void cpu::bind_matmul(pybind11::module_& m) {
   m.def("d_weight_matmul", &d_weight_matmul, py::arg("d_logits"), py::arg("hidden"), py::arg("total"), py::arg("add"));
   m.def("matmuls_unavailable", &unirl::matmuls_unavailable, py::arg("dtype"));
   m.def("matmul_arithmetic", &matmul_arithmetic, py::arg("dtype"));
-  m.def("matmul_way", &matmul_way, py::arg("dtype"));
-  m.def("matmul_ways", &cpu::matmul_ways);
-  m.def("force_matmuls", &cpu::force_matmuls, py::arg("way"));
+  m.def("matmul_variant", &matmul_variant, py::arg("dtype"));
+  m.def("matmul_variants", &cpu::matmul_variants);
+  m.def("force_matmuls", &cpu::force_matmuls, py::arg("variant"));
   m.def("core_kind", &cpu::core_kind);
 }
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import unirl_kernels as uk
 from benchmarks.measure import Timing, interleaved_times, peak_extra_bytes
+from examples.demo.computations import Computations, Gradients
 from examples.demo.sources import Degenerate, Source
-from examples.demo.ways import Gradients, Ways
 from unirl_kernels import backends
 from unirl_kernels.testing.budgets import Error, budget, condition_of, error
 
@@ -45,7 +45,7 @@ class Row:
         data: where the samples come from.
         tokens: valid ones, those that the loss counts.
         loss: the fused one.
-        checks: of the loss, absolute error, under ``loss``; of each gradient, relative L2, under its name in ``Ways``.
+        checks: of the loss, absolute error, under ``loss``; of each gradient, relative L2, under its name.
         time: of loss and gradients, by ``FUSED`` and ``NAIVE``.
         peak_bytes: extra memory of the same, the gradients included.
     """
@@ -67,21 +67,21 @@ def steps_per_comparison(rounds: int) -> int:
 
 def compare(
     source: Source,
-    ways: Ways,
+    computations: Computations,
     plan: uk.Plan,
     rounds: int,
     after_step: Callable[[], object] = lambda: None,
     *,
     peaks: int = 3,
 ) -> Row:
-    """Compute one loss and its gradients both ways, check them against the oracle, and measure both.
+    """Compute one loss and its gradients both computations, check them against the oracle, and measure both.
 
     The tolerance comes from the naive computation in fp32 arithmetic: twice its error, plus a few ulp, since its error
     may happen to be nothing.
 
     Args:
         source: the loss and its batch.
-        ways: to that loss.
+        computations: of that loss.
         plan: how the fused loss is computed.
         rounds: timed runs.
         after_step: called ``steps_per_comparison(rounds)`` times; to show progress.
@@ -94,10 +94,10 @@ def compare(
     paradigm = source.loss.paradigm
     assert paradigm is not None
     try:
-        loss, checks = _checks(source.batch, ways, after_step)
+        loss, checks = _checks(source.batch, computations, after_step)
     except Degenerate as error:
         raise Degenerate(f"{paradigm.algorithm}: the data is degenerate: {error}") from None
-    calls = {FUSED: ways.fused, NAIVE: ways.naive}
+    calls = {FUSED: computations.fused, NAIVE: computations.naive}
     time = interleaved_times(calls, device, rounds=rounds, after_call=after_step)
     peak_bytes = {}
     for name, call in calls.items():
@@ -113,15 +113,17 @@ def _release_kept_memory(plan: uk.Plan) -> None:
         backends.load(plan.backend).release_memory()
 
 
-def _checks(batch: uk.Batch, ways: Ways, after_step: Callable[[], object]) -> tuple[float, dict[str, Check]]:
+def _checks(
+    batch: uk.Batch, computations: Computations, after_step: Callable[[], object]
+) -> tuple[float, dict[str, Check]]:
     """The fused loss, its error, and the errors of its gradients."""
-    true_loss, gradients = ways.exact()
+    true_loss, gradients = computations.exact()
     true_gradients = _at_tokens(gradients, batch)
     after_step()
-    plain_loss, gradients = ways.plain()
+    plain_loss, gradients = computations.plain()
     plain_gradients = _at_tokens(gradients, batch)
     # Losses of tokens are of order 1 and cancel where advantages do: an ulp is one of 1, not of what is left.
-    loss_budget = budget(plain_loss, true_loss, ulps=ULPS, condition=condition_of(true_loss, ways.scale))
+    loss_budget = budget(plain_loss, true_loss, ulps=ULPS, condition=condition_of(true_loss, computations.scale))
     for name, x in plain_gradients.items():
         if (lost := error(x.float(), true_gradients[name]).relative) > NO_DIGIT:
             raise Degenerate(f"naive fp32 has no digit of its {name} (relative error {lost:.1g})")
@@ -130,7 +132,7 @@ def _checks(batch: uk.Batch, ways: Ways, after_step: Callable[[], object]) -> tu
     }
     del gradients, plain_gradients
     after_step()
-    loss, gradients = ways.fused()
+    loss, gradients = computations.fused()
     checks = {"loss": Check(_error(loss, true_loss).largest, loss_budget.largest)}
     for name, x in _at_tokens(gradients, batch).items():
         checks[name] = Check(_error(x, true_gradients[name]).relative, tolerances[name])

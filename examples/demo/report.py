@@ -14,8 +14,8 @@ from rich.text import Text
 
 from benchmarks.terminal import LOG_WIDTH, fitting, widths
 from examples.demo.compare import FUSED, NAIVE, Check, Row
+from examples.demo.computations import GRAD, HIDDEN_GRAD, WEIGHT_GRAD
 from examples.demo.train import Step
-from examples.demo.ways import GRAD, HIDDEN_GRAD, WEIGHT_GRAD
 
 WORDS = {"loss": "loss", GRAD: "gradient", HIDDEN_GRAD: "d_hidden", WEIGHT_GRAD: "d_weight"}
 """What is checked, in words, by its name in ``Row.checks``."""

@@ -16,6 +16,7 @@ import unirl_kernels as uk
 from benchmarks.arguments import usable_device
 from benchmarks.terminal import Stages, open_console
 from examples.demo.compare import Row, compare, steps_per_comparison
+from examples.demo.computations import on_hidden, on_logits
 from examples.demo.head import LinearHead
 from examples.demo.model import LanguageModel, Location, load_model, load_tokenizer, locate
 from examples.demo.picture import save_picture
@@ -33,7 +34,6 @@ from examples.demo.sources import (
     samples_with_advantages,
 )
 from examples.demo.train import Step, optimise, passes
-from examples.demo.ways import on_hidden, on_logits
 from unirl_kernels import backends
 from unirl_kernels.commands.cli import CommandFailed
 
@@ -235,5 +235,5 @@ class Demo:
             with torch.no_grad():
                 hidden = self.policy.hidden(source.sequences)
             after_step()
-            ways = on_hidden(source, hidden, head, self.plan)
-            return compare(source, ways, self.plan, rounds, after_step, peaks=LINEAR_PEAKS)
+            computations = on_hidden(source, hidden, head, self.plan)
+            return compare(source, computations, self.plan, rounds, after_step, peaks=LINEAR_PEAKS)

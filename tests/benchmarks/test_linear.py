@@ -69,8 +69,13 @@ def test_every_way_to_multiply_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_
     file = tmp_path / "matmuls.json"
     matmuls.main([str(file), "--rounds", "2", "--dtypes", "bf16", "fp16"])
     of_bf16, of_fp16 = json.loads(file.read_text())["runs"]
-    for run, ways in ((of_bf16, cpu.matmul_ways()), (of_fp16, ["panels-fp32", "brgemm-fp32"])):
-        timed = [f"{way} {what}" for what in ("matmuls", "head") for way in ways if way in cpu.matmul_ways()]
+    for run, variants in ((of_bf16, cpu.matmul_variants()), (of_fp16, ["panels-fp32", "brgemm-fp32"])):
+        timed = [
+            f"{variant} {what}"
+            for what in ("matmuls", "head")
+            for variant in variants
+            if variant in cpu.matmul_variants()
+        ]
         assert list(run["rows"]) == ["torch.mm", *timed]
         for row in run["rows"].values():
             assert row["flops"] * row["seconds"] == pytest.approx(6 * 8 * 16 * 64)

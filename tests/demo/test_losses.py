@@ -20,12 +20,12 @@ import unirl_kernels as uk
 from examples.demo import train
 from examples.demo.__main__ import main
 from examples.demo.compare import FUSED, NAIVE, compare, steps_per_comparison
+from examples.demo.computations import Computations, on_hidden, on_logits
 from examples.demo.head import NotLinear
 from examples.demo.model import LanguageModel, load_model, locate
 from examples.demo.sampling import Sampler, Samples
 from examples.demo.sequences import Sequences, lay_out, lay_out_prompts
 from examples.demo.sources import Degenerate, Source, best_worst_pairs
-from examples.demo.ways import Ways, on_hidden, on_logits
 from tests.demo.cases import CPU, PLAN, VOCAB, six_sources
 from unirl_kernels.testing import oracle
 
@@ -84,7 +84,7 @@ def test_a_step_in_several_passes_is_the_step_of_the_whole_batch(
     assert {"kl", "entropy"} <= set(whole.metrics)
 
 
-def _ways(kind: str, model: LanguageModel, source: Source) -> Ways:
+def _ways(kind: str, model: LanguageModel, source: Source) -> Computations:
     with torch.no_grad():
         if kind == "logits":
             return on_logits(source, model.logits(source.sequences), PLAN)
@@ -141,16 +141,16 @@ def test_comparison_sees_a_gradient_that_is_wrong_at_one_place(
     model: LanguageModel, sampler: Sampler, samples: Samples, kind: str, gradient: str, place: str
 ) -> None:
     source = six_sources(model, sampler, samples)[5]
-    ways = _ways(kind, model, source)
+    computations = _ways(kind, model, source)
 
     def fused() -> tuple[Tensor, dict[str, Tensor]]:
-        loss, gradients = ways.fused()
+        loss, gradients = computations.fused()
         wrong = gradients[gradient].clone()
         rows = {"token": source.batch.valid, "padding": ~source.batch.valid}.get(place, torch.ones(VOCAB))
         wrong[tuple(rows.nonzero()[0].tolist())][0] += 1e-4
         return loss, gradients | {gradient: wrong}
 
-    row = compare(source, replace(ways, fused=fused), PLAN, 2)
+    row = compare(source, replace(computations, fused=fused), PLAN, 2)
     assert [name for name, check in row.checks.items() if check.failed] == [gradient]
 
 

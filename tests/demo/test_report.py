@@ -9,8 +9,8 @@ from rich.console import Console
 
 from benchmarks.measure import Timing
 from examples.demo.compare import FUSED, NAIVE, Check, Row
+from examples.demo.computations import GRAD, HIDDEN_GRAD, WEIGHT_GRAD
 from examples.demo.report import Result, tables
-from examples.demo.ways import GRAD, HIDDEN_GRAD, WEIGHT_GRAD
 
 NAMES = ("SFT", "RFT", "Online RFT", "DPO", "PPO", "GRPO")
 

@@ -78,7 +78,7 @@ def matmuls(weight: Tensor, dtype: torch.dtype) -> Matmuls:
 
 @dataclass(frozen=True, eq=False)
 class NativeMatmuls(Matmuls):
-    """Matmuls of ``csrc/cpu``, one of ``matmul_ways``.
+    """Matmuls of ``csrc/cpu``, one of ``matmul_variants``.
 
     The bits of a row depend neither on the other rows nor on the number of threads.
 
@@ -148,33 +148,33 @@ def report() -> dict[str, str]:
 
 
 def _matmuls(native: ModuleType) -> str:
-    ways = []
+    variants = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         if reason := native.matmuls_unavailable(dtype):
             return f"torch's own: {reason}"
-        ways.append(f"{str(dtype).removeprefix('torch.')} by {native.matmul_way(dtype)}")
-    return ", ".join(ways)
+        variants.append(f"{str(dtype).removeprefix('torch.')} by {native.matmul_variant(dtype)}")
+    return ", ".join(variants)
 
 
-def matmul_ways() -> list[str]:
+def matmul_variants() -> list[str]:
     """The matmuls that this machine can run, by their names for UNIRL_CPU_MATMULS.
 
     ``panels`` are ours; ``brgemm`` is that of the torch that is loaded, on AMX tiles where the machine has them. Behind
     that the arithmetic: see ``matmul_arithmetic``.
     """
-    ways: list[str] = _native().matmul_ways()
-    return ways
+    variants: list[str] = _native().matmul_variants()
+    return variants
 
 
 @contextmanager
-def forced_matmuls(way: str) -> Iterator[None]:
-    """Force one of ``matmul_ways``, for measurements and tests. No other thread may run a matmul meanwhile.
+def forced_matmuls(variant: str) -> Iterator[None]:
+    """Force one of ``matmul_variants``, for measurements and tests. No other thread may run a matmul meanwhile.
 
     Raises:
         RuntimeError: when the machine lacks it.
     """
     before, native = os.environ.get("UNIRL_CPU_MATMULS", ""), _native()
-    native.force_matmuls(way)
+    native.force_matmuls(variant)
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""The native matmuls of a linear head: numbers, strides, bits, and what they refuse, in every way to multiply.
+"""The native matmuls of a linear head: numbers, strides, bits, and what they refuse, in every variant.
 
 As in ``test_instruction_sets``, this file runs again in fresh processes with the other instruction sets.
 """
@@ -25,13 +25,13 @@ AVAILABLE = not cpu.matmuls_unavailable(torch.float32)
 needs_matmuls = pytest.mark.skipif(not AVAILABLE, reason=cpu.matmuls_unavailable(torch.float32) or "they run")
 
 
-@pytest.fixture(params=cpu.matmul_ways())
-def _each_way(request: pytest.FixtureRequest) -> Iterator[None]:
+@pytest.fixture(params=cpu.matmul_variants())
+def _each_variant(request: pytest.FixtureRequest) -> Iterator[None]:
     with cpu.forced_matmuls(request.param):
         yield
 
 
-in_each_way = pytest.mark.usefixtures("_each_way")
+with_each_variant = pytest.mark.usefixtures("_each_variant")
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -139,7 +139,7 @@ def transposed(x: Tensor) -> Tensor:
 
 
 @needs_matmuls
-@in_each_way
+@with_each_variant
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("matmul", MATMULS)
 def test_matmuls_err_no_more_than_torch_in_fp32(matmul: str, dtype: torch.dtype) -> None:
@@ -149,7 +149,7 @@ def test_matmuls_err_no_more_than_torch_in_fp32(matmul: str, dtype: torch.dtype)
 
 
 @needs_matmuls
-@in_each_way
+@with_each_variant
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", [lambda x: spread(x, 3), transposed, every_other], ids=["rows", "t", "elements"])
 def test_strides_do_not_change_a_bit(layout: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
@@ -161,7 +161,7 @@ def test_strides_do_not_change_a_bit(layout: Callable[[Tensor], Tensor], dtype: 
 
 
 @needs_matmuls
-@in_each_way
+@with_each_variant
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_results_in_rows_that_lie_apart(dtype: torch.dtype) -> None:
     x = case(37, 70, 203, dtype)
@@ -180,7 +180,7 @@ def test_results_in_rows_that_lie_apart(dtype: torch.dtype) -> None:
 
 
 @needs_matmuls
-@in_each_way
+@with_each_variant
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d", [1, 70, 700])
 def test_bias_is_added_once(d: int, dtype: torch.dtype) -> None:
@@ -193,7 +193,7 @@ def test_bias_is_added_once(d: int, dtype: torch.dtype) -> None:
 
 
 @needs_matmuls
-@in_each_way
+@with_each_variant
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", [1, 50, 650])
 def test_accumulation_adds_to_what_is_there(n: int, dtype: torch.dtype) -> None:
@@ -207,14 +207,14 @@ def test_accumulation_adds_to_what_is_there(n: int, dtype: torch.dtype) -> None:
 
 
 @needs_matmuls
-@in_each_way
+@with_each_variant
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_of_logits_round_to_nearest_even(dtype: torch.dtype) -> None:
     half = 2.0**-8  # half the last place of a bf16 in [1, 2)
     values = [1 + half, 1 + 3 * half, 1 + half + 2**-20, -1 - half, 1e-8, 3e38]
     x = case(6, 1, 1, dtype)._replace(d_logits=torch.tensor(values)[:, None], weight=torch.ones(1, 1, dtype=dtype))
     assert d_hidden_of(x).flatten().tolist() == multiplied(x.d_logits, dtype).flatten().tolist()
-    # The other ways into a panel: lanes or depth side by side in memory.
+    # The other paths into a panel: lanes or depth side by side in memory.
     many = torch.tensor(values).repeat(6, 16)
     for d_logits in (many, transposed(many)):
         x = Case(torch.eye(6).to(dtype), torch.eye(96).to(dtype), torch.empty(0), d_logits)
@@ -223,7 +223,7 @@ def test_gradients_of_logits_round_to_nearest_even(dtype: torch.dtype) -> None:
 
 
 @needs_matmuls
-@in_each_way
+@with_each_variant
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("matmul", MATMULS)
 def test_same_bits_on_a_rerun_and_on_any_number_of_threads(matmul: str, dtype: torch.dtype) -> None:
@@ -237,7 +237,7 @@ def test_same_bits_on_a_rerun_and_on_any_number_of_threads(matmul: str, dtype: t
 
 
 @needs_matmuls
-@in_each_way
+@with_each_variant
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_in_any_company(dtype: torch.dtype) -> None:
     x = case(70, 333, 3001, dtype)
@@ -251,7 +251,7 @@ def test_same_bits_in_any_company(dtype: torch.dtype) -> None:
 
 
 @needs_matmuls
-@in_each_way
+@with_each_variant
 def test_same_bits_of_factors_larger_than_what_is_kept() -> None:
     x = case(400, 3001, 3100, torch.float32)
     assert torch.equal(logits_of(x._replace(hidden=x.hidden[340:])), logits_of(x)[340:])
@@ -260,7 +260,7 @@ def test_same_bits_of_factors_larger_than_what_is_kept() -> None:
 
 
 @needs_matmuls
-@in_each_way
+@with_each_variant
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("odd", [torch.nan, torch.inf, -torch.inf], ids=str)
 def test_nan_and_infinity_reach_what_depends_on_them_and_no_more(odd: float, dtype: torch.dtype) -> None:
@@ -282,7 +282,7 @@ def test_nan_and_infinity_reach_what_depends_on_them_and_no_more(odd: float, dty
 
 
 @needs_matmuls
-@in_each_way
+@with_each_variant
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_empty_dimensions(dtype: torch.dtype) -> None:
     no_tokens, no_columns, no_units = case(0, 5, 7, dtype), case(3, 5, 0, dtype), case(3, 0, 7, dtype)
@@ -362,10 +362,14 @@ def test_says_where_matmuls_run() -> None:
     report = cpu.report()["matmuls"]
     if AVAILABLE:
         assert [cpu.matmuls_unavailable(dtype) for dtype in DTYPES] == [""] * 3
-        ways = dict(way.split(" by ") for way in report.split(", "))
-        assert list(ways) == ["float32", "bfloat16", "float16"]
-        assert set(ways.values()) <= set(cpu.matmul_ways())
-        assert [ways[dtype].split("-")[1] for dtype in ways] == ["fp32", cpu.matmul_arithmetic(torch.bfloat16), "fp32"]
+        variants = dict(variant.split(" by ") for variant in report.split(", "))
+        assert list(variants) == ["float32", "bfloat16", "float16"]
+        assert set(variants.values()) <= set(cpu.matmul_variants())
+        assert [variants[dtype].split("-")[1] for dtype in variants] == [
+            "fp32",
+            cpu.matmul_arithmetic(torch.bfloat16),
+            "fp32",
+        ]
     else:
         reason = f"matmuls need the instruction set avx2 or avx512, this is {native.instruction_set()}"
         assert cpu.matmuls_unavailable(torch.bfloat16) == reason
@@ -390,24 +394,24 @@ def test_fresh_process_of_each_instruction_set(name: str) -> None:
 
 
 @needs_matmuls
-def test_the_way_that_is_forced_runs() -> None:
-    for way in cpu.matmul_ways():
-        with cpu.forced_matmuls(way):
-            assert native.matmul_way(torch.bfloat16) == way
-            assert native.matmul_way(torch.float32) == way.replace("bf16", "fp32")
-            assert cpu.matmul_arithmetic(torch.bfloat16) == way.split("-")[1]
+def test_the_variant_that_is_forced_runs() -> None:
+    for variant in cpu.matmul_variants():
+        with cpu.forced_matmuls(variant):
+            assert native.matmul_variant(torch.bfloat16) == variant
+            assert native.matmul_variant(torch.float32) == variant.replace("bf16", "fp32")
+            assert cpu.matmul_arithmetic(torch.bfloat16) == variant.split("-")[1]
     with pytest.raises(RuntimeError, match=r"UNIRL_CPU_MATMULS must be one that this machine has \(.*\), got brgemm"):
         native.force_matmuls("brgemm")
 
 
 @needs_matmuls
-@in_each_way
+@with_each_variant
 def test_onednn_is_disabled_later() -> None:
     """Right all the same, or an error of our own."""
     x = case(17, 33, 129, torch.bfloat16)
     expected = logits_of(x)
     with torch.backends.mkldnn.flags(enabled=False):
-        if native.matmul_way(torch.bfloat16) == "brgemm-bf16":
+        if native.matmul_variant(torch.bfloat16) == "brgemm-bf16":
             with pytest.raises(RuntimeError, match=r"torch.backends.mkldnn must be enabled for .*; torch says: .*\Z"):
                 logits_of(x)
         else:
@@ -416,7 +420,7 @@ def test_onednn_is_disabled_later() -> None:
 
 
 @needs_matmuls
-@in_each_way
+@with_each_variant
 def test_matmuls_of_torch_run_on_the_same_threads() -> None:
     """On AMX they would die on tiles that are still configured for ours."""
     x = case(64, 96, 512, torch.bfloat16)
@@ -430,31 +434,31 @@ def test_matmuls_of_torch_run_on_the_same_threads() -> None:
                 assert torch.equal(matmul(x), got)
 
 
-def ways_of(**environment: str) -> tuple[list[str], str]:
-    """Of a fresh process: ``matmul_ways`` and what is said of the backend."""
+def variants_of(**environment: str) -> tuple[list[str], str]:
+    """Of a fresh process: ``matmul_variants`` and what is said of the backend."""
     code = (
         "import json, torch; from unirl_kernels.backends import cpu; cpu_ = torch.device('cpu');"
         "why = cpu.unavailable(cpu_); print(json.dumps(['' if why else cpu.report()['matmuls'], why or '']));"
-        "print(json.dumps([] if why else cpu.matmul_ways()))"
+        "print(json.dumps([] if why else cpu.matmul_variants()))"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=os.environ | environment
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    said, ways = (json.loads(line) for line in result.stdout.splitlines())
-    return ways, said[0] or said[1]
+    said, variants = (json.loads(line) for line in result.stdout.splitlines())
+    return variants, said[0] or said[1]
 
 
 @needs_matmuls
 def test_fresh_process_without_brgemm() -> None:
     """Where oneDNN may not multiply bf16, and in bf16 there is no brgemm, the panels do it."""
-    ways, said = ways_of(ONEDNN_MAX_CPU_ISA="AVX2")
-    assert "brgemm-bf16" not in ways
+    variants, said = variants_of(ONEDNN_MAX_CPU_ISA="AVX2")
+    assert "brgemm-bf16" not in variants
     assert "bfloat16 by panels" in said
 
 
 @needs_matmuls
-def test_fresh_process_with_a_way_that_is_asked_for() -> None:
-    assert "bfloat16 by panels-fp32" in ways_of(UNIRL_CPU_MATMULS="panels-fp32")[1]
-    assert "UNIRL_CPU_MATMULS must be one that" in ways_of(UNIRL_CPU_MATMULS="amx")[1]
-    assert "got panels-fp32" in ways_of(UNIRL_CPU_MATMULS="panels-fp32", UNIRL_CPU_ISA="baseline")[1]
+def test_fresh_process_with_a_variant_that_is_asked_for() -> None:
+    assert "bfloat16 by panels-fp32" in variants_of(UNIRL_CPU_MATMULS="panels-fp32")[1]
+    assert "UNIRL_CPU_MATMULS must be one that" in variants_of(UNIRL_CPU_MATMULS="amx")[1]
+    assert "got panels-fp32" in variants_of(UNIRL_CPU_MATMULS="panels-fp32", UNIRL_CPU_ISA="baseline")[1]

@@ -1,4 +1,4 @@
-#include "matmul_ways.h"
+#include "matmul_variants.h"
 
 #include <stdlib.h>
 
@@ -10,20 +10,20 @@
 namespace unirl::cpu {
 namespace {
 
-enum Way { PANELS_FP32, PANELS_BF16, BRGEMM_FP32, BRGEMM_BF16, WAYS, NONE = WAYS };
+enum Variant { PANELS_FP32, PANELS_BF16, BRGEMM_FP32, BRGEMM_BF16, VARIANTS, NONE = VARIANTS };
 
 #if defined(__x86_64__)
 
-const MatmulWay AVX2_PANELS = {"panels-fp32", &avx2_panels};
-const MatmulWay AVX512[WAYS] = {{"panels-fp32", &avx512_panels},
-                                {"panels-bf16", &avx512_bf16_panels},
-                                {"brgemm-fp32", &brgemm_fp32},
-                                {"brgemm-bf16", &brgemm_bf16}};
+const MatmulVariant AVX2_PANELS = {"panels-fp32", &avx2_panels};
+const MatmulVariant AVX512[VARIANTS] = {{"panels-fp32", &avx512_panels},
+                                        {"panels-bf16", &avx512_bf16_panels},
+                                        {"brgemm-fp32", &brgemm_fp32},
+                                        {"brgemm-bf16", &brgemm_bf16}};
 
 struct Core {
   const char* kind;
   bool (*is)();
-  Way fp32, bf16;
+  Variant fp32, bf16;
 };
 
 bool dots_bf16() { return __builtin_cpu_supports("avx512bf16"); }
@@ -45,8 +45,8 @@ const Core& core() {
   return *of;
 }
 
-bool has(Way way) {
-  switch (way) {
+bool has(Variant variant) {
+  switch (variant) {
     case PANELS_BF16: return dots_bf16();
     case BRGEMM_FP32: return has_brgemm(Format::FP32);
     case BRGEMM_BF16: return dots_bf16() && has_brgemm(Format::BF16);
@@ -56,14 +56,14 @@ bool has(Way way) {
 
 #endif
 
-Way named(const std::string& name) {
+Variant named(const std::string& name) {
   if (name.empty()) return NONE;
   std::string names;
-  for (const std::string& way : matmul_ways()) names += (names.empty() ? "" : ", ") + way;
+  for (const std::string& variant : matmul_variants()) names += (names.empty() ? "" : ", ") + variant;
 #if defined(__x86_64__)
-  for (int way = 0; way < WAYS; ++way) {
-    if (name == AVX512[way].name && (", " + names + ", ").find(", " + name + ", ") != std::string::npos) {
-      return Way(way);
+  for (int variant = 0; variant < VARIANTS; ++variant) {
+    if (name == AVX512[variant].name && (", " + names + ", ").find(", " + name + ", ") != std::string::npos) {
+      return Variant(variant);
     }
   }
 #endif
@@ -71,22 +71,22 @@ Way named(const std::string& name) {
                            "), got " + name);
 }
 
-Way& forced() {
-  static Way way = [] {
+Variant& forced() {
+  static Variant variant = [] {
     const char* const name = getenv("UNIRL_CPU_MATMULS");
     return named(name == nullptr ? "" : name);
   }();
-  return way;
+  return variant;
 }
 
 }  // namespace
 
-std::vector<std::string> matmul_ways() {
+std::vector<std::string> matmul_variants() {
   std::vector<std::string> names;
 #if defined(__x86_64__)
   if (instruction_set() == "avx2") names.push_back(AVX2_PANELS.name);
-  for (int way = 0; instruction_set() == "avx512" && way < WAYS; ++way) {
-    if (has(Way(way))) names.push_back(AVX512[way].name);
+  for (int variant = 0; instruction_set() == "avx512" && variant < VARIANTS; ++variant) {
+    if (has(Variant(variant))) names.push_back(AVX512[variant].name);
   }
 #endif
   return names;
@@ -97,8 +97,8 @@ void force_matmuls(const std::string& name) { forced() = named(name); }
 #if defined(__x86_64__)
 std::string core_kind() { return instruction_set() == "avx512" ? core().kind : instruction_set(); }
 
-const MatmulWay* way_of(Format format) {
-  const Way asked = forced();
+const MatmulVariant* variant_of(Format format) {
+  const Variant asked = forced();
   if (format == Format::FP64) return nullptr;
   if (instruction_set() == "avx2") return &AVX2_PANELS;
   if (instruction_set() != "avx512") return nullptr;
@@ -109,7 +109,7 @@ const MatmulWay* way_of(Format format) {
 #else
 std::string core_kind() { return instruction_set(); }
 
-const MatmulWay* way_of(Format) { return nullptr; }
+const MatmulVariant* variant_of(Format) { return nullptr; }
 #endif
 
 }  // namespace unirl::cpu

@@ -8,7 +8,7 @@
 
 namespace unirl::cpu {
 
-struct MatmulWay {
+struct MatmulVariant {
   const char* name;  // panels-fp32, panels-bf16: ours; brgemm-fp32, brgemm-bf16: torch's
   const PanelKernels* kernels;
 };
@@ -16,10 +16,10 @@ struct MatmulWay {
 // The matmul for factors of a format; null if there is none. UNIRL_CPU_MATMULS forces one for bf16. Factors of other
 // formats then take the fp32 matmul of the same family, such as brgemm-fp32 for brgemm-bf16.
 // Throws std::runtime_error if UNIRL_CPU_MATMULS is not the name of a matmul, or this machine cannot run it.
-const MatmulWay* way_of(Format format);
+const MatmulVariant* variant_of(Format format);
 
 // Names of the matmuls that this machine can run.
-std::vector<std::string> matmul_ways();
+std::vector<std::string> matmul_variants();
 
 // Forces a matmul like UNIRL_CPU_MATMULS, for all later calls; "" goes back to the table. For measurements and tests.
 // No matmul may be running.

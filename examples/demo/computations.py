@@ -1,4 +1,4 @@
-"""Four ways to a loss and its gradients, on logits and on what makes logits."""
+"""Four computations of a loss and its gradients, from logits and from what makes logits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GRAD, HIDDEN_GRAD, WEIGHT_GRAD = "grad", "hidden_grad", "weight_grad"
 
 
 @dataclass(frozen=True, eq=False)
-class Ways:
+class Computations:
     """Functions that compute the same loss, and its gradients by name.
 
     Args:
@@ -38,7 +38,7 @@ class Ways:
     scale: float = 1.0
 
 
-def on_logits(source: Source, logits: Tensor, plan: uk.Plan) -> Ways:
+def on_logits(source: Source, logits: Tensor, plan: uk.Plan) -> Computations:
     """The loss of a source and the gradient of its logits, ``GRAD``.
 
     Args:
@@ -52,7 +52,7 @@ def on_logits(source: Source, logits: Tensor, plan: uk.Plan) -> Ways:
         wide = leaf.detach().double().requires_grad_()
         return _with_gradients(_reference(source, wide), {GRAD: wide})
 
-    return Ways(
+    return Computations(
         lambda: _with_gradients(uk.fused_loss(leaf, source.batch, source.loss, plan=plan).loss, {GRAD: leaf}),
         lambda: _with_gradients(_reference(source, leaf), {GRAD: leaf}),
         lambda: _with_gradients(_reference(source, leaf.float()), {GRAD: leaf}),
@@ -60,10 +60,10 @@ def on_logits(source: Source, logits: Tensor, plan: uk.Plan) -> Ways:
     )
 
 
-def on_hidden(source: Source, hidden: Tensor, head: LinearHead, plan: uk.Plan) -> Ways:
+def on_hidden(source: Source, hidden: Tensor, head: LinearHead, plan: uk.Plan) -> Computations:
     """The loss of a source and the gradients of hidden states and the head's weight, ``HIDDEN_GRAD, WEIGHT_GRAD``.
 
-    The truth is that of the matmuls' operands: in bf16 the model's function is one of rounded weights. The plain way
+    The truth is that of the matmuls' operands: in bf16 the model's function is one of rounded weights. ``plain``
     multiplies them in fp32, and rounds the logits' gradient and the results to bf16, as every backward in bf16 does.
 
     Args:
@@ -96,7 +96,7 @@ def on_hidden(source: Source, hidden: Tensor, head: LinearHead, plan: uk.Plan) -
     # Logits given are exact; logits computed are rounded, and a log-probability is no better than they are.
     with torch.no_grad():
         scale = head.token_stats(hidden, source.batch.target, plan).lse.abs().max().item()
-    return Ways(fused, naive, plain, exact, scale)
+    return Computations(fused, naive, plain, exact, scale)
 
 
 def _reference(source: Source, logits: Tensor) -> Tensor:
