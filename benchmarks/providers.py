@@ -24,7 +24,8 @@ Function = Callable[..., Values]
 Bind = Callable[[Inputs], Function]
 """Makes the function for given inputs; raises ``Skipped`` if there is none."""
 
-Prepare = Callable[[torch.device], object]
+Prepare = Callable[[torch.device], Callable[[], object] | None]
+"""Does what takes long once per process; may return what is left to do after all others have begun."""
 
 OURS = "unirl_kernels"
 
@@ -82,9 +83,13 @@ def imported(module: str) -> ModuleType:
 def prepare(providers: Iterable[Provider], device: torch.device) -> None:
     """Do what takes long once per process."""
     with _undisturbed():
+        started = []
         for step in dict.fromkeys(p.prepare for p in providers if p.prepare):
             with suppress(Exception):  # whoever binds the provider says so
-                step(device)
+                started.append(step(device))
+        for finish in filter(None, started):
+            with suppress(Exception):
+                finish()
     gc.freeze()  # else the process's end looks for garbage in all that was imported, for two seconds
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from threading import Thread
 
 import torch
 import torch.nn.functional as F
@@ -28,13 +29,25 @@ def import_trl(device: torch.device) -> None:
 
 
 @cache
-def start_compiler(device: torch.device) -> None:
-    """torch.compile's imports, and on a CPU its search for vector instructions and headers, in processes of their own.
-    One number keeps a single thread busy: the process can still be copied."""
+def start_compiler(device: torch.device) -> Callable[[], object] | None:
+    """Import torch.compile's modules. On a CPU, start its search for vector instructions, which waits for processes.
+
+    Returns:
+        On a CPU, what compiles one number after that search: headers are hashed then. One number keeps a single thread
+        busy, so that the process can still be forked.
+    """
     imported("torch._inductor.compile_fx")
-    if device.type == "cpu":
+    if device.type != "cpu":
+        return None
+    search = Thread(target=imported("torch._inductor.cpu_vec_isa").pick_vec_isa)
+    search.start()
+
+    def finish() -> None:
+        search.join()
         with torch.no_grad():
             torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(1))
+
+    return finish
 
 
 def _either(inputs: Inputs, with_entropy: Statistics, without: Callable[[Tensor], Tensor]) -> Function:
