@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from unirl_kernels.backends import groups
 from unirl_kernels.backends.groups import (
     Measured,
     Observed,
@@ -19,10 +20,6 @@ from unirl_kernels.backends.groups import (
     RowGradients,
     RowMoments,
     RowStats,
-    measured_like,
-    observed_like,
-    row_dtype,
-    rows_like,
 )
 from unirl_kernels.operators.declare import Operator
 from unirl_kernels.operators.shards import Operators, Tiles, tiles_like
@@ -88,12 +85,12 @@ def _declared(function: Callable[..., Any]) -> Operator:
 
 @_declared
 def linear_token_stats(head: HeadArgs, target: Tensor, readout: ReadoutArgs, sweep: SweepArgs) -> Measured:
-    return measured_like(target, sweep.dtype)
+    return groups.measured_like(target, sweep.dtype)
 
 
 @_declared
 def linear_token_observations(head: HeadArgs, target: Tensor, readout: ReadoutArgs, sweep: SweepArgs) -> Observed:
-    return observed_like(target, sweep.dtype)
+    return groups.observed_like(target, sweep.dtype)
 
 
 def _backward(
@@ -122,8 +119,8 @@ def fused_linear_loss(
     sweep: SweepArgs,
     wanted: Wanted,
 ) -> FusedHead:
-    loss = target.new_empty((), dtype=row_dtype(sweep.dtype))
-    return FusedHead(loss, RowStats._make(rows_like(target, sweep.dtype, 3)), _gradients_like(head, wanted))
+    loss = target.new_empty((), dtype=groups.row_dtype(sweep.dtype))
+    return FusedHead(loss, RowStats._make(groups.rows_like(target, sweep.dtype, 3)), _gradients_like(head, wanted))
 
 
 # Operators of a shard, whose targets may be ELSEWHERE. They use the chunks of the backward, which takes their moments.
@@ -140,7 +137,7 @@ def linear_shard_moments(
 def linear_shard_observations(
     head: HeadArgs, target: Tensor, readout: ReadoutArgs, tiles: Tiles, sweep: SweepArgs
 ) -> Observed:
-    return observed_like(target, sweep.dtype)
+    return groups.observed_like(target, sweep.dtype)
 
 
 STATISTICS = Operators(linear_token_stats, linear_shard_moments, in_tiles=True)
