@@ -99,7 +99,8 @@ tests: setup
 test-all: lint types
 	UNIRL_COMPILE_GATE=full $(PYTEST) $(ARGS)
 
-# An environment for each trainer that TRAINERS names, or for all, and its tests in it.
+# An environment for each trainer that TRAINERS names, or for all, and its tests in it. TRAINERS=trl==1.10.0 tests
+# patch() with that release of TRL.
 test-trainers: setup
 	$(PY) -m tests.integrations.environments $(TRAINERS)
 

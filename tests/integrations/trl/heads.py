@@ -94,12 +94,23 @@ def in_orders(seeds: Iterator[int]) -> Patch:
         bias = None if bias is None else bias[tokens]
         return HEAD.apply(hidden[:, features], weight[tokens][:, features], bias, tokens.argsort()[targets], *rest)
 
-    def selected(logits: Tensor, index: Tensor) -> Tensor:
+    def shuffled(logits: Tensor) -> tuple[Tensor, Tensor]:
         tokens = order(logits.shape[-1], next(seeds))
-        return logp(logits[..., tokens] + shift, tokens.argsort()[index])
+        return logits[..., tokens] + shift, tokens.argsort()
 
-    def entropy_of(logits: Tensor) -> Tensor:
-        return entropy(logits[..., order(logits.shape[-1], next(seeds))] + shift)
+    def selected(logits: Tensor, index: Tensor, *rest: Any, **named: Any) -> Tensor:
+        logits, places = shuffled(logits)
+        return logp(logits, places[index], *rest, **named)
 
-    pairs = ((HEAD, SimpleNamespace(apply=apply)), (logp, selected), (entropy, entropy_of))
+    def entropy_of(logits: Tensor, *rest: Any) -> Tensor:
+        return entropy(shuffled(logits)[0], *rest)
+
+    def both_of(logits: Tensor, index: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        logits, places = shuffled(logits)
+        return both(logits, places[index], *rest, **named)
+
+    pairs = [(HEAD, SimpleNamespace(apply=apply)), (logp, selected), (entropy, entropy_of)]
+    both = getattr(utils, "selective_log_softmax_and_entropy", None)
+    if both is not None:
+        pairs.append((both, both_of))
     return Patch([Replacement(old, new, "trl") for old, new in pairs])

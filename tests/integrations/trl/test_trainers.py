@@ -21,18 +21,19 @@ from unirl_kernels.testing.budgets import error
 
 def through(monkeypatch: pytest.MonkeyPatch, f: Callable[[Tensor], Tensor]) -> None:
     """Let the log-probabilities that this package gives to TRL pass through a function."""
-    score, selective = FusedHead.score, LogitFunctions.selective_log_softmax
+    score, of_logits = FusedHead.score, LogitFunctions.selective_log_softmax_and_entropy
 
     def scored(*args: Any) -> Any:
         logp, *rest = score(*args)
         return f(logp), *rest
 
-    @functools.wraps(selective)
-    def selected(*args: Any) -> Tensor:
-        return f(selective(*args))
+    @functools.wraps(of_logits)
+    def selected(*args: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        logp, entropy = of_logits(*args, **named)
+        return f(logp), entropy
 
     monkeypatch.setattr(FusedHead, "score", scored)
-    monkeypatch.setattr(LogitFunctions, "selective_log_softmax", selected)
+    monkeypatch.setattr(LogitFunctions, "selective_log_softmax_and_entropy", selected)
 
 
 @pytest.mark.parametrize("name", PATCHED)
