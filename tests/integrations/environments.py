@@ -37,7 +37,11 @@ def requirements(name: str) -> str:
 
 
 def tests(name: str) -> list[str]:
-    return [str(HERE / "trl" / file) for file in OF_EVERY_TRL] if TRL.fullmatch(name) else [str(HERE / name)]
+    if not TRL.fullmatch(name):
+        return [str(HERE / name)]
+    # On a CPU, TRL 1.15's own loss head is a Triton kernel in the interpreter: a training run takes minutes.
+    files = OF_EVERY_TRL[:-1] if name.startswith("trl==1.15.") else OF_EVERY_TRL
+    return [str(HERE / "trl" / file) for file in files]
 
 
 def make(name: str) -> Path:
