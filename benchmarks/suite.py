@@ -226,6 +226,7 @@ def main() -> int:
     options = parser.parse_args()
     device = "cpu" if options.small else options.device
     options.kernels = options.kernels or {"cuda": ["triton", "cuda"], "cpu": ["cpu"]}[device]
+    options.folder.mkdir(parents=True, exist_ok=True)
     watch, code = Watch(options.folder / "left-out.txt", LIMITS[device]), 0
     for part in options.parts:
         for work in works(part, device, options.small, options.modes):

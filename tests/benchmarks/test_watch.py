@@ -57,8 +57,9 @@ def test_a_kernel_that_fails_while_it_is_timed(monkeypatch: pytest.MonkeyPatch, 
             raise RuntimeError("made up")
 
     taking_part(monkeypatch, before)
-    run_suite(monkeypatch, tmp_path)
-    runs = runs_in(tmp_path)
+    folder = tmp_path / "made" / "by" / "the suite"
+    run_suite(monkeypatch, folder)
+    runs = runs_in(folder)
     assert len(runs) == 2
     for run in runs:
         assert [(row.name, row.status) for row in run.rows] == [("unirl_kernels", OK), ("made up", FAILED)]
