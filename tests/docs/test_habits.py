@@ -121,3 +121,9 @@ def test_kernels_take_few_parameters() -> None:
     kernels = [(where, node) for where, node in functions() if "kernel" in map(ast.unparse, node.decorator_list)]
     assert len(kernels) >= 4
     assert not {where: len(node.args.args) for where, node in kernels if len(node.args.args) > MOST_PARAMETERS}
+
+
+def test_arguments_have_names() -> None:
+    """Nothing passes arguments on untyped; what is traced (``program``) takes those of any torch function."""
+    for path in sorted((ROOT / "unirl_kernels").rglob("*.py")):
+        assert "*args: Any" not in path.read_text() or path.parent.name == "program", path

@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 from unirl_kernels.api import fused_linear_loss, linear_token_observations, linear_token_stats, logprobs
 from unirl_kernels.batch import IGNORE, Batch, shift_targets
 from unirl_kernels.integrations.patching import Patch, Replacement, Switch, known
-from unirl_kernels.integrations.trl import FusedHead
+from unirl_kernels.integrations.trl import OUTPUTS, FusedHead
 from unirl_kernels.integrations.versions import check_release
 from unirl_kernels.objectives import SFT, Loss, TokenMean
 from unirl_kernels.plan import Plan
@@ -95,10 +95,14 @@ def unpatch() -> None:
     _switch.off()
 
 
-def _instead(theirs: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
+
+
+def _instead(theirs: Callable[..., Any], ours: Callable[Given, Result]) -> Callable[Given, Result]:
     """``ours``, with the source text of ``theirs``: unsloth writes that text to files that outlive the patch."""
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: Given.args, **kwargs: Given.kwargs) -> Result:
         return ours(*args, **kwargs)
 
     # Without the attributes by which torch.compile would find and inline the original.
@@ -220,9 +224,22 @@ class Functions:
             return found
         return logprobs(logits, index, readout=Readout(temperature=float(temperature)), plan=self._plan)
 
-    def cpu_chunked_log_probs(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
-        """``FusedHead.score``, which takes and gives the same."""
-        return FusedHead(self._plan).score(*args, **kwargs)
+    def cpu_chunked_log_probs(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: Sequence[str] = OUTPUTS,
+    ) -> tuple[Tensor | None, ...]:
+        """As ``FusedHead.score``."""
+        head = FusedHead(self._plan)
+        readout = temperature, chunk_size, final_logit_softcapping, logit_scale
+        return head.score(hidden, weight, bias, targets, *readout, outputs)
 
     def chunked_linear_cross_entropy(
         self,
