@@ -36,8 +36,7 @@ class Ring:
 
     def take(self) -> Tensor:
         """The copy that was used longest ago. It has its own version counter, so that for autograd a write to another
-        copy is
-        not a write to this one."""
+        copy is not a write to this one."""
         copy = self._memory.data[self._next, : self._source.numel()]
         self._next = (self._next + 1) % len(self)
         return copy.view(self._source.shape)

@@ -7,6 +7,7 @@ Versions looked at: TRL 1.16.0, Liger-Kernel 0.8.5, flash-linear-attention 0.6.0
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from threading import Thread
 
@@ -39,9 +40,16 @@ def start_compiler(device: torch.device) -> Callable[[], object] | None:
     imported("torch._inductor.compile_fx")
     if device.type != "cpu":
         return None
-    search = Thread(target=imported("torch._inductor.cpu_vec_isa").pick_vec_isa)
+    instructions = imported("torch._inductor.cpu_vec_isa")
+
+    def look() -> None:
+        with suppress(Exception):  # compiling says so
+            instructions.pick_vec_isa()
+
+    search = Thread(target=look)
     search.start()
 
+    @cache
     def finish() -> None:
         search.join()
         with torch.no_grad():

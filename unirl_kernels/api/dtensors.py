@@ -23,8 +23,7 @@ def shard_of_logits(logits: Tensor, given: VocabShard | None) -> tuple[Tensor, V
 
 def shard_of_head(head: HeadArgs, given: VocabShard | None) -> tuple[HeadArgs, VocabShard | None]:
     """Head and shard of this rank: the given ones, or those of a weight that is a DTensor split along the vocabulary,
-    with
-    hidden states that are replicated on the same mesh.
+    with hidden states that are replicated on the same mesh.
 
     An FSDP2 weight is split in the same way, but each rank has other tokens, in plain tensors. It is returned
     unchanged; the checks refuse it.

@@ -141,8 +141,7 @@ def choices_by_vocab(
     device: torch.device, backend: str | None, kernel: str | None, dtype: torch.dtype
 ) -> tuple[tuple[Choice, int], ...]:
     """The one-pass kernels for ``device``, each with the longest row that it takes: the named ones, else the defaults
-    of
-    the best backend for logits of ``dtype``.
+    of the best backend for logits of ``dtype``.
 
     Raises:
         ValueError, RuntimeError: as ``choose`` does.

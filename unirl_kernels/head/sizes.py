@@ -72,8 +72,7 @@ def sizes_of(shape: Shape) -> Sizes | None:
 
 def _work_of(shape: Shape, sizes: Sizes) -> float:
     """The part of the time that depends on the sizes, in multiplications of a multiprocessor: the matmuls, and the
-    memory
-    traffic of the fp32 sums of d_weight."""
+    memory traffic of the fp32 sums of d_weight."""
     groups = -(-shape.tokens // sizes.group)
     passes = 0 if groups <= 1 else 2 * groups - 1  # all groups write, and all except the first read
     per_pass = 4 * shape.vocab * shape.d * MULTIPLICATIONS_PER_BYTE / shape.processors

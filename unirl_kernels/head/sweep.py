@@ -171,8 +171,7 @@ def sweep(
 
 def _memory_of_d_weight(head: Head, vocab: int, d: int, groups: int) -> Tensor:
     """Memory for d_weight: in the returned dtype if one matmul computes all of it and the device rounds, else in the
-    dtype
-    of the sums over groups."""
+    dtype of the sums over groups."""
     dtype = kept_dtype(head.weight)
     rounded = groups == 1 and head.matmuls.rounds and dtype == head.dtype
     return head.kernels.empty((vocab, d), dtype if rounded else head.row_dtype, head.weight.device)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from unirl_kernels.api import fused_linear_loss, linear_token_observations, linear_token_stats, logprobs
 from unirl_kernels.batch import IGNORE, Batch, shift_targets
 from unirl_kernels.integrations.patching import Patch, Replacement, Switch, known
-from unirl_kernels.integrations.trl import OUTPUTS, FusedHead
+from unirl_kernels.integrations.trl import FusedHead
 from unirl_kernels.integrations.versions import check_release
 from unirl_kernels.objectives import SFT, Loss, TokenMean
 from unirl_kernels.plan import Plan
@@ -109,7 +109,7 @@ def _instead(theirs: Callable[..., Any], ours: Callable[Given, Result]) -> Calla
     return functools.update_wrapper(call, theirs, updated=())
 
 
-class Functions:
+class Functions(FusedHead):
     """unsloth's functions under their names. ``Plan.max_chunk_bytes`` replaces ``rows_per_chunk`` and the like.
 
     Args:
@@ -118,8 +118,8 @@ class Functions:
     """
 
     def __init__(self, theirs: Callable[..., Any], plan: Plan) -> None:
+        super().__init__(plan)
         self._theirs = theirs
-        self._plan = plan
 
     def fused_linear_logprobs(
         self,
@@ -224,22 +224,7 @@ class Functions:
             return found
         return logprobs(logits, index, readout=Readout(temperature=float(temperature)), plan=self._plan)
 
-    def cpu_chunked_log_probs(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        temperature: float,
-        chunk_size: int,
-        final_logit_softcapping: float | None = None,
-        logit_scale: float = 1.0,
-        outputs: Sequence[str] = OUTPUTS,
-    ) -> tuple[Tensor | None, ...]:
-        """As ``FusedHead.score``."""
-        head = FusedHead(self._plan)
-        readout = temperature, chunk_size, final_logit_softcapping, logit_scale
-        return head.score(hidden, weight, bias, targets, *readout, outputs)
+    cpu_chunked_log_probs = FusedHead.score  # TRL's head, with TRL's arguments
 
     def chunked_linear_cross_entropy(
         self,

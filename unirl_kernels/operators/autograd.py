@@ -61,8 +61,7 @@ def as_rows(logits: Tensor) -> Tensor:
 
 def overwrite(logits: Tensor, write: Callable[[Tensor], Result]) -> Result:
     """Call ``write`` to put a gradient into the memory of the logits. The logits, and the tensor that they are a view
-    of,
-    become empty, so that using them fails instead of reading a gradient.
+    of, become empty, so that using them fails instead of reading a gradient.
 
     If ``write`` raises, they get their memory back. If it is interrupted, they stay empty, since it may have written.
     """
@@ -165,8 +164,7 @@ def saved_rows(ctx: Any) -> tuple[Any, ...]:
 
 class OnePass(torch.autograd.Function):
     """Loss, logp, entropy, lse of ``fused_loss``. The forward computes the gradient in the same pass. Nobody else has
-    it, so
-    the backward may scale it in place."""
+    it, so the backward may scale it in place."""
 
     @staticmethod
     def forward(

@@ -112,8 +112,7 @@ class SumGradient(torch.autograd.Function):
 
 class Gathered(torch.autograd.Function):
     """The ranks' x, [m, ...], gathered to [n m, ...] in another dtype. The gradient of x is summed over the ranks in
-    that
-    dtype and multiplied by a factor.
+    that dtype and multiplied by a factor.
     """
 
     @staticmethod

@@ -34,8 +34,7 @@ class Sizes(NamedTuple):
     """Loads in flight per thread in a sweep: 64 bytes; with 64 registers, 64 KiB per multiprocessor."""
     l2_percent: int = 50
     """The part of the L2 cache that the rows in flight of ``two_sweep`` may fill, with their gradients. The second
-    sweep
-    then finds 95 % of a row in the cache, or 76 % if both halves of the cache hold the same data."""
+    sweep then finds 95 % of a row in the cache, or 76 % if both halves of the cache hold the same data."""
     split_max_warps: int = 4
     held_elements: int = 64
     """Columns of a slice per thread of ``split_row``: the registers of 128 threads hold 8192 columns."""
