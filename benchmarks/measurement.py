@@ -15,7 +15,7 @@ from benchmarks.hardware import Elsewhere
 from benchmarks.levels import level_of
 from benchmarks.measure import Interrupted, Rounds, interleaved_rounds
 from benchmarks.memory import Peaks
-from benchmarks.providers import Provider, Skipped
+from benchmarks.providers import Function, Provider, Skipped
 from benchmarks.record import FAILED, OK, WRONG, Row, Run
 from benchmarks.truth import Check, Truth
 from benchmarks.work import Work
@@ -45,24 +45,27 @@ class Measurement:
         self.cases: dict[str, Case] = {}
         """Those that passed ``check``."""
 
-    def check(self, after_each: Step, right: Callable[[Provider], object] = lambda provider: None) -> None:
-        """Let each provider do the work once, and hold it against fp64; ``right`` is called with those that pass."""
+    def check(self, after_each: Step, before: Callable[[Provider], object] = lambda provider: None) -> None:
+        """Let each provider do the work once, and hold it against fp64; ``before`` is called with those that can do it.
+
+        Those that compile come first: on a CPU the other processor can do the same for ``before``.
+        """
         truth = self.level.truth(self.inputs)
-        for provider in self.providers:
+        for provider in sorted(self.providers, key=lambda provider: provider.prepare is None):
             try:
-                self.rows[provider.key] = self._checked(provider, truth)
+                function = provider.bind(self.inputs)
+                before(provider)
+                self.rows[provider.key] = self._checked(provider, function, truth)
             except Skipped as reason:
                 self.skipped[f"{provider.name} {provider.kernel}"] = str(reason)
             except Exception as error:  # a peer may raise anything, and the others still count
                 message = str(error).strip().splitlines() or [""]
                 reasons = [f"{type(error).__name__}: {message[0]}"]
                 self.rows[provider.key] = Row(provider.name, provider.kernel, provider.overwrites, FAILED, reasons)
-            if provider.key in self.cases:
-                right(provider)
             after_each()
 
-    def _checked(self, provider: Provider, truth: Truth) -> Row:
-        case = Case(provider.bind(self.inputs), self.inputs, self.rings, provider.overwrites)
+    def _checked(self, provider: Provider, function: Function, truth: Truth) -> Row:
+        case = Case(function, self.inputs, self.rings, provider.overwrites)
         try:
             found = truth.check(*case())
         finally:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import gc
-import importlib
 import os
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 
+from benchmarks.imports import imported, undisturbed
 from benchmarks.inputs import Inputs, Values
 from benchmarks.record import key
 from benchmarks.work import FUSED, Work
@@ -24,8 +23,8 @@ Function = Callable[..., Values]
 Bind = Callable[[Inputs], Function]
 """Makes the function for given inputs; raises ``Skipped`` if there is none."""
 
-Prepare = Callable[[torch.device], Callable[[], object] | None]
-"""Does what takes long once per process; may return what is left to do after all others have begun."""
+Prepare = Callable[[torch.device], object]
+"""Does what takes long once per process."""
 
 OURS = "unirl_kernels"
 
@@ -60,36 +59,12 @@ class Provider:
         return key(self.name, self.kernel, self.overwrites)
 
 
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Without warnings, and without the garbage collector: it finds nothing in half-imported packages, and takes 15 %
-    of the time of TRL's and torch.compile's."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        if collects:
-            gc.enable()
-
-
-def imported(module: str) -> ModuleType:
-    with _undisturbed():
-        return importlib.import_module(module)
-
-
 def prepare(providers: Iterable[Provider], device: torch.device) -> None:
     """Do what takes long once per process."""
-    with _undisturbed():
-        started = []
+    with undisturbed():
         for step in dict.fromkeys(p.prepare for p in providers if p.prepare):
             with suppress(Exception):  # whoever binds the provider says so
-                started.append(step(device))
-        for finish in filter(None, started):
-            with suppress(Exception):
-                finish()
+                step(device)
     gc.freeze()  # else the process's end looks for garbage in all that was imported, for two seconds
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.inputs import Inputs, Values
-from benchmarks.logits.peers import TRL, import_trl, log_softmax, start_compiler
+from benchmarks.logits.peers import TRL, import_compiler, import_trl, log_softmax
 from benchmarks.providers import Bind, Function, Provider, Skipped, needs, needs_gpu, needs_loss
 from benchmarks.work import FUSED
 
@@ -150,8 +150,8 @@ def cut_cross_entropy(inputs: Inputs) -> Function:
 PEERS = [
     Provider("eager", "F.linear in fp32", whole_logits_in_fp32),
     Provider("eager", "F.linear", whole_logits),
-    Provider("compile", "F.linear in fp32", compiled(whole_logits_in_fp32), prepare=start_compiler),
-    Provider("compile", "F.linear", compiled(whole_logits), prepare=start_compiler),
+    Provider("compile", "F.linear in fp32", compiled(whole_logits_in_fp32), prepare=import_compiler),
+    Provider("compile", "F.linear", compiled(whole_logits), prepare=import_compiler),
     Provider("torch", "F.linear_cross_entropy", torch_linear_cross_entropy(chunked=False)),
     Provider("torch", "F.linear_cross_entropy, chunked", torch_linear_cross_entropy(chunked=True)),
     Provider("trl", "_ChunkedLogProbFunction", trl, prepare=import_trl),

@@ -7,16 +7,14 @@ Versions looked at: TRL 1.16.0, Liger-Kernel 0.8.5, flash-linear-attention 0.6.0
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
-from functools import cache
-from threading import Thread
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.imports import imported
 from benchmarks.inputs import Inputs, Values
-from benchmarks.providers import Bind, Function, Provider, Skipped, imported, needs, needs_gpu, needs_loss
+from benchmarks.providers import Bind, Function, Provider, Skipped, needs, needs_gpu, needs_loss
 from benchmarks.work import FUSED, STATS
 
 Statistics = Callable[[Tensor], tuple[Tensor, Tensor | None]]
@@ -29,33 +27,16 @@ def import_trl(device: torch.device) -> None:
     imported(TRL)
 
 
-@cache
-def start_compiler(device: torch.device) -> Callable[[], object] | None:
-    """Import torch.compile's modules. On a CPU, start its search for vector instructions, which waits for processes.
-
-    Returns:
-        On a CPU, what compiles one number after that search: headers are hashed then. One number keeps a single thread
-        busy, so that the process can still be forked.
-    """
+def import_compiler(device: torch.device) -> None:
     imported("torch._inductor.compile_fx")
     if device.type != "cpu":
-        return None
-    instructions = imported("torch._inductor.cpu_vec_isa")
-
-    def look() -> None:
-        with suppress(Exception):  # compiling says so
-            instructions.pick_vec_isa()
-
-    search = Thread(target=look)
-    search.start()
-
-    @cache
-    def finish() -> None:
-        search.join()
-        with torch.no_grad():
-            torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(1))
-
-    return finish
+        return
+    config = imported("torch._inductor.config")
+    # A copy of this process has none of its threads, and would wait for those that compile.
+    config.compile_threads = 1  # type: ignore[attr-defined]  # which its own checker adds
+    if config.cpp.vec_isa_ok is None:
+        # Else it tries the compiler for each of the processor's instruction sets, which takes longer than compiling.
+        config.cpp.vec_isa_ok = True
 
 
 def _either(inputs: Inputs, with_entropy: Statistics, without: Callable[[Tensor], Tensor]) -> Function:
@@ -228,7 +209,7 @@ def quack(overwrites: bool) -> Bind:
 PEERS = [
     Provider("eager", "log_softmax in fp32", _in_fp32(log_softmax)),
     Provider("eager", "log_softmax", _unconverted(log_softmax)),
-    Provider("compile", "log_softmax in fp32", compiled, prepare=start_compiler),
+    Provider("compile", "log_softmax in fp32", compiled, prepare=import_compiler),
     Provider("torch", "F.cross_entropy in fp32", _in_fp32(cross_entropy)),
     Provider("torch", "F.cross_entropy", _unconverted(cross_entropy)),
     Provider("trl", "selective_log_softmax in fp32", _in_fp32(trl), prepare=import_trl),
