@@ -48,7 +48,7 @@ class Measurement:
     def check(self, after_each: Step, before: Callable[[Provider], object] = lambda provider: None) -> None:
         """Let each provider do the work once, and hold it against fp64; ``before`` is called with those that can do it.
 
-        Those that compile come first: on a CPU the other processor can do the same for ``before``.
+        Those that compile come first, so that they can do so for ``before`` on another processor at the same time.
         """
         truth = self.level.truth(self.inputs)
         for provider in sorted(self.providers, key=lambda provider: provider.prepare is None):

@@ -28,15 +28,12 @@ def import_trl(device: torch.device) -> None:
 
 
 def import_compiler(device: torch.device) -> None:
+    """Compiles nothing: a copy of a process that has would wait for torch.compile's threads, which it lacks."""
     imported("torch._inductor.compile_fx")
-    if device.type != "cpu":
-        return
-    config = imported("torch._inductor.config")
-    # A copy of this process has none of its threads, and would wait for those that compile.
-    config.compile_threads = 1  # type: ignore[attr-defined]  # which its own checker adds
-    if config.cpp.vec_isa_ok is None:
+    cpp = imported("torch._inductor.config").cpp
+    if device.type == "cpu" and cpp.vec_isa_ok is None:
         # Else it tries the compiler for each of the processor's instruction sets, which takes longer than compiling.
-        config.cpp.vec_isa_ok = True
+        cpp.vec_isa_ok = True
 
 
 def _either(inputs: Inputs, with_entropy: Statistics, without: Callable[[Tensor], Tensor]) -> Function:

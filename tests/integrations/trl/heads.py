@@ -99,15 +99,15 @@ def in_orders(seeds: Iterator[int]) -> Patch:
         return logits[..., tokens] + shift, tokens.argsort()
 
     def selected(logits: Tensor, index: Tensor, *rest: Any, **named: Any) -> Tensor:
-        logits, places = shuffled(logits)
-        return logp(logits, places[index], *rest, **named)
+        logits, columns = shuffled(logits)
+        return logp(logits, columns[index], *rest, **named)
 
     def entropy_of(logits: Tensor, *rest: Any) -> Tensor:
         return entropy(shuffled(logits)[0], *rest)
 
     def both_of(logits: Tensor, index: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor]:
-        logits, places = shuffled(logits)
-        return both(logits, places[index], *rest, **named)
+        logits, columns = shuffled(logits)
+        return both(logits, columns[index], *rest, **named)
 
     pairs = [(HEAD, SimpleNamespace(apply=apply)), (logp, selected), (entropy, entropy_of)]
     both = getattr(utils, "selective_log_softmax_and_entropy", None)
