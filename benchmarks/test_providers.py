@@ -1,4 +1,4 @@
-"""Every kernel and peer on small work, for pytest-benchmark: ``make bench``.
+"""Every kernel and peer on small work, for pytest-benchmark: ``make bench-providers``.
 
 ``python -m benchmarks`` compares them side by side, on work of a realistic size; these are for watching one
 of them from one commit to the next (``--benchmark-save``, ``--benchmark-compare``).

@@ -62,7 +62,8 @@ def explain(
 
     Args:
         loss: an objective and its aggregation, or a sum of losses.
-        batch: give it with ``weight`` to see how ``fused_linear_loss`` would cut the batch into chunks.
+        batch: if it has no ``old_logp``, the coefficient is that on policy. With ``weight``, the schedule also says how
+            ``fused_linear_loss`` would cut the batch into chunks.
         weight: [V, D], the weight of a linear head.
         plan: how the machine would compute it.
 

@@ -10,7 +10,8 @@ class Plan:
     """Which backend and kernel run, and in how much memory. Values change only by rounding.
 
     Args:
-        backend: ``cpu``, ``triton``, ``cuda`` or ``eager``; None: the first backend of the device that can run.
+        backend: ``cpu``, ``triton``, ``cuda`` or ``eager``; None: the first backend of the device that can run. If
+            ``cuda`` is built, it takes the rows that ``split_row`` of ``triton`` would take, if they fit a cluster.
         kernel: one of the backend's kernels, or ``composed``: the statistics, then the objective as plain PyTorch under
             autograd, then the gradient. ``composed`` runs objectives that one-pass kernels cannot. None: the backend's
             default; ``composed`` for fp16 logits.

@@ -19,7 +19,7 @@ class Readout:
     Under ``torch.compile`` a new temperature does not compile again. A new softcap or scale does.
 
     Args:
-        temperature: sampling temperature, > 0; or one per token, a float32 tensor of target's shape.
+        temperature: sampling temperature, > 0; or a float32 or float64 tensor with one per token or per sequence.
         softcap: bound on |z| before temperature, > 0 (Gemma 2: 30); None for none.
         scale: factor on the raw logits, finite and not 0 (Cohere's ``logit_scale``).
 
@@ -44,7 +44,7 @@ class Readout:
     def __post_init__(self) -> None:
         if isinstance(self.temperature, Tensor):
             if self.temperature.dtype not in (torch.float32, torch.float64):
-                raise TypeError(f"temperature must be a float32 tensor, got {self.temperature.dtype}")
+                raise TypeError(f"temperature must be a float32 or float64 tensor, got {self.temperature.dtype}")
             if self.temperature.requires_grad:
                 raise ValueError("temperature must not require a gradient: detach it")
         elif not 0 < _number("temperature", self.temperature) < math.inf:

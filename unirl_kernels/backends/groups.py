@@ -103,7 +103,7 @@ class FusedRows(NamedTuple):
 
 
 def row_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of all computation on rows: fp32, or fp64 for fp64 logits."""
+    """The dtype of the tensors of values per row: fp32, or fp64 for fp64 logits."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

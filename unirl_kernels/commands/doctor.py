@@ -88,7 +88,7 @@ def _versions() -> list[tuple[str, str]]:
 
 TRAINERS = (
     ("trl", trl.FIRST, trl.LAST, "trl.patch(); of the last release fuse(trainer), loss(config), too"),
-    ("verl", verl.TRIED, verl.TRIED, "verl.patch(), loss(actor_config)"),
+    ("verl", verl.TRIED, verl.TRIED, "verl.patch(), fuse(worker), loss(actor_config)"),
     ("openrlhf", openrlhf.TRIED, openrlhf.TRIED, "openrlhf.patch()"),
     ("llamafactory", llamafactory.TRIED, llamafactory.TRIED, "llamafactory.patch()"),
     ("ms-swift", swift.TRIED, swift.TRIED, "swift.patch()"),

@@ -26,7 +26,7 @@ class Row:
         oracle: its value, by its formula.
         fields: names of the fields that it reads, with spaces between them; ``name:source`` where another holds them.
         empty: whether it is defined for a sequence without tokens.
-        pairs: how pairs stand in the batch.
+        interleaved: whether chosen and rejected sequences alternate in the batch; else the chosen ones come first.
     """
 
     number: int
