@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 
 import pytest
 
@@ -58,22 +57,6 @@ def test_wrong_options(capsys: pytest.CaptureFixture[str], arguments: Sequence[s
     assert says in line
     assert line.startswith(f"unirl_kernels {arguments[0]}: " if len(arguments) > 1 else "unirl_kernels: ")
     assert line.endswith("--help)")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "now"),
-    [
-        (["bench"], "python -m benchmarks"),
-        (["bench", "--tokens", "512"], "python -m benchmarks"),
-        (["demo", "--help"], "python -m examples.demo"),
-    ],
-)
-def test_commands_that_moved_say_where_they_are(
-    capsys: pytest.CaptureFixture[str], arguments: Sequence[str], now: str
-) -> None:
-    line = f"unirl_kernels {arguments[0]}: run `{now}` in a checkout of the repository"
-    assert _answer(capsys, *arguments) == (1, line)
-    assert find_spec(now.removeprefix("python -m ")) is not None
 
 
 def test_help_lists_the_commands_and_loads_nothing_heavy() -> None:

@@ -36,7 +36,7 @@ from unirl_kernels.backends.groups import ReadoutArgs
 from unirl_kernels.backends.matmuls import Halved, Mixed, Widened
 from unirl_kernels.head.sizes import Shape, sizes_of
 from unirl_kernels.head.statistics import moments_in_chunks
-from unirl_kernels.head.sweep import Head, sweep
+from unirl_kernels.head.sweep import Head, sweep_chunks
 from unirl_kernels.operators.linear import Wanted
 from unirl_kernels.operators.shards import Tiles
 
@@ -161,7 +161,7 @@ def test_ignored_tokens_are_not_multiplied(runner: Runner, monkeypatch: pytest.M
 def test_gradients_that_nobody_wants_have_no_memory(runner: Runner) -> None:
     head = make_head(PACKED, BY_NAME["sft"], device=runner.device)
     operands = Head(*head.operands, torch.float32, runner.backend)
-    gradients = sweep(operands, [], lambda logits, d_logits, chunk: None, Wanted(False, False, False))
+    gradients = sweep_chunks(operands, [], lambda logits, d_logits, chunk: None, Wanted(False, False, False))
     assert [x.numel() for x in gradients] == [0, 0, 0]
 
 

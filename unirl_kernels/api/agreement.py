@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unirl_kernels.api.arguments import Given
 from unirl_kernels.api.described import compared_lines, hash_of, shown_lines
-from unirl_kernels.api.rows import as_rows
+from unirl_kernels.api.rows import per_row
 from unirl_kernels.checks import has_values
 from unirl_kernels.operators.rows import check_targets
 from unirl_kernels.operators.shards import ShardArgs, Tiles, target_hash
@@ -155,7 +155,7 @@ def _compared(shard: VocabShard, own: Terms, target: Tensor, arguments: Mapping[
         _check_told(shard, everyone, name, target.device, arguments)
     if _other(everyone, "targets") is not None:
         raise _differing_targets(shard, target)
-    check_targets(as_rows(target), shard.vocab)
+    check_targets(per_row(target), shard.vocab)
     return max(terms["row_bytes"] for terms in everyone)
 
 

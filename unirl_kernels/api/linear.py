@@ -8,14 +8,14 @@ from torch import Tensor
 from unirl_kernels.api.arguments import Given, kernel_of, target_of
 from unirl_kernels.api.heads import CheckedHead, checked_head, wanted_of
 from unirl_kernels.api.outputs import LossOutput, TokenObservations, TokenStats
-from unirl_kernels.api.rows import as_rows, program_args
+from unirl_kernels.api.rows import per_row, program_args
 from unirl_kernels.backends import COMPOSED
 from unirl_kernels.backends.groups import row_dtype
 from unirl_kernels.batch import Batch
 from unirl_kernels.checks import has_values
 from unirl_kernels.head import ComposedLinear, Composition, Head, by_units, rows_per_chunk
 from unirl_kernels.objectives import Loss, Tokens
-from unirl_kernels.operators.linear import OBSERVATIONS, STATISTICS, HeadArgs
+from unirl_kernels.operators.linear import LINEAR_OBSERVATIONS, LINEAR_STATISTICS, HeadArgs
 from unirl_kernels.operators.linear_autograd import LinearStatistics, OnePassLinear
 from unirl_kernels.plan import Plan
 from unirl_kernels.ranks.collectives import SumGradient
@@ -64,7 +64,7 @@ def linear_token_stats(
         >>> uk.linear_token_stats(hidden, weight, torch.tensor([[3, uk.IGNORE]])).logp
         tensor([[-1.3863,  0.0000]])
     """
-    given = Given(STATISTICS, target, readout, plan, shard)
+    given = Given(LINEAR_STATISTICS, target, readout, plan, shard)
     return TokenStats(*_measured(checked_head(HeadArgs(hidden, weight, bias), given), given))
 
 
@@ -106,7 +106,7 @@ def linear_token_observations(
         >>> uk.linear_token_observations(hidden, weight, torch.tensor([[3, 1]]), bias=bias).argmax
         tensor([[3, 3]])
     """
-    given = Given(OBSERVATIONS, target, readout, plan, shard)
+    given = Given(LINEAR_OBSERVATIONS, target, readout, plan, shard)
     return TokenObservations.of_rows(_measured(checked_head(HeadArgs(hidden, weight, bias), given), given))
 
 
@@ -157,13 +157,13 @@ def fused_linear_loss(
         >>> weight.grad[:, 0]
         tensor([ 0.2500,  0.2500,  0.2500, -0.7500])
     """
-    given = Given(STATISTICS, target_of(batch), readout, plan, shard, (batch, loss))
+    given = Given(LINEAR_STATISTICS, target_of(batch), readout, plan, shard, (batch, loss))
     checked = checked_head(HeadArgs(hidden, weight, bias), given)
     if checked.shard is None:
         dtype = row_dtype(checked.sweep.dtype)
         choice = kernel_of(loss, plan, hidden.device, dtype, weight.shape[0])
         if choice.kernel != COMPOSED and any(wanted := wanted_of(checked.head)):
-            of_rows = (as_rows(batch.target), checked.readout, program_args(loss, batch, dtype))
+            of_rows = (per_row(batch.target), checked.readout, program_args(loss, batch, dtype))
             sweep = checked.sweep._replace(backend=choice.backend)
             value, *stats = OnePassLinear.apply(*checked.head, *of_rows, choice.kernel, sweep, wanted)
             return LossOutput.of(value, stats, batch, loss)
@@ -195,7 +195,7 @@ def observed_linear_loss(
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as ``fused_linear_loss`` does.
     """
-    given = Given(OBSERVATIONS, target_of(batch), readout, plan, None, (batch, loss))
+    given = Given(LINEAR_OBSERVATIONS, target_of(batch), readout, plan, None, (batch, loss))
     checked = checked_head(HeadArgs(hidden, weight, bias), given)
     value, *rows = _composed(checked, given, batch, loss)
     seen = TokenObservations.of_rows([x.detach().view(batch.target.shape) for x in rows])
@@ -208,14 +208,14 @@ def _measured(checked: CheckedHead, given: Given) -> list[Tensor]:
     if shard is not None and sums and head.hidden.requires_grad:
         hidden = SumGradient.apply(head.hidden, shard.ranks, row_dtype(head.hidden.dtype))
         head = head._replace(hidden=hidden)
-    found = LinearStatistics.apply(*head, as_rows(given.target), readout, sweep, given.operators, shard)
+    found = LinearStatistics.apply(*head, per_row(given.target), readout, sweep, given.operators, shard)
     return [x.view(given.target.shape) for x in found]
 
 
 def _composed(checked: CheckedHead, given: Given, batch: Batch, loss: Loss) -> tuple[Tensor, ...]:
     """The loss and the results for each row: computed in chunks if possible, else all statistics first."""
     loss.check_scopes()
-    found = _in_chunks(checked, batch, loss, given.operators is OBSERVATIONS)
+    found = _in_chunks(checked, batch, loss, given.operators is LINEAR_OBSERVATIONS)
     if found is None:
         rows = _measured(checked, given)
         found = loss.composed(Tokens(batch, *rows[:3]), loss.weights(batch)), *rows

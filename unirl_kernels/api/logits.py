@@ -18,13 +18,13 @@ from unirl_kernels.api.arguments import (
 )
 from unirl_kernels.api.dtensors import shard_of_logits
 from unirl_kernels.api.outputs import LossOutput, TokenObservations, TokenStats
-from unirl_kernels.api.rows import as_rows, program_args, readout_args
+from unirl_kernels.api.rows import per_row, program_args, readout_args
 from unirl_kernels.backends import COMPOSED, choose
 from unirl_kernels.backends.groups import ReadoutArgs, row_dtype
 from unirl_kernels.batch import Batch
 from unirl_kernels.objectives import Loss, Tokens
 from unirl_kernels.operators.autograd import OnePass, Statistics
-from unirl_kernels.operators.shards import OBSERVATIONS, STATISTICS, ShardArgs
+from unirl_kernels.operators.shards import ROW_OBSERVATIONS, ROW_STATISTICS, ShardArgs
 from unirl_kernels.plan import Plan
 from unirl_kernels.ranks.shard import VocabShard
 from unirl_kernels.readout import Readout
@@ -71,7 +71,7 @@ def token_stats(
         >>> logits.grad[0, 0]
         tensor([-0.2500, -0.2500, -0.2500,  0.7500])
     """
-    given = Given(STATISTICS, target, readout, plan, shard)
+    given = Given(ROW_STATISTICS, target, readout, plan, shard)
     return TokenStats(*_measured(*_checked(logits, given), given))
 
 
@@ -108,7 +108,7 @@ def token_observations(
         >>> seen.argmax, seen.mean_logit
         (tensor([[1]]), tensor([[1.3333]]))
     """
-    given = Given(OBSERVATIONS, target, readout, plan, shard)
+    given = Given(ROW_OBSERVATIONS, target, readout, plan, shard)
     return TokenObservations.of_rows(_measured(*_checked(logits, given), given))
 
 
@@ -164,7 +164,7 @@ def fused_loss(
         >>> logits.grad[0, 0]  # -2 (1[j = 3] - 1/4)
         tensor([ 0.5000,  0.5000,  0.5000, -1.5000])
     """
-    given = Given(STATISTICS, target_of(batch), readout, plan, shard, (batch, loss))
+    given = Given(ROW_STATISTICS, target_of(batch), readout, plan, shard, (batch, loss))
     logits, of_readout, split = _checked(logits, given)
     if split is None:
         choice = kernel_of(loss, plan, logits.device, logits.dtype, logits.shape[-1])
@@ -172,9 +172,8 @@ def fused_loss(
         waits = logits.dtype == torch.float16 and plan.kernel is None
         if choice.kernel != COMPOSED and wants_gradient(logits) and not waits:
             program = program_args(loss, batch, row_dtype(logits.dtype))
-            of_rows = (as_rows(batch.target), of_readout, program)
-            how = (choice.backend, choice.kernel, plan.overwrite_logits)
-            value, *stats = OnePass.apply(logits, *of_rows, *how)
+            of_rows = (per_row(batch.target), of_readout, program)
+            value, *stats = OnePass.apply(logits, *of_rows, choice.backend, choice.kernel, plan.overwrite_logits)
             return LossOutput.of(value, stats, batch, loss)
     stats = _measured(logits, of_readout, split, given)
     return LossOutput.of(loss.composed(Tokens(batch, *stats), loss.weights(batch)), stats, batch, loss)
@@ -210,7 +209,7 @@ def _measured(logits: Tensor, readout: ReadoutArgs, shard: ShardArgs | None, giv
     """The results of the operators for each row, in target's shape."""
     target, plan = given.target, given.plan
     backend = choose(logits.device, plan.backend, plan.kernel).backend
-    of_rows = (as_rows(target), readout, backend, given.operators)
+    of_rows = (per_row(target), readout, backend, given.operators)
     if shard is None and not wants_gradient(logits):
         found = Statistics.without_gradient(logits, *of_rows)
     else:

@@ -18,7 +18,7 @@ EXACT_INTEGERS = {torch.float32: 2**24, torch.float64: 2**53}
 """The dtype represents every integer up to this number exactly."""
 
 
-def as_rows(per_token: Tensor) -> Tensor:
+def per_row(per_token: Tensor) -> Tensor:
     """[B, L] contiguous, for both layouts; the packed one is B = 1."""
     return (per_token if per_token.dim() == 2 else per_token.unsqueeze(0)).contiguous()
 
@@ -34,7 +34,7 @@ def readout_args(readout: Readout, target: Tensor, dtype: torch.dtype, batch: Ba
         if torch.compiler.is_compiling() and temperature != 1:
             # Numbers are constants in compiled code, so each new temperature would compile again.
             rows = torch.ones(target.shape, dtype=dtype, device=target.device) * temperature
-            return ReadoutArgs(readout.scale, readout.softcap, 1.0, as_rows(rows))
+            return ReadoutArgs(readout.scale, readout.softcap, 1.0, per_row(rows))
         return ReadoutArgs(readout.scale, readout.softcap, float(temperature), None)
     check_memory("temperature", temperature)
     check_device("temperature", temperature, target.device, "target")
@@ -46,7 +46,7 @@ def readout_args(readout: Readout, target: Tensor, dtype: torch.dtype, batch: Ba
                 f"got {tuple(temperature.shape)}"
             )
         temperature = temperature.unsqueeze(-1).expand(target.shape) if batch is None else batch.per_token(temperature)
-    return ReadoutArgs(readout.scale, readout.softcap, 1.0, as_rows(temperature).to(dtype))
+    return ReadoutArgs(readout.scale, readout.softcap, 1.0, per_row(temperature).to(dtype))
 
 
 def program_args(loss: Loss, batch: Batch, dtype: torch.dtype) -> ProgramArgs:

@@ -13,9 +13,6 @@ from unirl_kernels._version import __version__
 
 COMMANDS = {"doctor": "unirl_kernels.commands.doctor", "explain": "unirl_kernels.commands.explain"}
 
-MOVED = {"bench": "python -m benchmarks", "demo": "python -m examples.demo"}
-"""Commands that moved, and how to run them now in a checkout of the repository."""
-
 WRONG_USAGE = 2
 INTERRUPTED = 130
 
@@ -65,10 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, or what went wrong: 1 a command that failed, 2 wrong options (raised as ``SystemExit``).
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments and arguments[0] in MOVED:
-        now = MOVED[arguments[0]]
-        print(f"unirl_kernels {arguments[0]}: run `{now}` in a checkout of the repository", file=sys.stderr)
-        return 1
     return _execute(_parser(), arguments)
 
 

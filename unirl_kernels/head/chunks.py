@@ -145,8 +145,8 @@ class Part:
     pairs: tuple[int, int]  # [first, last) of the pairs that it holds; [0, 0) for a narrower scope
 
     def weights(self, of_term: Tensor, scope: str) -> Tensor:
-        """The part of a term's weights for this group: of its pairs or of its positions, by the term's scope."""
-        if scope == "batch":  # the group is the whole batch
+        """A term's weights of this part: of its pairs or of its positions, by the term's scope."""
+        if scope == "batch":  # the part is the whole batch
             return of_term.reshape(-1)
         return of_term[slice(*self.pairs)] if scope == "pair" else of_term.reshape(-1)[self.positions]
 

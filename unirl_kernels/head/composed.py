@@ -16,13 +16,13 @@ from unirl_kernels.backends.groups import ReadoutArgs, RowGradients, RowObservat
 from unirl_kernels.batch import Batch
 from unirl_kernels.head.chunks import Chunk, Part
 from unirl_kernels.head.statistics import no_rows
-from unirl_kernels.head.sweep import AtOnce, Head, Summed, sweep
+from unirl_kernels.head.sweep import AtOnce, Head, Summed, sweep_chunks
 from unirl_kernels.objectives import Loss, Tokens
 from unirl_kernels.operators.declare import flat
 from unirl_kernels.operators.linear import HeadArgs, HeadGradients, SweepArgs, Wanted
 from unirl_kernels.operators.linear_autograd import keep, scaled_gradients
 from unirl_kernels.operators.rows import check_targets
-from unirl_kernels.operators.shards import ShardArgs, rows_of
+from unirl_kernels.operators.shards import ShardArgs, measured_chunk
 
 
 class Composition(NamedTuple):
@@ -42,12 +42,12 @@ class ComposedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, composition: Composition, how: SweepArgs
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, composition: Composition, sweep: SweepArgs
     ) -> tuple[Tensor, ...]:
         head = HeadArgs(hidden, weight, bias)
         with torch.autocast(hidden.device.type, enabled=False):
-            loss, found, gradients = _composed(head, composition, how, Wanted(*ctx.needs_input_grad[:3]))
-        keep(ctx, head, gradients, how.backend)
+            loss, found, gradients = _composed(head, composition, sweep, Wanted(*ctx.needs_input_grad[:3]))
+        keep(ctx, head, gradients, sweep.backend)
         ctx.mark_non_differentiable(*found)
         return loss, *found
 
@@ -57,40 +57,40 @@ class ComposedLinear(torch.autograd.Function):
 
 
 def _composed(
-    args: HeadArgs, composition: Composition, how: SweepArgs, wanted: Wanted
+    head: HeadArgs, composition: Composition, sweep: SweepArgs, wanted: Wanted
 ) -> tuple[Tensor, list[Tensor], HeadGradients]:
     batch, loss, parts, readout, observes, shard, sums = composition
-    check_targets(batch.target, args.weight.shape[0] if shard is None else shard.vocab)
-    head = Head.of(args, how)
+    check_targets(batch.target, head.weight.shape[0] if shard is None else shard.vocab)
+    chunked = Head.of(head, sweep)
     target = batch.target.reshape(-1)
     weights = loss.weights(batch)
-    whole = flat(no_rows(target, head, *([RowStats, RowObservations] if observes else [RowStats])))
+    whole = flat(no_rows(target, chunked, *([RowStats, RowObservations] if observes else [RowStats])))
     losses: list[Tensor] = []
     part_of = {part.chunk: part for part in parts}
 
     def work(logits: Tensor, d_logits: Tensor, chunk: Chunk) -> None:
         part = part_of[chunk]
         at, of_readout = chunk.row(target), chunk.rows(readout)
-        function = head.kernels.token_observations if observes else head.kernels.token_stats
-        stats, moments, *observed = rows_of(function, logits, at, of_readout, shard)
+        function = chunked.kernels.token_observations if observes else chunked.kernels.token_stats
+        stats, moments, *observed = measured_chunk(function, logits, at, of_readout, shard)
         of_part = [part.weights(w, term.scope) for w, term in zip(weights, loss.terms, strict=True)]
         value, d_stats = _differentiated(loss, part.batch, stats, of_part)
         if logits.shape[-1]:
             own = at if shard is None else shard.target(at)
-            head.kernels.token_stats_backward(logits, own, of_readout, moments, d_stats, d_logits)
+            chunked.kernels.token_stats_backward(logits, own, of_readout, moments, d_stats, d_logits)
         losses.append(value)
         chunk.put_rows(whole, (*stats, *flat(observed)))
 
     of_hidden = Summed(shard.ranks) if shard is not None and sums else AtOnce()
-    gradients = sweep(head, [[part.chunk] for part in parts], work, wanted, of_hidden)
+    gradients = sweep_chunks(chunked, [[part.chunk] for part in parts], work, wanted, of_hidden)
     total = torch.stack(losses).sum() if losses else whole[0].new_zeros(())
-    return total.to(head.row_dtype), whole, gradients
+    return total.to(chunked.row_dtype), whole, gradients
 
 
 def _differentiated(
     loss: Loss, batch: Batch, stats: RowStats, weights: Sequence[Tensor]
 ) -> tuple[Tensor, RowGradients]:
-    """The loss of a group, and its gradients with respect to the statistics of its valid tokens, [1, n] each."""
+    """The loss of a part, and its gradients with respect to the statistics of its valid tokens, [1, n] each."""
     counted = batch.valid.reshape(-1)
     with torch.enable_grad():
         leaves = [x.detach().squeeze(0).requires_grad_() for x in stats]

@@ -25,7 +25,7 @@ from unirl_kernels.head.statistics import (
     observed_in_chunks,
     observed_in_tiles,
 )
-from unirl_kernels.head.sweep import Head, sweep
+from unirl_kernels.head.sweep import Head, sweep_chunks
 from unirl_kernels.operators import linear
 from unirl_kernels.operators.declare import Operator
 from unirl_kernels.operators.linear import FusedHead, HeadArgs, HeadGradients, SweepArgs, Wanted
@@ -48,100 +48,102 @@ def _implements(operator: Operator) -> Callable[[Callable[..., Any]], None]:
 
 
 @_implements(linear.linear_token_stats)
-def _token_stats(args: HeadArgs, target: Tensor, readout: ReadoutArgs, how: SweepArgs) -> Measured:
-    return measured_in_tiles(_checked(args, target, how), target, readout)
+def _token_stats(head: HeadArgs, target: Tensor, readout: ReadoutArgs, sweep: SweepArgs) -> Measured:
+    return measured_in_tiles(_checked(head, target, sweep), target, readout)
 
 
 @_implements(linear.linear_token_observations)
-def _token_observations(args: HeadArgs, target: Tensor, readout: ReadoutArgs, how: SweepArgs) -> Observed:
-    return observed_in_tiles(_checked(args, target, how), target, readout)
+def _token_observations(head: HeadArgs, target: Tensor, readout: ReadoutArgs, sweep: SweepArgs) -> Observed:
+    return observed_in_tiles(_checked(head, target, sweep), target, readout)
 
 
-def _checked(args: HeadArgs, target: Tensor, how: SweepArgs) -> Head:
-    check_targets(target, args.weight.shape[0])
-    head = Head.of(args, how)
-    if how.max_chunk_bytes is not None:
-        head.rows_per_chunk()  # raise here, not in the backward, if the memory is too small
-    return head
+def _checked(head: HeadArgs, target: Tensor, sweep: SweepArgs) -> Head:
+    check_targets(target, head.weight.shape[0])
+    chunked = Head.of(head, sweep)
+    if sweep.max_chunk_bytes is not None:
+        chunked.rows_per_chunk()  # raise here, not in the backward, if the memory is too small
+    return chunked
 
 
 @_implements(linear.linear_token_stats_backward)
 def _token_stats_backward(
-    args: HeadArgs,
+    head: HeadArgs,
     target: Tensor,
     readout: ReadoutArgs,
     moments: RowMoments,
     gradients: RowGradients,
-    how: SweepArgs,
+    sweep: SweepArgs,
     wanted: Wanted,
 ) -> HeadGradients:
     # If the bits of the logits differ, these moments give probabilities that do not add up to 1: at a low temperature
     # the error is some percent. So without repeatable matmuls each chunk is measured again.
-    known = moments if Head.of(args, how).matmuls.repeatable else None
-    return _stats_backward(args, target, readout, known, gradients, how, wanted)
+    known = moments if Head.of(head, sweep).matmuls.repeatable else None
+    return _stats_backward(head, target, readout, known, gradients, sweep, wanted)
 
 
 def _stats_backward(
-    args: HeadArgs,
+    head: HeadArgs,
     target: Tensor,
     readout: ReadoutArgs,
     moments: RowMoments | None,
     gradients: RowGradients,
-    how: SweepArgs,
+    sweep: SweepArgs,
     wanted: Wanted,
 ) -> HeadGradients:
     """The gradients of a head from those of the statistics. Without moments, each chunk computes them again."""
-    head = _swept(args, target, how)
+    chunked = _swept(head, target, sweep)
 
     def work(logits: Tensor, d_logits: Tensor, chunk: Chunk) -> None:
         of_rows = chunk.row(target), chunk.rows(readout)
-        known = head.kernels.token_stats(logits, *of_rows).moments if moments is None else chunk.rows(moments)
-        head.kernels.token_stats_backward(logits, *of_rows, known, chunk.rows(gradients), d_logits)
+        known = chunked.kernels.token_stats(logits, *of_rows).moments if moments is None else chunk.rows(moments)
+        chunked.kernels.token_stats_backward(logits, *of_rows, known, chunk.rows(gradients), d_logits)
 
-    return sweep(head, head.groups(target), work, wanted)
+    return sweep_chunks(chunked, chunked.groups(target), work, wanted)
 
 
-def _swept(args: HeadArgs, target: Tensor, how: SweepArgs) -> Head:
+def _swept(head: HeadArgs, target: Tensor, sweep: SweepArgs) -> Head:
     """A head whose gradients are computed."""
-    return Head.of(args._replace(hidden=without_ignored(args.hidden, target.reshape(-1))), how)
+    return Head.of(head._replace(hidden=without_ignored(head.hidden, target.reshape(-1))), sweep)
 
 
 @_implements(linear.fused_linear_loss)
 def _fused_loss(
-    args: HeadArgs,
+    head: HeadArgs,
     target: Tensor,
     readout: ReadoutArgs,
     program: ProgramArgs,
     kernel: str,
-    how: SweepArgs,
+    sweep: SweepArgs,
     wanted: Wanted,
 ) -> FusedHead:
-    check_targets(target, args.weight.shape[0])
-    head = _swept(args, target, how)
+    check_targets(target, head.weight.shape[0])
+    chunked = _swept(head, target, sweep)
     losses: list[Tensor] = []
-    (stats,) = no_rows(target, head, RowStats)
+    (stats,) = no_rows(target, chunked, RowStats)
 
     def work(logits: Tensor, d_logits: Tensor, chunk: Chunk) -> None:
         of_rows = chunk.row(target), chunk.rows(readout), chunk.program(program)
-        rows = head.kernels.fused_loss(logits, *of_rows, d_logits, kernel)
+        rows = chunked.kernels.fused_loss(logits, *of_rows, d_logits, kernel)
         losses.append(rows.loss.sum())
         chunk.put_rows(stats, rows[1:])
 
-    gradients = sweep(head, head.groups(target), work, wanted)
+    gradients = sweep_chunks(chunked, chunked.groups(target), work, wanted)
     loss = torch.stack(losses).sum() if losses else stats.logp.new_zeros(())
     return FusedHead(loss, stats, gradients)
 
 
 @_implements(linear.linear_shard_moments)
-def _shard_moments(args: HeadArgs, target: Tensor, readout: ReadoutArgs, tiles: Tiles, how: SweepArgs) -> RowMoments:
-    return moments_in_chunks(Head.of(args, how), target, readout, tiles)
+def _shard_moments(head: HeadArgs, target: Tensor, readout: ReadoutArgs, tiles: Tiles, sweep: SweepArgs) -> RowMoments:
+    return moments_in_chunks(Head.of(head, sweep), target, readout, tiles)
 
 
 @_implements(linear.linear_shard_observations)
-def _shard_observations(args: HeadArgs, target: Tensor, readout: ReadoutArgs, tiles: Tiles, how: SweepArgs) -> Observed:
-    if not args.weight.shape[0]:
-        return no_columns(target, how.dtype)
-    return observed_in_chunks(Head.of(args, how), target, readout)
+def _shard_observations(
+    head: HeadArgs, target: Tensor, readout: ReadoutArgs, tiles: Tiles, sweep: SweepArgs
+) -> Observed:
+    if not head.weight.shape[0]:
+        return no_columns(target, sweep.dtype)
+    return observed_in_chunks(Head.of(head, sweep), target, readout)
 
 
 _implements(linear.linear_shard_stats_backward)(_stats_backward)

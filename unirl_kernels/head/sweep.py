@@ -70,7 +70,7 @@ class Head:
         return rows_per_chunk(self.matmuls.row_bytes, self.weight.device, self.max_chunk_bytes)
 
     def groups(self, target: Tensor) -> list[list[Chunk]]:
-        """The valid tokens in chunks that may be cut anywhere, and the chunks in groups, see ``sweep``."""
+        """The valid tokens in chunks that may be cut anywhere, and the chunks in groups, see ``sweep_chunks``."""
         counted, n = counted_tokens(target.reshape(-1))
         sizes = self._sizes(n)
         if sizes is not None:
@@ -119,7 +119,7 @@ class Summed(AtOnce):
             chunk.put(d_hidden, wait(total))
 
 
-def sweep(
+def sweep_chunks(
     head: Head,
     groups: Sequence[Sequence[Chunk]],
     work: Callable[[Tensor, Tensor, Chunk], None],

@@ -54,7 +54,7 @@ def of_stats(d_logp: Tensor | None, d_entropy: Tensor | None, d_lse: Tensor | No
     return RowGradients(*(None if g is None else g.contiguous() for g in (d_logp, d_entropy, d_lse)))
 
 
-def as_rows(logits: Tensor) -> Tensor:
+def as_3d(logits: Tensor) -> Tensor:
     """[B, L, V] of either layout."""
     return logits if logits.dim() == 3 else logits.unsqueeze(0)
 
@@ -111,7 +111,7 @@ class Statistics(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         """The same as ``apply`` without a gradient, with less host time."""
         refuse_forward_mode(logits)
-        stats, _, *observed = measured(operators, as_rows(logits), target, readout, backend, None)
+        stats, _, *observed = measured(operators, as_3d(logits), target, readout, backend, None)
         return *stats, *flat(observed)
 
     @staticmethod
@@ -126,7 +126,7 @@ class Statistics(torch.autograd.Function):
         shard: ShardArgs | None,
     ) -> tuple[Tensor, ...]:
         refuse_forward_mode(logits)
-        used = as_rows(logits) if shard is None else as_rows(logits)[..., : shard.columns]
+        used = as_3d(logits) if shard is None else as_3d(logits)[..., : shard.columns]
         found = measured(operators, used, target, readout, backend, shard)
         ctx.backend, ctx.overwrites, ctx.shard = backend, overwrites, shard
         return save_statistics(ctx, found, readout, (logits, target))
@@ -139,11 +139,11 @@ class Statistics(torch.autograd.Function):
         at, columns = (target, logits.shape[-1]) if shard is None else (shard.target(target), shard.columns)
         arguments = (at, readout, RowMoments(*moments), of_stats(*gradients[:3]), columns, ctx.backend)
         if not ctx.overwrites:
-            d_logits = rows.token_stats_backward(as_rows(logits), *arguments).view(logits.shape)
+            d_logits = rows.token_stats_backward(as_3d(logits), *arguments).view(logits.shape)
             return d_logits, None, None, None, None, None, None
 
         def write(memory: Tensor) -> Tensor:
-            rows.token_stats_backward_(as_rows(memory), *arguments)
+            rows.token_stats_backward_(as_3d(memory), *arguments)
             return memory
 
         d_logits = overwrite(logits, write)
@@ -163,8 +163,8 @@ def saved_rows(ctx: Any) -> tuple[Any, ...]:
 
 
 class OnePass(torch.autograd.Function):
-    """Loss, logp, entropy, lse of ``fused_loss``. The forward computes the gradient in the same pass. Nobody else has
-    it, so the backward may scale it in place."""
+    """Loss, logp, entropy, lse of ``fused_loss``. The forward computes the gradient in the same pass. The backward
+    may scale it in place, since no other object holds it."""
 
     @staticmethod
     def forward(
@@ -182,11 +182,11 @@ class OnePass(torch.autograd.Function):
         if overwrites:
 
             def write(memory: Tensor) -> tuple[Tensor, RowStats, Tensor]:
-                return *rows.fused_loss_(as_rows(memory), *arguments), memory
+                return *rows.fused_loss_(as_3d(memory), *arguments), memory
 
             loss, stats, d_logits = overwrite(logits, write)
         else:
-            loss, stats, d_logits = rows.fused_loss(as_rows(logits), *arguments)
+            loss, stats, d_logits = rows.fused_loss(as_3d(logits), *arguments)
             d_logits = d_logits.view(logits.shape)
         ctx.mark_non_differentiable(*stats)
         ctx.set_materialize_grads(False)

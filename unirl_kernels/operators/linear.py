@@ -140,5 +140,5 @@ def linear_shard_observations(
     return groups.observed_like(target, sweep.dtype)
 
 
-STATISTICS = Operators(linear_token_stats, linear_shard_moments, in_tiles=True)
-OBSERVATIONS = Operators(linear_token_observations, linear_shard_observations, in_tiles=False)
+LINEAR_STATISTICS = Operators(linear_token_stats, linear_shard_moments, in_tiles=True)
+LINEAR_OBSERVATIONS = Operators(linear_token_observations, linear_shard_observations, in_tiles=False)

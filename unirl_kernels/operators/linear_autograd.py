@@ -64,9 +64,8 @@ class LinearStatistics(torch.autograd.Function):
 
 
 class OnePassLinear(torch.autograd.Function):
-    """Loss, logp, entropy, lse of ``fused_linear_loss``. The forward computes the gradients in the same pass. Nobody
-    else
-    has them, so the backward may scale them in place."""
+    """Loss, logp, entropy, lse of ``fused_linear_loss``. The forward computes the gradients in the same pass. The
+    backward may scale them in place, since no other object holds them."""
 
     @staticmethod
     def forward(

@@ -75,8 +75,8 @@ class Operators(NamedTuple):
     in_tiles: bool  # whether a shard may have more than one tile
 
 
-STATISTICS = Operators(rows.token_stats, shard_moments, in_tiles=True)
-OBSERVATIONS = Operators(rows.token_observations, shard_observations, in_tiles=False)
+ROW_STATISTICS = Operators(rows.token_stats, shard_moments, in_tiles=True)
+ROW_OBSERVATIONS = Operators(rows.token_observations, shard_observations, in_tiles=False)
 
 
 def measured(
@@ -89,7 +89,7 @@ def measured(
     return merged(part, target, readout, shard)
 
 
-def rows_of(
+def measured_chunk(
     measure: Measure, logits: Tensor, target: Tensor, readout: ReadoutArgs, shard: ShardArgs | None
 ) -> Measured | Observed:
     """Run a backend function on a chunk of logits. With a shard, merge the results of all ranks."""
