@@ -1,4 +1,4 @@
-"""Where the tests run: the interpreter stands in for a GPU, and has to be switched on before Triton is imported."""
+"""Fixtures of all tests. Without a GPU, Triton's interpreter runs its kernels: set before Triton is imported."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.runners import DEVICES, RUNNERS, Runner
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """``slow_interpreted`` becomes ``slow`` where Triton's interpreter runs the kernels."""
+    """Mark a ``slow_interpreted`` test as ``slow`` if Triton's interpreter runs its kernels."""
     for item in items:
         runner = getattr(item, "callspec", None) and item.callspec.params.get("runner")  # type: ignore[attr-defined]
         if item.get_closest_marker("slow_interpreted") and runner.interpreted:
@@ -29,19 +29,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(params=RUNNERS, ids=str)
 def runner(request: pytest.FixtureRequest) -> Runner:
-    """Every backend with every kernel on every device of this machine; a missing one is an error, not a skip."""
+    """Each backend, kernel and device of this machine. A missing backend is an error, not a skip."""
     return request.param
 
 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
-    """Every device of this machine, with the backend that is chosen there."""
+    """Each device of this machine, with its default backend."""
     return request.param
 
 
 @pytest.fixture(autouse=True)
 def _emulated(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The CUDA backend runs on the CPU in tests of a runner that says so."""
+    """Run the CUDA backend in the emulator if the test has an emulated runner."""
     runner = getattr(request.node, "callspec", None) and request.node.callspec.params.get("runner")
     if not (isinstance(runner, Runner) and runner.emulated):
         yield

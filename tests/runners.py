@@ -27,32 +27,32 @@ class Runner:
 
     @property
     def interpreted(self) -> bool:
-        """A row takes some 30 ms whatever its length: cases are few, each for its own reason."""
+        """Whether Triton's interpreter runs the kernels. A row takes some 30 ms, so tests use fewer cases."""
         return self.backend == "triton" and INTERPRETED
 
     @property
     def emulated(self) -> bool:
-        """CUDA kernels without a GPU, see ``tests/backends/cuda/emulator``."""
+        """Whether CUDA kernels run on the CPU, see ``tests/backends/cuda/emulator``."""
         return self.backend == "cuda" and self.device == "cpu"
 
     def plan(self, **choices: bool) -> Plan:
-        """This backend and kernel."""
+        """The plan that names this backend and kernel."""
         return Plan(backend=self.backend, kernel=self.kernel, **choices)
 
     def runs(self, loss: LossCase) -> bool:
-        """Objectives of pair scope are composed."""
+        """Whether the kernel runs the loss: one-pass kernels only run losses of token scope."""
         return self.kernel == COMPOSED or loss.make().scope == "token"
 
     def takes(self, shape: Shape) -> bool:
         return not self.interpreted or shape.n_logits <= INTERPRETED_LOGITS
 
     def need(self, dtype: torch.dtype) -> None:
-        """Skip where the backend does not compute in ``dtype``."""
+        """Skip the test if the backend has no kernels for ``dtype``."""
         if self.backend == "cuda" and dtype == torch.float64:
             pytest.skip("has no fp64 kernels: they are for the eager backend")
 
     def need_observations(self) -> None:
-        """Skip where the backend has no kernel for observations; ``backends/cuda`` tests the error."""
+        """Skip the test if the backend has no kernel for observations. ``tests/backends/cuda`` tests the error."""
         if self.backend == "cuda":
             pytest.skip("has no kernel for observations, and says so")
 

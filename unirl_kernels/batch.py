@@ -148,7 +148,10 @@ class Batch:
         return {name: x for name, x in values.items() if x is not None}
 
     def _reading(self, x: Tensor) -> str:
-        """What a field has a value for, as its shape tells; ``same`` where each sequence is one token."""
+        """What a field has one value for, by its shape: ``sequence``, ``token`` or ``all``.
+
+        If there are as many sequences as tokens: ``same`` if each sequence has one token, else ``either``.
+        """
         shapes = {"sequence": (self.n_sequences,), "token": tuple(self.target.shape)}
         fits = [reading for reading, shape in shapes.items() if tuple(x.shape) == shape]
         if len(fits) < 2:

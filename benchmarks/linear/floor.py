@@ -1,4 +1,4 @@
-"""What bounds work on a linear head: its matmuls."""
+"""The lower bound of the time of work on a linear head: its matmuls."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from benchmarks.buffers import Ring
 from benchmarks.work import DTYPES, Work
 
 MATMULS_OF_GRADIENTS = 3
-"""Logits and two gradients. Statistics whose logits are not kept make them twice; that counts once all the same."""
+"""Logits and two gradients. If a provider computes the logits twice, they count once."""
 
 
 def floor(work: Work) -> dict[str, int]:
-    """What counts as done, by whoever does it: 2 T D V operations for each matmul."""
+    """Operations that count for every provider: 2 T D V for each matmul."""
     assert work.hidden is not None
     matmuls = MATMULS_OF_GRADIENTS if work.has_gradient else 1
     return {"flops": matmuls * 2 * work.tokens * work.hidden * work.vocab}
 
 
 def gradient_bytes(work: Work) -> int:
-    """Memory of the gradients that are asked for."""
+    """Bytes of the gradients of hidden and weight; 0 if none is computed."""
     assert work.hidden is not None
     return (work.tokens + work.vocab) * work.hidden * DTYPES[work.dtype].itemsize if work.has_gradient else 0
 
 
 def baselines(work: Work, rings: Sequence[Ring]) -> dict[str, Callable[[], object]]:
-    """The bare matmuls, in the dtype of the operands, into memory that is there already."""
+    """The bare matmuls, in the dtype of the operands. Their results are written to existing memory."""
     return {"matmuls": BareMatmuls(work, rings)}
 
 
 class BareMatmuls:
-    """logits = h W^T, and with gradients d W and d^T h, where any matrix of the logits' shape passes for d.
+    """logits = h W^T, and with gradients d W and d^T h. The logits stand in for d, which has their shape.
 
     Args:
         work: the work.

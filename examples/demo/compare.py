@@ -17,8 +17,7 @@ from unirl_kernels.testing.budgets import Error, budget, condition_of, error
 
 FUSED, NAIVE = "fused", "naive"
 ULPS = 4
-"""What an error may be beyond twice that of naive fp32: a few units in the last place."""
-
+"""Units in the last place that an error may have in addition to twice that of naive fp32."""
 
 NO_DIGIT = 0.1
 """Relative error from which on not one decimal digit is right."""
@@ -74,7 +73,7 @@ def compare(
     *,
     peaks: int = 3,
 ) -> Row:
-    """Compute one loss and its gradients both computations, check them against the oracle, and measure both.
+    """Compute one loss and its gradients in both ways, check both against the oracle, and measure both.
 
     The tolerance comes from the naive computation in fp32 arithmetic: twice its error, plus a few ulp, since its error
     may happen to be nothing.
@@ -108,7 +107,7 @@ def compare(
 
 
 def _release_kept_memory(plan: uk.Plan) -> None:
-    """Memory that a backend keeps for the next gradient would hide that a gradient needs it."""
+    """Free kept memory, so that the measurement includes the memory of the gradient."""
     if plan.backend is not None:
         backends.load(plan.backend).release_memory()
 
@@ -141,13 +140,13 @@ def _checks(
 
 
 def _error(x: Tensor, truth: Tensor) -> Error:
-    """As ``error``; infinite where ``x`` is not finite, so that a broken kernel stands in the table like any other."""
+    """``error``, or infinity if ``x`` is not finite: a broken kernel then has a row in the table."""
     infinite = float("inf")
     return error(x, truth) if bool(x.isfinite().all()) else Error(infinite, infinite, infinite)
 
 
 def _at_tokens(gradients: Gradients, batch: uk.Batch) -> Gradients:
-    """Gradients with the rows of valid tokens alone, where there is a row per token; NaN if another row is not zero."""
+    """Gradients without the rows of ignored tokens, if they have a row per token; NaN if one of those is not 0."""
 
     def kept(gradient: Tensor) -> Tensor:
         if gradient.shape[:-1] != batch.target.shape:

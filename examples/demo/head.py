@@ -59,7 +59,7 @@ class LinearHead:
         return linear(hidden, self.weight, bias)
 
     def read_out(self, raw_logits: Tensor) -> Tensor:
-        """What the model makes of the logits."""
+        """Apply scale and softcap to raw logits."""
         softcap, scale = self.readout.softcap, self.readout.scale
         if softcap is None and scale == 1:
             return raw_logits  # nobody would pay for copies that change nothing

@@ -111,11 +111,11 @@ class LanguageModel:
 
     @property
     def head(self) -> LinearHead | None:
-        """The last layer; None where it cannot do without logits."""
+        """The output layer; None if the losses need logits."""
         return None if self.readout is None else head_of(self.network, self.readout, self.dtype)
 
     def read(self, prompts: Prompts) -> Any:
-        """The cache of all but the last token of each prompt, with its gradient."""
+        """Run the prompts without their last tokens; returns the cache, with gradients."""
         out = self._forward(
             self.network,
             input_ids=prompts.ids[:, :-1],
@@ -126,7 +126,7 @@ class LanguageModel:
         return out[_name_of_cache(self.network)]
 
     def extend(self, cache: Any, inputs: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
-        """Read on after what is in the cache, and add to it.
+        """Run further tokens after those in the cache; the cache grows.
 
         Args:
             cache: of [S, K] tokens.

@@ -56,7 +56,7 @@ class Questions:
     def verdict(self, question: Question, completion: str) -> float:
         """The rule reward I(o): 1 when the dataset's verifier accepts the answer in a completion, else 0.
 
-        The verifier's partial credit, for an answer that contains the right digits, is no correctness.
+        Partial credit of the verifier counts as 0.
         """
         answer = extract_answer(completion)
         return float(answer is not None and self._dataset.score_answer(answer, question.entry) >= 1)

@@ -16,7 +16,7 @@ GAE_LAMBDA = 0.95
 
 
 class Degenerate(Exception):
-    """Data on which a gradient is nothing but rounding, so that no error of it means anything."""
+    """The true gradient is smaller than rounding errors, so its error means nothing."""
 
 
 @dataclass(frozen=True, eq=False)

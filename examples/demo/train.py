@@ -48,8 +48,8 @@ def optimise(
 ) -> Step:
     """One step of the optimizer on a loss that averages over sequences.
 
-    The batch passes in parts, so that the memory for activations does not grow with it; a part counts with its
-    share of the sequences. Logits exist for a chunk of tokens at a time.
+    The batch is processed in parts, to bound the memory for activations. Each part is weighted by its share of the
+    sequences. Logits exist for a chunk of tokens at a time.
 
     Args:
         policy: the model to train.

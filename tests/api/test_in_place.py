@@ -147,7 +147,7 @@ def test_logits_are_whole_when_the_batch_does_not_fit(make: Any, error: type[Exc
 
 @of_losses
 def test_overwritten_logits_are_told_of_by_name(loss: uk.Loss) -> None:
-    """Where the memory went, whoever comes for it: another use of the logits, or a second backward."""
+    """Another use of overwritten logits, and a second backward, raise errors that name ``overwrite_logits``."""
     plan, leaf = uk.Plan(overwrite_logits=True), torch.randn(2, 3, V, requires_grad=True)
     x = leaf * 1
     other = uk.token_stats(x, TARGET).logp.sum()
@@ -166,7 +166,8 @@ def test_overwritten_logits_are_told_of_by_name(loss: uk.Loss) -> None:
 
 @of_losses
 def test_what_overwritten_logits_leave_behind(loss: uk.Loss) -> None:
-    """Nothing that autograd has saved is read; a sum of them is one of nothing; what the docstring warns of."""
+    """Backwards that saved the logits raise. The logits are empty, with sum 0, and most functions raise on them. A
+    ``detach()`` alias holds the gradient, as the docstring of ``Plan`` warns."""
     leaf = torch.randn(2, 3, V, requires_grad=True)
     plain = torch.autograd.grad(uk.fused_loss(leaf * 1, BATCH, loss).loss, leaf)[0]
     x = leaf * 1

@@ -116,5 +116,5 @@ def test_an_interrupt_at_any_moment(call: str) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="address space is limited, and its size read, as on Linux")
 @pytest.mark.parametrize("call", ["grpo", "dpo", "stats", "logits"])
 def test_memory_that_ends_at_any_moment(call: str) -> None:
-    """With ever more memory, so that each allocation of the call is one that fails."""
+    """The call runs with more memory each time, until it succeeds, so that each of its allocations fails once."""
     run(WITHOUT_MEMORY, call, MALLOC_MMAP_THRESHOLD_="65536")

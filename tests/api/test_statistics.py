@@ -152,12 +152,12 @@ MASKS = [
     (torch.bfloat16, -1e4),
     (torch.float64, -1e9),
 ]
-"""What stands for -inf where a dtype, or somebody's code, would rather have a finite number."""
+"""Finite logits that users take instead of -inf to mask columns, by dtype."""
 
 
 @pytest.mark.parametrize(("dtype", "mask"), MASKS, ids=str)
 def test_target_of_a_finite_mask(dtype: torch.dtype, mask: float, runner: Runner) -> None:
-    """Its log-probability is as large as the mask, and has the last place of that: no gradient may go by it."""
+    """logp is about as large as the mask, so its rounding is too: the gradient must not be computed from logp."""
     runner.need(dtype)
     logits = (torch.randn(2, 33) * 2).to(dtype)
     logits[:, 3] = mask

@@ -84,8 +84,10 @@ def check(question: Question, answer: Answer, upstream: Tensor, findings: Findin
 
 
 def _overflows(question: Question, own: Tensor) -> Tensor:
-    """[T], where the native kernels' gradient leaves fp32: z = kappa u, and what u is multiplied with is the entropy's
-    coefficient times kappa du/dx and kappa once more, before u, which may be small, multiplies it."""
+    """[T]: where the entropy's coefficient times kappa du/dx times kappa overflows fp32.
+
+    The C++ kernels pass this factor to the second sweep in fp32. There it is multiplied by small differences of u.
+    """
     case = question.case
     if case.backend != "cpu" or question.dtype == torch.float64:
         return torch.zeros_like(own[1], dtype=torch.bool)
