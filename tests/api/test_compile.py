@@ -110,7 +110,7 @@ def entropy(t: Any) -> Tensor:
 
 
 CALCULATED = ("closure", "sum")
-"""Where the user's own Python calculates with the number."""
+"""Cases in which the user's Python code calculates with the number."""
 
 FOLLOWS_NO_DEFAULTS = "torch.compile of this torch follows no class with an object for a default"
 

@@ -1,4 +1,4 @@
-"""The same bits on a re-run, and for a row in whatever batch it stands."""
+"""The same bits when a call is repeated, and for a row in every batch."""
 
 from __future__ import annotations
 

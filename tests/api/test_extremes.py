@@ -26,7 +26,7 @@ Measured = list[Tensor]
 
 
 def exact(x: Tensor, target: Tensor, temperature: float) -> Measured:
-    """In fp64 and without cancellation: by the sum of all but the largest, and 1 - p_y as the sum of the others."""
+    """The truth in fp64, without cancellation: sums leave out the largest term, and 1 - p_y is a sum of the other p."""
     z = x.double() / temperature
     top, at = z.max(-1, keepdim=True)
     below = z - top
@@ -44,7 +44,7 @@ def exact(x: Tensor, target: Tensor, temperature: float) -> Measured:
 
 
 def plain(x: Tensor, target: Tensor, temperature: float) -> Sequence[Tensor]:
-    """Eager PyTorch."""
+    """The statistics by eager PyTorch."""
     log_p = torch.log_softmax(x / temperature, -1)
     p = log_p.exp()
     entropy = -torch.where(p == 0, 0, p * log_p).sum(-1)
@@ -59,7 +59,7 @@ def measured(statistics: Callable[[Tensor], Sequence[Tensor]], x: Tensor) -> Mea
 
 
 def one_pass(x: Tensor, target: Tensor, temperature: float, runner: Runner) -> Measured:
-    """By a loss for each statistic."""
+    """Statistics and gradients from one-pass kernels, by one loss per statistic."""
     batch, readout = uk.Batch(target.unsqueeze(0)), uk.Readout(temperature)
     gradients: list[Tensor] = []
     for name in NAMES[:3]:
@@ -120,7 +120,7 @@ def linear_head(scale: float, offset: float) -> tuple[Tensor, Tensor, Tensor]:
     [(1.0, 0.0, 0.001), (1.0, 0.0, 100.0), (1.0, 1024.0, 1.0), (1.0, -1e5, 1.0), (1e4, 0.0, 1.0), (1e30, 0.0, 10.0)],
 )
 def test_linear_heads(scale: float, offset: float, temperature: float, tile: int, runner: Runner) -> None:
-    """Rows in one tile and in four, which merge; the backward makes the logits again."""
+    """Rows in one tile, or in four whose moments are merged. The backward computes the logits again."""
     if runner.kernel != COMPOSED:
         pytest.skip("statistics are the same for every one-pass kernel")
     if runner.interpreted and (tile == V or offset != 1024.0):

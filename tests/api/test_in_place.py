@@ -42,7 +42,7 @@ STATISTICS: dict[str, Callable[[Tensor, uk.Plan], Any]] = {
 @pytest.mark.parametrize("statistic", ["logp", "entropy", "lse"])
 @pytest.mark.parametrize("name", STATISTICS)
 def test_statistics_may_be_written_into(name: str, statistic: str, runner: Runner) -> None:
-    """As those of log_softmax and gather: trainers write zeros where a mask is False."""
+    """Users may change results in place, as those of log_softmax and gather: trainers zero masked positions."""
     if "observations" in name:
         runner.need_observations()
     x = torch.randn(2, 3, D if name.startswith("head") else V)
@@ -86,7 +86,7 @@ def test_outputs_may_be_written_into(linear: bool, dtype: torch.dtype, loss: uk.
 
 
 def failing(runner: Runner, name: str, error: BaseException, after: bool) -> Any:
-    """A backend's function that raises, before or after its work."""
+    """A function of the backend that raises ``error``, without doing its work or after it."""
     own = getattr(load(runner.backend), name)
 
     def function(*args: Any) -> Any:
@@ -103,7 +103,7 @@ KERNELS = [runner for runner in NATIVE if runner.backend in ("cpu", "eager") and
 @pytest.mark.parametrize("runner", KERNELS, ids=str)
 @of_losses
 def test_logits_are_whole_when_the_call_raises(loss: uk.Loss, runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And empty when it is interrupted: what has been written by then is a gradient."""
+    """If the call is interrupted, they are empty, since a gradient may have been written."""
     plan = uk.Plan(runner.backend, overwrite_logits=True)
     name = "fused_loss" if loss.scope == "token" else "token_stats_backward"
     leaf = torch.randn(2, 4, V, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Every argument in every layout that it may have, on every path: the values are those of contiguous ones."""
+"""Every argument in every allowed layout, on every path: results are the same as for contiguous arguments."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ Layout = Callable[[Tensor], Tensor]
 
 
 def strided(x: Tensor) -> Tensor:
-    """Every second element of a larger tensor."""
+    """A copy of x as every second element of a larger tensor."""
     memory = torch.zeros(*x.shape[:-1], 2 * x.shape[-1], dtype=x.dtype)
     memory[..., ::2] = x
     return memory[..., ::2]
 
 
 def unaligned(x: Tensor) -> Tensor:
-    """One element behind the start of its memory."""
+    """A copy of x that starts one element after the start of its memory."""
     return torch.cat([torch.zeros(1, dtype=x.dtype), x.reshape(-1)])[1:].view(x.shape)
 
 
 def transposed(x: Tensor) -> Tensor:
-    """The first dimension is the innermost in memory."""
+    """A copy of x whose first dimension is the innermost in memory."""
     return x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim())))
 
 
@@ -78,7 +78,7 @@ def make(layout: Layout, packed: bool, device: str) -> Case:
 
 
 def with_gradients(values: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
-    """The values, and the gradient of the sum of their means, which comes expanded."""
+    """The values, and the gradients of the sum of their means. The upstream gradients are expanded tensors."""
     gradients = torch.autograd.grad(sum((x.mean() for x in values[1:]), values[0].mean()), leaves)
     return [x.detach().reshape(-1) for x in (*values, *gradients)]
 
@@ -123,7 +123,7 @@ def test_layouts(packed: bool, layout: str, runner: Runner) -> None:
 
 
 def test_tensors_that_repeat_one_element(runner: Runner) -> None:
-    """Expanded ones: one hidden state, one target and one advantage for all."""
+    """Expanded arguments: one hidden state, one target and one advantage for all tokens."""
     hidden, weight = torch.randn(D), torch.randn(V, D)
     target, advantage = torch.tensor(3), torch.tensor(0.5)
     old_logp = torch.tensor(-2.0)

@@ -1,4 +1,4 @@
-"""What linear heads refuse, and what the error says."""
+"""Arguments that linear heads refuse, and the errors."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def refused(call: Callable[[], Any], error: type[Exception], message: str) -> No
 @of_functions
 @pytest.mark.parametrize("case", REFUSED, ids=lambda name: name.replace(" ", "_"))
 def test_refused(case: str, function: Callable[..., Tensor]) -> None:
-    """With and without a gradient: what a training step refuses does not pass an evaluation."""
+    """With and without a gradient: an evaluation refuses the same arguments as a training step."""
     changed, error, message = REFUSED[case]
     for gradient in (False, True):
         values = arguments(**changed)
@@ -199,7 +199,7 @@ def test_autocast_does_not_mix_fp64() -> None:
 def test_target_outside_the_vocabulary(
     function: Callable[..., Tensor], outside: int, tokens: int | None, gradient: bool
 ) -> None:
-    """Named by its position in the caller's tensor, however chunks are cut and whatever is ignored before it."""
+    """The error gives its position in the caller's tensor, whatever the chunks and the ignored tokens before it."""
     target = torch.tensor([[0, uk.IGNORE, 1], [uk.IGNORE, 2, outside]])
     plan = uk.Plan("cpu", max_chunk_bytes=None if tokens is None else tokens * 4 * V)
     values = arguments(target=target, plan=plan)

@@ -1,4 +1,4 @@
-"""Mistakes that are easily made, and tempting to let pass: each is an error that says what was expected."""
+"""Common mistakes raise an error that says what was expected."""
 
 from __future__ import annotations
 
@@ -39,6 +39,10 @@ CALLS: dict[str, tuple[Any, str]] = {
         "plan must be a Plan, got NoneType",
     ),
     "temperature": (lambda: uk.Readout("hot"), "temperature must be a number, got str"),
+    "dtype of the temperature": (
+        lambda: uk.Readout(torch.ones(2, dtype=torch.bfloat16)),
+        "temperature must be a float32 or float64 tensor, got torch.bfloat16",
+    ),
     "softcap": (lambda: uk.Readout(softcap="30"), "softcap must be a number, got str"),
     "scale": (lambda: uk.Readout(scale=torch.nn.Parameter(torch.ones(()))), "scale must be a number, got Parameter"),
     "bytes": (lambda: uk.Plan(max_chunk_bytes=1e6), r"max_chunk_bytes must be an int, got 1000000\.0"),
@@ -54,7 +58,7 @@ def test_another_kind_of_argument(call: str) -> None:
 
 
 class OfSequences:
-    """An aggregation that gives a weight for each sequence."""
+    """A wrong aggregation: it returns one weight per sequence instead of one per token."""
 
     def weights(self, batch: uk.Batch) -> Tensor:
         return torch.ones(batch.n_sequences)
@@ -190,7 +194,7 @@ def test_things_of_the_wrong_kind_fail_when_made(make: object, message: str) -> 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_sequences_that_end_beyond_the_batch_do_not_lead_there(compiled: bool) -> None:
-    """What could not be checked when the batch was made: a compiler does not see values, and values may change."""
+    """``cu_seqlens`` may be wrong after the batch was checked: compiled code does not check, and values may change."""
     ends, reference = torch.tensor([0, 3, 6], dtype=torch.int32), torch.zeros(6)
     target = torch.zeros(6, dtype=torch.int64)
 
@@ -240,7 +244,7 @@ def test_rows_that_overlap_are_not_overwritten(view: str) -> None:
 
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
 def test_fp16_gradients_are_rounded_after_the_loss_scale(backend: str) -> None:
-    """Those of single tokens of a large batch are below the least fp16."""
+    """Without the loss scale, gradients of single tokens of a large batch would round to 0 in fp16."""
     tokens, vocab, scale = 512, 4000, 2.0**16
     x, target = torch.randn(tokens, vocab).half(), torch.randint(0, vocab, (tokens,))
     batch = uk.Batch(target, cu_seqlens=torch.tensor([0, tokens]))

@@ -1,4 +1,4 @@
-"""The parity check must be able to fail: wrong objectives do not get past it."""
+"""The parity check can fail: it finds wrong objectives."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class WithoutLength:
 
 @dataclass(frozen=True)
 class WithoutEmptySequences:
-    """The mean taken over the sequences that have tokens."""
+    """Mean over only the sequences that have tokens."""
 
     def weights(self, batch: uk.Batch) -> Tensor:
         return uk.SequenceMean().weights(batch) * batch.n_sequences / (batch.lengths > 0).sum()

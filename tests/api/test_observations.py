@@ -1,4 +1,4 @@
-"""Level 1: what is observed of each row beside its statistics."""
+"""Level 1: the observations of each row."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_equal_logits(vocab: int, runner: Runner) -> None:
 
 @pytest.mark.parametrize("scale", [1.0, -1.0])
 def test_a_softcap_hides_no_maximum(scale: float, runner: Runner) -> None:
-    """tanh is 1 in fp32 for both, and z increases all the same."""
+    """tanh rounds to 1 for both logits, but the argmax is the larger raw logit."""
     logits = torch.randn(1, 300)
     logits[0, [20, 200]] = scale * torch.tensor([90.0, 90.5])
     found = observe(logits, torch.tensor([7]), runner, softcap=2.0, scale=scale)
@@ -123,7 +123,7 @@ def test_a_softcap_hides_no_maximum(scale: float, runner: Runner) -> None:
 
 
 def test_masked_words(runner: Runner) -> None:
-    """They bring the mean to -inf unless a softcap bounds them, and are the argmax only where nothing else is."""
+    """-inf logits make the mean -inf, unless a softcap bounds them. They are the argmax only if all logits are -inf."""
     logits = torch.full((4, 2100), -torch.inf)
     logits[0, 2077], logits[1, ::2], logits[2, :5] = -3.0, 0.5, torch.arange(5.0)
     target = torch.tensor([2077, 0, 4, 9])
@@ -226,7 +226,7 @@ MUTANTS: dict[str, Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]] = {
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_wrong_observation_fails(mutant: str) -> None:
-    """The comparison must be able to fail: wrong observations do not get past it."""
+    """The comparison can fail: it finds wrong observations."""
     readout = {"temperature": 1.3, "softcap": 5.0}
     logits, target = torch.randn(4, 515).mul(2).round(), torch.randint(0, 515, (4,))
     found = uk.token_observations(logits, target, readout=uk.Readout(**readout))

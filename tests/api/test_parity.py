@@ -50,7 +50,7 @@ def test_overwriting_the_logits(runner: Runner, loss: LossCase, shape: Shape) ->
 
 @parametrized(*((runner, loss, SHAPES[0]) for runner in RUNNERS for loss in LOSSES if runner.runs(loss)))
 def test_on_policy(runner: Runner, loss: LossCase, shape: Shape) -> None:
-    """Without old_logp the ratio is 1 and its gradient is not lost."""
+    """Without old_logp the ratio is 1, but its gradient is not 0."""
     logits, batch = make_case(shape, loss, runner.device)
     batch = uk.Batch(batch.target, batch.advantage, None, batch.ref_logp)
     check(fused(logits, batch, loss.make(), runner.plan()), logits, batch, loss, runner.interpreted)

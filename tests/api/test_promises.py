@@ -1,4 +1,4 @@
-"""What a machine can break: the same bits in every process and thread, forks, copies and files of public values."""
+"""The same bits in every process and thread, after a fork, and after public values were copied or saved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What PyTorch does around a call besides backward: refused by name where it cannot be, shapes alone where it can."""
+"""Transforms of PyTorch besides backward: those that are not supported raise an error; meta tensors give shapes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A user's own provider: right ones are timed, wrong ones are not, and what cannot be run gets one line."""
+"""A user's own provider: correct ones are timed, wrong ones are not, and one that cannot run gives a one-line error."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ WRONGS = {
 
 
 def test_wrong_ones_are_not_timed(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """And the command fails."""
+    """A wrong provider is not timed, and the command fails."""
     code, rows = measured(file, ["sft", *WRONGS])
     assert code == 1
     assert rows[0].status == OK

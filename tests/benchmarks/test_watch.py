@@ -1,4 +1,4 @@
-"""A kernel of the suite that fails late, does not return or loses the device: what it leaves of the others."""
+"""A kernel that fails late, does not return or loses the device: the other kernels are still measured."""
 
 from __future__ import annotations
 

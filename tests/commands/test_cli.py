@@ -1,4 +1,4 @@
-"""The command line: what cannot be done gets one clear line and a non-zero exit, never a traceback."""
+"""The command line: errors are one clear line and a non-zero exit code, never a traceback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the demo's tests work on."""
+"""Cases for the tests of the demo."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VOCAB = 257
 
 
 def six_sources(model: LanguageModel, sampler: Sampler, samples: Samples) -> list[Source]:
-    """The six sources, for a policy that has moved since it drew the samples and further from the frozen model."""
+    """The six sources, for a policy that has changed since it drew the samples, and more since the frozen model."""
     logp = model.log_probs(samples.sequences, PLAN)
     old, ref = (
         torch.where(samples.sequences.target != uk.IGNORE, logp + size * torch.randn(logp.shape), 0.0)

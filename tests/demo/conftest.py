@@ -1,4 +1,4 @@
-"""A tiny random model, made here: no network, no weights."""
+"""A tiny random model that is made here: no download is needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo's command line: what cannot be done gets one clear line and a non-zero exit, never a traceback."""
+"""The demo's command line: errors are one clear line and a non-zero exit code, never a traceback."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
 
 
 def _demo(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """A fresh process, without the interpreter that the tests switch on for Triton, and without a network."""
+    """Run a new process without Triton's interpreter, which the tests turn on, and without a network."""
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return subprocess.run(
         [sys.executable, "-m", "examples.demo", *arguments],

@@ -1,4 +1,4 @@
-"""Losses on hidden states stand for those on the logits that the model itself computes."""
+"""Losses on hidden states equal those on the model's own logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo's questions, its samples, and what the six algorithms are told about them."""
+"""The demo's questions, its samples, and the batches that the six algorithms get."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_sequences_predict_every_token_of_the_completion_and_nothing_else() -> N
 
 
 class _Scripted:
-    """A model that says what it was told to, token by token, and may end with either of two tokens."""
+    """A model that generates given tokens. Either of two tokens ends a completion."""
 
     device = CPU
     network = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[0, 9]))

@@ -1,4 +1,4 @@
-"""Arguments that one rank alone has: every rank raises, and none waits; run by ``tests/distributed/shards.py``."""
+"""Arguments that differ on one rank: all ranks raise, and none hangs. Run by ``tests/distributed/shards.py``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def is_last() -> bool:
 
 
 def refused_by_last(kind: type[Exception], text: str, call: Callable[[], Any]) -> None:
-    """The last rank raises its own error, and the others that it does."""
+    """The last rank raises its own error. The others raise one that says so."""
     if not is_last():
         kind, text = RuntimeError, f"rank {dist.get_world_size() - 1} of its group refuses its arguments"
     refused(text, call, kind)
@@ -106,7 +106,7 @@ def check_batches() -> None:
 
 
 def check_operands() -> None:
-    """What would make exchanges of other sizes."""
+    """Differences that would change the sizes of exchanges."""
     widths, rank, last = WIDTHS[dist.get_world_size()][0], dist.get_rank(), is_last()
     logits, batch = make(CASES[0], BY_NAME["grpo"])
     x, y, shard = columns_of(logits, widths, rank), batch.target, shard_of(widths, rank)

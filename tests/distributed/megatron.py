@@ -28,7 +28,7 @@ V, D, SHAPE = 64, 12, (3, 7)
 
 @contextmanager
 def loaded(modules: dict[str, ModuleType]) -> Iterator[None]:
-    """Modules that are not there otherwise; what they import stays."""
+    """Insert modules that are not installed. Modules that they import stay loaded."""
     sys.modules.update(modules)
     try:
         yield

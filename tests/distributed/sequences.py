@@ -23,7 +23,7 @@ SHAPES = [Shape("padded", "", (12, 5, 0, 7), VOCAB), Shape("packed", "", (12, 5,
 
 
 class Early:
-    """Looks at positions and lengths."""
+    """An objective that reads positions and lengths."""
 
     scope = "sequence"
 
@@ -88,7 +88,7 @@ def allowed(logits: Tensor, batch: uk.Batch, loss: uk.Loss) -> float:
 
 
 def difference(logits: Tensor, batch: uk.Batch, loss: uk.Loss, head: bool) -> float:
-    """How far loss and gradient of the parts are from those of whole sequences, relative to the latter."""
+    """Relative error of loss and gradient of the parts against those of whole sequences."""
     rank, world = dist.get_rank(), dist.get_world_size()
     at, ends = positions_of(batch, rank, world)
     x = logits.clone().requires_grad_()
@@ -122,7 +122,7 @@ def check_sequences() -> None:
 
 
 def check_fault_is_seen() -> None:
-    """A sum over the group whose gradient stays on its rank."""
+    """A planted fault: a sum over the group whose gradient is not summed."""
     logits, batch = whole(SHAPES[0])
     with changed(SumOverGroup, "backward", staticmethod(lambda ctx, d: (d, None))):
         for loss in (uk.Loss(SequenceRatio()), uk.dpo()):
@@ -152,7 +152,7 @@ def lone_part(per_token: bool, sure: bool) -> uk.Batch:
 
 
 def check_as_many_tokens_as_sequences() -> None:
-    """The other ranks' shapes tell what a field has a value for."""
+    """The shapes on the other ranks decide whether a field has a value per token or per sequence."""
     last = dist.get_rank() == dist.get_world_size() - 1
     for per_token in (False, True):
         batch = lone_part(per_token, sure=True)

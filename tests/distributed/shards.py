@@ -58,7 +58,7 @@ def check_losses() -> None:
 
 
 def check_triton() -> None:
-    """The kernels of the Triton backend take shards as they are, in its interpreter."""
+    """The kernels of the Triton backend, in the interpreter, take shards."""
     if unavailable("triton", torch.device("cpu")):
         return
     case, widths, loss = CASES[0], WIDTHS[WORLD][1], BY_NAME["dpo"]
@@ -91,7 +91,7 @@ def check_statistics() -> None:
 
 
 def check_label_smoothing() -> None:
-    """A value that needs the sum of all logits: a mean over a rank's own columns, or over padding, is another one."""
+    """Label smoothing needs the mean of all logits: a mean over one rank's columns, or with padding, would differ."""
     case, epsilon = CASES[0], 0.1
     logits, batch = make(case, BY_NAME["sft"])
     used = batch.target != uk.IGNORE
@@ -159,7 +159,8 @@ def check_compiled() -> None:
 
 
 def check_accelerators() -> None:
-    """Where reading waits: what was compared is remembered, and a hash of the targets goes with the moments."""
+    """If reading a value waits for the device, arguments are compared once, and a hash of the targets is sent with the
+    moments."""
     logits, batch = make(CASES[0], BY_NAME["grpo"])
     widths, y = WIDTHS[WORLD][0], batch.target
     x, shard = columns_of(logits, widths, RANK), shard_of(widths, RANK)
@@ -181,7 +182,7 @@ def raises(kind: type[Exception], text: str, call: Callable[[], Any]) -> None:
 
 
 def check_bad_input() -> None:
-    """Every rank raises, and all go on together."""
+    """All ranks raise, and can then go on together."""
     last = WORLD - 1
     widths = WIDTHS[WORLD][0]
     logits, batch = make(CASES[0], BY_NAME["grpo"])
@@ -220,7 +221,7 @@ def check_bad_input() -> None:
 
 
 def check_faults_are_seen() -> None:
-    """What the checks above are to find, planted."""
+    """The checks above find planted faults."""
     case, widths, loss = CASES[0], WIDTHS[WORLD][0], BY_NAME["grpo"]
     logits, batch = make(case, loss)
     own = partial(columns_of, widths=widths, rank=RANK)

@@ -28,7 +28,7 @@ WIDTHS = {
     2: [(51, 50), (10, 91), (101, 0), (0, 101), (60, 60), (101, 8)],
     4: [(26, 25, 25, 25), (50, 0, 51, 0), (0, 1, 99, 1), (30, 30, 30, 30), (101, 8, 0, 8)],
 }
-"""Columns of each rank: uneven, empty, with padding, of padding alone."""
+"""Number of columns of each rank: uneven, none, with padding, only padding."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def shard_of(widths: Sequence[int], rank: int, **how: Any) -> uk.VocabShard:
 
 
 def columns_of(x: Tensor, widths: Sequence[int], rank: int, fill: float = torch.nan, dim: int = -1) -> Tensor:
-    """This rank's columns of x; what stands in columns of padding must not matter."""
+    """This rank's columns of x. Columns of padding hold ``fill``, which must not change results."""
     start, end = sum(widths[:rank]), sum(widths[: rank + 1])
     own = x.narrow(dim, min(start, VOCAB), max(0, min(end, VOCAB) - start))
     shape = list(own.shape)
@@ -95,7 +95,7 @@ def whole(logits: Tensor, batch: uk.Batch, loss: uk.Loss, readout: uk.Readout, d
 def split(
     logits: Tensor, batch: uk.Batch, loss: uk.Loss, readout: uk.Readout, widths: Sequence[int], rank: int, plan: uk.Plan
 ) -> Found:
-    """The same of a shard by the package."""
+    """The same, computed by the package from a shard."""
     x = columns_of(logits, widths, rank).requires_grad_()
     used = x * 1 if plan.overwrite_logits else x
     out = uk.fused_loss(used, batch, loss, readout=readout, plan=plan, shard=shard_of(widths, rank))
@@ -105,7 +105,7 @@ def split(
 
 
 def problems(found: Found, case: Case, logits: Tensor, batch: uk.Batch, loss: uk.Loss, own: Callable[..., Any]) -> str:
-    """What exceeds its budget; empty when nothing does."""
+    """Text that names the values that exceed their budgets; empty if none does."""
     truth = whole(logits, batch, loss, case.readout, torch.float64)
     plain = whole(logits, batch, loss, case.readout, torch.float32)
     scale = truth.lse.abs().max().item()
@@ -121,7 +121,7 @@ def problems(found: Found, case: Case, logits: Tensor, batch: uk.Batch, loss: uk
 
 
 def same_bits(x: Tensor) -> bool:
-    """Whether all ranks have the same."""
+    """Whether x has the same bits on all ranks."""
     everyone = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, x.contiguous())
     return all(torch.equal(x, other) for other in everyone)
@@ -143,7 +143,7 @@ class Traffic(TorchDispatchMode):
 
 @contextmanager
 def changed(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """A fault for the length of a block."""
+    """Set an attribute inside a ``with`` block, to plant a fault."""
     before = owner.__dict__[name] if isinstance(owner, type) else getattr(owner, name)
     setattr(owner, name, value)
     try:

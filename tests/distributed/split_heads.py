@@ -51,7 +51,7 @@ def of_stats(stats: Sequence[Tensor]) -> Tensor:
 
 
 def split(head: LinearHead, loss: uk.Loss | None, plan: uk.Plan, shard: uk.VocabShard, widths: Any) -> list[Tensor]:
-    """The same of a shard by the package, with the whole d_hidden."""
+    """The same, computed by the package from a shard, with the summed d_hidden."""
     rank, world = dist.get_rank(), dist.get_world_size()
     hidden, weight, bias = head.operands
     part = hidden.tensor_split(world, 1)[rank] if shard.hidden == "split" else hidden
@@ -115,7 +115,7 @@ def check_rounded_heads() -> None:
 
 
 def check_traffic() -> None:
-    """16 bytes per token and the fp32 d_hidden of a chunk, once each; hidden gathered once where it is split."""
+    """16 bytes per token and the fp32 d_hidden of a chunk, once each. Split hidden states are gathered once."""
     rank, world = dist.get_rank(), dist.get_world_size()
     widths = WIDTHS[world][0]
     head = make_head(SHAPE, BY_NAME["grpo"])
@@ -180,7 +180,7 @@ def fields(batch: uk.Batch) -> list[Any]:
 
 
 def check_faults_are_seen() -> None:
-    """A sum of d_hidden left out, and one done twice."""
+    """Planted faults are found: a sum of d_hidden that is left out, and one that is done twice."""
     rank, world = dist.get_rank(), dist.get_world_size()
     widths, loss = WIDTHS[world][0], uk.grpo()
     head = make_head(SHAPE, BY_NAME["grpo"])

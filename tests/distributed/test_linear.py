@@ -1,4 +1,4 @@
-"""A head whose parameters are sharded over processes."""
+"""A head whose parameters FSDP2 shards over processes."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def test_other_targets_give_nan(group: Group) -> None:
 
 
 def test_gradients_of_collectives(group: Group) -> None:
-    """Each rank weighs what it got in its own way; the loss is the sum of the ranks' losses."""
+    """Each rank weights what it received differently. The loss is the sum of the ranks' losses."""
     with local.maybe_disable_local_tensor_mode():
         values = torch.randn(WORLD, 3, 2, dtype=torch.float64)
         weights = torch.randn(WORLD, WORLD * 3, 2, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Modules that wrappers for data parallelism look into: what they are given, and what they return."""
+"""Modules in wrappers for data parallelism, which inspect their arguments and results."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ WIDTHS = {1: (VOCAB,), 2: (52, 49), 4: (26, 26, 26, 23)}
 
 
 def shard_of(ranks: int, tiles: int | None) -> tuple[uk.VocabShard, tuple[int, ...], int]:
-    """This rank's shard over so many ranks, the widths of all, and its place among them."""
+    """This rank's shard if the vocabulary is split over n ranks, the widths of all shards, and its index."""
     first = dist.get_rank() // ranks * ranks
     groups = [dist.new_group(list(range(k, k + ranks))) for k in range(0, dist.get_world_size(), ranks)]
     rank, widths = dist.get_rank() - first, WIDTHS[ranks]

@@ -56,7 +56,7 @@ def mean_over_ranks(gradient: Tensor) -> Tensor:
 
 
 def expected_gradient(dtype: torch.dtype = torch.float32) -> Tensor:
-    """Of the head's weight, with parameters and the batch's fields rounded to a dtype."""
+    """The gradient of the head's weight, with parameters and the batch's fields rounded to a dtype."""
     ids, batch = data()
     fields = (batch.advantage, batch.old_logp, batch.ref_logp)
     model = Model().to(dtype)

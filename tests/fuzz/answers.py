@@ -1,4 +1,4 @@
-"""What is asked of every answer: values and gradients within their budgets."""
+"""The checks of every answer: values and gradients are within their budgets."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Question:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what is computed with and returned."""
+        """The dtype of computation and results."""
         return row_dtype(self.case.dtype)
 
     @property
@@ -45,7 +45,7 @@ class Question:
 
 
 def question_of(case: Case) -> Question:
-    """A case, the truth of it, and what may be off."""
+    """A case with its truth, and the allowed errors."""
     inputs = making.make(case)
     exact, plain = plain_logits(inputs)
     rows = rows_of(exact, plain, inputs)
@@ -61,7 +61,7 @@ def question_of(case: Case) -> Question:
 
 
 def check(question: Question, answer: Answer, upstream: Tensor, findings: Findings, prefix: str = "") -> None:
-    """Hold an answer against the truth."""
+    """Compare an answer with the truth."""
     _check_values(question, answer, findings, prefix)
     if question.coefficients is not None:
         own = question.coefficients.derivatives

@@ -1,4 +1,4 @@
-"""How a case calls the package, and what comes back, flat."""
+"""Calls the package with a case, and flattens the results."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Request:
 
 
 def request_of(inputs: Inputs, loss: uk.Loss | None) -> Request:
-    """What the case says."""
+    """The call of the case: its loss, or statistics if that is None, with upstream gradients and plan."""
     case = inputs.case
     plan = uk.Plan(case.backend, case.kernel, max_chunk_bytes=chunk_bytes(inputs, case.chunk))
     if loss is not None:

@@ -1,4 +1,4 @@
-"""What a case is: every dimension, drawn from a seed and a number alone."""
+"""A case: all of its dimensions follow from a seed and a number."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Case:
 
 
 def instruction_set(number: int) -> str:
-    """The one on which the case of this number runs."""
+    """The instruction set on which the case of this number runs."""
     return INSTRUCTION_SETS[number % len(INSTRUCTION_SETS)]
 
 

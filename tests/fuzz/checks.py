@@ -1,4 +1,4 @@
-"""What came against the truth, element by element."""
+"""Compares results with the truth, element by element."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Findings:
             self.problems.append(problem)
 
     def close(self, name: str, x: Tensor, truth: Tensor, allowed: Tensor) -> None:
-        """Ask that every element of ``x`` errs at most as much as is allowed."""
+        """Check that the error of every element of ``x`` is at most the allowed one."""
         if x.shape != truth.shape:
             self.problems.append(f"{name} must have shape {tuple(truth.shape)}, got {tuple(x.shape)}")
             return
@@ -48,7 +48,7 @@ class Findings:
             )
 
     def same(self, name: str, x: Tensor, y: Tensor) -> None:
-        """Ask for the same bits; NaN is NaN."""
+        """Check that both have the same bits; NaN equals NaN."""
         if x.shape != y.shape or x.dtype != y.dtype:
             self.problems.append(f"{name}: {x.dtype}{tuple(x.shape)} is not {y.dtype}{tuple(y.shape)}")
             return

@@ -1,4 +1,4 @@
-"""What logits a case has: as given, or as a head makes them, exactly and by plain PyTorch."""
+"""The logits of a case: given, or computed by a head, exactly and by plain PyTorch."""
 
 from __future__ import annotations
 

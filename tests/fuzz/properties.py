@@ -1,4 +1,4 @@
-"""What needs no truth: the same bits again, in another layout, for a row alone, with other threads."""
+"""Properties without a truth: the same bits when repeated, in another layout, for a row alone, with other threads."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tests.fuzz.inputs import Inputs
 from unirl_kernels.backends import cpu
 
 PER_ROW = ("logp", "entropy", "lse", "log_sum_sq_probs", "mean_logit", "argmax", "d_logits")
-"""What a row has by itself."""
+"""Results that depend on one row only."""
 
 
 def check_aspect(question: Question, request: Request, answer: Answer, findings: Findings) -> None:
-    """What the case's aspect asks."""
+    """Check the property that the case names."""
     ASPECTS[question.case.aspect](question, request, answer, findings)
 
 
@@ -54,12 +54,12 @@ def _threads(question: Question, request: Request, answer: Answer, findings: Fin
 
 
 def _no_grad(question: Question, request: Request, answer: Answer, findings: Findings) -> None:
-    """The value does not depend on whether a gradient is wanted."""
+    """Values are the same with and without a gradient."""
     check(question, ask(replace(request, gradient=False)), request.upstream, findings, "without a gradient: ")
 
 
 def _overwrite(question: Question, request: Request, answer: Answer, findings: Findings) -> None:
-    """The gradient has the same bits in the logits' own memory."""
+    """A gradient that overwrites the logits has the same bits."""
     if question.case.linear or question.case.layout == "expanded":
         return
     found = ask(replace(request, plan=replace(request.plan, overwrite_logits=True)))
@@ -113,7 +113,7 @@ def packed(inputs: Inputs) -> Inputs:
 
 
 def _alone(question: Question, request: Request, answer: Answer, findings: Findings) -> None:
-    """A row has the bits that it has among others."""
+    """A row alone has the same bits as in its batch."""
     case, inputs = question.case, request.inputs
     if case.backend == "eager" or case.linear or not len(inputs.flat_target):
         return

@@ -35,7 +35,7 @@ def run(case: Case) -> Findings:
 
 
 def described(case: Case) -> str:
-    """A case in full, for people."""
+    """Describe a case in full."""
     question = question_of(case)
     loss = "" if question.loss is None else f"\n{question.loss}"
     fields = "".join(

@@ -1,4 +1,4 @@
-"""Cases that the search once found wrong, each for another cause."""
+"""Cases that the search once found wrong, each with a different cause."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults that are planted in the package, each of which the search has to find."""
+"""Faults planted in the package: the search must find each."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _readout(**changes: Any) -> Change:
 
 
 def _after_gradient(name: str, change: Callable[[Tensor, Tensor], None]) -> Change:
-    """Something done to the gradient of the logits, given the target."""
+    """A fault: ``change`` is applied to the gradient of the logits."""
 
     def changed(original: Any, logits: Any, target: Any, *rest: Any) -> Any:
         result = original(logits, target, *rest)

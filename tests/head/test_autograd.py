@@ -1,4 +1,4 @@
-"""Gradients of linear heads in autograd's hands: scaled, used again, added up, of views, of what is tied."""
+"""Gradients of linear heads in autograd: scaled, computed twice, accumulated, of views and of tied weights."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_upstream_gradient_scales(loss: LossCase | CustomCase, factor: float, de
 
 @pytest.mark.parametrize("name", ["grpo_global_token_mean", "dpo"])
 def test_fp16_under_a_gradient_scaler(name: str, device: str) -> None:
-    """Gradients of single tokens are below what fp16 can hold: they are rounded after they are scaled."""
+    """Gradients of single tokens are too small for fp16, so they are rounded after scaling."""
     case, scale = BY_NAME[name], 65536.0
     if name == "grpo_global_token_mean":
         loss = uk.Loss(uk.grpo().objective, uk.TokenMean(1e6))

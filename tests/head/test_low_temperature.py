@@ -1,4 +1,4 @@
-"""A low temperature multiplies the rounding of a head's logits: they have to be the same wherever they are used."""
+"""A low temperature multiplies rounding errors of a head's logits, so forward and backward must use the same logits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from unirl_kernels.testing.budgets import violations
 @pytest.mark.parametrize("runner", [p for p in RUNNERS if p.kernel == COMPOSED and not p.interpreted], ids=str)
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_statistics_of_sure_tokens(tokens: int, runner: Runner) -> None:
-    """The backward makes the logits again, and a matmul of another shape may round them in another way."""
+    """The backward computes the logits again, and a matmul of another shape may round differently."""
     hidden, weight = 3 * torch.randn(12, 40), torch.randn(47, 40)
     target = (hidden @ weight.t()).argmin(-1)  # far from the sure token, whose probability is 1
     upstream = torch.randn(12)

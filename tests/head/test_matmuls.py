@@ -1,4 +1,4 @@
-"""The matmuls of a linear head: no more of them than needed, right on every kind of device, and what they cost."""
+"""The matmuls of a linear head: their number, their results on each kind of device, and their memory."""
 
 from __future__ import annotations
 
@@ -307,7 +307,7 @@ def test_two_sizes_of_chunks(tokens: int, groups: int, ignored: bool, monkeypatc
 
 @pytest.mark.usefixtures("_mixed_matmuls_on_the_cpu")
 def test_a_shard_is_measured_in_the_chunks_of_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A matmul of other sizes rounds otherwise."""
+    """Matmuls of other sizes round differently, so both use matmuls of the same sizes."""
     operands = torch.randn(700, 16).bfloat16(), torch.randn(40, 16).bfloat16(), None
     head = Head(*operands, torch.bfloat16, "eager", max_chunk_bytes=128 * 160 * 3)
     target, sizes = torch.randint(0, 40, (1, 700)), []

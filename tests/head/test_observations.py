@@ -1,4 +1,4 @@
-"""Observations of a linear head: merged over tiles of the vocabulary, held to those of the formed logits."""
+"""Observations of a linear head, merged from tiles of the vocabulary, are compared with those of whole logits."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def runner(runner: Runner) -> Runner:
 
 
 def tile_of(runner: Runner) -> int:
-    """Columns of a tile: the first and the last one of several, or of three, for the interpreter is slow."""
+    """Columns of a tile. There are several tiles, but only three under the slow interpreter."""
     return 30 if runner.interpreted else 7
 
 
@@ -86,7 +86,7 @@ def test_real_numbers(dtype: torch.dtype, runner: Runner) -> None:
 
 @pytest.mark.parametrize("how", [{"softcap": 2.0}, {"temperature": 3.0}, {"softcap": 2.0, "scale": -1.0}], ids=str)
 def test_rounding_hides_no_maximum(how: dict[str, Any], runner: Runner) -> None:
-    """z in fp32 is the same for both columns, which lie in different tiles."""
+    """Two columns in different tiles have the same rounded z: the argmax is the larger raw logit."""
     if runner.interpreted and len(how) == 1:
         pytest.skip("one case shows it; a kernel is slow under the interpreter")
     near, far = (torch.tensor(90.0), torch.tensor(90.5)) if "softcap" in how else (torch.tensor(16.0), None)
@@ -101,7 +101,7 @@ def test_rounding_hides_no_maximum(how: dict[str, Any], runner: Runner) -> None:
 
 
 def test_columns_that_cannot_come(runner: Runner) -> None:
-    """Whole tiles of -inf, the first and the last: no share, no argmax; the mean is -inf."""
+    """The first and the last tile are all -inf: they do not change the sums or the argmax; the mean is -inf."""
     hidden, weight, _, target = head_of(runner)
     bias = torch.full((VOCAB,), -torch.inf, device=runner.device)
     bias[31:34] = 0

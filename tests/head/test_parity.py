@@ -80,7 +80,7 @@ def test_under_the_interpreter(runner: Runner) -> None:
 
 
 def test_chunks_end_where_they_are_said_to() -> None:
-    """The table of chunk sizes above says what it says because of this."""
+    """``CHUNKS`` relies on these ends of sequences and chunks."""
     batch = make_head(RAGGED, BY_NAME["dpo"]).batch
     assert ends_of(batch) == [3, 4, 4, 8]
     sizes = {most: by_units(batch, "token", most) for most in (1, 2, 3, 4, 5, 7, 8)}
@@ -142,7 +142,7 @@ def entropy_and_lse_of(logits: Tensor, batch: uk.Batch) -> Tensor:
 
 @pytest.mark.parametrize("tokens", CHUNKS)
 def test_an_objective_that_only_runs_composed(tokens: int | None) -> None:
-    """Its scope is the token, and it cannot be traced. Gradients go through entropy and lse."""
+    """An objective of token scope that cannot be traced. Gradients flow through entropy and lse."""
     loss = uk.Loss(entropy_and_lse, uk.TokenMean())
     case = CustomCase("erf", lambda: loss, entropy_and_lse_of)
     head = make_head(RAGGED, case)
@@ -190,7 +190,7 @@ def test_no_places_at_all(runner: Runner, shape: tuple[int, int]) -> None:
 
 
 def test_not_a_number_of_a_valid_token_is_visible() -> None:
-    """As in ``fused_loss``: nothing hides it, and other tokens' statistics and d_hidden stay what they are."""
+    """As in ``fused_loss``, the loss is NaN. Statistics and d_hidden of other tokens do not change."""
     head = make_head(RAGGED, BY_NAME["grpo"])
     clean = fused(head, uk.grpo())
     hidden = head.hidden.clone()

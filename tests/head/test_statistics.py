@@ -117,7 +117,7 @@ def test_under_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tiles_are_as_wide_as_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``COLUMNS_OF_TILE`` is true."""
+    """``COLUMNS_OF_TILE``, which other tests use, is the width of a tile."""
     seen: list[tuple[int, ...]] = []
     matmuls = load("cpu").matmuls
 
@@ -302,7 +302,7 @@ def test_gradcheck(runner: Runner, readout: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_gradients_of_some_statistics_only(device: str) -> None:
-    """A statistic that the loss does not use has no gradient, and costs no wrong one."""
+    """Gradients are right if the loss uses only one of the statistics."""
     head = make_head(PACKED, BY_NAME["sft"], device=device)
     for k in range(3):
         weights = torch.zeros(3, 8, device=device)

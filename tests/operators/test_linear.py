@@ -62,7 +62,7 @@ def operator_arguments(runner: Runner, head: LinearHead) -> dict[str, tuple[obje
     ["linear_token_stats", "linear_token_observations", "linear_token_stats_backward", "fused_linear_loss"],
 )
 def test_opcheck(name: str) -> None:
-    """One fake serves every backend."""
+    """On one backend, since the fake is the same for all."""
     arguments = operator_arguments(Runner("cpu", "rows", "cpu"), make_head(RAGGED, BY_NAME["grpo"], torch.bfloat16))
     torch.library.opcheck(getattr(torch.ops.unirl, name).default, flat(arguments[name]))
 
@@ -76,7 +76,7 @@ def test_the_bare_operator_refuses_a_gradient() -> None:
 
 
 def cut(head: LinearHead, length: int) -> LinearHead:
-    """Its first positions."""
+    """The head with only the first ``length`` positions of each sequence."""
     whole = head.batch
     target, old_logp, ref_logp = (x[:, :length].clone() for x in (whole.target, whole.old_logp, whole.ref_logp))
     batch = uk.Batch(target, whole.advantage, old_logp, ref_logp)

@@ -1,4 +1,4 @@
-"""What the reports' tests are made of."""
+"""Helpers for the tests of reports."""
 
 from __future__ import annotations
 

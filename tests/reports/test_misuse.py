@@ -1,4 +1,4 @@
-"""What has to be an error, not a number."""
+"""Calls that must raise an error instead of returning a number."""
 
 from __future__ import annotations
 
