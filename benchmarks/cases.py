@@ -40,13 +40,13 @@ class Case:
         return self._run()
 
     def renew(self) -> None:
-        """Get ready for the next call; not part of the work."""
+        """Prepare the next call; this is not timed."""
         if self._overwrites:
             self._restore()
         self._prepare()
 
     def operands_are_intact(self) -> bool:
-        """Whether the last call left the operands as they were; put right where it did not."""
+        """Whether the last call left the operands unchanged. Changed operands are restored."""
         intact = all(map(torch.equal, self._operands, self._inputs.operands))
         if not intact:
             self._restore()
@@ -62,13 +62,13 @@ class Case:
 
 
 def _leaves(operands: Operands) -> tuple[list[Tensor], list[Tensor]]:
-    """The operands as leaves, and as a model would hand them over: computed, so that they may be overwritten."""
+    """The operands as leaves, and as results of a computation, which may be overwritten as those of a model may."""
     leaves = [x.detach().requires_grad_() for x in operands]
     return leaves, [_Computed.apply(x) for x in leaves]
 
 
 class _Computed(torch.autograd.Function):
-    """The identity, in the same memory but not as a view, so that overwriting it is not overwriting a leaf."""
+    """The identity. Its result shares memory with x but is no view: it may be overwritten although x is a leaf."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ class Rounds(NamedTuple):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during the rounds; ``rounds`` is what the complete ones found."""
+    """Ctrl-C during the rounds; ``rounds`` has the results of the complete ones."""
 
     def __init__(self, rounds: Rounds) -> None:
         super().__init__()

@@ -43,7 +43,7 @@ class Measurement:
         self.rows: dict[str, Row] = {}
         self.skipped: dict[str, str] = {}
         self.cases: dict[str, Case] = {}
-        """Those that passed ``check``."""
+        """The providers that passed ``check``."""
 
     def check(self, after_each: Step, before: Callable[[Provider], object] = lambda provider: None) -> None:
         """Let each provider do the work once, and hold it against fp64; ``before`` is called with those that can do it.
@@ -80,7 +80,7 @@ class Measurement:
         return replace(row, **_errors(found))
 
     def time(self, rounds: int, after_each: Step, keep: Callable[[Run], None] = lambda run: None) -> Run:
-        """Time those that are right. Where that is interrupted, ``keep`` gets what complete rounds found."""
+        """Time the providers that are right. If interrupted, ``keep`` gets the results of complete rounds."""
         called: list[Case] = []
 
         def noted(case: Case) -> Callable[[], object]:
@@ -119,7 +119,7 @@ class Measurement:
         return (len(self.baselines) + len(self.cases)) * (1 + rounds)
 
     def memory(self, run: Run, peaks: Peaks, after_each: Step) -> Run:
-        """Add the memory of those that are right to their rows. Frees what the work holds here."""
+        """Add the memory of the providers that are right to their rows. Frees the work's memory in this process."""
         self.cases.clear()
         del self.rings, self.inputs, self.baselines
         if torch.device(self.work.device).type == "cuda":

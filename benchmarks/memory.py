@@ -66,7 +66,7 @@ class Peaks:
         self._work = work
         self._answers: dict[str, str] = {}
         self.asked: list[Provider] = []
-        """Those that are measured beside this process."""
+        """Providers that are measured in another process."""
         self._process = _Process(work, fresh) if beside and _forks(work) and _small(work) else None
 
     def __enter__(self) -> Peaks:
@@ -81,13 +81,13 @@ class Peaks:
             self._process = None
 
     def ask(self, provider: Provider) -> None:
-        """Begin to measure it, if that is to be done beside this process."""
+        """Start to measure a provider in another process, if small work is measured there."""
         if self._process is not None:
             self._process.ask(provider)
             self.asked.append(provider)
 
     def wait(self, after_each: Callable[[], object]) -> None:
-        """Wait for what is measured beside this process, before it disturbs."""
+        """Wait until the other process has finished, so that it does not disturb timed calls."""
         for provider in self.asked:
             assert self._process is not None  # until all have answered
             self._answers[provider.key] = self._process.answer()
@@ -184,7 +184,7 @@ class _Copy:
 
 @contextmanager
 def _left_at_once() -> Iterator[None]:
-    """The end of a process that was copied: nothing of what the original still has to do."""
+    """End a copied process at the end of the block, without the exit handlers of the original."""
     try:
         yield
     except BaseException:

@@ -120,7 +120,7 @@ def works(part: str, device: str, few: bool, modes: Sequence[str] = MODES) -> It
 
 
 def small(work: Work) -> Work:
-    """As good as nothing, but as odd."""
+    """The same work with small sizes, which stay odd or even."""
     hidden = None if work.hidden is None else work.hidden // 256
     return replace(work, tokens=64 + work.tokens % 2, vocab=work.vocab // 500, hidden=hidden)
 

@@ -1,4 +1,4 @@
-"""Who may import whom, and what importing the package costs."""
+"""Which layers import which, and what an import of the package loads."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ ARROWS = {
     "integrations": {"integrations", "api", "objectives", "batch", "plan", "readout", "ranks"},
     "explain": {"head", "objectives", "program", "backends", "batch", "plan"},
 }
-"""What each layer may import of the package. ``commands``, on top, uses everything."""
+"""The layers that each layer may import. ``commands``, on top, may import all."""
 
 SHARED_TOOLS = {"arguments", "disturbance", "measure", "picture", "terminal"}
-"""What the demo uses of the bench, and what that needs."""
+"""Modules of the bench that the demo uses, and their imports."""
 
 BACKENDS = ("eager", "cpu", "triton", "cuda")
 
@@ -83,7 +83,7 @@ def test_backends_do_not_import_one_another() -> None:
 
 
 def test_the_package_imports_no_tool() -> None:
-    """The bench, the demo and the tests exist in a checkout only."""
+    """The package does not import the bench, the demo or the tests, which exist in a checkout only."""
     for path in PACKAGE.rglob("*.py"):
         assert not {name.split(".")[0] for name in all_imports(path)} & {"benchmarks", "examples", "tests"}, path
 
@@ -95,7 +95,7 @@ def test_testing_imports_torch_alone() -> None:
 
 
 def test_tools_share_little() -> None:
-    """The bench knows no example; the demo takes from the bench what is of no level and no kernel."""
+    """The bench imports no example. The demo imports only ``SHARED_TOOLS`` of the bench."""
     for path in (ROOT / "benchmarks").rglob("*.py"):
         assert not {name.split(".")[0] for name in all_imports(path)} & {"examples", "tests"}, path
     for path in (ROOT / "examples" / "demo").rglob("*.py"):
@@ -107,7 +107,7 @@ def test_tools_share_little() -> None:
 
 
 def test_no_import_goes_round_in_a_circle() -> None:
-    """Imports inside of functions count, too."""
+    """Imports inside functions count too."""
     paths = {path: path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py")}
     names = {path: ".".join(name.parts).removesuffix(".__init__") for path, name in paths.items()}
     graphlib.TopologicalSorter({name: imports(path) for path, name in names.items()}).prepare()
@@ -133,7 +133,7 @@ def test_works_without_triton() -> None:
 
 
 def test_import_is_quick_and_loads_no_backend() -> None:
-    """Beyond torch itself, importing loads neither Triton nor the native extension nor the demo's libraries."""
+    """An import loads torch, but not Triton, the native extension or the demo's libraries."""
     result = run(
         "import torch, sys; before = set(sys.modules)\n"
         "import unirl_kernels\n"

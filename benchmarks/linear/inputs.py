@@ -12,9 +12,9 @@ from benchmarks.work import DTYPES, Work
 from unirl_kernels.testing import oracle
 
 SPREAD = 2
-"""Standard deviation of the logits but for the target's."""
+"""Standard deviation of the logits other than the target's."""
 CHUNK_BYTES = 2**28
-"""Logits that exist at a time: each chunk reads the whole weight, so that small chunks cost time."""
+"""The number of logits in a chunk. Each chunk reads the whole weight, so small chunks take more time."""
 
 
 def make(work: Work) -> Inputs:

@@ -16,7 +16,7 @@ from unirl_kernels.backends.groups import row_dtype
 
 
 def ours(work: Work) -> Iterator[Provider]:
-    """Every backend as its plan is by default."""
+    """Every backend with its default kernel."""
     for backend in backends.MODULES:
         kernel = _one_pass(work, backend) if work.mode == FUSED else "statistics"
         plan = uk.Plan(backend, max_chunk_bytes=work.chunk_bytes)
@@ -24,7 +24,7 @@ def ours(work: Work) -> Iterator[Provider]:
 
 
 def _one_pass(work: Work, backend: str) -> str:
-    """The kernel that the backend takes by default, or would take where it runs."""
+    """The backend's default kernel, or its first one if the backend does not run here."""
     if work.recipe.scope != "token":
         return backends.COMPOSED
     device = torch.device(work.device)

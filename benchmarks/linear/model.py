@@ -40,7 +40,7 @@ class Prediction(NamedTuple):
 
 
 def chosen(device: Device, tokens: int, d: int, vocab: int) -> Sizes:
-    """The package's sizes."""
+    """The sizes that the package takes."""
     memory = DEFAULT_CHUNK_BYTES_OF_ACCELERATORS
     found = sizes_of(Shape(tokens, vocab, d, 4 * vocab, 2 * vocab, memory, device.multiprocessors))
     assert found is not None

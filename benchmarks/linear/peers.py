@@ -78,7 +78,7 @@ def liger_cross_entropy(chunk_mem_const: int) -> Bind:
 
 
 def quack(inputs: Inputs) -> Function:
-    """Its scaled exponentials where it takes the shape, else its plain chunks."""
+    """With its scaled exponentials if it supports the shape, else with its plain chunks."""
     needs_loss(inputs.work, "sft")
     needs_gpu(inputs.work)
     _needs_16_bits(inputs)
@@ -96,7 +96,7 @@ def fla(inputs: Inputs) -> Function:
 
 
 def liger_grpo(inputs: Inputs) -> Function:
-    """Its mask leaves out what is ignored; ``loss_type`` "grpo" is the mean over sequences of their means."""
+    """Ignored tokens are masked. ``loss_type`` "grpo" is the mean over sequences of their means."""
     work, batch = inputs.work, inputs.batch
     needs_loss(work, "grpo", "ppo")
     chunked = needs("liger_kernel.chunked_loss", "liger-kernel")

@@ -1,4 +1,4 @@
-"""What bounds work on logits: memory traffic, at the bandwidth of ``copy_``."""
+"""The lower bound of the time of work on logits: memory traffic at the bandwidth of ``copy_``."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ def floor(work: Work) -> dict[str, int]:
 
 
 def baselines(work: Work, rings: Sequence[Ring]) -> dict[str, Callable[[], object]]:
-    """What the machine does at best with the same tensor: a read and a write, and a read."""
+    """The best times of the machine with the same tensor: a read and a write, and a read."""
     (ring,) = rings
     return {"copy": lambda: ring.take().copy_(ring.take()), "sum": lambda: ring.take().sum()}

@@ -1,4 +1,4 @@
-"""Random logits, and what is computed of them."""
+"""Random logits, and log-probabilities computed from them."""
 
 from __future__ import annotations
 

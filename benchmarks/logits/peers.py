@@ -28,7 +28,7 @@ def import_trl(device: torch.device) -> None:
 
 
 def import_compiler(device: torch.device) -> None:
-    """Compiles nothing: a copy of a process that has would wait for torch.compile's threads, which it lacks."""
+    """Import torch.compile's modules, and compile nothing: a copied process would wait for threads that it lacks."""
     imported("torch._inductor.compile_fx")
     cpp = imported("torch._inductor.config").cpp
     if device.type == "cpu" and cpp.vec_isa_ok is None:
@@ -37,14 +37,14 @@ def import_compiler(device: torch.device) -> None:
 
 
 def _either(inputs: Inputs, with_entropy: Statistics, without: Callable[[Tensor], Tensor]) -> Function:
-    """Statistics as the mode asks for: a loss that no entropy goes into does not pay for one."""
+    """The function for the mode. The entropy is computed only for statistics, since no loss here uses it."""
     if inputs.work.mode == FUSED:
         return lambda logits: inputs.composed(without(logits))
     return lambda logits: Values(None, *with_entropy(logits))
 
 
 def _in_fp32(bind: Bind) -> Bind:
-    """A peer that converts the logits to fp32 first, as whoever calls under autocast does."""
+    """The peer on logits that were converted to fp32, as under autocast."""
 
     def bind_converted(inputs: Inputs) -> Function:
         function = bind(inputs)

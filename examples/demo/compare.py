@@ -20,12 +20,12 @@ ULPS = 4
 """Units in the last place that an error may have in addition to twice that of naive fp32."""
 
 NO_DIGIT = 0.1
-"""Relative error from which on not one decimal digit is right."""
+"""From this relative error on, no decimal digit is right."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """Distance from the fp64 oracle, and how large it may be."""
+    """The error against the fp64 oracle, and the largest allowed one."""
 
     error: float
     tolerance: float

@@ -1,4 +1,4 @@
-"""Four computations of a loss and its gradients, from logits and from what makes logits."""
+"""Four computations of a loss and its gradients, from logits and from hidden states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The head of a language model as a matmul: its weight, its bias, and how it reads its logits out."""
+"""The head of a language model as a matmul: its weight, its bias and its readout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROBE_TOKENS = 16
 
 
 class NotLinear(Exception):
-    """A model's logits are not known to be a readout of hidden W^T + b; the message says what is in the way."""
+    """A model's logits may not be a readout of hidden W^T + b; the message says why."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,14 +37,14 @@ class LinearHead:
     dtype: torch.dtype
 
     def loss(self, hidden: Tensor, batch: uk.Batch, loss: uk.Loss, plan: uk.Plan) -> uk.LossOutput:
-        """The loss on hidden states, [S, L, D], without their logits as a whole."""
+        """The loss on hidden states, [S, L, D]. Logits exist only in chunks."""
         with self._autocast():
             return uk.fused_linear_loss(
                 hidden, self.weight, batch, loss, bias=self.bias, readout=self.readout, plan=plan
             )
 
     def token_stats(self, hidden: Tensor, target: Tensor, plan: uk.Plan) -> uk.TokenStats:
-        """Statistics of target tokens, [S, L], without the logits as a whole."""
+        """Statistics of target tokens, [S, L]. Logits exist only in tiles."""
         with self._autocast():
             return uk.linear_token_stats(hidden, self.weight, target, bias=self.bias, readout=self.readout, plan=plan)
 
@@ -80,7 +80,7 @@ def head_of(network: Any, readout: uk.Readout, dtype: torch.dtype) -> LinearHead
 
 @torch.no_grad()
 def readout_of(network: Any) -> uk.Readout:
-    """What a model does to hidden W^T + b, by its configuration, tried out on a few tokens.
+    """The readout in a model's configuration, checked on a few tokens.
 
     Args:
         network: transformers' model, weights in fp32, in evaluation mode.

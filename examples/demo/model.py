@@ -152,7 +152,7 @@ class LanguageModel:
         return self._after_prompts(self.network.get_decoder(), sequences).last_hidden_state
 
     def _after_prompts(self, module: Any, sequences: Sequences) -> Any:
-        """The output of a module that continues from the cache of the prompts, at the positions of ``sequences.target``."""
+        """The output of a module that continues from the prompts' cache, at the positions of ``sequences.target``."""
         prompts, prompt_of, inputs = sequences.prompts, sequences.prompt_of, sequences.inputs
         cache = self.read(prompts)
         cache.batch_select_indices(prompt_of)

@@ -16,7 +16,7 @@ PACKAGES = {
     "reasoning_gym": "reasoning-gym",
     "matplotlib": "matplotlib",
 }
-"""What the demo imports beyond torch, and the name under which pip knows it."""
+"""Packages that the demo imports besides torch, and their names for pip."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

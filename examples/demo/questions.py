@@ -76,7 +76,7 @@ def extract_answer(completion: str) -> str | None:
 
 
 def prompt_tokens(tokenizer: Any, question: Question) -> list[int]:
-    """The question as the model is to see it: after an instruction and a worked example, in its chat format."""
+    """The prompt: an instruction, a worked example and the question, in the model's chat format."""
     shown, answer = EXAMPLE
     if tokenizer.chat_template is None:
         text = f"{INSTRUCTION}\n{shown} {answer}\n{question.text} "

@@ -40,7 +40,7 @@ from unirl_kernels.commands.cli import CommandFailed
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WARM_UP_STEPS = 2
 LINEAR_ROUNDS, LINEAR_PEAKS = 2, 1
-"""Runs at most of a loss on hidden states: they take seconds, and what a process does the first time is small then."""
+"""At most so many runs of a loss on hidden states: each takes seconds, so the overhead of a first run is small."""
 
 
 def run_demo(options: argparse.Namespace) -> int:
@@ -153,7 +153,7 @@ class Demo:
         return rows, linear_rows
 
     def _sources(self) -> Iterator[Source]:
-        """What the six algorithms learn from, each while the policy is the one that the table names."""
+        """The data of the six algorithms, each made while the policy is the one that the table names."""
         drawn = self.questions.draw(self.options.questions)
         gold = self.sampler.gold(self.policy, drawn)
         sft = gold_answers(gold)
@@ -170,7 +170,7 @@ class Demo:
         yield from (samples_with_advantages(policy, old, ref), grpo)
 
     def grpo_steps(self) -> Iterator[GrpoStep]:
-        """GRPO on fresh questions: draw, judge, step."""
+        """GRPO on new questions: sample, score, and make a step."""
         for n in range(1, self.options.steps + 1):
             samples = self._sample(self.policy, f"policy, GRPO step {n}", self.questions.draw(self.options.questions))
             models = ((self.policy, samples), (self.frozen, samples))

@@ -34,7 +34,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Sampler:
-    """How completions are drawn and judged.
+    """Draws completions, and scores them.
 
     Args:
         tokenizer: the model's.

@@ -1,4 +1,4 @@
-"""What CONTRIBUTING and DESIGN name exists, and ``make test`` leaves out the slow tests alone."""
+"""Files and commands named in CONTRIBUTING and DESIGN exist. ``make test`` leaves out only the slow tests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ makes = pytest.mark.skipif(which("make") is None, reason="make is not installed"
 
 
 def plan(command: str) -> str:
-    """What make would run."""
+    """The commands that make would run."""
     done = subprocess.run([*shlex.split(command), "-n"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -1,4 +1,4 @@
-"""The CI matrix, pre-commit and the templates say what the project says elsewhere."""
+"""CI, pre-commit and the templates agree with the rest of the project."""
 
 from __future__ import annotations
 

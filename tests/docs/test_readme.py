@@ -1,4 +1,4 @@
-"""README's Python blocks run as pasted, and what its shell lines name exists."""
+"""README's Python blocks run as pasted. The files, commands and options that it names exist."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ PYTHON = blocks("python")
 
 
 def run(section: str, **given: Any) -> dict[str, Any]:
-    """What a section's blocks leave behind, run where ``given`` is what their text takes for granted."""
+    """Run the blocks of a section with the variables ``given``; returns all variables."""
     exec(compile(PYTHON[section], f"README.md: {section}", "exec"), given)
     return given
 
 
 def quick_start(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """In a fresh process, with nothing but what it imports."""
+    """In a new process, with only the block's own imports."""
     command = [sys.executable, "-c", PYTHON["Quick start"]]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
 
 
 def in_trl(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """After it a trainer of TRL's scores its tokens here, and after ``unpatch`` no more."""
+    """After the block a trainer of TRL calls this package, and after ``unpatch`` it does not."""
     trl = pytest.importorskip("trl", reason="trl is not installed: pip install '.[trl]'")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     from datasets import Dataset
@@ -93,7 +93,7 @@ def in_trl(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 def in_transformers(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """It trains, without logits, and leaves the model with its own forward and the loss function."""
+    """The block trains without logits. Afterwards the model has its own forward again, and the loss function."""
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     pytest.importorskip("transformers", reason="transformers is not installed")
     from tests.integrations.transformers.models import tiny
@@ -114,7 +114,7 @@ def in_transformers(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 def in_a_loop(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Its loss is the oracle's on the model's logits, and it makes a step."""
+    """The block's loss is that of the oracle on the model's logits, and the block makes a step."""
     pytest.importorskip("transformers", reason="transformers is not installed")
     from copy import deepcopy
 

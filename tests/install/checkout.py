@@ -1,4 +1,4 @@
-"""Copies of what is built, and ``setup.py`` as a module, so that nothing is written into the checkout."""
+"""Copies of the checkout's files, and ``setup.py`` as a module, so that tests write nothing into the checkout."""
 
 from __future__ import annotations
 

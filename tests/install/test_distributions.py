@@ -1,4 +1,4 @@
-"""What stands in a source distribution and in a wheel, and that the former builds what a checkout builds."""
+"""The contents of a source distribution and of a wheel. The first builds the same as a checkout."""
 
 from __future__ import annotations
 

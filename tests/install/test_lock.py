@@ -1,4 +1,4 @@
-"""constraints.txt names a release for whatever ``make setup`` installs, and nothing but releases."""
+"""constraints.txt has one release of each package that ``make setup`` installs, and nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows for the native CPU kernels, what they make of them, and what naive PyTorch does."""
+"""Rows for the native CPU kernels, and results of the kernels and of naive PyTorch."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def test_the_first_maximum_wins(scale: float, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [1.0, -1.0])
 def test_equal_logits_of_any_size(scale: float, dtype: torch.dtype, name: str) -> None:
-    """p is 1 / V however large they are; in an lse of their size log V is lost."""
+    """p is 1 / V however large the equal logits are, although an lse of their size loses log V."""
     largest, backend, readout = torch.finfo(dtype).max, load(name), IDENTITY._replace(scale=scale)
     target, one = torch.tensor([[2]]), torch.ones(1, 1, dtype=row_dtype(dtype))
     sft = program_of(lambda t: -t.logp, one)
@@ -192,7 +192,7 @@ def test_the_exponential_of_sums(temperature: float, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("scale", [1.0, -1.0])
 def test_the_largest_of_logits_of_16_bits(scale: float, dtype: torch.dtype) -> None:
-    """They are compared as whole numbers: of one sign or both, zeros, NaN and inf, in whole steps and in the rest."""
+    """Logits of 16 bits are compared as integers: both signs, zeros, NaN and inf, in whole steps and in the rest."""
     vocab = SEGMENT + 7
     base = torch.rand(vocab) * 8
     rows = [base, -base - 1, base - 4, torch.zeros(vocab), -torch.zeros(vocab), base - 200, base * 12]
@@ -212,7 +212,7 @@ def test_the_largest_of_logits_of_16_bits(scale: float, dtype: torch.dtype) -> N
 
 
 def test_gradients_do_not_depend_on_a_shift() -> None:
-    """All logits 1000 higher: lse has lost three digits, the gradient none, not even a bit."""
+    """With all logits increased by 1000, lse loses three digits, but the gradient keeps the same bits."""
     logits, target = rows_of(torch.float32, 3, 5000)
     logits = (logits * 2**10).round() / 2**10
     weights = torch.randn(3, 1, 3)
@@ -357,7 +357,7 @@ def kappa_of(readout: ReadoutArgs) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_the_gradient_has_the_bias_of_its_rounding_alone(dtype: torch.dtype) -> None:
-    """A short polynomial may err in each element, not on average."""
+    """The error of a short polynomial has no bias."""
     logits, target = torch.randn(48, 1, 50257).to(dtype), torch.zeros(48, 1, dtype=torch.long)
     stats, found = cpu.token_stats(logits, target, IDENTITY)
     d_logits = cpu.empty(logits.shape, dtype, logits.device)

@@ -122,7 +122,7 @@ def threads(n: int) -> Iterator[None]:
 
 
 def spread(x: Tensor, gap: int) -> Tensor:
-    """The same numbers in rows that lie apart, with NaN between them."""
+    """The same numbers in rows with NaN between them."""
     memory = torch.full((len(x), x.shape[1] + gap), torch.nan, dtype=x.dtype)
     memory[:, : x.shape[1]] = x
     return memory[:, : x.shape[1]]
@@ -296,7 +296,7 @@ def test_empty_dimensions(dtype: torch.dtype) -> None:
 
 
 def without_memory(x: Tensor) -> Tensor:
-    """As sharded training leaves a parameter: with its shape, and an empty storage."""
+    """A parameter as sharded training leaves it: with its shape, but an empty storage."""
     x = x.clone()
     x.untyped_storage().resize_(0)
     return x
@@ -407,7 +407,7 @@ def test_the_variant_that_is_forced_runs() -> None:
 @needs_matmuls
 @with_each_variant
 def test_onednn_is_disabled_later() -> None:
-    """Right all the same, or an error of our own."""
+    """Results are still right, or an error says that oneDNN must be enabled."""
     x = case(17, 33, 129, torch.bfloat16)
     expected = logits_of(x)
     with torch.backends.mkldnn.flags(enabled=False):
@@ -422,7 +422,7 @@ def test_onednn_is_disabled_later() -> None:
 @needs_matmuls
 @with_each_variant
 def test_matmuls_of_torch_run_on_the_same_threads() -> None:
-    """On AMX they would die on tiles that are still configured for ours."""
+    """On AMX torch's matmuls would crash if the tiles were still configured for this package's."""
     x = case(64, 96, 512, torch.bfloat16)
     hidden, weight = torch.randn(70, 100).bfloat16(), torch.randn(100, 210).bfloat16()
     for n in (1, 2):

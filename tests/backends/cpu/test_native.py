@@ -1,4 +1,4 @@
-"""The native CPU backend apart from its numbers: the program's encoding, what it refuses, gradient memory."""
+"""The native CPU backend except its numbers: the encoding of programs, refused arguments, memory of gradients."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_tensors_are_checked() -> None:
 
 
 def without_memory(x: Tensor) -> Tensor:
-    """As sharded training leaves a parameter: with its shape, and an empty storage."""
+    """A tensor as sharded training leaves a parameter: with its shape, but an empty storage."""
     x = x.clone()
     x.untyped_storage().resize_(0)
     return x
@@ -255,7 +255,7 @@ def test_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_extension_has_no_symbol_of_torch() -> None:
-    """So that it runs with any torch, whatever it was built beside."""
+    """The extension then runs with every torch, not only the one of its build."""
     if shutil.which("nm") is None:
         pytest.skip("nm is not installed")
     symbols = subprocess.run(["nm", "-DC", native.__file__], check=True, capture_output=True, text=True).stdout
@@ -282,7 +282,7 @@ import unirl_kernels._C
     ids=["none", "another version"],
 )
 def test_torch_without_exchange_functions_is_refused(before: str, said: str) -> None:
-    """The second one has the major version 9, and none before."""
+    """One torch has no exchange functions, the other has those of version 9 only."""
     capsule = (
         "import ctypes; version = (ctypes.c_uint32 * 32)(9, 1)\n"
         "ctypes.pythonapi.PyCapsule_New.restype = ctypes.py_object\n"
@@ -320,7 +320,7 @@ print(*counted, len(runtimes))
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
 def test_threads_are_those_of_torch() -> None:
-    """In a thread that has called nothing of torch's, which has OMP_NUM_THREADS of them until it does."""
+    """Also in a thread that has not called torch yet: until then it has OMP_NUM_THREADS threads."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run([sys.executable, "-c", THREADS], env=environment, capture_output=True, text=True)
     assert result.stdout.split() == ["2", "1"], result.stderr
@@ -328,7 +328,7 @@ def test_threads_are_those_of_torch() -> None:
 
 @pytest.mark.parametrize("start", [0, 1, 50])
 def test_views_of_freed_memory_are_refused(start: int) -> None:
-    """They are not at address 0, but at their offset."""
+    """The address of such a view is its offset, not 0."""
     logits, whole = torch.randn(1, 3, 50), torch.randn(1, 3, 100)
     target, d_logits = torch.zeros(1, 3, dtype=torch.int64), whole[..., start : start + 50]
     moments = cpu.token_stats(logits, target, IDENTITY).moments

@@ -144,7 +144,7 @@ def test_rows_without_a_distribution(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_without_a_gradient_are_exactly_zero(dtype: torch.dtype) -> None:
-    """Whatever their logits are; but for a target that is no column."""
+    """Whatever the logits are, but not if the target is outside the vocabulary."""
     logits, target = rows_of(dtype, 4, 300)
     logits[0, 1, 17] = torch.nan
     target[0, 3] = 300
@@ -165,7 +165,7 @@ def test_rows_without_a_gradient_are_exactly_zero(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [1.0, -1.0])
 def test_a_target_that_is_elsewhere(scale: float, dtype: torch.dtype) -> None:
-    """Sums and gradients are those of a row whose target is here, but for the target's own column."""
+    """Sums and gradients are the same as with a target in this shard, except in the target's column."""
     logits, target = rows_of(dtype, 3, SEGMENT + 5)
     readout = IDENTITY._replace(scale=scale)
     elsewhere = torch.full_like(target, ELSEWHERE)
