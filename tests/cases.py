@@ -65,7 +65,7 @@ BY_NAME = {case.name: case for case in LOSSES}
 
 @dataclass(frozen=True)
 class Shape:
-    """Where a kernel may go wrong, and why."""
+    """A shape at which a kernel may fail, with the reason."""
 
     name: str
     reason: str

@@ -1,4 +1,4 @@
-"""Linear heads: cases, and what holds their losses and gradients against the oracle."""
+"""Linear heads: cases, and the comparison of losses and gradients with the oracle."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NATIVE = [runner for runner in RUNNERS if not runner.interpreted]
 
 @dataclass(frozen=True, eq=False)
 class LinearHead:
-    """Operands of a head, as a caller has them, and the batch."""
+    """Operands of a head, as a caller passes them, and the batch."""
 
     hidden: Tensor
     weight: Tensor
@@ -149,7 +149,7 @@ def make_head(
 
 
 def given(batch: uk.Batch) -> dict[str, Any]:
-    """The arguments that a batch was made of."""
+    """The arguments from which a batch was made."""
     return {f.name: getattr(batch, f.name) for f in fields(batch) if f.init}
 
 
@@ -165,7 +165,7 @@ def plan_of(runner: Runner, head: LinearHead, tokens: int | None) -> uk.Plan:
 
 
 def chosen_plan(head: LinearHead, tokens: int | None) -> uk.Plan:
-    """The backend that is chosen where the head lies."""
+    """The default backend on the head's device."""
     return uk.Plan(max_chunk_bytes=budget(head, tokens, choose(head.weight.device, None, None).backend))
 
 
@@ -284,7 +284,7 @@ def check_gradients(
 
 
 def largest_lse(head: LinearHead, readout: dict[str, Any]) -> float:
-    """The largest |log sum exp|, what rounding of logits is relative to."""
+    """The largest |log sum exp|: rounding errors of logits are relative to it."""
     hidden, weight, bias = head.used.to(torch.float64).operands
     logits = oracle.apply_readout(hidden @ weight.t() + (0 if bias is None else bias), **readout)
     return torch.logsumexp(logits, -1).abs().max().item()
@@ -303,7 +303,7 @@ class Count:
 
 @contextmanager
 def changed_matmuls(monkeypatch: pytest.MonkeyPatch, backend: str, change: Callable[[Any], Any]) -> Iterator[None]:
-    """Matmuls of a backend replaced by what ``change`` makes of them."""
+    """Replace the matmuls of a backend by ``change`` of them."""
     module = load(backend)
     original = module.matmuls
     with monkeypatch.context() as patch:
@@ -312,7 +312,7 @@ def changed_matmuls(monkeypatch: pytest.MonkeyPatch, backend: str, change: Calla
 
 
 class Wrapped:
-    """Matmuls that hand everything on."""
+    """Matmuls that call other ones; a base class."""
 
     def __init__(self, matmuls: Any) -> None:
         self.matmuls = matmuls

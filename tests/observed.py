@@ -1,4 +1,4 @@
-"""What is observed of rows beside their statistics, naively, and how kernels are held to it."""
+"""Observations of rows, computed naively, and the comparison of kernels with them."""
 
 from __future__ import annotations
 

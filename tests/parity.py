@@ -1,4 +1,4 @@
-"""Holds a fused loss and its gradient against the oracle."""
+"""Compares a fused loss and its gradient with the oracle."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Result:
 
 
 def fused(logits: Tensor, batch: uk.Batch, loss: uk.Loss, plan: uk.Plan, readout: uk.Readout = uk.Readout()) -> Result:
-    """Loss and gradient by the package. The identity in front makes the logits computed ones, as in a model."""
+    """Loss and gradient by the package. The logits are the result of a computation, as in a model, not leaves."""
     leaf = logits.detach().requires_grad_()
     computed = leaf.view_as(leaf) if not plan.overwrite_logits else _computed(leaf)
     out = uk.fused_loss(computed, batch, loss, readout=readout, plan=plan)
