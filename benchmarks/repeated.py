@@ -18,7 +18,7 @@ import unirl_kernels as uk
 TOKENS, SMALL_TOKENS = 2048, 4
 VOCABULARIES = [32000, 50257, 100352, 128256, 129280, 151936, 262144]
 SMALL_VOCABULARIES = [300, 2049]
-REPETITIONS = 30
+REPETITIONS, SMALL_REPETITIONS = 30, 3
 
 
 def made(tokens: int, vocab: int, device: str) -> tuple[Tensor, uk.Batch]:
@@ -40,13 +40,13 @@ def results(logits: Tensor, batch: uk.Batch, plan: uk.Plan) -> dict[str, Tensor]
     return {"loss": output.loss.detach(), "logp": output.logp, "entropy": output.entropy, "gradient": leaf.grad}
 
 
-def wrong(logits: Tensor, batch: uk.Batch, plan: uk.Plan) -> str:
+def wrong(logits: Tensor, batch: uk.Batch, plan: uk.Plan, repetitions: int) -> str:
     """What is wrong with the results of repeated calls; empty if nothing is."""
     first = results(logits, batch, plan)
     for name, x in first.items():
         if not x.isfinite().all():
             return f"{name} is not finite"
-    for k in range(REPETITIONS):
+    for k in range(repetitions):
         for name, x in results(logits, batch, plan).items():
             if not torch.equal(x, first[name]):
                 return f"{name} has other bits in repetition {k + 1}"
@@ -58,9 +58,9 @@ def main() -> int:
     parser.add_argument("kernels", nargs="+", metavar="BACKEND/KERNEL")
     parser.add_argument("--small", action="store_true", help="on the CPU, to try the command itself")
     options = parser.parse_args()
-    device, tokens, vocabularies = "cuda", TOKENS, VOCABULARIES
+    device, tokens, vocabularies, repetitions = "cuda", TOKENS, VOCABULARIES, REPETITIONS
     if options.small:
-        device, tokens, vocabularies = "cpu", SMALL_TOKENS, SMALL_VOCABULARIES
+        device, tokens, vocabularies, repetitions = "cpu", SMALL_TOKENS, SMALL_VOCABULARIES, SMALL_REPETITIONS
     code = 0
     for vocab in vocabularies:
         logits, batch = made(tokens, vocab, device)
@@ -72,7 +72,8 @@ def main() -> int:
             for in_place in (False, True):
                 work = f"{name} V={vocab}{' in place' if in_place else ''}"
                 try:
-                    found = wrong(logits, batch, uk.Plan(backend, kernel, overwrite_logits=in_place))
+                    plan = uk.Plan(backend, kernel, overwrite_logits=in_place)
+                    found = wrong(logits, batch, plan, repetitions)
                 except RuntimeError as error:  # go on with the next kernel
                     found = str(error).splitlines()[0]
                 print(f"WRONG {work}: {found}" if found else work, flush=True)
