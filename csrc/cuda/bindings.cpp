@@ -17,20 +17,25 @@ void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }
 
-// Makes the tensor's device the current one for the lifetime of this object.
+// Makes the tensor's device the current one for the lifetime of this object. Sets nothing if it already is: setting a
+// device also makes a context on it, which takes memory.
 class OnDevice {
  public:
   explicit OnDevice(const Tensor& x) : stream(static_cast<cudaStream_t>(current_stream(x.device()))) {
     check(cudaGetDevice(&before_));
-    check(cudaSetDevice(x.device().index));
+    changed_ = before_ != x.device().index;
+    if (changed_) check(cudaSetDevice(x.device().index));
   }
   OnDevice(const OnDevice&) = delete;
-  ~OnDevice() { cudaSetDevice(before_); }
+  ~OnDevice() {
+    if (changed_) cudaSetDevice(before_);
+  }
 
   const cudaStream_t stream;  // torch's current stream
 
  private:
   int before_ = 0;
+  bool changed_ = false;
 };
 
 Format format_of(const Tensor& x) {

@@ -35,31 +35,33 @@ def records_of(out: Path) -> Path:
     return out / "records"
 
 
-STEPS = ("build", "doctor", "ceilings", "bench", "tests", "heads", "peers", "sanitize", "profile", "sweep", "rest")
+STEPS = ("build", "doctor", "repeat", "ceilings", "bench", "tests", "heads", "peers", "sanitize", "profile")
+OTHERS = ("sweep", "rest")
 
 
 def test_first_steps(tmp_path: Path) -> None:
-    done = gpu_check(tmp_path, "build", "doctor", "ceilings", "profile", "rest")
+    done = gpu_check(tmp_path, "build", "doctor", "repeat", "ceilings", "profile", "rest")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line.split()[:2] for line in (tmp_path / "summary.txt").read_text().splitlines()]
-    ran = [[name, "ok"] for name in ("build", "doctor", "ceilings", "profiled")]
+    ran = [[name, "ok"] for name in ("build", "doctor", "repeat", "ceilings", "profiled")]
     assert lines == [*ran, ["profile", "skipped:"], ["rest", "skipped:"]]
     assert (records_of(tmp_path) / "ceilings.json").exists()
+    assert "triton/split_row V=2049 in place" in (records_of(tmp_path) / "repeat.log").read_text()
 
 
 @pytest.mark.slow
 def test_every_step(tmp_path: Path) -> None:
-    done = gpu_check(tmp_path, *STEPS, geometries="max_warps=4;held_elements=128 split_max_warps=2")
+    done = gpu_check(tmp_path, *STEPS, *OTHERS, geometries="max_warps=4;held_elements=128 split_max_warps=2")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = (tmp_path / "summary.txt").read_text().splitlines()
     assert [line.split()[:2] for line in lines] == [
-        *([name, "ok"] for name in ("build", "doctor", "ceilings", "bench", "tests-cpu", "heads", "peers")),
+        *([name, "ok"] for name in ("build", "doctor", "repeat", "ceilings", "bench", "tests-cpu", "heads", "peers")),
         *([name, "ok"] for name in ("memcheck-cpu", "profiled")),
         ["profile", "skipped:"],
         *([name, "ok"] for name in ("sweep-0", "sweep-1")),
         ["rest", "skipped:"],
     ]
-    assert " passed in " in lines[4]
+    assert " passed in " in lines[5]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["records.tgz", "summary.txt"]
     records = records_of(tmp_path)
     assert 'tests="1"' in (records / "tests-cpu.xml").read_text()

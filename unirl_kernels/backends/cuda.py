@@ -1,4 +1,4 @@
-"""The CUDA backend: native kernels (``csrc/cuda``) for NVIDIA GPUs from sm_90, one read and one write of the logits.
+"""The CUDA backend: native kernels (``csrc/cuda``) for NVIDIA sm_90 and sm_100, one read and one write of the logits.
 
 A cluster of thread blocks keeps a row in shared memory. So V is limited by the memory of 16 blocks: about 900 thousand
 logits in fp32, 1.8 million in 16 bits. fp64 logits need the eager backend.
@@ -25,7 +25,8 @@ BYTES_BY_DEFAULT = 8 * 76000
 """The largest row, in bytes, for a cluster of 8 blocks with three blocks per multiprocessor (``FAIR_SLICE`` of
 ``csrc/cuda/geometry.h``). Longer rows need a cluster of 16, which not every device supports."""
 
-MIN_CAPABILITY = (9, 0)
+CAPABILITIES = (9, 10)
+"""Major numbers. A block of 12.0 has 99 KiB of shared memory, less than a slice may take."""
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -36,9 +37,9 @@ def unavailable(device: torch.device) -> str | None:
         _native()
     except ImportError as error:
         return str(error)
-    if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
-        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
-        return f"it needs compute capability 9.0, the device has {capability}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major not in CAPABILITIES:
+        return f"it needs compute capability 9.x or 10.x, the device has {major}.{minor}"
     return None
 
 

@@ -201,7 +201,9 @@ class Loss:
             params = traced.params_of(dtype, [name for name, x in batch.given().items() if x.dtype == torch.float64])
         if torch.compiler.is_compiling():
             kept = None if traced.graph.limits else self._params
-            return _compiled(params, device) if kept is None else kept[int(batch.on_policy)].to(device)
+            # Without waiting for the device: a copy from pageable memory is staged before the call returns.
+            copy = None if kept is None else kept[int(batch.on_policy)].to(device, non_blocking=True)
+            return _compiled(params, device) if copy is None else copy
         # Do not cache tensors made in FakeTensorMode.
         return _on_device(params, device) if has_values(batch.target) else _tensor(params).to(device)
 

@@ -209,6 +209,17 @@ def test_why_it_cannot_run() -> None:
         choose(cpu, "cuda", None)
 
 
+@pytest.mark.parametrize(
+    ("capability", "runs"), [((8, 9), False), ((9, 0), True), ((10, 0), True), ((10, 3), True), ((12, 0), False)]
+)
+def test_devices_that_hold_a_row(capability: tuple[int, int], runs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block of 12.0 has 99 KiB of shared memory, too little for the slices."""
+    monkeypatch.setattr(cuda, "_native", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    said = "it needs compute capability 9.x or 10.x, the device has {}.{}".format(*capability)
+    assert cuda.unavailable(torch.device("cuda", 0)) == (None if runs else said)
+
+
 def test_says_that_it_does_not_observe() -> None:
     readout = ReadoutArgs(1.0, None, 1.0, None)
     with pytest.raises(RuntimeError, match=r"no kernel for observations; Plan\(backend='triton'\) has one"):

@@ -5,6 +5,7 @@
     --measure [VARIANT ...]     print the numbers of these variants, or of all, as JSON
     --write                     make them the committed budgets
     --keys                      print what compiled kernels are keyed on, for different batches
+    --polls SLICES [...]        print how threads of split_row share what they poll, by the number of slices
 
 Runs in a process of its own: under Triton's interpreter nothing is compiled.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -41,7 +43,7 @@ LAUNCHED = {
 """What ``launch`` calls the kernels that do more than one thing."""
 
 HELD_128_REGISTERS = 200
-"""Five programs of two warps then share a multiprocessor."""
+"""Four programs of two warps then share a multiprocessor, since a quarter of its registers holds two such warps."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Variant:
     readout: str = "linear"
     gradient: str = ""
     size: str = ""  # "wide": two_sweep with 16 warps; "held128": split_row with 128 held elements and 2 warps
+    slices: int = 0  # of split_row; 0: as many as the row fills
 
     @property
     def is_plain(self) -> bool:
@@ -168,6 +171,7 @@ def constants_of(variant: Variant) -> dict[str, Any]:
     from unirl_kernels.program import parsed
 
     shape, text = tile_of(variant), _program(variant.objective)
+    vocab = variant.slices * shape.columns or VOCABULARIES[variant.rows]
     program = parsed(text)
     return {
         "OBJECTIVE": device_function(text),
@@ -175,7 +179,7 @@ def constants_of(variant: Variant) -> dict[str, Any]:
         "ENTROPY": program.has_entropy_gradient,
         "READOUT": variant.readout,
         "TILE": shape,
-        "SHAPE": geometry.split(shape, VOCABULARIES[variant.rows]) if variant.kernel == "split_row" else shape,
+        "SHAPE": geometry.split(shape, vocab) if variant.kernel == "split_row" else shape,
         "row_temperature": None,
         **({"scratch": None} if variant.kernel == "two_sweep" else {}),
         **(dict.fromkeys(RowObservations._fields) if variant.kernel == "statistics" else {}),
@@ -247,6 +251,17 @@ def _threads(ttgir: str, shape: Any) -> tuple[tuple[tuple[int, ...], ...], ...]:
 
     names = set(re.findall(tile, ttgir))
     return tuple(sorted({(numbers(name, "sizePerThread"), numbers(name, "threadsPerWarp")) for name in names}))
+
+
+def polls(slices: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(shape, elements that all threads hold together) of what ``split_row`` polls, along each dimension."""
+    ttgir = compile_variant(Variant("split_row", "sm_90", "bf16", "vectors", slices=slices)).asm["ttgir"]
+    layouts, found = _layouts(ttgir), []
+    for shape, name in re.findall(r"isVolatile = true\} : tensor<([\dx]+)x!tt.ptr<i64>, (#\w+)>", ttgir):
+        keys = ("sizePerThread", "threadsPerWarp", "warpsPerCTA")
+        spread = [map(int, re.search(rf"{key} = \[([\d, ]+)\]", layouts[name])[1].split(",")) for key in keys]
+        found.append((tuple(map(int, shape.split("x"))), tuple(map(math.prod, zip(*spread, strict=True)))))
+    return found
 
 
 def _sums(ttgir: str) -> tuple[str, ...]:
@@ -322,6 +337,7 @@ def main() -> None:
     what.add_argument("--measure", nargs="*", metavar="VARIANT")
     what.add_argument("--write", action="store_true")
     what.add_argument("--keys", action="store_true")
+    what.add_argument("--polls", nargs="+", type=int, metavar="SLICES")
     args = parser.parse_args()
     if unknown := set(args.measure or ()) - set(map(str, variants())):
         parser.error(f"no such variants: {', '.join(sorted(unknown))}")
@@ -329,6 +345,8 @@ def main() -> None:
         from tests.backends.triton.launch_keys import keys
 
         print(json.dumps(keys()))  # noqa: T201
+    elif args.polls:
+        print(json.dumps([polls(slices) for slices in args.polls]))  # noqa: T201
     elif args.write:
         write(measure_all([]))
     else:

@@ -79,6 +79,17 @@ def test_one_lane_per_thread(variant: Variant, measured: dict[str, Any]) -> None
     assert all(layout in (held, *accessed) for layout in measured[str(variant)]["threads"])
 
 
+@pytest.mark.parametrize("sizes", ["", "split_max_warps=8", "held_elements=128 split_max_warps=2"])
+def test_one_thread_polls_an_entry(sizes: str) -> None:
+    """Two threads that poll the same entry may see different values, and which one a reduction takes is not defined."""
+    slices = (1, 2, 4, 8, 9, 16, 17, 32, 33, 65)
+    found = json.loads(compiling("--polls", *map(str, slices), UNIRL_GEOMETRY=sizes))
+    for n, polled in zip(slices, found, strict=True):
+        assert len(polled) == 3, "the records before and in the loop, and the number of tickets drawn"
+        for shape, held in polled:
+            assert all(a <= b for a, b in zip(held, shape, strict=True)), f"{n} slices: {held} for {shape}"
+
+
 def test_every_budget_has_a_variant() -> None:
     assert set(COMMITTED) - {"triton"} == set(map(str, variants()))
 

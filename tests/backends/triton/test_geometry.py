@@ -75,6 +75,25 @@ def test_every_row_has_a_kernel_that_runs(device: Device, dtype: torch.dtype) ->
                     assert geometry.programs(shape, most, device.multiprocessors, registers)
 
 
+@pytest.mark.parametrize(
+    ("num_warps", "registers", "programs"),
+    [
+        (4, 128, 4),
+        (4, 168, 3),
+        (4, 232, 2),
+        (2, 200, 4),  # 5 would fit the registers of the multiprocessor, but 3 warps fit no quarter of them
+        (2, 168, 6),
+        (1, 201, 8),  # as 208
+        (8, 168, 1),
+        (8, 128, 2),
+        (4, 64, 4),  # as many as should be resident
+    ],
+)
+def test_a_warp_has_its_registers_in_one_quarter(num_warps: int, registers: int, programs: int) -> None:
+    shape = geometry.Tile(8, 32 * num_warps, 8, num_warps)
+    assert geometry.certain_programs(shape, registers) == programs
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("device", [H100, B200], ids=str)
 def test_rows_in_flight_fit_half_of_the_cache(device: Device, dtype: torch.dtype) -> None:

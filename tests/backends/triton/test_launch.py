@@ -191,7 +191,8 @@ def test_slices_cover_a_row(dtype: torch.dtype) -> None:
             width = -(-vocab // (split.slices * split.tile.vector)) * split.tile.vector  # as ``split_row`` has it
             assert width <= split.tile.columns
             assert (split.slices - 1) * width < vocab <= split.slices * width
-            assert split.slices <= split.padded == triton.next_power_of_2(split.slices)
+            assert split.slices <= split.padded == triton.next_power_of_2(split.padded)
+            assert split.padded * geometry.RECORD >= split.tile.lanes, "threads would share an entry"
             assert 2 * split.half.columns == split.tile.columns
 
 

@@ -74,6 +74,15 @@ SWEEP_WARPS = {2: 32, 4: 48, 8: 16}
 REGISTER_FILE = 65536
 """Registers of a multiprocessor, sm_80 to sm_120."""
 
+QUARTERS = 4
+"""Parts of a multiprocessor, each with its own registers: a warp gets all of its registers from one of them."""
+
+REGISTER_UNIT = 256
+"""A warp gets registers in multiples of this."""
+
+RECORD = 4
+"""Numbers in the record of a slice of ``split_row``."""
+
 
 class Device(NamedTuple):
     """The properties of a device that a choice depends on."""
@@ -113,7 +122,7 @@ class Split(NamedTuple):
     tile: Tile  # holds a slice
     half: Tile  # an unaligned slice is written in half tiles
     slices: int
-    padded: int  # slices, rounded up to a power of 2
+    padded: int  # records that a program loads at a time, a power of 2: at least one entry per thread
 
 
 def kernels_by_vocab(device: Device, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
@@ -194,7 +203,10 @@ def _fill(dtype: torch.dtype, vocab: int, warp_size: int, max_warps: int, unroll
 def split(shape: Tile, vocab: int) -> Split:
     """Split rows into slices that fit a tile: whole vectors, all equal except the last slice."""
     count = -(-vocab // shape.columns)
-    return Split(shape, shape._replace(unroll=shape.unroll // 2), count, 1 << (count - 1).bit_length())
+    # With fewer entries than threads, several threads would poll the same entry. They may see different values, and a
+    # reduction over the program would take one of these at random: the wait could end while others hold an old value.
+    padded = max(1 << (count - 1).bit_length(), shape.lanes // RECORD)
+    return Split(shape, shape._replace(unroll=shape.unroll // 2), count, padded)
 
 
 def certain_programs(shape: Tile, registers: int | None) -> int:
@@ -206,7 +218,9 @@ def certain_programs(shape: Tile, registers: int | None) -> int:
     """
     if registers is None:
         return 1
-    return min(SIZES.resident_warps // shape.num_warps, REGISTER_FILE // (registers * shape.lanes))
+    of_warp = -(-registers * shape.lanes // shape.num_warps // REGISTER_UNIT) * REGISTER_UNIT
+    warps = REGISTER_FILE // QUARTERS // of_warp * QUARTERS
+    return min(SIZES.resident_warps, warps) // shape.num_warps
 
 
 def programs(shape: Tile, vocab: int, multiprocessors: int, registers: int | None, *, cooperative: bool = False) -> int:

@@ -11,6 +11,9 @@ do not wait for anything else, since all earlier rows are complete. If some of i
 SLICES programs wait for this row, and none waits for a later row. So another program draws them, if at least SLICES
 programs are resident. ``geometry.programs`` ensures this. Not all programs have to be resident.
 
+Each entry is polled by exactly one thread, since ``geometry.split`` makes at least as many entries as there are
+threads. Otherwise threads that poll the same entry may see different values, and Triton assumes that they are equal.
+
 Records need no fence: an entry of 8 bytes holds one number and is 0 until it is published, so a reader either has the
 number or waits. Records also carry the target's logit: in the row it may already be overwritten by its gradient if
 d_logits is logits.
@@ -24,6 +27,7 @@ import triton
 import triton.language as tl
 
 from unirl_kernels.backends.groups import RowMoments, RowStats
+from unirl_kernels.backends.triton import geometry
 from unirl_kernels.backends.triton.gradient import (
     Gradients,
     Terms,
@@ -60,7 +64,7 @@ from unirl_kernels.backends.triton.statistics import (
 )
 from unirl_kernels.backends.triton.tiles import fill_slice, is_column, store
 
-RECORD = tl.constexpr(4)
+RECORD = tl.constexpr(geometry.RECORD)
 """Numbers in a slice's record: its ``RowMoments``, with sz in bits, not nats."""
 
 

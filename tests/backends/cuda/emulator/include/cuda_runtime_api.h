@@ -14,6 +14,7 @@ const char* cudaGetErrorString(cudaError_t error);
 // The last failure; forgets it.
 cudaError_t cudaGetLastError();
 
-// Tensors of the emulated device lie in the memory of the CPU.
+// Tensors of the emulated device lie in the memory of the CPU. It is the only device and always the current one, so
+// nothing should set it: on a GPU that would make a context.
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) { return cudaErrorInvalidValue; }
