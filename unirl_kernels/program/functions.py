@@ -129,12 +129,15 @@ def _power(g: Graph, x: Any, exponent: Any) -> Expr:
         raise UnsupportedOperation(f"raises to the power {exponent!r}; exponents are numbers")
     if exponent == 0.5:
         return apply(Op.SQRT, base)
-    if exponent % 1 or not 1 <= abs(exponent) <= 8:
+    if exponent == -1:
+        return 1 / base
+    # Not 1 / (x * x) for x ** -2: where x is 0, its derivative would be infinite times 0.
+    if exponent % 1 or not 1 <= exponent <= 8:
         return apply(Op.POW, base, expr_of(g, exponent))
     power = base
-    for _ in range(abs(int(exponent)) - 1):
+    for _ in range(int(exponent) - 1):
         power = power * base
-    return power if exponent > 0 else 1 / power
+    return power
 
 
 def _softplus(g: Graph, x: Any, beta: float = 1, threshold: float = 20) -> Expr:
