@@ -38,8 +38,8 @@ def _times(factor: Expr, dx: Expr) -> Expr:
 
 def _selected(dx: Expr, product: Expr) -> Expr:
     """``product`` if dx is not 0, else 0. An infinite slope times a derivative that ``where``, ``clamp`` or ``relu``
-    made 0 would be NaN. PyTorch's backward selects instead, and gives 0. If dx is 0 for another reason, as of x * x at 0,
-    PyTorch gives NaN where the slope is infinite; this gives 0."""
+    made 0 would be NaN. PyTorch's backward selects instead, and gives 0. If dx is 0 for another reason, as of x * x at
+    0, PyTorch gives NaN where the slope is infinite; this gives 0."""
     return product if _is_number(dx) else where(dx, product, 0)
 
 
