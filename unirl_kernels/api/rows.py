@@ -12,7 +12,6 @@ from unirl_kernels.checks import check_device, check_memory, name_of
 from unirl_kernels.objectives import Loss
 from unirl_kernels.operators.linear import SweepArgs
 from unirl_kernels.plan import Plan
-from unirl_kernels.program import DEMANDS, Traced
 from unirl_kernels.readout import Readout
 
 EXACT_INTEGERS = {torch.float32: 2**24, torch.float64: 2**53}
@@ -59,7 +58,7 @@ def program_args(loss: Loss, batch: Batch, dtype: torch.dtype) -> ProgramArgs:
             compute.
     """
     traced = loss.traced(batch.on_policy)
-    _check_dtypes(traced, batch)
+    loss.check_dtypes(batch)
     weights = loss.weights(batch)
     values = [_exact(name, loss.field(name, batch, weights), dtype) for name in traced.fields]
     # A constant objective has no fields, not even its weight.
@@ -69,24 +68,6 @@ def program_args(loss: Loss, batch: Batch, dtype: torch.dtype) -> ProgramArgs:
     if batch.target.dim() == 1:
         fields = fields.unsqueeze(1)
     return ProgramArgs(traced.text, fields, loss.params(batch, dtype))
-
-
-def _check_dtypes(traced: Traced, batch: Batch) -> None:
-    given = batch.given() if traced.demands else {}
-    for kind, names, use in traced.demands:
-        dtypes = [given[name].dtype for name in names if name in given]
-        if len(dtypes) < len(names):
-            continue  # a field that is read and absent has an error of its own
-        if kind == "bool":
-            met = all(x == torch.bool for x in dtypes)
-        else:
-            met = any(x.is_floating_point or (kind == "number" and x != torch.bool) for x in dtypes)
-        if not met:
-            fields = " or ".join([f"fields[{name!r}]" for name in names])
-            raise TypeError(
-                f"{fields} must be {DEMANDS[kind]} in a one-pass kernel, since the objective {use} it, got "
-                f"{', '.join([name_of(x) for x in dtypes])}: convert the field, or use Plan(kernel='composed')"
-            )
 
 
 def _exact(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
