@@ -53,10 +53,12 @@ def program_args(loss: Loss, batch: Batch, dtype: torch.dtype) -> ProgramArgs:
     """The program of a loss of token scope, with its fields in one tensor.
 
     Raises:
+        TypeError: when a field has a dtype with which PyTorch would refuse an operation, or compute something else.
         ValueError: when the batch does not have a field, or a field requires a gradient, which one-pass kernels do not
             compute.
     """
     traced = loss.traced(batch.on_policy)
+    loss.check_dtypes(batch)
     weights = loss.weights(batch)
     values = [_exact(name, loss.field(name, batch, weights), dtype) for name in traced.fields]
     # A constant objective has no fields, not even its weight.

@@ -17,16 +17,18 @@ __all__ = ["ClipCov", "KLCov", "SecondMoment", "TopEntropy", "TopExcess"]
 
 
 def largest(x: Tensor, valid: Tensor, share: float) -> Tensor:
-    """[T] bool: a share of the valid tokens, those with the largest values; at least one, and more if values are equal.
+    """[T] bool: the valid tokens with the largest values, max(1, floor(share * their number)) of them. Of equal values
+    the first tokens are taken.
 
     Args:
         x: [T].
         valid: [T] bool.
         share: in [0, 1].
     """
-    ordered = torch.sort(torch.where(valid, x, -torch.inf), descending=True).values
+    order = torch.sort(torch.where(valid, x, -torch.inf), descending=True, stable=True).indices
     n = (valid.sum().double() * share).floor().long().clamp(min=1)
-    return valid & (x >= ordered.gather(0, (n - 1).reshape(1)))
+    first = torch.arange(len(x), device=x.device) < n
+    return valid & torch.empty_like(valid).scatter(0, order, first)
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,8 @@ class ClipCov(Objective):
 @dataclass(frozen=True)
 class KLCov(Objective):
     """-r A, and coefficient |log r| for the share of tokens with the largest covariance of advantage and log pi.
+
+    Of tokens with equal covariances the first are taken, so that the share is exact.
 
     Source: Cui et al. 2025 (arXiv:2505.22617), KL-Cov; verl, SkyRL.
 

@@ -115,7 +115,8 @@ class SequenceIcePop(RolloutRule):
 class SequenceMask(RolloutRule):
     """1 for sequences whose mean log-ratio lies in [low, high], else 0.
 
-    verl ``rollout_rs: seq_mean_k1``; by ``exp(low)`` and ``exp(high)`` NeMo RL's ``seq-mask-tis``.
+    By ``exp(low)`` and ``exp(high)`` NeMo RL's ``seq-mask-tis``. verl's ``rollout_rs: seq_mean_k1`` bounds the mean of
+    -log w: its bounds (a, b) are low = -log b and high = -log a here.
 
     Args:
         low, high: of the mean of log w, nats.
@@ -133,7 +134,9 @@ class SequenceMask(RolloutRule):
 
 @dataclass(frozen=True)
 class BatchNormalized(Parameters):
-    """w / mean(w) over the tokens of the batch.  verl ``rollout_is_batch_normalize``.
+    """w / mean(w), the mean over the tokens of the batch; w itself if the mean is at most 1e-8.
+
+    verl ``rollout_is_batch_normalize`` for weights of tokens; of weights of sequences it takes the mean over sequences.
 
     Args:
         by: the weight.
@@ -145,7 +148,8 @@ class BatchNormalized(Parameters):
 
     def __call__(self, t: Tokens) -> Tensor:
         w = self.by(t)
-        return w * t.valid.sum() / torch.where(t.valid, w, 0).sum()
+        mean = torch.where(t.valid, w, 0).sum() / t.valid.sum().clamp(min=1)
+        return w / torch.where(mean > 1e-8, mean, 1)
 
 
 @dataclass(frozen=True)

@@ -66,9 +66,10 @@ class MaskedCISPO(Objective):
 
 @dataclass(frozen=True)
 class TOPR(Objective):
-    """-sg(w) A log pi, w = 1 where the reward is positive, else clip(r, 0, most).
+    """-sg(w) A log pi, w = 1 where the reward is positive, else clip(r, 0, most), r the ratio of the token.
 
-    Source: Le Roux et al. 2025 (arXiv:2503.14286); ROLL, Trinity-RFT.
+    Source: after Le Roux et al. 2025 (arXiv:2503.14286), whose eq. 8 takes the ratio of the whole answer; of the token
+    in ROLL and Trinity-RFT.
 
     Args:
         most: the largest ratio of samples without a reward, >= 0.

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from unirl_kernels.batch import RESERVED, Batch
 from unirl_kernels.checks import has_values
+from unirl_kernels.checks import name_of as dtype_name
 from unirl_kernels.objectives.aggregate import Aggregation, SequenceMean
 from unirl_kernels.objectives.arguments import Parameters
 from unirl_kernels.objectives.scopes import SCOPES, scope_fault, scope_of
 from unirl_kernels.objectives.term import Term, check_aggregation, written
 from unirl_kernels.objectives.tokens import Tokens
-from unirl_kernels.program import STATISTICS, Traced, UnsupportedOperation, trace, weight_name
+from unirl_kernels.program import DEMANDS, STATISTICS, Traced, UnsupportedOperation, trace, weight_name
 from unirl_kernels.program.trace import name_of
 
 BEYOND_ONE_TOKEN = RESERVED - set(STATISTICS)
@@ -192,6 +193,29 @@ class Loss:
         if self._traced is None:
             raise ValueError(f"a {self.scope}-scope objective has no scalar program")
         return self._traced[int(on_policy)]  # torch.compile of torch 2.11 takes no bool for an index
+
+    def check_dtypes(self, batch: Batch) -> None:
+        """Check that PyTorch computes with the batch's fields what the program does.
+
+        Raises:
+            TypeError: naming a field whose dtype would change the value.
+        """
+        traced = self.traced(batch.on_policy)
+        given = batch.given() if traced.demands else {}
+        for kind, names, use in traced.demands:
+            dtypes = [given[name].dtype for name in names if name in given]
+            if len(dtypes) < len(names):
+                continue  # a field that is read and absent has an error of its own
+            if kind == "bool":
+                met = all(x == torch.bool for x in dtypes)
+            else:
+                met = any(x.is_floating_point or (kind == "number" and x != torch.bool) for x in dtypes)
+            if not met:
+                fields = " or ".join([f"fields[{name!r}]" for name in names])
+                raise TypeError(
+                    f"{fields} must be {DEMANDS[kind]} in a one-pass kernel, since the objective {use} it, got "
+                    f"{', '.join([dtype_name(x) for x in dtypes])}: convert the field, or use Plan(kernel='composed')"
+                )
 
     def params(self, batch: Batch, dtype: torch.dtype) -> Tensor:
         """[n_params] float64: the program's parameters for rows in ``dtype`` of a batch, on its device."""

@@ -148,7 +148,9 @@ class JensenShannon(Score):
 
 @dataclass(frozen=True)
 class AlphaDivergence(Score):
-    """(e^((alpha - 1) R) - 1) / (alpha - 1), f-DPO; R itself at alpha = 1.  Wang et al. 2023; TRL ``alpha_divergence``.
+    """(e^((alpha - 1) R) - 1) / (alpha - 1), f-DPO; R itself at alpha = 1.  Wang et al. 2023.
+
+    TRL 1.16 ``alpha_divergence``; alpha here is 1 - alpha of TRL's older code.
 
     Args:
         alpha: >= 0.

@@ -108,7 +108,7 @@ class ASPO(Objective):
     So unlikely tokens of good answers are raised more, likely ones less.
 
     Source: after Wang et al. 2025 (arXiv:2510.06062), who flip the ratio of tokens with a positive advantage and bound
-    the flipped one without cutting its gradient.
+    the flipped one without cutting its gradient. Their dual clip of r where A < 0 is left out.
 
     Args:
         low, high: as in ``Clip``.
@@ -138,7 +138,8 @@ class DCPO(Objective):
 
     They are where |(r - 1) r| q reaches low and high, and wide for tokens that were unlikely.
 
-    Source: Yang et al. 2025 (arXiv:2509.02333), dynamic adaptive clipping.
+    Source: after Yang et al. 2025 (arXiv:2509.02333), dynamic adaptive clipping; without the dual clip where A < 0 of
+    their code.
 
     Args:
         low, high: >= 0.

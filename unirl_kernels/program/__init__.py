@@ -12,10 +12,11 @@ from unirl_kernels.program.ir import (
     evaluate,
     parsed,
 )
-from unirl_kernels.program.operands import UnsupportedOperation
+from unirl_kernels.program.operands import DEMANDS, UnsupportedOperation
 from unirl_kernels.program.trace import Traced, trace, weight_name
 
 __all__ = [
+    "DEMANDS",
     "MAX_FIELDS",
     "MAX_INSTRUCTIONS",
     "MAX_PARAMS",

@@ -38,7 +38,8 @@ def _times(factor: Expr, dx: Expr) -> Expr:
 
 def _selected(dx: Expr, product: Expr) -> Expr:
     """``product`` if dx is not 0, else 0. An infinite slope times a derivative that ``where``, ``clamp`` or ``relu``
-    made 0 would be NaN. PyTorch's backward selects instead, and gives 0."""
+    made 0 would be NaN. PyTorch's backward selects instead, and gives 0. If dx is 0 for another reason, as of x * x at
+    0, PyTorch gives NaN where the slope is infinite; this gives 0."""
     return product if _is_number(dx) else where(dx, product, 0)
 
 
@@ -61,9 +62,9 @@ def _quotient(y: Expr, x: tuple[Expr, ...], dx: tuple[Expr, ...]) -> Expr:
 
 
 def _power(y: Expr, x: tuple[Expr, ...], dx: tuple[Expr, ...]) -> Expr:
-    """Of x ** c with a constant exponent: c x ** (c - 1)."""
+    """Of x ** c with a constant exponent: c x ** (c - 1), and 0 if c is 0, where x ** -1 may be infinite."""
     slope = x[1] * apply(Op.POW, x[0], x[1] - 1)
-    return _selected(dx[0], slope * dx[0])
+    return where(x[1], _selected(dx[0], slope * dx[0]), 0)
 
 
 def _step(y: Expr, x: tuple[Expr, ...], dx: tuple[Expr, ...]) -> Expr:

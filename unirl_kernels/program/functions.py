@@ -17,6 +17,7 @@ from unirl_kernels.program.operands import (
     Operand,
     UnsupportedOperation,
     condition_of,
+    demand,
     expr_of,
     is_truth,
     truth_of,
@@ -129,12 +130,17 @@ def _power(g: Graph, x: Any, exponent: Any) -> Expr:
         raise UnsupportedOperation(f"raises to the power {exponent!r}; exponents are numbers")
     if exponent == 0.5:
         return apply(Op.SQRT, base)
-    if exponent % 1 or not 1 <= abs(exponent) <= 8:
+    if isinstance(exponent, int) and exponent < 0:
+        demand("float", "raises to a negative integer power", x)
+    if exponent == -1:
+        return 1 / base
+    # Not 1 / (x * x) for x ** -2: where x is 0, its derivative would be infinite times 0.
+    if exponent % 1 or not 1 <= exponent <= 8:
         return apply(Op.POW, base, expr_of(g, exponent))
     power = base
-    for _ in range(abs(int(exponent)) - 1):
+    for _ in range(int(exponent) - 1):
         power = power * base
-    return power if exponent > 0 else 1 / power
+    return power
 
 
 def _softplus(g: Graph, x: Any, beta: float = 1, threshold: float = 20) -> Expr:
@@ -162,10 +168,52 @@ def _huber_loss(g: Graph, x: Any, target: Any, reduction: str = "mean", delta: f
 
 def _to(g: Graph, x: Any, *how: Any, **named: Any) -> Expr:
     """A conversion. Kernels compute in fp32, or fp64 for fp64 logits; a conversion to a narrower dtype is refused."""
-    for dtype in (*how, *named.values()):
-        if isinstance(dtype, torch.dtype) and dtype not in (torch.float32, torch.float64):
-            raise UnsupportedOperation(f"converts to {dtype}, which would round: one-pass kernels compute in float32")
+    for like in (*how, *named.values()):
+        _check_dtype("converts to", like)
+        if isinstance(like, (Operand, torch.Tensor)):
+            demand_floating("converts to the dtype of", like)
     return expr_of(g, x)
+
+
+def _check_dtype(use: str, dtype: Any) -> None:
+    if isinstance(dtype, torch.dtype) and dtype not in (torch.float32, torch.float64):
+        raise UnsupportedOperation(f"{use} {dtype}, which would round: one-pass kernels compute in float32")
+
+
+def demand_floating(use: str, x: Any) -> None:
+    """Note that x must have a floating dtype."""
+    if isinstance(x, torch.Tensor):
+        _check_dtype(use, x.dtype)
+    else:
+        demand("float", use, x)
+
+
+def _like(fill: float) -> Function:
+    def record(g: Graph, x: Any, *, dtype: Any = None, **_: Any) -> Expr:
+        _check_dtype("fills a tensor of", dtype)
+        return g.param(fill)
+
+    return record
+
+
+def _full_like(g: Graph, x: Any, fill_value: Any, *, dtype: Any = None, **_: Any) -> Expr:
+    _check_dtype("fills a tensor of", dtype)
+    if dtype is None:
+        _demand_room("calls full_like with this value on", x, fill_value)
+    return expr_of(g, fill_value)
+
+
+def _masked_fill(g: Graph, x: Any, mask: Any, value: Any) -> Expr:
+    _demand_room("calls masked_fill with this value on", x, value)
+    return _where(g, mask, value, x)
+
+
+def _demand_room(use: str, x: Any, value: Any) -> None:
+    """Note that the dtype of x must hold a value, to which PyTorch converts it."""
+    if isinstance(value, (Operand, torch.Tensor)) or value % 1:
+        demand_floating(use, x)
+    elif value not in (0, 1) and is_truth(x) is not False:
+        demand("number", use, x)
 
 
 FUNCTIONS: dict[str, Function] = {op.name.lower(): _direct(op) for op in Op} | {
@@ -180,7 +228,7 @@ FUNCTIONS: dict[str, Function] = {op.name.lower(): _direct(op) for op in Op} | {
     "detach": lambda g, x: g.detach(expr_of(g, x)),
     "double": _of(lambda x: x),
     "float": _of(lambda x: x),
-    "full_like": lambda g, x, fill_value, **_: expr_of(g, fill_value),
+    "full_like": _full_like,
     "ge": _of(lambda x, y: y <= x),
     "gt": _of(lambda x, y: y < x),
     "huber_loss": _huber_loss,
@@ -193,14 +241,14 @@ FUNCTIONS: dict[str, Function] = {op.name.lower(): _direct(op) for op in Op} | {
     "logical_and": _and,
     "logical_not": _not,
     "logical_or": _or,
-    "masked_fill": lambda g, x, mask, value: _where(g, mask, value, x),
+    "masked_fill": _masked_fill,
     "max": _extremum(Op.MAXIMUM),
     "maximum": _extremum(Op.MAXIMUM),
     "min": _extremum(Op.MINIMUM),
     "minimum": _extremum(Op.MINIMUM),
     "nan_to_num": _nan_to_num,
     "ne": _of(_unequal),
-    "ones_like": lambda g, x, **_: g.param(1),
+    "ones_like": _like(1),
     "pow": _power,
     "rdiv": _of(lambda x, y: y / x),
     "reciprocal": _of(lambda x: 1 / x),
@@ -213,7 +261,7 @@ FUNCTIONS: dict[str, Function] = {op.name.lower(): _direct(op) for op in Op} | {
     "true_divide": _direct(Op.DIV),
     "type_as": _to,
     "where": _where,
-    "zeros_like": lambda g, x, **_: g.param(0),
+    "zeros_like": _like(0),
 }
 """Supported torch functions, by name. Operations of programs are torch functions of the same name, unless the table has
 another definition."""
@@ -230,7 +278,12 @@ OF_ONE_KIND = frozenset(
 )
 """Functions that return a truth value if all operands are truth values."""
 
-NUMBERS_ONLY = frozenset({"abs", "log_sigmoid", "logsigmoid", "neg", "relu", "rsub", "softplus", "sub"})
+OF_THE_FIRST = frozenset({"full_like", "masked_fill", "nan_to_num", "to"})
+"""Functions that keep the dtype of their first operand, unless another is given."""
+
+NUMBERS_ONLY = frozenset(
+    {"abs", "huber_loss", "lerp", "log_sigmoid", "logsigmoid", "neg", "relu", "rsub", "softplus", "sub"}
+)
 """Functions that PyTorch refuses if an operand is a truth value."""
 
 
@@ -244,8 +297,7 @@ def record(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], *, method: 
     # Options such as inplace=False are bools, but not operands.
     operands = (*args, *(x for x in kwargs.values() if isinstance(x, (Operand, torch.Tensor))))
     truths = [is_truth(x) for x in operands]
-    if (name in NUMBERS_ONLY and any(truths)) or (name == "add" and all(truths)):
-        raise UnsupportedOperation(f"calls {name} on truth values: use .float() to calculate with them, or &, | and ~")
+    _check_numbers(name, operands, truths)
     if name not in FUNCTIONS or graph is None:
         raise UnsupportedOperation(f"uses {name}; one-pass kernels run {', '.join(sorted(FUNCTIONS))}")
     try:
@@ -256,13 +308,32 @@ def record(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], *, method: 
         raise UnsupportedOperation(f"calls {name} in a form that one-pass kernels do not run ({error})") from None
     if not torch.is_grad_enabled():
         expr = graph.detach(expr)
-    return Operand(expr, _is_truth_value(name, truths), _wide(name, [*args, *kwargs.values()]))
+    return Operand(expr, _is_truth_value(name, args, kwargs, truths), _wide(name, [*args, *kwargs.values()]))
 
 
-def _is_truth_value(name: str, truths: list[bool | None]) -> bool | None:
+def _check_numbers(name: str, operands: tuple[Any, ...], truths: list[bool | None]) -> None:
+    """Refuse arithmetic on truth values, or note that a user's fields must not be truth values."""
+    if (name in NUMBERS_ONLY and any(truths)) or (name == "add" and all(truths)):
+        raise UnsupportedOperation(f"calls {name} on truth values: use .float() to calculate with them, or &, | and ~")
+    unknown = [x for x, truth in zip(operands, truths, strict=True) if truth is None]
+    if name in NUMBERS_ONLY:
+        for x in unknown:
+            demand("number", f"calls {name} on", x)
+    elif name in ("add", "clamp", "clamp_max", "clamp_min", "clip") and unknown and False not in truths:
+        demand("number", f"calls {name} on", *unknown)
+
+
+def _is_truth_value(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], truths: list[bool | None]) -> bool | None:
     """Whether a call returns a truth value, for operands that are truth values or not."""
     if name in TRUTHS:
         return True
+    dtypes = (torch.dtype, Operand, torch.Tensor) if name == "to" else torch.dtype
+    if any(isinstance(x, dtypes) for x in (*args[1:], *kwargs.values())):
+        return False if name in OF_THE_FIRST or name.endswith("_like") else _of_one_kind(name, truths)
+    return truths[0] if name in OF_THE_FIRST else _of_one_kind(name, truths)
+
+
+def _of_one_kind(name: str, truths: list[bool | None]) -> bool | None:
     if name not in OF_ONE_KIND or False in truths:
         return False
     return None if None in truths else True

@@ -89,10 +89,12 @@ class Graph:
         params: values of the parameters, for rows in fp32 and fields that are not wider.
         limits: parameters that hold the largest finite number of an expression's dtype, by the wide inputs of that
             expression; see ``Operand.wide``.
+        demands: what the dtypes of a batch's fields must be: a kind of ``DEMANDS``, names of fields, and for what.
     """
 
     params: list[float] = field(default_factory=list)
     limits: dict[frozenset[str], Expr] = field(default_factory=dict)
+    demands: dict[tuple[str, tuple[str, ...], str], None] = field(default_factory=dict)
     _known: dict[tuple[Op | str, tuple[Expr, ...], str | int | float], Expr] = field(default_factory=dict)
     _integers: dict[int, Expr] = field(default_factory=dict)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from unirl_kernels.program.graph import Expr, Graph, equal
+from unirl_kernels.program.ir import STATISTICS, Op
 
 
 class UnsupportedOperation(TypeError):
@@ -27,6 +28,11 @@ class UnsupportedOperation(TypeError):
 
 FLOAT64 = "torch.float64"
 """An entry among names of fields. It is not an identifier, so no field can have this name."""
+
+
+DEMANDS = {"bool": "bool", "number": "a number, not bool", "float": "of a floating dtype"}
+"""What an operation can require of the dtype of its operands, and how errors say it. ``bool`` requires it of each field
+that the dtype depends on, the others of one of them: PyTorch promotes to it."""
 
 
 class Operand:
@@ -90,8 +96,45 @@ def truth_of(g: Graph, x: Any) -> Expr:
     return expr if is_truth(x) else 1 - equal(expr, 0)
 
 
+FLOATING = {Op.DIV, Op.EXP, Op.EXPM1, Op.LOG, Op.LOG1P, Op.SQRT, Op.TANH, Op.SIGMOID, Op.LOGSIGMOID}
+"""Operations whose value has a floating dtype, whatever their arguments have."""
+
+
+def _is_floating(x: Expr) -> bool:
+    """Whether x has a floating dtype for fields of any dtype."""
+    seen, stack = set(), [x]
+    while stack:
+        x = stack.pop()
+        if x.kind in FLOATING or (x.kind == "input" and x.value in STATISTICS):
+            return True
+        if x not in seen and x.kind not in (Op.LT, Op.LE, Op.EQ):
+            seen.add(x)
+            stack.extend(x.args[1:] if x.kind is Op.WHERE else x.args)
+    return False
+
+
+def demand(kind: str, use: str, *operands: Any) -> None:
+    """Note what the dtypes of fields must be for a use of operands, since PyTorch would refuse it or compute something
+    else; the dtypes are known when a batch is.
+
+    Raises:
+        UnsupportedOperation: when it is known already that the use has no such operand.
+    """
+    symbols = [x for x in operands if isinstance(x, Operand)]
+    if kind == "float" and any(_is_floating(x.expr) for x in symbols):
+        return
+    names = tuple(sorted({name for x in symbols for name in x.wide}))
+    if any(map(is_truth, symbols)) and not names:
+        raise UnsupportedOperation(f"{use} what is not {DEMANDS[kind]}: use .float() first")
+    if not names or FLOAT64 in names:
+        return
+    symbols[0].expr.graph.demands[kind, names, use] = None
+
+
 def condition_of(g: Graph, x: Any, use: str) -> Expr:
     """``truth_of`` of an operand that PyTorch requires to be a truth value."""
     if is_truth(x) is False:
         raise UnsupportedOperation(f"{use} what is not a truth value: compare it first, as in (x > 0)")
+    if is_truth(x) is None:
+        demand("bool", use, x)
     return truth_of(g, x)

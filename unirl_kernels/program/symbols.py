@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 
 from unirl_kernels.program.functions import FUNCTIONS, record
-from unirl_kernels.program.operands import Operand, UnsupportedOperation
+from unirl_kernels.program.operands import Operand, UnsupportedOperation, demand
 
 
 def _operator(name: str) -> Callable[..., Symbol]:
@@ -19,8 +19,15 @@ def _operator(name: str) -> Callable[..., Symbol]:
 class Symbol(Operand):
     """An operand that behaves like a tensor for the supported operations."""
 
-    dtype = torch.float32
     device = torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float32 for any floating dtype: kernels compute in the dtype of their rows."""
+        if self.truth:
+            return torch.bool
+        demand("float", "reads .dtype of", self)
+        return torch.float32
 
     @classmethod
     def of_call(cls, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], method: bool = False) -> Symbol:

@@ -35,6 +35,7 @@ class Traced:
             ``weight_name(k)``.
         graph: the expressions it was made from.
         terms: each term's unweighted loss.
+        demands: what the dtypes of a batch's fields must be; see ``Graph.demands``.
     """
 
     program: Program
@@ -43,6 +44,7 @@ class Traced:
     fields: tuple[str, ...]
     graph: Graph
     terms: tuple[Expr, ...]
+    demands: tuple[tuple[str, tuple[str, ...], str], ...]
 
     def params_of(self, dtype: torch.dtype, wide: Collection[str] = ()) -> tuple[float, ...]:
         """The parameters for rows in a dtype: ``nan_to_num`` replaces infinities by the limits of its argument's dtype.
@@ -87,7 +89,7 @@ def trace(objectives: Sequence[Objective], reserved: frozenset[str] = frozenset(
     except ValueError as error:
         names = " + ".join(name_of(objective) for objective in objectives)
         raise UnsupportedOperation(f"objective {names} is too long: {error}. {WAY_OUT}") from None
-    return Traced(program, tuple(params), program.text, fields, graph, terms)
+    return Traced(program, tuple(params), program.text, fields, graph, terms, tuple(graph.demands))
 
 
 def _recorded(graph: Graph, objective: Objective, tokens: SymbolicTokens) -> Expr:
