@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 import inspect
 import textwrap
 from collections.abc import Callable, Iterator
@@ -38,7 +39,7 @@ def test_a_method_of_ones_own_is_refused(run: Run, monkeypatch: pytest.MonkeyPat
             for got, owner in ((subclassed, None), (trainer, trainer), (trainer, kind)):
                 with monkeypatch.context() as patched:
                     if owner is not None:
-                        patched.setattr(owner, name, own)
+                        patched.setattr(owner, name, functools.wraps(getattr(owner, name))(own))
                     with pytest.raises(TypeError, match=f"with its own {name}"):
                         fuse(got)
 

@@ -92,7 +92,7 @@ class OnePassTrainer(ABC):
         replaced = vars(self._trainer).get(name)
         if replaced is not None and not isinstance(getattr(replaced, "__self__", None), OnePassTrainer):
             found.append(replaced)
-        if any(x is not getattr(base, name) or getattr(x, "__module__", "").partition(".")[0] != "trl" for x in found):
+        if any(x is not getattr(base, name) or not _is_of_trl(x) for x in found):
             kind = type(self._trainer).__name__
             raise TypeError(f"trainer must compute its loss as {self.KIND}, got {kind} with its own {name}")
 
@@ -119,6 +119,12 @@ class OnePassTrainer(ABC):
     def _with_empty(self, loss: Tensor, own: Tensor, tokens: ScoredTokens) -> Tensor:
         """TRL adds a constant without a gradient for a sequence that has no tokens; the loss of the pass adds 0."""
         return loss + torch.where((tokens.lengths == 0).any(), own.detach() - loss.detach(), 0)
+
+
+def _is_of_trl(function: Any) -> bool:
+    """Whether a function is TRL's, or a decorator of TRL or torch around it. ``functools.wraps`` copies the name of the
+    module, but not the globals."""
+    return getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0] in ("trl", "torch")
 
 
 def _detached(
