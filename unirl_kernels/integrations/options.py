@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import numbers
 from collections.abc import Mapping
 from typing import Any, TypeVar, get_args
@@ -21,6 +22,8 @@ class Options:
 
     def __init__(self, config: Any, title: str) -> None:
         self.config, self.title = config, title
+        self.read: dict[str, Any] = {}
+        """The options that were read, with their values then."""
 
     def get(self, name: str) -> Any:
         """The value of an option.
@@ -32,7 +35,9 @@ class Options:
         found = name in self.config if isinstance(self.config, Mapping) else hasattr(self.config, name)
         if not found:
             raise TypeError(f"{self.title} must have the option {name}, got {type(self.config).__name__} without it")
-        return self.config[name] if isinstance(self.config, Mapping) else getattr(self.config, name)
+        value = self.config[name] if isinstance(self.config, Mapping) else getattr(self.config, name)
+        self.read[name] = copy.copy(value)  # a list may be changed later
+        return value
 
     def part(self, name: str) -> Options:
         """The options of a configuration within the configuration."""

@@ -124,7 +124,8 @@ class FusedHead:
         plan: how the machine computes the loss.
 
     Raises:
-        TypeError, ValueError: when the model computes its logits or its loss in an unknown way.
+        TypeError, ValueError: when the model computes its logits or its loss in an unknown way. The forward raises
+            ValueError if model or configuration were changed since, so that its own loss would be another one.
     """
 
     def __init__(self, model: Any, plan: Plan = Plan()) -> None:
@@ -135,6 +136,7 @@ class FusedHead:
             raise TypeError(f"model must be a backbone and an output layer, got {type(model).__name__}")
         self._model, self._plan, self._readout = model, plan, readout_of(model.config)
         self._kept = _beside_the_loss()
+        self._loss_function = getattr(model, "loss_function", None)
         self._check()
         self._active, self._before = True, vars(model).get("forward")
         self._ours = model.forward = MethodType(self._forward_of(model.forward), model)
@@ -194,7 +196,8 @@ class FusedHead:
         if ours is None:
             raise TypeError(f"model must run its base_model and an output layer; {name} calls something else")
         # With another order of operations the model's own dtype rounds differently.
-        if not _close(theirs.logits, ours, rounding=torch.finfo(theirs.logits.dtype).eps):
+        rounding = torch.finfo(theirs.logits.dtype).eps
+        if not (_close(theirs.logits, ours, rounding) and _equal_in_scale(theirs.logits, ours, rounding)):
             raise ValueError(
                 f"model's logits must be those of its output layer with {self._readout}; {name} makes others"
             )
@@ -235,6 +238,16 @@ class FusedHead:
 
         return _replicate_for_data_parallel
 
+    def _check_unchanged(self, model: Any) -> None:
+        """Raise if the model would compute another loss by now than the one that was checked."""
+        if getattr(model.config.get_text_config(), "output_router_logits", False):
+            raise ValueError("config.output_router_logits must stay False under a fused head, got True")
+        if getattr(model, "loss_function", None) != self._loss_function:
+            raise ValueError("model.loss_function must not change under a fused head: undo it first")
+        now, then = readout_of(model.config), self._readout
+        if (now.scale, now.softcap) != (then.scale, then.softcap):
+            raise ValueError(f"model.config must stay with {then} under a fused head, got {now}")
+
     def _with_loss(
         self,
         model: Any,
@@ -252,6 +265,7 @@ class FusedHead:
             given = inputs.pop(name, None)
             if given is not None and (isinstance(given, Tensor) or given != harmless):
                 raise ValueError(f"{name} must be {harmless} where labels are given to a fused head, got {given}")
+        self._check_unchanged(model)
         outputs = model.base_model(**inputs, return_dict=True)
         hidden = outputs.last_hidden_state
         batch = _batch(labels, shift_labels, ignore_index, hidden.device)
@@ -277,3 +291,12 @@ def _close(theirs: Tensor, ours: Tensor, rounding: float) -> bool:
     if theirs.shape != ours.shape:
         return False
     return bool((theirs.float() - ours.float()).abs().max() <= 16 * rounding * theirs.float().abs().max())
+
+
+def _equal_in_scale(theirs: Tensor, ours: Tensor, rounding: float) -> bool:
+    """Whether theirs = s ours has a least-squares solution s that is 1 up to a rounding.
+
+    Roundings average out in s. So in bf16 it differs from 1 where each logit alone could be a rounding.
+    """
+    theirs, ours = theirs.double(), ours.double()
+    return bool(((theirs - ours) * ours).sum().abs() <= max(rounding, 1e-5) * ours.square().sum())

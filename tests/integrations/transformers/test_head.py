@@ -80,6 +80,43 @@ def test_configuration_that_asks_for_a_tuple_is_refused() -> None:
             model(**inputs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["Llama", "Gemma2", "Cohere", "Granite", "Phi"])
+def test_logits_of_another_scale_are_refused(family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(5):
+        torch.manual_seed(seed)
+        with FusedHead(tiny(family).to(dtype)):
+            pass
+    model = tiny(family).to(dtype)
+    own = type(model).forward
+    for factor in (0.9, 0.98, 1.02, 1.1):
+
+        def scaled(self: Any, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
+            out = own(self, *args, **kwargs)
+            out.logits = out.logits * factor  # noqa: B023 - called in this round alone
+            out.loss = self.loss_function(logits=out.logits, labels=labels, vocab_size=V)
+            return out
+
+        monkeypatch.setattr(type(model), "forward", scaled)
+        with pytest.raises(ValueError, match="logits must be those of its output layer"):
+            FusedHead(model)
+
+
+@pytest.mark.parametrize("what", ["router", "loss_function", "softcap"])
+def test_a_model_that_changes_afterwards_is_refused(what: str) -> None:
+    model, inputs = tiny("Gemma2"), tokens()
+    with FusedHead(model):
+        model(**inputs)
+        if what == "router":
+            model.config.output_router_logits = True
+        elif what == "loss_function":
+            model.loss_function = lambda **_: torch.zeros(())
+        else:
+            model.config.final_logit_softcapping = None
+        with pytest.raises(ValueError, match="under a fused head"):
+            model(**inputs)
+
+
 def test_undo_restores() -> None:
     model, inputs = tiny(), tokens()
     signature = inspect.signature(model.forward)

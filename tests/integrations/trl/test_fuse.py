@@ -186,6 +186,8 @@ REFUSED = {
     "torch_compile": (ValueError, "torch_compile must be False"),
     "aux_loss_enabled": (ValueError, "router_aux_loss_coef must be 0.0"),
     "beta": (ValueError, r"trainer.beta must be trainer.args.beta = 0.04, got 0.5"),
+    "epsilon_high": (ValueError, r"trainer.epsilon_high must be trainer.args.epsilon = 0.2, got 5.0"),
+    "vllm_importance_sampling_clip_max": (ValueError, "trainer.vllm_importance_sampling_clip_max must be"),
     "entropy_coef": (ValueError, "trainer.entropy_coef must be"),
     "is_fsdp_enabled": (ValueError, "must not run FSDP, whose weights or sequences are not whole"),
     "rollout_func": (ValueError, "off_policy_mask_threshold=0.5 goes by"),
@@ -217,6 +219,8 @@ def test_what_one_pass_cannot_do_is_refused_by_name(run: Run, monkeypatch: pytes
         for name, value in {
             "aux_loss_enabled": True,
             "beta": 0.5,
+            "epsilon_high": 5.0,
+            "vllm_importance_sampling_clip_max": 1.0,
             "entropy_coef": 0.5,
             "is_fsdp_enabled": True,
         }.items():
@@ -242,7 +246,9 @@ OTHERS: list[tuple[str, str, Any, str]] = [
     ("dpo", "ld_alpha", 0.5, "ld_alpha must be trainer.args.ld_alpha = None, got 0.5"),
     ("kto", "_is_vision_dataset", True, "must learn from text"),
     ("kto", "desirable_weight", 3.0, "desirable_weight must be"),
+    ("dpo", "args.truncation_mode", "keep_end", "truncation_mode must be 'keep_start' with loss_type 'ipo'"),
     ("rloo", "epsilon_low", 0.5, "epsilon_low must be trainer.args.epsilon = 0.2"),
+    ("rloo", "epsilon_high", 0.5, "epsilon_high must be trainer.args.epsilon = 0.2"),
 ]
 
 
@@ -252,6 +258,10 @@ def test_what_one_pass_cannot_do_of_others(name: str, run: Run, monkeypatch: pyt
         for _, option, value, text in [item for item in OTHERS if item[0] == name]:
             owner = trainer.args if option.startswith("args.") else trainer
             with monkeypatch.context() as patched:
+                if value == "keep_end":
+                    patched.setattr(trainer.args, "loss_type", ["ipo"])
+                    patched.setattr(trainer, "loss_types", ["ipo"])
+                    patched.setattr(trainer.args, "max_length", 16)
                 patched.setattr(owner, option.removeprefix("args."), value)
                 with pytest.raises(ValueError, match=text):
                     fuse(trainer)

@@ -62,6 +62,13 @@ def test_bypass_refuses_by_name(correction: dict[str, Any], error: str, losses: 
         ours.loss(config_of(losses, policy=policy))
 
 
+@pytest.mark.parametrize("mode", ["vanilla", "gspo"])
+def test_bypass_without_its_loss_is_refused(mode: str, losses: ModuleType) -> None:
+    config = config_of(losses, policy={"loss_mode": mode})
+    with pytest.raises(ValueError, match=f"loss_mode='{mode}' cannot be part of the loss: with rollout_correction"):
+        ours.loss(config, {"bypass_mode": True, "loss_type": "reinforce"})
+
+
 def test_a_configuration_without_an_option_is_refused() -> None:
     with pytest.raises(TypeError, match="ActorConfig must have the option global_batch_info, got dict without it"):
         ours.loss({"loss_agg_mode": "token-mean"})

@@ -26,8 +26,9 @@ def loss(config: Any) -> Loss:
     """The loss of a configuration of TRL: what its trainer's ``compute_loss`` returns for a micro-batch.
 
     It takes a GRPOConfig, RLOOConfig, DPOConfig, KTOConfig or SFTConfig of TRL 1.16, or a subclass. Targets are the
-    tokens that the trainer scores: prompts, padding and masked tool output are ``IGNORE``. ``temperature`` is not part
-    of the loss; pass ``uk.Readout(temperature=config.temperature)``.
+    tokens that the trainer scores: prompts, padding and masked tool output are ``IGNORE``. Two options are not part of
+    the loss: pass ``uk.Readout(temperature=config.temperature)``, and with ``cast_lm_head_to_fp32`` hidden states and
+    weight in fp32.
 
     Besides ``target`` the batch needs:
 
@@ -65,7 +66,8 @@ def loss(config: Any) -> Loss:
     ``uk.token_observations``.
 
     Differences from TRL: with an advantage per token, sequence-level metrics use its mean; ratios are bounded by e^40;
-    a sequence without tokens adds 0, while TRL's RLOO and KTO add a constant without a gradient.
+    a sequence without tokens adds 0, while TRL's RLOO and KTO add a constant without a gradient. DPO's ``ipo`` and
+    ``sigmoid_norm`` divide by the scored tokens; TRL counts one more if a completion starts the sequence.
 
     Args:
         config: the configuration, as its trainer takes it.
@@ -79,10 +81,16 @@ def loss(config: Any) -> Loss:
         ValueError: when an option has an unknown value, is outside its range, or cannot be expressed as a loss: label
             smoothing of SFT, a router's loss, an entropy quantile over several processes.
     """
+    return with_options(config)[0]
+
+
+def with_options(config: Any) -> tuple[Loss, dict[str, Any]]:
+    """``loss(config)``, and the options that determine it, with their values."""
     check_release("trl", TRIED, TRIED)
     names = [f"{c.__module__}.{c.__name__}" for c in type(config).__mro__ if c.__module__.partition(".")[0] == "trl"]
     name = names[0].rpartition(".")[2] if names else ""
     if not names or names[0].split(".")[1] != "trainer" or name not in CONFIGS:
         got = names[0] if names else type(config).__name__
         raise TypeError(f"config must be one of {', '.join(CONFIGS)} of TRL, got {got}; build its loss from objectives")
-    return CONFIGS[name](Options(config, name))
+    options = Options(config, name)
+    return CONFIGS[name](options), options.read

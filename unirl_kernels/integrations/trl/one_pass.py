@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unirl_kernels.batch import IGNORE, Batch
 from unirl_kernels.integrations.one_pass import OnePass, ScoredTokens
-from unirl_kernels.integrations.trl.configuration import loss as loss_of
+from unirl_kernels.integrations.trl.configuration import with_options
 from unirl_kernels.objectives import Loss
 
 P = ParamSpec("P")
@@ -45,8 +45,9 @@ class OnePassTrainer(ABC):
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
+        self._options: dict[str, Any] = {}
         self._check()
-        self._loss = loss_of(self._config())
+        self._loss, self._options = with_options(self._config())
 
     def _config(self) -> Any:
         """The configuration of the loss."""
@@ -67,10 +68,7 @@ class OnePassTrainer(ABC):
 
         trainer, base = self._trainer, getattr(trl, self.KIND)
         for name in (self.REPLACED, *self.METHODS):
-            if getattr(type(trainer), name) is not getattr(base, name):
-                raise TypeError(
-                    f"trainer must compute its loss as {self.KIND}, got {type(trainer).__name__} with its own {name}"
-                )
+            self._check_method(name, base)
         args = trainer.args
         if is_deepspeed_zero3_enabled():
             raise ValueError(f"trainer must not run DeepSpeed's ZeRO-3, {SHARDED}")
@@ -88,16 +86,45 @@ class OnePassTrainer(ABC):
             raise ValueError("trainer.args.router_aux_loss_coef must be 0.0: the model computes the routers' loss")
         self._check_options()
 
+    def _check_method(self, name: str, base: type) -> None:
+        """Raise if a method is not TRL's: overridden, or replaced in the class or in the object."""
+        found = [getattr(type(self._trainer), name)]
+        replaced = vars(self._trainer).get(name)
+        if replaced is not None and not isinstance(getattr(replaced, "__self__", None), OnePassTrainer):
+            found.append(replaced)
+        if any(x is not getattr(base, name) or not _is_of_trl(x) for x in found):
+            kind = type(self._trainer).__name__
+            raise TypeError(f"trainer must compute its loss as {self.KIND}, got {kind} with its own {name}")
+
     def _check_options(self) -> None:
-        """The loss is made of the configuration; TRL's own reads the trainer, which somebody may have changed."""
+        """The loss was made from the configuration. TRL's own reads the trainer and the configuration at each step."""
         for name, option in self.OPTIONS.items():
-            value, expected = getattr(self._trainer, name), getattr(self._trainer.args, option)
-            if value != expected:
-                raise ValueError(f"trainer.{name} must be trainer.args.{option} = {expected!r}, got {value!r}")
+            self._check_option(name, option, getattr(self._trainer.args, option))
+        config = self._config()
+        for name, value in self._options.items():
+            if (now := getattr(config, name)) != value:
+                raise ValueError(
+                    f"trainer.args.{name} must stay {value!r} after fuse(trainer), got {now!r}: fuse it again"
+                )
+
+    def _check_option(self, name: str, option: str, expected: Any) -> None:
+        if (value := getattr(self._trainer, name)) != expected:
+            raise ValueError(f"trainer.{name} must be trainer.args.{option} = {expected!r}, got {value!r}")
+
+    def _check_clip(self) -> None:
+        args = self._trainer.args
+        option = "epsilon" if args.epsilon_high is None else "epsilon_high"
+        self._check_option("epsilon_high", option, getattr(args, option))
 
     def _with_empty(self, loss: Tensor, own: Tensor, tokens: ScoredTokens) -> Tensor:
         """TRL adds a constant without a gradient for a sequence that has no tokens; the loss of the pass adds 0."""
         return loss + torch.where((tokens.lengths == 0).any(), own.detach() - loss.detach(), 0)
+
+
+def _is_of_trl(function: Any) -> bool:
+    """Whether a function is TRL's, or a decorator of TRL or torch around it. ``functools.wraps`` copies the name of the
+    module, but not the globals."""
+    return getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0] in ("trl", "torch")
 
 
 def _detached(
@@ -120,7 +147,10 @@ class OnePassGRPO(OnePassTrainer):
     """Of a GRPOTrainer."""
 
     KIND = "GRPOTrainer"
-    METHODS = ("compute_loss", "_get_per_token_logps_and_entropies")
+    METHODS = (
+        *("compute_loss", "_get_per_token_logps_and_entropies"),
+        *("get_off_policy_mask", "get_high_entropy_mask", "get_gamma_weights"),
+    )
     OPTIONS: ClassVar = {
         "loss_type": "loss_type",
         "beta": "beta",
@@ -131,6 +161,9 @@ class OnePassGRPO(OnePassTrainer):
         "max_completion_length": "max_completion_length",
         "use_vllm": "use_vllm",
         "vllm_importance_sampling_correction": "vllm_importance_sampling_correction",
+        "vllm_importance_sampling_mode": "vllm_importance_sampling_mode",
+        "vllm_importance_sampling_clip_min": "vllm_importance_sampling_clip_min",
+        "vllm_importance_sampling_clip_max": "vllm_importance_sampling_clip_max",
         "use_adaptive_entropy": "use_adaptive_entropy",
     }
 
@@ -191,6 +224,11 @@ class OnePassGRPO(OnePassTrainer):
     def _check(self) -> None:
         super()._check()
         args = self._trainer.args
+        if args.use_vllm and args.vllm_importance_sampling_correction:
+            import trl
+
+            # The pass computes the weights of the correction itself.
+            self._check_method("_generate_and_score_completions", trl.GRPOTrainer)
         threshold = args.off_policy_mask_threshold
         if threshold is not None and not args.use_vllm and self._trainer.rollout_func is not None:
             raise ValueError(
@@ -200,6 +238,7 @@ class OnePassGRPO(OnePassTrainer):
 
     def _check_options(self) -> None:
         super()._check_options()
+        self._check_clip()
         trainer = self._trainer
         if not trainer.use_adaptive_entropy and trainer.entropy_coef != trainer.args.entropy_coef:
             raise ValueError(
@@ -214,6 +253,10 @@ class OnePassRLOO(OnePassTrainer):
     KIND = "RLOOTrainer"
     METHODS = ("compute_loss", "_get_per_token_logps_and_entropies")
     OPTIONS: ClassVar = {"epsilon_low": "epsilon"}
+
+    def _check_options(self) -> None:
+        super()._check_options()
+        self._check_clip()
 
     def compute_loss(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
         self._check_options()

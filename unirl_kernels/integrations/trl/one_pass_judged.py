@@ -86,6 +86,13 @@ class OnePassDPO(OnePassJudged):
 
     def _check(self) -> None:
         super()._check()
+        args = self._trainer.args
+        averaged = {"ipo", "sigmoid_norm"} & set(args.loss_type)
+        if averaged and args.truncation_mode == "keep_end" and args.max_length is not None:
+            raise ValueError(
+                f"trainer.args.truncation_mode must be 'keep_start' with loss_type {min(averaged)!r}, got 'keep_end': "
+                "where it cuts a whole prompt off, TRL counts a token that is not scored"
+            )
         if self._trainer.args.use_weighting:
             raise ValueError(
                 "trainer.args.use_weighting must be False: its weights need the whole distributions before the loss, a "
@@ -153,6 +160,7 @@ class OnePassSFT(OnePassTrainer):
     def compute_loss(  # type: ignore[override]
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
     ) -> Any:
+        self._check_options()
         args = self._trainer.args
 
         def batch(targets: Tensor) -> Batch:

@@ -78,8 +78,8 @@ def loss(actor_config: Any, rollout_correction: Any = None) -> Loss:
 
     Args:
         actor_config: the actor's configuration.
-        rollout_correction: ``algorithm.rollout_correction``, or None. With ``bypass_mode`` it determines the loss, as
-            in verl's trainer, and ``loss_mode`` is not used.
+        rollout_correction: ``algorithm.rollout_correction``, or None. With ``bypass_mode`` it determines the loss; the
+            actor's ``loss_mode`` must then be ``bypass_mode``, too, since verl's workers go by that.
 
     Returns:
         The loss.
@@ -88,7 +88,8 @@ def loss(actor_config: Any, rollout_correction: Any = None) -> Loss:
         ImportError: when verl is not installed. Another release gives a warning, see ``integrations.versions``.
         TypeError: when the configuration lacks an option, or an option has another type.
         ValueError: when an option has an unknown value, is outside its range, or cannot be expressed as a loss: the
-            penalty ``full``, weights normalised over several processes, a policy loss that is not verl's own.
+            penalty ``full``, weights normalised over several processes, a policy loss that is not verl's own, a bypass
+            mode that the actor's ``loss_mode`` does not have.
     """
     check_release("verl", TRIED, TRIED)
     options = Options(actor_config, "ActorConfig")
@@ -97,6 +98,12 @@ def loss(actor_config: Any, rollout_correction: Any = None) -> Loss:
     correction = None if rollout_correction is None else Options(rollout_correction, "RolloutCorrectionConfig")
     averaged = None if _lacks(counts[1], counts[2]) else SequenceMean(counts[1], empty="skip")
     if correction is not None and correction.flag("bypass_mode"):
+        policy = options.part("policy_loss")
+        if policy.get("loss_mode") != "bypass_mode":
+            raise policy.refused(
+                "loss_mode",
+                "with rollout_correction.bypass_mode it must be 'bypass_mode': verl's workers go by it alone",
+            )
         found = Policy(options, aggregation, averaged, None).bypass(correction)
     else:
         known = {None: None, "token": FieldWeight(WEIGHTS), "sequence": FieldWeight(WEIGHTS)}
