@@ -3,9 +3,9 @@
     plugins:
       - unirl_kernels.integrations.axolotl.FusedLossPlugin
 
-Tried is axolotl 0.19. SFT's loss is that of the model, which transformers keeps in a table. Trainers for DPO, GRPO and
-their relatives score tokens by TRL's functions of logits, in whose place axolotl puts functions of its own. The plugin
-replaces all of them.
+Tried with axolotl 0.19. SFT's loss is that of the model, which transformers keeps in a table. Trainers for DPO, GRPO
+and their relatives score tokens by TRL's functions of logits, in whose place axolotl puts functions of its own. The
+plugin replaces all of them.
 """
 
 from __future__ import annotations

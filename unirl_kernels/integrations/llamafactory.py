@@ -1,6 +1,6 @@
 """LLaMA-Factory's losses on this package's kernels: SFT, and DPO, KTO and their relatives.
 
-Known is LLaMA-Factory 0.9. SFT's loss is that of the model, which transformers keeps in a table; the preference
+Tried with LLaMA-Factory 0.9. SFT's loss is that of the model, which transformers keeps in a table; the preference
 trainers sum log-probabilities by ``get_batch_logps``. ``patch()`` replaces both. The losses ``use_dft_loss``,
 ``use_eaft_loss`` and ``use_asft_loss`` stay LLaMA-Factory's own.
 """

@@ -1,6 +1,6 @@
 """OpenRLHF's log-probabilities and entropies on this package's kernels.
 
-Known is OpenRLHF 0.11. Its actor scores tokens by two functions of logits, which ``patch()`` replaces in every module
+Tried with OpenRLHF 0.11. Its actor scores tokens by two functions of logits, which ``patch()`` replaces in every module
 that has imported them. Its losses stay its own.
 """
 

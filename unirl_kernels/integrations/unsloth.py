@@ -1,6 +1,6 @@
 """unsloth's log-probabilities, entropies and SFT's loss on this package's kernels.
 
-Tried is unsloth 2026.10. When it is imported it generates its trainers from source text, TRL's and its own. That text
+Tried with unsloth 2026.10. When it is imported it generates its trainers from source text, TRL's and its own. That text
 imports the functions of a vocabulary from ``unsloth_zoo`` by name, so ``patch()`` covers trainers that are generated
 before it or after it, and does not change their text.
 """

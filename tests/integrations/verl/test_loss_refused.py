@@ -62,11 +62,22 @@ def test_bypass_refuses_by_name(correction: dict[str, Any], error: str, losses: 
         ours.loss(config_of(losses, policy=policy))
 
 
-@pytest.mark.parametrize("mode", ["vanilla", "gspo"])
-def test_bypass_without_its_loss_is_refused(mode: str, losses: ModuleType) -> None:
-    config = config_of(losses, policy={"loss_mode": mode})
-    with pytest.raises(ValueError, match=f"loss_mode='{mode}' cannot be part of the loss: with rollout_correction"):
-        ours.loss(config, {"bypass_mode": True, "loss_type": "reinforce"})
+@pytest.mark.parametrize(
+    ("policy", "error"),
+    [
+        ({"loss_mode": "vanilla"}, "loss_mode='vanilla' cannot be part of the loss: rollout_correction.bypass_mode"),
+        ({"loss_mode": "gspo"}, "loss_mode='gspo' cannot be part of the loss: rollout_correction.bypass_mode"),
+        ({"loss_mode": "bypass_mode"}, "rollout_correction=.* cannot be part of the loss: it must be the given"),
+        (
+            {"loss_mode": "bypass_mode", "rollout_correction": {"loss_type": "ppo_clip"}},
+            "rollout_correction=.* cannot be part of the loss: it must be the given",
+        ),
+    ],
+)
+def test_bypass_that_workers_would_not_run_is_refused(policy: dict[str, Any], error: str, losses: ModuleType) -> None:
+    given = {"bypass_mode": True, "loss_type": "reinforce", "rollout_is": None, "rollout_rs": None}
+    with pytest.raises(ValueError, match=error):
+        ours.loss(config_of(losses, policy=policy), given)
 
 
 def test_a_configuration_without_an_option_is_refused() -> None:

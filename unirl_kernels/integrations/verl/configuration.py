@@ -78,8 +78,9 @@ def loss(actor_config: Any, rollout_correction: Any = None) -> Loss:
 
     Args:
         actor_config: the actor's configuration.
-        rollout_correction: ``algorithm.rollout_correction``, or None. With ``bypass_mode`` it determines the loss; the
-            actor's ``loss_mode`` must then be ``bypass_mode``, too, since verl's workers go by that.
+        rollout_correction: ``algorithm.rollout_correction``, or None. With ``bypass_mode`` it determines the loss.
+            ``policy_loss`` of the actor must then say the same, since verl's workers read that: ``loss_mode`` is
+            ``bypass_mode``, and it has this correction. verl's trainer with ``use_v1`` sets neither.
 
     Returns:
         The loss.
@@ -98,13 +99,7 @@ def loss(actor_config: Any, rollout_correction: Any = None) -> Loss:
     correction = None if rollout_correction is None else Options(rollout_correction, "RolloutCorrectionConfig")
     averaged = None if _lacks(counts[1], counts[2]) else SequenceMean(counts[1], empty="skip")
     if correction is not None and correction.flag("bypass_mode"):
-        policy = options.part("policy_loss")
-        if policy.get("loss_mode") != "bypass_mode":
-            raise policy.refused(
-                "loss_mode",
-                "with rollout_correction.bypass_mode it must be 'bypass_mode': verl's workers go by it alone",
-            )
-        found = Policy(options, aggregation, averaged, None).bypass(correction)
+        found = _bypass(options, Policy(options, aggregation, averaged, None), correction)
     else:
         known = {None: None, "token": FieldWeight(WEIGHTS), "sequence": FieldWeight(WEIGHTS)}
         weight = None if correction is None else correction.choice("rollout_is", known)
@@ -113,6 +108,18 @@ def loss(actor_config: Any, rollout_correction: Any = None) -> Loss:
         found = found - coefficient * Loss(Entropy(), aggregation)
     if options.flag("use_kl_loss"):
         found = found + options.number("kl_loss_coef", Number) * Loss(_penalty(options), aggregation)
+    return found
+
+
+def _bypass(options: Options, policy: Policy, correction: Options) -> Loss:
+    """The loss of bypass mode. verl's workers know the actor's configuration alone, so that it must say the same."""
+    own, found = options.part("policy_loss"), policy.bypass(correction)
+    if own.get("loss_mode") != "bypass_mode":
+        raise own.refused(
+            "loss_mode", "rollout_correction.bypass_mode wants 'bypass_mode', and workers read this option"
+        )
+    if own.get("rollout_correction") is None or policy.bypass(own.part("rollout_correction")) != found:
+        raise own.refused("rollout_correction", "it must be the given rollout_correction, since workers read this one")
     return found
 
 
