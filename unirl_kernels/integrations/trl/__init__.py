@@ -91,7 +91,7 @@ def fuse(trainer: Any, plan: Plan = Plan()) -> None:
     ``compute_ref_log_probs``.
 
     This also calls ``patch(plan)``, for old and reference log-probabilities. ``unfuse`` does not undo that patch.
-    Options are read once, in this call.
+    Options are read once, in this call; one that changes later raises at the next step.
 
     Args:
         trainer: a GRPOTrainer, RLOOTrainer, DPOTrainer, KTOTrainer or SFTTrainer of TRL 1.16, before ``train()``.
@@ -99,10 +99,10 @@ def fuse(trainer: Any, plan: Plan = Plan()) -> None:
 
     Raises:
         ImportError, RuntimeError: as ``patch`` and ``loss`` do.
-        TypeError: when the trainer has another class, or a class that computes its loss in another way.
+        TypeError: when the trainer has another class, or a method of its loss is not TRL's own.
         ValueError: when one pass cannot compute what the configuration asks for (a router's loss, torch_compile,
-            DataParallel, FSDP, ZeRO-3, a parallelism_config, DPO's use_weighting, SFT's compute_loss_func, and what
-            ``loss`` refuses); names the option. Nothing is changed then.
+            DataParallel, FSDP, ZeRO-3, a parallelism_config, DPO's use_weighting, DPO's keep_end with ipo or
+            sigmoid_norm, SFT's compute_loss_func, and what ``loss`` refuses); names the option. Nothing is changed then.
     """
     check_release("trl", LAST, LAST)
     one_pass = _one_pass(trainer)
