@@ -102,7 +102,8 @@ def fuse(trainer: Any, plan: Plan = Plan()) -> None:
         TypeError: when the trainer has another class, or a method of its loss is not TRL's own.
         ValueError: when one pass cannot compute what the configuration asks for (a router's loss, torch_compile,
             DataParallel, FSDP, ZeRO-3, a parallelism_config, DPO's use_weighting, DPO's keep_end with ipo or
-            sigmoid_norm, SFT's compute_loss_func, and what ``loss`` refuses); names the option. Nothing is changed then.
+            sigmoid_norm, SFT's compute_loss_func, and what ``loss`` refuses); names the option. Nothing is changed
+            then.
     """
     check_release("trl", LAST, LAST)
     one_pass = _one_pass(trainer)
