@@ -74,7 +74,7 @@ struct Observations {
   Real log_sum_sq_probs;  // log sum_j p_j^2
   Real mean_logit;        // mean of z_j
   Real largest;           // top of the row
-  int64_t argmax;         // the first column of the largest; in a row with NaN or inf it is -1, and largest is NaN
+  int64_t argmax;         // the first column of the largest; -1 if the sums of the row are NaN, and largest is NaN then
 };
 
 // Gradients of the loss with respect to a row's statistics.

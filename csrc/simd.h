@@ -116,7 +116,8 @@ UNIRL_ALWAYS_INLINE Lane reduced(typename Wide<Lane, BYTES>::Type x, const Best&
   }
 }
 
-// Sum of the lanes in double: in fp32, a lane that holds 1 would absorb a tail of 1e-9 in the others.
+// Sum of the lanes in double: in fp32, a lane that holds 1 would absorb a tail of 1e-9 in the others. It still absorbs
+// its own tail, at most one column in 16.
 UNIRL_ALWAYS_INLINE double sum(const Block& block) {
   typedef float Half __attribute__((vector_size(UNIRL_SIMD_BYTES / 2)));
   F64 wide{};
@@ -172,7 +173,7 @@ struct BFloat16 {
   }
   // Rounds to nearest by one addition; ties go away from zero. Ties to even would need two more instructions, a fifth
   // of the gradient sweep. Only one value in 65536 is a tie, and each value already has an error of 1e-7. NaN stays
-  // NaN: NaNs of arithmetic, or from bf16, have no low bits set that could carry into the exponent.
+  // NaN if its low bits are 0: those of NAN, of arithmetic with it, and of bf16 values. 0x7fffffff would become -0.
   static UNIRL_ALWAYS_INLINE U32 rounded(F32 x) { return (U32)x + 0x8000u; }
   static UNIRL_ALWAYS_INLINE U32 packed(const Block& block, int k) {
     return (rounded(block.of[k]) >> 16) | (rounded(block.of[k + 1]) & 0xffff0000u);

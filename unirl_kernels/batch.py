@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from unirl_kernels.checks import check_device, check_dtype, check_memory, check_target, name_of, readable
+from unirl_kernels.checks import (
+    check_device,
+    check_dtype,
+    check_layout,
+    check_memory,
+    check_target,
+    has_values,
+    name_of,
+    readable,
+)
 from unirl_kernels.ranks.collectives import Group, all_gather, group_of
 from unirl_kernels.ranks.split_sequences import agree, refuse
 
@@ -22,6 +31,9 @@ IGNORE = -100
 
 FIELDS = ("advantage", "old_logp", "ref_logp")
 """Fields that are arguments of ``Batch``."""
+
+OF_TOKENS = ("old_logp", "ref_logp")
+"""Those that always have a value per token."""
 
 RESERVED = frozenset(
     {
@@ -40,8 +52,9 @@ class Batch:
     In the padded layout ``target`` is [B, L] and each row is a sequence (S = B). In the packed layout ``target`` is [T]
     and sequence s holds the tokens ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]``.
 
-    Fields may have any real, integer or bool dtype. In a packed batch with S = T, a field of shape [T] has one value
-    per token.
+    Fields may have any real, integer or bool dtype. One-pass kernels round float64 fields to float32, unless the logits
+    are float64. The shape of a field tells whether it has a value per sequence or per token, unless ``sequence_fields``
+    is given.
 
     Args:
         target: [B, L] or [T] int64, the token that the logits at this position predict, in [0, V), or ``IGNORE``.
@@ -58,10 +71,15 @@ class Batch:
             sequence. Lengths and sums over sequences are those of whole sequences. The loss of the step is the sum of
             the ranks' losses. The ranks communicate when a batch is made, and when losses or metrics of sequences or
             pairs are computed: all ranks must make the same calls.
+        sequence_fields: names of the fields with a value per sequence, ``advantage`` included; all others have a value
+            per token, or one for all. None: the shapes tell. They cannot if a packed batch has as many tokens as
+            sequences, some of them empty.
 
     Raises:
-        TypeError: when an argument is not a tensor or has a wrong dtype, or ``fields`` is not a mapping.
-        ValueError: when a shape, a device, a field's name, ``pairs`` or the cumulative lengths do not fit.
+        TypeError: when an argument is not a tensor or has a wrong dtype, ``fields`` is not a mapping, or
+            ``sequence_fields`` is a string.
+        ValueError: when a shape, a device, a field's name, ``pairs``, the cumulative lengths or ``sequence_fields`` do
+            not fit, or a field could have a value per sequence or per token.
 
     Examples:
         Two sequences of two and one tokens, padded and packed:
@@ -81,14 +99,18 @@ class Batch:
     fields: Mapping[str, Tensor] = field(default_factory=dict)  # [], [S] or target's shape each
     pairs: Literal["halves", "interleaved"] = "halves"
     sequence_group: ProcessGroup | None = None
+    sequence_fields: Collection[str] | None = None
     # Names of fields with a value per sequence. Not a field of the dataclass, so that dataclasses.replace computes it
     # again.
     _of_sequences: ClassVar[frozenset[str]] = frozenset()
+    _one_token_each: ClassVar[bool] = False
     # Of a split sequence: the ranks, and the valid tokens of each sequence on each of them, [n, S].
     ranks: ClassVar[Group | None] = None
     _lengths: ClassVar[Tensor | None] = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.fields, Mapping):  # a caller may change the mapping for the next batch
+            object.__setattr__(self, "fields", dict(self.fields))
         if self.sequence_group is None:
             self._check()
         else:
@@ -103,10 +125,12 @@ class Batch:
             if on_cpu:
                 refuse(ranks)
             raise
+        readings = {name: self._reading(name, x) for name, x in self.given().items() if name not in OF_TOKENS}
         if on_cpu:
-            readings = {name: self._reading(x) for name, x in self.given().items()}
             spread = self._of_sequences | agree(self.n_sequences, readings, ranks)
             object.__setattr__(self, "_of_sequences", spread)
+        else:
+            self._refuse_ambiguous(readings)
         object.__setattr__(self, "ranks", ranks)
         object.__setattr__(self, "_lengths", all_gather(self.own_lengths, ranks))
 
@@ -125,57 +149,110 @@ class Batch:
     def _check_fields(self) -> None:
         if not isinstance(self.fields, Mapping):
             raise TypeError(f"fields must map names to tensors, got {type(self.fields).__name__}")
-        shape = tuple(self.target.shape)
-        of_sequences = (self.n_sequences,)
-        for name, shapes in (("advantage", (of_sequences, shape)), ("old_logp", (shape,)), ("ref_logp", (shape,))):
-            if (value := getattr(self, name)) is not None:
-                self._check_field(name, value, shapes)
-                if value.requires_grad:
-                    raise ValueError(f"{name} must not require a gradient (gradients flow to the logits): detach it")
-        for name, value in self.fields.items():
+        for name in self.fields:
             if not isinstance(name, str) or not name.isidentifier() or name.startswith("_"):
                 raise ValueError(f"fields must have names that are identifiers and do not start with _, got {name!r}")
             if name in RESERVED or name in FIELDS:
                 what = "an argument of Batch" if name in FIELDS else "an attribute of the tokens"
                 raise ValueError(f"fields must not use a name that is taken, got {name!r}, {what}")
-            self._check_field(f"fields[{name!r}]", value, ((), of_sequences, shape))
-        spread = {name for name, x in self.given().items() if x.shape == of_sequences != shape}
+        self._check_sequence_fields()
+        if self.sequence_fields is None:
+            object.__setattr__(self, "_one_token_each", self._has_one_token_each())
+        for name in FIELDS:
+            if (value := getattr(self, name)) is not None:
+                self._check_field(name, value, self._shapes(name))
+                if value.requires_grad:
+                    raise ValueError(f"{name} must not require a gradient (gradients flow to the logits): detach it")
+        for name, value in self.fields.items():
+            self._check_field(f"fields[{name!r}]", value, ((), *self._shapes(name)))
+        readings = {name: self._reading(name, x) for name, x in self.given().items()}
+        if self.sequence_group is None:
+            self._refuse_ambiguous(readings)
+        spread = {name for name, reading in readings.items() if reading == "sequence"}
         object.__setattr__(self, "_of_sequences", frozenset(spread))
+
+    def _check_sequence_fields(self) -> None:
+        names = self.sequence_fields
+        if names is None:
+            return
+        if isinstance(names, str) or not isinstance(names, Collection):
+            got = f"the string {names!r}" if isinstance(names, str) else type(names).__name__
+            raise TypeError(f"sequence_fields must be a collection of names, got {got}")
+        allowed = [name for name in ("advantage", *self.fields) if getattr(self, name, self) is not None]
+        for name in names:
+            if name not in allowed:
+                raise ValueError(f"sequence_fields must name fields of this batch, {allowed}, got {name!r}")
+        object.__setattr__(self, "sequence_fields", frozenset(names))
+
+    def _shapes(self, name: str) -> tuple[tuple[int, ...], ...]:
+        """The shapes that a field with more than one value may have."""
+        of_sequences, of_tokens = (self.n_sequences,), tuple(self.target.shape)
+        if name in OF_TOKENS:
+            return (of_tokens,)
+        if self.sequence_fields is None:
+            return of_sequences, of_tokens
+        return (of_sequences if name in self.sequence_fields else of_tokens,)
 
     def given(self) -> dict[str, Tensor]:
         """The fields that are not None."""
         values = {name: getattr(self, name) for name in FIELDS} | dict(self.fields)
         return {name: x for name, x in values.items() if x is not None}
 
-    def _reading(self, x: Tensor) -> str:
-        """What a field has one value for, by its shape: ``sequence``, ``token`` or ``all``.
+    def _reading(self, name: str, x: Tensor) -> str:
+        """What a field has one value for: ``sequence``, ``token`` or ``all``.
 
-        If there are as many sequences as tokens: ``same`` if each sequence has one token, else ``either``.
+        Without ``sequence_fields``, and with as many sequences as tokens: ``same`` if each sequence has one token, else
+        ``either``.
         """
-        shapes = {"sequence": (self.n_sequences,), "token": tuple(self.target.shape)}
-        fits = [reading for reading, shape in shapes.items() if tuple(x.shape) == shape]
-        if len(fits) < 2:
-            return fits[0] if fits else "all"
-        return "either" if self.cu_seqlens is not None and bool((self.cu_seqlens.diff() != 1).any()) else "same"
+        if not x.dim():
+            return "all"
+        if name in OF_TOKENS:
+            return "token"
+        if self.sequence_fields is not None:
+            return "sequence" if name in self.sequence_fields else "token"
+        of_sequences, of_tokens = self._shapes(name)
+        if of_sequences == of_tokens:
+            return "same" if self._one_token_each else "either"
+        return "sequence" if tuple(x.shape) == of_sequences else "token"
+
+    @property
+    def shapes_tell(self) -> bool:
+        """Whether shapes tell a value per sequence from one per token, or the two are the same."""
+        return tuple(self.target.shape) != (self.n_sequences,) or self._one_token_each
+
+    def _has_one_token_each(self) -> bool:
+        """Whether each sequence of a packed batch with as many tokens as sequences has one token. Waits for an
+        accelerator. In compiled code, which cannot decide by values: False."""
+        ends = self.cu_seqlens
+        if ends is None or tuple(self.target.shape) != (self.n_sequences,) or torch.compiler.is_compiling():
+            return False
+        return not has_values(ends) or not bool((ends.diff() != 1).any())
+
+    def _refuse_ambiguous(self, readings: Mapping[str, str]) -> None:
+        which = "in compiled code" if torch.compiler.is_compiling() else "some of them empty"
+        for name, reading in readings.items():
+            if reading == "either":
+                raise ValueError(
+                    f"{name} is ambiguous: target has {self.n_sequences} tokens in as many sequences, {which}; name "
+                    "the fields with a value per sequence: sequence_fields=[...]"
+                )
 
     def _check_field(self, name: str, value: object, shapes: Sequence[tuple[int, ...]]) -> None:
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        check_layout(name, value)
         check_memory(name, value)
         if value.dtype.is_complex:
             raise TypeError(f"{name} must be real, integer or bool, got {name_of(value.dtype)}")
+        if value.dtype.is_floating_point and value.dtype.itemsize < 2:
+            raise TypeError(
+                f"{name} must be real, integer or bool, of at least 16 bits if floating-point, got "
+                f"{name_of(value.dtype)}"
+            )
         if tuple(value.shape) not in shapes:
             expected = " or ".join(dict.fromkeys(map(str, shapes)))
             raise ValueError(f"{name} must have shape {expected}, got {tuple(value.shape)}")
         check_device(name, value, self.target.device, "target")
-        ends = self.cu_seqlens
-        if ends is None or value.shape != self.target.shape or self.n_sequences != self.target.numel():
-            return
-        if self.sequence_group is None and len(shapes) > 1 and readable(ends) and bool((ends.diff() != 1).any()):
-            raise ValueError(
-                f"{name} is ambiguous: target has {self.n_sequences} tokens in as many sequences, some of them empty; "
-                "leave out the empty sequences"
-            )
 
     def _check_packed(self) -> None:
         if self.cu_seqlens is None:
@@ -292,9 +369,11 @@ class Batch:
             ValueError: when the batch lacks it, or it has a value per token.
         """
         value, shape = self.get(name), (self.n_sequences,)
-        # If every sequence is one token, a value per token is a value per sequence.
         if value.dim() and tuple(value.shape) != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+        # If every sequence has one token, a value per token is a value per sequence.
+        if value.dim() and name not in self._of_sequences and not self._one_token_each:
+            raise ValueError(f"{name} must have a value per sequence, got one per token")
         return value.expand(shape)
 
     def sequences(self, chosen: Tensor) -> Batch:
@@ -308,7 +387,8 @@ class Batch:
         part = object.__new__(Batch)
         vars(part).update({name: fields.pop(name, None) for name in FIELDS})
         vars(part).update(target=self.target.reshape(-1)[positions], cu_seqlens=ends, fields=fields, pairs=self.pairs)
-        vars(part).update(_of_sequences=self._of_sequences)
+        vars(part).update(sequence_fields=self._of_sequences, _of_sequences=self._of_sequences)
+        vars(part).update(_one_token_each=self._one_token_each)
         return part
 
     def _taken(self, name: str, sequences: Tensor, positions: Tensor) -> Tensor:
@@ -343,14 +423,14 @@ def shift_targets(input_ids: Tensor, mask: Tensor | None = None, cu_seqlens: Ten
         input_ids: [B, L] int64, or packed [T] with ``cu_seqlens``, the tokens given to the model.
         mask: shape of ``input_ids``, bool or 0/1: 1 where the *token* is part of the loss (the completion), else 0
             (prompt, padding). None: all tokens.
-        cu_seqlens: [S + 1] int32, as in ``Batch``: no sequence predicts the first token of the next one.
+        cu_seqlens: [S + 1] int32 or int64, as in ``Batch``: no sequence predicts the first token of the next one.
 
     Returns:
         Shape of ``input_ids``, int64: the token at t + 1 if it is in the same sequence and part of the loss, else
         ``IGNORE``.
 
     Raises:
-        TypeError: when ``input_ids`` is not an int64 tensor.
+        TypeError: when ``input_ids`` is not an int64 tensor, or ``mask`` not a tensor.
         ValueError: when the shapes do not fit.
 
     Examples:
@@ -366,6 +446,8 @@ def shift_targets(input_ids: Tensor, mask: Tensor | None = None, cu_seqlens: Ten
         shapes = "[B, L], or [T] with cu_seqlens" if cu_seqlens is None else "[T] with cu_seqlens"
         raise ValueError(f"input_ids must have shape {shapes}, got {tuple(input_ids.shape)}")
     if mask is not None:
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
         if mask.shape != input_ids.shape:
             raise ValueError(f"mask must have shape {tuple(input_ids.shape)}, got {tuple(mask.shape)}")
         input_ids = torch.where(mask.bool(), input_ids, IGNORE)

@@ -23,8 +23,6 @@ def readable(x: Tensor) -> bool:
 def check_target(target: Tensor) -> None:
     """Raise a ``TypeError`` or ``ValueError`` unless targets are padded or packed, int64, and have memory."""
     check_dtype("target", target, torch.int64)
-    if target.is_nested:
-        raise TypeError("target must be a dense tensor, got a nested tensor: pack it, with cu_seqlens")
     check_memory("target", target)
     if target.dim() not in (1, 2):
         hint = "; fold its first dimensions into the batch: target.flatten(0, -2)" if target.dim() > 2 else ""
@@ -32,11 +30,20 @@ def check_target(target: Tensor) -> None:
 
 
 def check_dtype(name: str, value: object, *dtypes: torch.dtype) -> None:
-    """Raise a ``TypeError`` that names the argument unless it is a tensor of one of the dtypes."""
+    """Raise a ``TypeError`` that names the argument unless it is a dense tensor of one of the dtypes."""
+    expected = " or ".join(map(name_of, dtypes))
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a {name_of(dtypes[0])} tensor, got {type(value).__name__}")
+        raise TypeError(f"{name} must be a tensor of {expected}, got {type(value).__name__}")
+    check_layout(name, value)
     if value.dtype not in dtypes:
-        raise TypeError(f"{name} must be {name_of(dtypes[0])}, got {name_of(value.dtype)}")
+        raise TypeError(f"{name} must be {expected}, got {name_of(value.dtype)}")
+
+
+def check_layout(name: str, value: Tensor) -> None:
+    """Raise a ``TypeError`` for a nested or sparse tensor."""
+    if value.is_nested or value.layout != torch.strided:
+        kind = "a nested tensor: pack it, with cu_seqlens" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {kind}")
 
 
 def check_memory(name: str, value: Tensor) -> None:

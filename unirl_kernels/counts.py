@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+UNKNOWN_TO_GROUPS = (torch.int16, torch.uint16, torch.uint32, torch.uint64)
+"""Dtypes that process groups do not exchange."""
+
+
 def global_count(batch: Batch, group: ProcessGroup, of: Literal["tokens", "sequences", "pairs"] = "tokens") -> Tensor:
     """The number of tokens, sequences or pairs in the batches of all ranks, for ``count=`` of an aggregation.
 
@@ -28,7 +32,7 @@ def global_count(batch: Batch, group: ProcessGroup, of: Literal["tokens", "seque
             (``PairMean``).
 
     Returns:
-        0-dim float64.
+        0-dim float64. NaN if another rank raises one of the errors below for its batch.
 
     Raises:
         TypeError: when ``batch`` is not a ``Batch``, or ``group`` not a process group.
@@ -42,18 +46,27 @@ def global_count(batch: Batch, group: ProcessGroup, of: Literal["tokens", "seque
         tensor(3., dtype=torch.float64)
         >>> dist.destroy_process_group()
     """
-    if not isinstance(batch, Batch):
-        raise TypeError(f"batch must be a Batch, got {type(batch).__name__}")
     ranks = group_of("group", group)
     if of not in ("tokens", "sequences", "pairs"):
         raise ValueError(f"of must be 'tokens', 'sequences' or 'pairs', got {of!r}")
-    if of == "tokens":
-        own = batch.valid.sum().double()
-    else:
-        parts = 1 if batch.ranks is None else batch.ranks.size
-        n = batch.n_sequences if of == "sequences" else batch.n_pairs
-        own = torch.full((), n / parts, dtype=torch.float64, device=batch.target.device)
+    try:
+        if not isinstance(batch, Batch):
+            raise TypeError(f"batch must be a Batch, got {type(batch).__name__}")
+        own = _count(batch, of)
+    except (TypeError, ValueError):
+        device = batch.target.device if isinstance(batch, Batch) else torch.device("cpu")
+        all_reduce(torch.full((), torch.nan, dtype=torch.float64, device=device), ranks)  # the others wait for it
+        raise
     return all_reduce(own, ranks)
+
+
+def _count(batch: Batch, of: str) -> Tensor:
+    """This rank's part of the count."""
+    if of == "tokens":
+        return batch.valid.sum().double()
+    parts = 1 if batch.ranks is None else batch.ranks.size
+    n = batch.n_sequences if of == "sequences" else batch.n_pairs
+    return torch.full((), n / parts, dtype=torch.float64, device=batch.target.device)
 
 
 def global_batch(batch: Batch, group: ProcessGroup) -> Batch:
@@ -100,17 +113,24 @@ def global_batch(batch: Batch, group: ProcessGroup) -> Batch:
     if ends is not None:
         later = torch.arange(ranks.size, device=ends.device).to(ends.dtype)[:, None] * batch.target.numel()
         ends = torch.cat([ends[:1], (all_gather(ends, ranks)[:, 1:] + later).flatten()])
-    return Batch(_of_all(batch.target, ranks), advantage, old_logp, ref_logp, ends, fields, batch.pairs)
+    target, named = _of_all(batch.target, ranks), batch.sequence_fields
+    return Batch(target, advantage, old_logp, ref_logp, ends, fields, batch.pairs, sequence_fields=named)
 
 
 def _shapes(batch: Batch) -> str:
-    named = {"target": batch.target, **dict(sorted(batch.given().items()))}
+    tensors = {"target": batch.target, **dict(sorted(batch.given().items()))}
     if batch.cu_seqlens is not None:
-        named["cu_seqlens"] = batch.cu_seqlens
-    shapes = [f"{name} {name_of(x.dtype)} {tuple(x.shape)}" for name, x in named.items()]
+        tensors["cu_seqlens"] = batch.cu_seqlens
+    shapes = [f"{name} {name_of(x.dtype)} {tuple(x.shape)}" for name, x in tensors.items()]
     split = "" if batch.ranks is None else ", sequence_group"
-    return f"{', '.join(shapes)}, pairs {batch.pairs!r}{split}"
+    named = "" if batch.sequence_fields is None else f", sequence_fields {sorted(batch.sequence_fields)}"
+    return f"{', '.join(shapes)}, pairs {batch.pairs!r}{named}{split}"
 
 
 def _of_all(x: Tensor, ranks: Group) -> Tensor:
-    return all_gather(x.contiguous(), ranks).flatten(0, 1) if x.dim() else x
+    if not x.dim():
+        return x
+    x = x.contiguous()
+    if x.dtype not in UNKNOWN_TO_GROUPS:
+        return all_gather(x, ranks).flatten(0, 1)
+    return all_gather(x.view(torch.uint8), ranks).flatten(0, 1).view(x.dtype)

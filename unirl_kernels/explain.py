@@ -21,6 +21,11 @@ from unirl_kernels.program.trace import name_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
+TWO_PASSES = (
+    "two passes: {}. Statistics (one read),\n"
+    "the objectives on [T] vectors under autograd, the gradient (one read, one write)."
+)
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -71,32 +76,39 @@ def explain(
         ``Explanation``, sections of text; print it, or one of them.
 
     Raises:
-        TypeError: when ``loss`` is not a ``Loss``.
+        TypeError: when an argument has another type, or ``weight`` not two dimensions.
 
     Examples:
         >>> print(uk.explain(uk.rft()).coefficient)
         loss = -(advantage * logp)
         GC = advantage
     """
-    if not isinstance(loss, Loss):
-        raise TypeError(f"loss must be a Loss, got {type(loss).__name__}")
+    for name, value, kind in (("loss", loss, Loss), ("plan", plan, Plan), ("batch", batch, Batch | None)):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} must be a {name.title()}, got {type(value).__name__}")
+    if weight is not None and (not isinstance(weight, Tensor) or weight.dim() != 2):
+        got = f"shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"weight must be a tensor [V, D], got {got}")
     coefficient = function = ""
+    kernels = False
     if loss.scope != "token":
-        schedule = (
-            f"two passes: the coefficient of a token depends on its whole {loss.scope}. Statistics (one read),\n"
-            "the objectives on [T] vectors under autograd, the gradient (one read, one write)."
-        )
+        schedule = TWO_PASSES.format(f"the coefficient of a token depends on its whole {loss.scope}")
     else:
         try:
             traced = loss.traced(on_policy=batch is not None and batch.on_policy)
             coefficient = _coefficient(traced)
             function = source(traced.program)
             n = len(traced.program.instructions)
-            schedule = f"one pass: {n} scalar operations per row inside the kernel (one read, one write)."
+            kernels = plan.kernel != COMPOSED
+            schedule = (
+                f"one pass: {n} scalar operations per row inside the kernel (one read, one write)."
+                if kernels
+                else TWO_PASSES.format("the plan asks for them")
+            )
         except UnsupportedOperation as error:
             schedule = f"only with Plan(kernel='composed'): {error}"
     schedule += f"\nlinear head: {_linear(loss, batch, weight, plan)}\n{_aggregations(loss)}"
-    return Explanation(_row(loss), schedule, coefficient, function, _backends(loss))
+    return Explanation(_row(loss), schedule, coefficient, function, _backends(kernels))
 
 
 def _aggregations(loss: Loss) -> str:
@@ -159,15 +171,15 @@ def _coefficient(traced: Traced) -> str:
     return formula(*outputs)
 
 
-def _backends(loss: Loss) -> str:
+def _backends(one_pass: bool) -> str:
     lines = []
     devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
     for device in devices:
         for name in MODULES:
             reason = unavailable(name, device)
-            kernels = (*load(name).KERNELS, COMPOSED) if loss.scope == "token" else (COMPOSED,)
+            kernels = (*load(name).KERNELS, COMPOSED) if one_pass else (COMPOSED,)
             lines.append(f"{device.type:<5} {name:<7} {', '.join(kernels) if reason is None else f'no: {reason}'}")
-        if loss.scope == "token":
+        if one_pass:
             lines.append(defaults(device))
     return "\n".join(lines)
 

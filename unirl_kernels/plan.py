@@ -43,7 +43,7 @@ class Plan:
             raise TypeError(f"overwrite_logits must be True or False, got {self.overwrite_logits!r}")
         if self.max_chunk_bytes is None:
             return
-        if not isinstance(self.max_chunk_bytes, int):
+        if not isinstance(self.max_chunk_bytes, int) or isinstance(self.max_chunk_bytes, bool):
             raise TypeError(f"max_chunk_bytes must be an int, got {self.max_chunk_bytes!r}")
         if self.max_chunk_bytes <= 0:
             raise ValueError(f"max_chunk_bytes must be positive, got {self.max_chunk_bytes}")

@@ -22,8 +22,11 @@ std::string matmul_arithmetic(Dtype dtype) {
   return cpu::multiplied_as(format_of(dtype)) == Format::BF16 ? "bf16" : "fp32";
 }
 
-// For a dtype that this machine multiplies.
-std::string matmul_variant(Dtype dtype) { return cpu::variant_of(format_of(dtype))->name; }
+std::string matmul_variant(Dtype dtype) {
+  const std::string reason = matmuls_unavailable(dtype);
+  require(reason.empty(), "dtype must be one that is multiplied on this machine: ", reason);
+  return cpu::variant_of(format_of(dtype))->name;
+}
 
 void require_on_cpu(const Tensor& x, const char* name) {
   if (!x.is_cpu()) require(false, name, " must be a dense tensor on the cpu, got ", x.described());

@@ -10,8 +10,8 @@ struct Block {
   size_t bytes;
 };
 
-// Uninitialised memory of at least this many bytes: the smallest kept block that is large enough. If there is none, all
-// kept blocks are freed and new memory is allocated. Throws std::bad_alloc.
+// Uninitialised memory of at least this many bytes: the smallest kept block that is large enough, whatever its size. If
+// there is none, all kept blocks are freed and new memory is allocated. Throws std::bad_alloc.
 Block allocate(size_t bytes);
 
 // Keeps a block for reuse. Frees the oldest kept blocks while more than the limit is kept.

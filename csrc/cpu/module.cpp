@@ -17,11 +17,12 @@ using unirl::new_tensor;
 
 // An uninitialised contiguous tensor. From 2 MiB on it uses huge pages that are kept for reuse.
 py::object empty(const std::vector<int64_t>& shape, Dtype dtype) {
-  constexpr size_t HUGE_PAGE = size_t(2) << 20, ALIGNMENT = 64;
+  constexpr size_t HUGE_PAGE = size_t(2) << 20, ALIGNMENT = 64, MOST = size_t(1) << 62;
   unirl::require(dtype.bits != 0, "dtype must be one of numbers, got ", dtype);
   size_t bytes = dtype.bits / 8;
   for (const int64_t size : shape) {
-    unirl::require(size >= 0 && !__builtin_mul_overflow(bytes, size, &bytes), "shape must be that of a tensor in memory");
+    unirl::require(size >= 0 && !__builtin_mul_overflow(bytes, size, &bytes) && bytes <= MOST,
+                   "shape must be that of a tensor in memory");
   }
   if (bytes < HUGE_PAGE) {
     void* const memory = aligned_alloc(ALIGNMENT, (bytes + ALIGNMENT) / ALIGNMENT * ALIGNMENT);

@@ -38,8 +38,8 @@ struct Cpu {
   static Column fields(const Tensor& x) { return {x.data_ptr(), x.dtype() == DOUBLE}; }
 
   static Rows rows(const Tensor& logits, const Tensor& target, int64_t ignore, const ReadoutArgs& readout) {
-    const cpu::Format format = cpu::format_of(logits.dtype());
     const Matrix of = matrix(logits, logits, "logits");
+    const cpu::Format format = cpu::format_of(logits.dtype());
     Rows rows = rows_without_logits<Rows>(logits, target, ignore, readout, column);
     rows.format = format;
     rows.logits = of;

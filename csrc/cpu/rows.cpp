@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <type_traits>
 #include <vector>
@@ -77,8 +78,13 @@ class Pass {
     const auto on_all_threads = [](int64_t n, const auto& body) { parallel_for(n, 1, body); };
     if (n >= ROWS_PER_THREAD * threads || n * rows_.vocab < 2 * LOGITS_PER_THREAD) {
       const int64_t group = std::clamp<int64_t>(GROUP_LOGITS / rows_.vocab, 1, GROUP_ROWS);
+      // Allocated before any thread writes: without memory the logits stay as they are.
+      std::vector<Work> works;
+      works.reserve(threads);
+      for (int64_t i = 0; i < std::min(threads, n); ++i) works.emplace_back(*this, group);
+      std::atomic<int64_t> taken{0};
       parallel_for(n, rows_per_thread, [&](int64_t begin, int64_t end) {
-        Work work(*this, group);
+        Work& work = works[taken++];
         for (int64_t i = begin; i < end; i += group) {
           together(&present[i], std::min(group, end - i), work, here);
         }
@@ -86,9 +92,9 @@ class Pass {
     } else {
       // Few rows: their segments are spread over the threads. Each group has about one row per thread, so that the
       // second sweep finds the logits in the cache.
+      Work work(*this, std::min({threads, GROUP_ROWS, n}));
       for (int64_t i = 0; i < n; i += GROUP_ROWS) {
         const int64_t rest = std::min(GROUP_ROWS, n - i), group = std::min(threads, rest);
-        Work work(*this, group);
         for (int64_t k = 0; k < rest; k += group) {
           together(&present[i + k], std::min(group, rest - k), work, on_all_threads);
         }
@@ -130,6 +136,12 @@ class Pass {
     }
     step_(rows, n, work.rows.data(), work.terms.data());
     if (Step::WRITES) {
+      for (int64_t i = 0; i < n; ++i) {
+        GradientTerms<double>& terms = work.terms[i];
+        for (double* value : {&terms.reference, &terms.constant, &terms.linear, &terms.target}) {
+          if (*value != *value) *value = NAN;  // a caller's NaN may have bits that BFloat16::rounded does not keep
+        }
+      }
       // From the end: the logits that the first sweep read last are still in the cache.
       loop(n * segments_, [&](int64_t begin, int64_t end) {
         for (int64_t i = end - 1; i >= begin; --i) {

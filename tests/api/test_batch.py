@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -78,13 +79,79 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         ValueError,
         "advantage is ambiguous: target has 2 tokens in as many sequences, some of them empty",
     ),
+    "the name of a field that is not given": (
+        lambda: uk.Batch(T, fields={"reward": torch.ones(4)}, sequence_fields=["advantage"]),
+        ValueError,
+        r"sequence_fields must name fields of this batch, \['reward'\], got 'advantage'",
+    ),
+    "a log-probability per sequence": (
+        lambda: uk.Batch(T, old_logp=torch.zeros(4, 128), sequence_fields=["old_logp"]),
+        ValueError,
+        r"sequence_fields must name fields of this batch, \[\], got 'old_logp'",
+    ),
+    "names that are a string": (
+        lambda: uk.Batch(T, advantage=torch.ones(4), sequence_fields="advantage"),
+        TypeError,
+        "sequence_fields must be a collection of names, got the string 'advantage'",
+    ),
+    "names that can be read once": (
+        lambda: uk.Batch(T, advantage=torch.ones(4), sequence_fields=iter(["advantage"])),
+        TypeError,
+        "sequence_fields must be a collection of names, got list_iterator",
+    ),
+    "a sparse target": (lambda: uk.Batch(T.to_sparse()), TypeError, "target must be a dense tensor, got layout"),
+    "a sparse field": (
+        lambda: uk.Batch(T, fields={"x": torch.ones(4, 128).to_sparse()}),
+        TypeError,
+        r"fields\['x'\] must be a dense tensor, got layout torch.sparse_coo",
+    ),
+    "a field of 8 bits": (
+        lambda: uk.Batch(T, fields={"x": torch.ones(4, 128).to(torch.float8_e5m2)}),
+        TypeError,
+        r"fields\['x'\] must be real, integer or bool, of at least 16 bits if floating-point, got float8_e5m2",
+    ),
+    "a field beyond fp32": (
+        lambda: uk.fused_loss(
+            LOGITS.clone().requires_grad_(),
+            uk.Batch(T, fields={"x": torch.full((4,), 1e300, dtype=torch.float64)}),
+            uk.Loss(lambda t: t.x * t.logp),
+        ),
+        ValueError,
+        r"fields\['x'\] must be in the range of float32 in a one-pass kernel, got 1e\+300",
+    ),
+    "a mask that is a list": (lambda: uk.shift_targets(T, [1]), TypeError, "mask must be a tensor, got list"),
+    "bytes that are a bool": (
+        lambda: uk.Plan(max_chunk_bytes=True),
+        TypeError,
+        "max_chunk_bytes must be an int, got True",
+    ),
+    "a value per token of a field of sequences": (
+        lambda: uk.Batch(T, advantage=torch.ones(4, 128), sequence_fields=["advantage"]),
+        ValueError,
+        r"advantage must have shape \(4,\), got \(4, 128\)",
+    ),
+    "a value per sequence of a field of tokens": (
+        lambda: uk.Batch(T, advantage=torch.ones(4), sequence_fields=[]),
+        ValueError,
+        r"advantage must have shape \(4, 128\), got \(4,\)",
+    ),
+    "temperatures per token or per sequence": (
+        lambda: uk.fused_loss(
+            torch.zeros(2, 5),
+            uk.Batch(torch.tensor([1, 2]), cu_seqlens=torch.tensor([0, 2, 2])),
+            uk.sft(),
+            readout=uk.Readout(temperature=torch.tensor([1.0, 2.0])),
+        ),
+        ValueError,
+        "temperature is ambiguous: target has 2 tokens in as many sequences, some of them empty",
+    ),
     "differentiable old_logp": (
         lambda: uk.Batch(T, old_logp=torch.zeros(4, 128, requires_grad=True)),
         ValueError,
         "old_logp must not require a gradient",
     ),
     "target's dtype": (lambda: uk.Batch(T.int()), TypeError, "target must be int64, got int32"),
-    "target's type": (lambda: uk.Batch([1, 2]), TypeError, "target must be a int64 tensor, got list"),
+    "target's type": (lambda: uk.Batch([1, 2]), TypeError, "target must be a tensor of int64, got list"),
     "target's rank": (lambda: uk.Batch(T[None]), ValueError, r"target must have shape \[B, L\] or \[T\], got \(1, 4"),
     "packed without cu_seqlens": (lambda: uk.Batch(PACKED), ValueError, "cu_seqlens must be given"),
     "padded with cu_seqlens": (lambda: uk.Batch(T, cu_seqlens=ENDS), ValueError, "cu_seqlens is for packed targets"),
@@ -101,7 +168,7 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "cu_seqlens of floats": (
         lambda: uk.Batch(PACKED, cu_seqlens=ENDS.float()),
         TypeError,
-        "cu_seqlens must be int32, got float32",
+        "cu_seqlens must be int32 or int64, got float32",
     ),
     "cu_seqlens too short": (
         lambda: uk.Batch(PACKED, cu_seqlens=ENDS[:1]),
@@ -243,3 +310,20 @@ def test_weights_of_three_tokens_none_and_one(aggregation: object, expected: lis
         assert weights.shape == batch.target.shape
         torch.testing.assert_close(weights[batch.valid], torch.tensor(expected, dtype=torch.float64))
         assert not weights[~batch.valid].any()
+
+
+def test_a_mapping_that_changes_later_does_not_change_the_batch() -> None:
+    """A loop over micro-batches may use one mapping."""
+    fields: dict[str, torch.Tensor] = {}
+    batches = []
+    for k in (1.0, 2.0):
+        fields["w"] = torch.full((4,), k)
+        batches.append(uk.Batch(T, fields=fields))
+    assert [batch.get("w")[0].item() for batch in batches] == [1.0, 2.0]
+
+
+def test_sequence_fields_may_be_any_collection() -> None:
+    names = {"advantage": None, "x": None}
+    batch = uk.Batch(T, torch.ones(4), fields={"x": torch.ones(4)}, sequence_fields=names.keys())
+    assert batch.sequence_fields == frozenset(names)
+    assert replace(batch, advantage=torch.zeros(4)).sequence_fields == {*names}

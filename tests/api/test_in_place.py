@@ -186,3 +186,29 @@ def test_what_overwritten_logits_leave_behind(loss: uk.Loss) -> None:
             use()
     assert torch.equal(alias, view.view(2, 3, V))
     assert not torch.equal(alias, leaf)
+
+
+def test_logits_that_a_checkpoint_keeps_are_not_overwritten() -> None:
+    """Selective checkpointing keeps the memory of a matmul's result, and does not see that it is overwritten."""
+    from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+    def policy(_: Any, function: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        kept = function is torch.ops.aten.mm.default
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def grads(overwrite: bool) -> Tensor:
+        hidden = torch.ones(2, 3, D, requires_grad=True)
+
+        def head(hidden: Tensor) -> Tensor:
+            logits = torch.nn.functional.linear(hidden.tanh(), WEIGHT)
+            return uk.fused_loss(logits, BATCH, uk.sft(), plan=uk.Plan(overwrite_logits=overwrite)).loss
+
+        contexts = lambda: create_selective_checkpoint_contexts(policy)  # noqa: E731
+        loss: Any = checkpoint(head, hidden, use_reentrant=False, context_fn=contexts)
+        return torch.autograd.grad(loss, hidden)[0]
+
+    with pytest.raises(RuntimeError, match="overwrite_logits=True must not be used inside of selective"):
+        grads(True)
+    hidden = torch.ones(2, 3, D, requires_grad=True)
+    plain = uk.fused_loss(hidden.tanh() @ WEIGHT.t(), BATCH, uk.sft()).loss
+    torch.testing.assert_close(grads(False), torch.autograd.grad(plain, hidden)[0])

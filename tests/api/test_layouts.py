@@ -141,3 +141,15 @@ def test_masks_and_ids_in_any_layout() -> None:
     ids, mask = torch.randint(0, V, (3, 5)), torch.rand(3, 5) > 0.5
     for layout in LAYOUTS.values():
         assert torch.equal(uk.shift_targets(layout(ids), layout(mask)), uk.shift_targets(ids, mask))
+
+
+@pytest.mark.parametrize("kernel", [None, COMPOSED])
+@pytest.mark.parametrize("which", ["hidden", "weight", "bias"])
+def test_the_negative_of_a_tensor_that_pytorch_has_not_computed_yet(which: str, kernel: str | None) -> None:
+    """``z.conj().imag`` is such a tensor."""
+    head = {"hidden": torch.randn(B, L, D), "weight": torch.randn(V, D), "bias": torch.randn(V)}
+    batch, plan = uk.Batch(torch.zeros(B, L, dtype=torch.int64)), uk.Plan(kernel=kernel)
+    head["hidden"].requires_grad_()
+    expected = uk.fused_linear_loss(batch=batch, loss=uk.sft(), plan=plan, **head).loss
+    head[which] = torch._neg_view(-head[which])
+    torch.testing.assert_close(uk.fused_linear_loss(batch=batch, loss=uk.sft(), plan=plan, **head).loss, expected)

@@ -182,7 +182,7 @@ def test_none_where_a_tensor_must_be(name: str, function: Callable[..., Tensor])
 def test_target_of_another_dtype(dtype: torch.dtype | None) -> None:
     target = [[0, 0, 0]] if dtype is None else torch.zeros(2, 3, dtype=dtype)
     got = "list" if dtype is None else str(dtype).removeprefix("torch.")
-    expected = f"target must be a int64 tensor, got {got}" if dtype is None else f"target must be int64, got {got}"
+    expected = f"target must be a tensor of int64, got {got}" if dtype is None else f"target must be int64, got {got}"
     refused(lambda: stats_of(**arguments(target=target)), TypeError, expected)
 
 

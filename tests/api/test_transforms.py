@@ -95,3 +95,26 @@ def test_nested_tensors_are_packed_batches(layout: torch.layout) -> None:
         uk.token_stats(nested, TARGET)
     with pytest.raises(TypeError, match=r"logits must be a dense tensor, got layout torch\.sparse_coo$"):
         uk.token_stats(torch.randn(2, 5, V).to_sparse(), TARGET)
+
+
+@pytest.mark.parametrize("of_head", [False, True])
+@pytest.mark.parametrize("loss", [uk.ppo(), uk.dpo()], ids=["token", "pair"])
+def test_tangents_of_fields_are_refused(loss: uk.Loss, of_head: bool) -> None:
+    """PyTorch's own code propagates them; a kernel would drop them."""
+    x = torch.randn(2, 5, D if of_head else V, requires_grad=True)
+    with torch.autograd.forward_ad.dual_level():
+        ref = torch.autograd.forward_ad.make_dual(REF, REF)
+        advantage = torch.autograd.forward_ad.make_dual(torch.ones(2), torch.ones(2))
+        batch = uk.Batch(TARGET, advantage, ref_logp=ref)
+        # Objectives of pairs run in PyTorch, which has no tangents of segment_reduce.
+        with pytest.raises(NotImplementedError, match=r"forward.(mode|AD)"):
+            uk.fused_linear_loss(x, WEIGHT, batch, loss) if of_head else uk.fused_loss(x, batch, loss)
+
+
+@of_functions
+def test_a_batch_of_upstream_gradients(name: str) -> None:
+    x = torch.randn(2, 5, V, requires_grad=True)
+    factors = torch.tensor([1.0, -2.0, 0.5])
+    (got,) = torch.autograd.grad(of_logits(name)(x), x, factors, is_grads_batched=True)
+    (one,) = torch.autograd.grad(of_logits(name)(x), x)
+    torch.testing.assert_close(got, factors.view(3, 1, 1, 1) * one)

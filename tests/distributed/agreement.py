@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -129,8 +130,25 @@ def check_operands() -> None:
     uk.token_stats(x, y, shard=shard)
 
 
+def check_chunks() -> None:
+    """Memory that is enough for the chunks of one rank, and not of another, whose shard is wider."""
+    widths, rank = WIDTHS[dist.get_world_size()][1], dist.get_rank()
+    head, shard = make_head(SHAPE, BY_NAME["grpo"]), shard_of(widths, rank)
+    weight = columns_of(head.weight, widths, rank, dim=0)
+    plan = uk.Plan(max_chunk_bytes=4 * (max(widths) - 1))
+    for wanted in (False, True):
+        operands = (head.hidden.detach().requires_grad_(wanted), weight)
+        for call in (
+            partial(uk.linear_token_stats, *operands, head.batch.target),
+            partial(uk.linear_token_observations, *operands, head.batch.target),
+            partial(uk.fused_linear_loss, *operands, head.batch, uk.grpo()),
+        ):
+            refused("max_chunk_bytes must hold the logits of one token", partial(call, plan=plan, shard=shard))
+
+
 def check_all() -> None:
     check_types()
     check_values()
     check_batches()
     check_operands()
+    check_chunks()

@@ -138,9 +138,36 @@ def check_counts() -> None:
     for of, n in (("tokens", int(batch.valid.sum())), ("sequences", 4), ("pairs", 2)):
         assert uk.global_count(part, group, of) == n
         assert uk.global_count(batch, group, of) == world * n
+    bad: tuple[tuple[Any, type[Exception], str], ...] = (
+        (uk.Batch(torch.zeros(3, 4, dtype=torch.int64)), ValueError, "an even number of sequences"),
+        (None, TypeError, "batch must be a Batch, got NoneType"),
+    )
+    for given, kind, text in bad:
+        if rank == world - 1:
+            with pytest.raises(kind, match=text):
+                uk.global_count(given, group, "pairs")
+        else:
+            assert uk.global_count(batch, group, "pairs").isnan()
 
 
-def lone_part(per_token: bool, sure: bool) -> uk.Batch:
+INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64, torch.uint64)
+
+
+def check_dtypes_of_a_global_batch() -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for dtype in (torch.bool, *INTEGERS, torch.bfloat16, torch.float16, torch.float32, torch.float64):
+
+        def of(rank: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.tensor([[rank, 1, 100], [0, rank, 3]]).to(dtype)
+
+        batch = uk.Batch(torch.zeros(2, 3, dtype=torch.int64), fields={"x": of(rank), "y": of(rank)[:, 1]})
+        everyone = uk.global_batch(batch, dist.group.WORLD)
+        expected = torch.cat([of(k) for k in range(world)])
+        assert torch.equal(everyone.fields["x"], expected)
+        assert torch.equal(everyone.fields["y"], expected[:, 1])
+
+
+def lone_part(per_token: bool, sure: bool, **named: Any) -> uk.Batch:
     """Two sequences; the last rank has two tokens, both of the second one, as all have unless one is sure."""
     rank, world = dist.get_rank(), dist.get_world_size()
     n = 3 if sure and rank < world - 1 else 2
@@ -148,7 +175,7 @@ def lone_part(per_token: bool, sure: bool) -> uk.Batch:
     advantage = torch.arange(n if per_token else 2) + 1.0
     fields = {"extra": advantage.double(), "step": torch.tensor(3)}
     values = (torch.zeros(n, dtype=torch.int64), advantage, torch.zeros(n), None, ends, fields)
-    return uk.Batch(*values, sequence_group=dist.group.WORLD)
+    return uk.Batch(*values, sequence_group=dist.group.WORLD, **named)
 
 
 def check_as_many_tokens_as_sequences() -> None:
@@ -163,6 +190,8 @@ def check_as_many_tokens_as_sequences() -> None:
     text = "advantage is ambiguous: on all ranks of sequence_group target has as many tokens as sequences, some of them"
     with pytest.raises(ValueError, match=text):
         lone_part(per_token=False, sure=False)
+    named = lone_part(per_token=False, sure=False, sequence_fields=["advantage", "extra"])
+    assert named.per_token_field("advantage").tolist() == named.per_token_field("extra").tolist() == [2.0, 2]
     if dist.get_world_size() < 3:
         return
     text = "advantage must have a value per sequence or per token on all ranks of sequence_group, got one per sequence"
@@ -196,5 +225,6 @@ def check_all() -> None:
     check_sequences()
     check_fault_is_seen()
     check_counts()
+    check_dtypes_of_a_global_batch()
     check_as_many_tokens_as_sequences()
     check_bad_input()

@@ -76,3 +76,36 @@ def test_weights_of_as_many_pairs_as_tokens() -> None:
     twice = uk.Weighted(uk.Weighted(uk.PairMean(), "share"), "share")
     assert uk.Weighted(uk.PairMean(), "share").weights(batch).tolist() == [8]
     assert twice.weights(batch).tolist() == [64]
+
+
+COMPARISONS: dict[str, Callable[[Any, float], Any]] = {
+    "less": lambda x, c: torch.where(x < c, 2.0, 1.0),
+    "at most": lambda x, c: torch.where(x <= c, 2.0, 1.0),
+    "more": lambda x, c: torch.where(x > c, 2.0, 1.0),
+    "at least": lambda x, c: torch.where(x >= c, 2.0, 1.0),
+    "equal": lambda x, c: torch.where(x == c, 2.0, 1.0),
+    "not equal": lambda x, c: torch.where(x != c, 2.0, 1.0),
+    "sign": lambda x, c: torch.sign(x - c),
+    "difference": lambda x, c: (x - c) * 1e9,
+    "a number on the left": lambda x, c: torch.where(c < x, 2.0, 1.0),
+    "its negative": lambda x, c: torch.where(-x == -c, 2.0, 1.0),
+    "clamp": lambda x, c: (x.clamp(max=c) - x) * 1e9,
+}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_a_field_equals_the_number_that_was_stored_in_it(name: str, dtype: torch.dtype, backend: str) -> None:
+    """fp32 rounds 0.1 up and 0.7 down: kernels that keep numbers in fp64 would find a field unequal to its number."""
+    objective, numbers = COMPARISONS[name], (0.1, 0.7, 0.3, 1 / 3, 0.5)
+    logits, target = torch.randn(1, 9, dtype=dtype, requires_grad=True), torch.zeros(1, dtype=torch.int64)
+    logp = torch.log_softmax(logits.detach().double(), -1)[0, 0].item()
+    for c in numbers:
+        x = torch.tensor([c], dtype=dtype)
+        batch = uk.Batch(target, cu_seqlens=torch.tensor([0, 1]), fields={"x": x})
+        loss = uk.Loss(lambda t, c=c: objective(t.x, c) * t.logp, uk.TokenMean(1))
+        expected = objective(x, c).item() * logp
+        for wanted in (True, False):
+            value = uk.fused_loss(logits.detach().requires_grad_(wanted), batch, loss, plan=uk.Plan(backend)).loss
+            assert value.item() == pytest.approx(expected, rel=1e-5), (c, wanted)

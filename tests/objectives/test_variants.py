@@ -7,14 +7,14 @@ import inspect
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import pytest
 import torch
 from torch import Tensor
 
 import unirl_kernels as uk
-from tests.objectives.variants.data import Answer, Data, Oracle, answers, make
+from tests.objectives.variants.data import AS_MANY, Answer, Data, Oracle, answers, make
 from tests.objectives.variants.rows import Row
 from tests.objectives.variants.table import ABSENT, LAST, ROWS
 from unirl_kernels import objectives as uo
@@ -146,6 +146,22 @@ def test_linear_head(row: Row) -> None:
             expected.check(fused_head(data, batch, loss, chunk(data, tokens)), f"{tokens} tokens, packed {packed}")
         expected.check(fused_head(data, batch, loss, uk.Plan(), wanted=False), f"packed {packed}, no gradient")
     expected.check(fused_head(data, batch, loss, uk.Plan("eager")), "eager")
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_as_many_tokens_as_sequences(row: Row) -> None:
+    """Shapes do not tell there whether a field has a value per sequence or per token."""
+    data, loss = data_of(AS_MANY), row.loss()
+    padded, packed = (batch_of(row, data, packed) for packed in (False, True))
+    assert packed.target.shape == (packed.n_sequences,)
+    size = 32 * torch.finfo(torch.float32).eps * size_of(data)
+    close = partial(torch.testing.assert_close, rtol=1e-5, atol=size, equal_nan=True)
+    for plan in plans_of(loss):
+        got, expected = (fused(data, batch, loss, plan) for batch in (packed, padded))
+        close((got.loss, *got.gradients), (expected.loss, *expected.gradients))
+    for tokens in CHUNKS:
+        got, expected = (fused_head(data, batch, loss, chunk(data, tokens)) for batch in (packed, padded))
+        close((got.loss, *got.gradients), (expected.loss, *expected.gradients))
 
 
 def programs() -> list[Row]:

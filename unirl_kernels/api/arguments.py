@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unirl_kernels.backends import COMPOSED, Choice, choices_by_vocab, choose
 from unirl_kernels.batch import Batch
-from unirl_kernels.checks import check_device, check_memory, check_target, has_values, name_of
+from unirl_kernels.checks import check_device, check_layout, check_memory, check_target, has_values, name_of
 from unirl_kernels.objectives import Loss
 from unirl_kernels.operators.linear import HeadArgs
 from unirl_kernels.operators.shards import Operators
@@ -67,9 +67,7 @@ def check_input(name: str, value: object) -> Tensor:
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if value.is_nested or value.layout != torch.strided:
-        kind = "a nested tensor: pack it, with cu_seqlens" if value.is_nested else f"layout {value.layout}"
-        raise TypeError(f"{name} must be a dense tensor, got {kind}")
+    check_layout(name, value)
     check_whole(name, value)
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} must be one of {', '.join(map(name_of, DTYPES))}, got {name_of(value.dtype)}")

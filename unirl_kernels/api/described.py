@@ -1,10 +1,16 @@
-"""Arguments as text. The texts of two ranks are equal if and only if their arguments are."""
+"""Arguments as text, to compare those of two ranks.
+
+Equal arguments have equal texts. Different ones have different texts, except for private attributes, and for objects
+that a function reads from its module.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
+from enum import Enum
+from functools import partial
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -66,9 +72,11 @@ def _program(loss: Loss, values: bool) -> list[str] | None:
 
 
 def _lines(path: str, value: Any, values: bool, depth: int) -> Iterator[str]:
-    if isinstance(value, str | bool | torch.dtype | None):
+    if type(value).__module__ == "numpy":
+        value = torch.as_tensor(value)
+    if isinstance(value, str | bool | torch.dtype | Enum | None):
         yield f"{path}={value!r}"
-    elif isinstance(value, int | float):
+    elif isinstance(value, int | float | complex):
         yield f"{path}={value!r}" if values else f"{path}={type(value).__name__}"
     elif isinstance(value, Tensor):
         yield f"{path}={_tensor(value, values)}"
@@ -87,15 +95,31 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f".{key}", value[key]) for key in sorted(value, key=str))
     elif isinstance(value, list | tuple):
         yield from ((f"[{k}]", part) for k, part in enumerate(value))
+    elif isinstance(value, Set):
+        yield from ((f"[{k}]", part) for k, part in enumerate(sorted(value, key=repr)))
+    elif isinstance(value, partial):
+        yield from ((".func", value.func), (".args", value.args), (".keywords", value.keywords))
     elif isinstance(value, FunctionType):
-        yield "()", str(hash_of(_code(value.__code__)))
-        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+        code = value.__code__
+        yield "()", str(hash_of(_code(code)))
+        for name, cell in zip(code.co_freevars, value.__closure__ or (), strict=True):
             yield f".{name}", cell.cell_contents
         yield from ((f".default[{k}]", part) for k, part in enumerate(value.__defaults__ or ()))
+        yield from ((f".default.{name}", part) for name, part in sorted((value.__kwdefaults__ or {}).items()))
+        numbers = {name: value.__globals__.get(name) for name in code.co_names}
+        yield from ((f".{name}", x) for name, x in numbers.items() if isinstance(x, str | int | float | complex))
     elif dataclasses.is_dataclass(value):
         yield from ((f".{f.name}", getattr(value, f.name)) for f in dataclasses.fields(value))
-    elif hasattr(value, "__dict__") and not isinstance(value, type):
-        yield from ((f".{name}", part) for name, part in sorted(vars(value).items()) if not name.startswith("_"))
+    elif not isinstance(value, type):
+        names = {*getattr(value, "__dict__", ()), *_slots(type(value))}
+        found = {name: getattr(value, name) for name in names if not name.startswith("_") and hasattr(value, name)}
+        yield from ((f".{name}", part) for name, part in sorted(found.items()))
+
+
+def _slots(kind: type) -> Iterator[str]:
+    for cls in kind.__mro__:
+        slots = vars(cls).get("__slots__", ())
+        yield from (slots,) if isinstance(slots, str) else slots
 
 
 def _code(code: CodeType) -> Iterator[str]:
@@ -104,7 +128,9 @@ def _code(code: CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _code(constant)
-        elif isinstance(constant, str | int | float | None):
+        elif isinstance(constant, frozenset):
+            yield repr(sorted(constant, key=repr))
+        else:
             yield repr(constant)
 
 

@@ -13,6 +13,7 @@ from unirl_kernels.api.dtensors import shard_of_head
 from unirl_kernels.api.rows import readout_args, sweep_args
 from unirl_kernels.backends.groups import ReadoutArgs, row_dtype
 from unirl_kernels.head import Head
+from unirl_kernels.head.chunks import rows_per_chunk
 from unirl_kernels.operators.linear import HeadArgs, SweepArgs, Wanted
 from unirl_kernels.operators.shards import ShardArgs
 from unirl_kernels.ranks.collectives import Gathered
@@ -46,6 +47,8 @@ def checked_head(head: HeadArgs, given: Given) -> CheckedHead:
 
     own = {"hidden": shard.hidden, "operand": _kind_of(head)}
     found, of_shard, row_bytes = agreed(shard, head.hidden, given, own, check, waits=True)
+    if row_bytes:  # else compiled code
+        rows_per_chunk(row_bytes, head.hidden.device, found[1].max_chunk_bytes)  # raise on all ranks
     used = head
     if shard.parts > 1:
         used = used._replace(hidden=_gathered(head.hidden, shard))

@@ -15,6 +15,7 @@ from unirl_kernels.batch import Batch
 from unirl_kernels.checks import has_values
 from unirl_kernels.head import ComposedLinear, Composition, Head, by_units, rows_per_chunk
 from unirl_kernels.objectives import Loss, Tokens
+from unirl_kernels.operators.autograd import has_tangent
 from unirl_kernels.operators.linear import LINEAR_OBSERVATIONS, LINEAR_STATISTICS, HeadArgs
 from unirl_kernels.operators.linear_autograd import LinearStatistics, OnePassLinear
 from unirl_kernels.plan import Plan
@@ -229,7 +230,8 @@ def _in_chunks(checked: CheckedHead, batch: Batch, loss: Loss, observes: bool) -
     # torch.compile cannot trace an objective inside an autograd function. Without values the lengths are unknown.
     if not any(wanted_of(head)) or torch.compiler.is_compiling() or not has_values(head.hidden):
         return None
-    if any(x.requires_grad for x in batch.fields.values()):  # their gradients need the whole loss under autograd
+    # Gradients of fields need the whole loss under autograd.
+    if any(x.requires_grad or has_tangent(x) for x in batch.given().values()):
         return None
     if row_bytes is None:
         row_bytes = Head.of(head, sweep).matmuls.row_bytes

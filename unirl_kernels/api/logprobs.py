@@ -10,7 +10,7 @@ from torch import Tensor
 from unirl_kernels.api.arguments import check_input, check_kind
 from unirl_kernels.api.linear import linear_token_stats
 from unirl_kernels.api.logits import token_stats
-from unirl_kernels.checks import name_of
+from unirl_kernels.checks import check_layout, name_of
 from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout
 
@@ -116,6 +116,7 @@ def _check_labels(name: str, rows: Tensor, labels: object) -> None:
         raise TypeError(f"labels must be an integer tensor, got {type(labels).__name__}")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"labels must be an integer tensor, got {name_of(labels.dtype)}")
+    check_layout("labels", labels)
     if rows.dim() == 0 or rows.shape[-1] == 0:
         raise ValueError(f"{name} must have at least one column, got shape {tuple(rows.shape)}")
     if labels.shape != rows.shape[:-1]:

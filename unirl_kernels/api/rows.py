@@ -8,8 +8,9 @@ from torch import Tensor
 from unirl_kernels.backends import choose
 from unirl_kernels.backends.groups import ProgramArgs, ReadoutArgs
 from unirl_kernels.batch import Batch
-from unirl_kernels.checks import check_device, check_memory, name_of
+from unirl_kernels.checks import check_device, check_memory, name_of, readable
 from unirl_kernels.objectives import Loss
+from unirl_kernels.operators.autograd import refuse_forward_mode
 from unirl_kernels.operators.linear import SweepArgs
 from unirl_kernels.plan import Plan
 from unirl_kernels.readout import Readout
@@ -27,7 +28,7 @@ def readout_args(readout: Readout, target: Tensor, dtype: torch.dtype, batch: Ba
     """A readout in the form that operators take, for rows of ``dtype``.
 
     Raises:
-        ValueError: when a temperature has another shape than [S] or target's, or is on another device.
+        ValueError: when a temperature has another shape than [S] or target's, could be either, or is on another device.
     """
     temperature = readout.temperature
     if not isinstance(temperature, Tensor):
@@ -37,7 +38,13 @@ def readout_args(readout: Readout, target: Tensor, dtype: torch.dtype, batch: Ba
             return ReadoutArgs(readout.scale, readout.softcap, 1.0, per_row(rows))
         return ReadoutArgs(readout.scale, readout.softcap, float(temperature), None)
     check_memory("temperature", temperature)
+    refuse_forward_mode(temperature)
     check_device("temperature", temperature, target.device, "target")
+    if batch is not None and not batch.shapes_tell:
+        raise ValueError(
+            f"temperature is ambiguous: target has {batch.n_sequences} tokens in as many sequences, some of them "
+            "empty; give a number, or leave out the empty sequences"
+        )
     if temperature.shape != target.shape:
         sequences = target.shape[:1] if batch is None else (batch.n_sequences,)
         if temperature.shape != sequences or (batch is None and target.dim() == 1):
@@ -74,15 +81,24 @@ def _exact(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     """A field in the rows' dtype.
 
     Raises:
-        ValueError: for a field that requires a gradient, and for an integer that would be rounded. On an accelerator,
-            reading values would wait for the device; there such integers become NaN.
+        ValueError: for a field that requires a gradient, an integer that would be rounded, and a number that would
+            become infinite. On an accelerator, reading values would wait for the device; there such integers become
+            NaN.
     """
     if value.requires_grad:
         raise ValueError(
             f"fields[{name!r}] must not require a gradient in a one-pass kernel, which does not compute it: detach "
             "it, or use Plan(kernel='composed')"
         )
+    refuse_forward_mode(value)
     largest = EXACT_INTEGERS[dtype]
+    if value.dtype == torch.float64 != dtype and readable(value):
+        outside = value.isfinite() & value.to(dtype).isinf()
+        if bool(outside.any()):
+            raise ValueError(
+                f"fields[{name!r}] must be in the range of {name_of(dtype)} in a one-pass kernel, got "
+                f"{value[outside].flatten()[0].item():.3g}"
+            )
     if value.is_floating_point() or value.dtype == torch.bool or torch.iinfo(value.dtype).max <= largest:
         return value.to(dtype)
     # As int64, since the bound would wrap around in a narrower dtype.
@@ -112,7 +128,6 @@ def _operand_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch
         return torch.get_autocast_dtype(hidden.device.type)
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None and value.dtype != hidden.dtype:
-            raise ValueError(
-                f"{name} must be {name_of(hidden.dtype)} like hidden unless autocast is on, got {name_of(value.dtype)}"
-            )
+            unless = "" if autocast else " unless autocast is on"
+            raise ValueError(f"{name} must be {name_of(hidden.dtype)} like hidden{unless}, got {name_of(value.dtype)}")
     return hidden.dtype

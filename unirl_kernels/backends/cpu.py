@@ -64,7 +64,7 @@ def _cache_bytes() -> int:
     text = os.environ.get("UNIRL_CPU_CACHE_BYTES", str(CACHE_BYTES))
     if not text.isdecimal():
         raise ValueError(f"UNIRL_CPU_CACHE_BYTES must be a number of bytes, got {text!r}")
-    return int(text)
+    return min(int(text), sys.maxsize)
 
 
 _rows = RowKernels(_native)

@@ -163,7 +163,7 @@ def by_units(batch: Batch, scope: str, most: int) -> list[Part] | None:
         return None
     lengths = batch.lengths.tolist()
     if scope == "pair":
-        chosen, rejected = batch.split_pairs(torch.arange(batch.n_sequences))
+        chosen, rejected = batch.split_pairs(torch.arange(batch.n_sequences, device="cpu"))
         units = torch.stack([chosen, rejected], 1).tolist()
     elif scope == "sequence":
         units = [[s] for s in range(len(lengths))]
@@ -179,7 +179,7 @@ def _part(batch: Batch, scope: str, units: Sequence[Sequence[int]], span: tuple[
     members = units[slice(*span)]
     # For pairs in halves: the chosen ones first, then the rejected ones.
     columns = zip(*members, strict=True) if scope == "pair" and batch.pairs == "halves" else members
-    sequences = torch.tensor([s for column in columns for s in column], device=batch.target.device)
+    sequences = torch.tensor([s for column in columns for s in column], dtype=torch.int64, device=batch.target.device)
     positions, _ = batch.positions_of(sequences)
     own = batch.sequences(sequences)
     counted = positions[own.valid]

@@ -44,7 +44,8 @@ class ComposedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, composition: Composition, sweep: SweepArgs
     ) -> tuple[Tensor, ...]:
-        head = HeadArgs(hidden, weight, bias)
+        # Operators resolve the bit of torch._neg_view, but here kernels are called without them.
+        head = HeadArgs(hidden.resolve_neg(), weight.resolve_neg(), None if bias is None else bias.resolve_neg())
         with torch.autocast(hidden.device.type, enabled=False):
             loss, found, gradients = _composed(head, composition, sweep, Wanted(*ctx.needs_input_grad[:3]))
         keep(ctx, head, gradients, sweep.backend)

@@ -165,7 +165,7 @@ def sweep_chunks(
     of_hidden.finish()
     if not groups:
         d_weight.zero_()
-    d_bias = d_bias if head.bias is None else d_bias.to(kept_dtype(head.bias))
+    d_bias = d_bias.to(kept_dtype(head.weight if head.bias is None else head.bias))
     return HeadGradients(d_hidden, d_weight.to(kept_dtype(head.weight)), d_bias)
 
 

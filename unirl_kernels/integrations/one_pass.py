@@ -104,11 +104,6 @@ class ScoredTokens:
         scored = mask != 0
         self._at = scored.reshape(-1).nonzero().squeeze(-1)  # once, since this waits for an accelerator
         self.lengths = scored.sum(1, dtype=torch.int32)
-        if len(self._at) == len(self.lengths) and bool((self.lengths != 1).any()):
-            raise ValueError(
-                f"the micro-batch has {len(self._at)} scored tokens in as many sequences, some of them empty: a value "
-                "per sequence could be one per token; leave out the empty sequences"
-            )
 
     @property
     def ends(self) -> Tensor:

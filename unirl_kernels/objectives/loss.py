@@ -76,10 +76,11 @@ class Loss:
     Losses can be added and multiplied by a number or a 0-dim tensor. Each term of a sum keeps its aggregation. Terms of
     token scope run in one pass together.
 
-    The objective is traced when the loss is made. If it reads a number from outside and the number changes later, the
-    loss does not change: make a new loss. That takes a fraction of a millisecond and compiles nothing. A loss may also
-    be made inside a compiled function (torch.compile); numbers that change are then variables of its graph. The scope
-    is not checked there, since compiled code never cuts a batch into chunks.
+    The objective is traced when the loss is made, which takes a fraction of a millisecond and compiles nothing. If it
+    reads a number from outside and the number changes later, make a new loss: one-pass kernels go on with the old
+    number, and calls without a gradient read the new one. A loss may also be made inside a compiled function
+    (torch.compile); numbers that change are then variables of its graph. The scope is not checked there, since compiled
+    code never cuts a batch into chunks.
 
     Args:
         objective: the objective.
@@ -218,7 +219,10 @@ class Loss:
                 )
 
     def params(self, batch: Batch, dtype: torch.dtype) -> Tensor:
-        """[n_params] float64: the program's parameters for rows in ``dtype`` of a batch, on its device."""
+        """[n_params] float64: the program's parameters for rows in ``dtype`` of a batch, on its device.
+
+        Rounded to fp32 unless rows are fp64, as PyTorch rounds numbers: a field with 0.1 is then equal to 0.1.
+        """
         traced, device = self.traced(batch.on_policy), batch.target.device
         params = traced.params
         if traced.graph.limits:
@@ -227,9 +231,9 @@ class Loss:
             kept = None if traced.graph.limits else self._params
             # Without waiting for the device: a copy from pageable memory is staged before the call returns.
             copy = None if kept is None else kept[int(batch.on_policy)].to(device, non_blocking=True)
-            return _compiled(params, device) if copy is None else copy
+            return _rounded(_compiled(params, device) if copy is None else copy, dtype)
         # Do not cache tensors made in FakeTensorMode.
-        return _on_device(params, device) if has_values(batch.target) else _tensor(params).to(device)
+        return _on_device(params, device, dtype) if has_values(batch.target) else _tensor(params).to(device)
 
     def composed(self, tokens: Tokens, weights: Sequence[Tensor]) -> Tensor:
         """The loss as plain PyTorch, 0-dim: the sum of its terms, each with its weights (see ``Term.composed``)."""
@@ -320,5 +324,10 @@ def _compiled(params: tuple[float, ...], device: torch.device) -> Tensor:
 
 # Cached: a CUDA graph cannot record a copy from pageable memory, and a tensor that it recorded must stay alive.
 @lru_cache(maxsize=4096)
-def _on_device(params: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(params, dtype=torch.float64, device=device)
+def _on_device(params: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    return _rounded(_tensor(params), dtype).to(device)
+
+
+def _rounded(params: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp64 parameters, rounded to the dtype of the rows."""
+    return params if dtype == torch.float64 else params.float().double()

@@ -28,7 +28,7 @@ SCOPES = ("token", "sequence", "pair", "batch")
 
 Objective = Callable[[Any], Any]
 
-LENGTHS = torch.tensor([3, 2, 4, 2])
+LENGTHS = torch.tensor([3, 2, 4, 2], device="cpu")
 """Tokens of the synthetic sequences; the second token of all is ignored."""
 
 IGNORED = 1
@@ -105,8 +105,8 @@ def _no_hooks() -> AbstractContextManager[None]:
 
 @contextmanager
 def _no_modes() -> Iterator[None]:
-    """Leave the caller's FakeTensorMode and torch.func: the result is cached for other calls."""
-    with _disable_current_modes(), temporarily_clear_interpreter_stack():
+    """Leave the caller's FakeTensorMode, torch.func and default device: the result is cached for other calls."""
+    with _disable_current_modes(), temporarily_clear_interpreter_stack(), torch.device("cpu"):
         yield
 
 
@@ -143,20 +143,25 @@ def _sequences(*indices: int, units: tuple[int, ...] | None = None) -> Part:
     return Part(tokens, LENGTHS[at], at, tokens if units is None else torch.tensor(units))
 
 
-PARTS = {
-    # Cut inside a sequence: the third one has one token before the cut and three after it.
-    "token": (
-        _sequences(0, 1, 2, 3),
-        Part(torch.arange(6), torch.tensor([3, 2, 1]), torch.tensor([0, 1, 2]), torch.arange(6)),
-        Part(torch.arange(6, 11), torch.tensor([3, 2]), torch.tensor([2, 3]), torch.arange(6, 11)),
-    ),
-    "sequence": (_sequences(0, 1, 2, 3), _sequences(0, 1), _sequences(2, 3)),
-    "pair": (
-        _sequences(0, 1, 2, 3, units=(0, 1)),
-        _sequences(0, 2, units=(0,)),
-        _sequences(1, 3, units=(1,)),
-    ),
-}
+def _parts() -> dict[str, tuple[Part, ...]]:
+    return {
+        # Cut inside a sequence: the third one has one token before the cut and three after it.
+        "token": (
+            _sequences(0, 1, 2, 3),
+            Part(torch.arange(6), torch.tensor([3, 2, 1]), torch.tensor([0, 1, 2]), torch.arange(6)),
+            Part(torch.arange(6, 11), torch.tensor([3, 2]), torch.tensor([2, 3]), torch.arange(6, 11)),
+        ),
+        "sequence": (_sequences(0, 1, 2, 3), _sequences(0, 1), _sequences(2, 3)),
+        "pair": (
+            _sequences(0, 1, 2, 3, units=(0, 1)),
+            _sequences(0, 2, units=(0,)),
+            _sequences(1, 3, units=(1,)),
+        ),
+    }
+
+
+with torch.device("cpu"):  # not the default device of who imports this
+    PARTS = _parts()
 """The whole synthetic batch and its parts, by scope."""
 
 

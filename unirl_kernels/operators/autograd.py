@@ -31,11 +31,16 @@ def refuse_double_backward() -> None:
         )
 
 
+def has_tangent(x: Tensor | None) -> bool:
+    """Whether a tensor has a tangent of forward-mode AD. Inside the forward of an autograd function none has."""
+    if x is None or torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level < 0:
+        return False
+    return torch.autograd.forward_ad.unpack_dual(x).tangent is not None
+
+
 def refuse_forward_mode(*inputs: Tensor | None) -> None:
-    """Raise if a tangent of forward-mode AD would be dropped silently."""
-    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level < 0:
-        return
-    if any(x is not None and torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+    """Raise if a tangent of forward-mode AD would be dropped."""
+    if any(map(has_tangent, inputs)):
         raise NotImplementedError("unirl_kernels has no forward-mode gradient (torch.func.jvp): use backward")
 
 
@@ -43,10 +48,26 @@ def scaled(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
     """gradient * factor. In place, unless the graph is kept for another backward that needs the gradient again."""
     refuse_double_backward()
     traced = type(gradient) is not Tensor or torch.compiler.is_compiling()
-    if traced or torch._C._autograd._get_current_graph_task_keep_graph():
+    # A batch of upstream gradients (is_grads_batched) is one tensor, which only PyTorch's operators know.
+    if traced or torch._C._functorch.is_legacy_batchedtensor(factor):
+        return gradient * factor
+    if torch._C._autograd._get_current_graph_task_keep_graph():
         return gradient * factor
     rows.scale_(gradient, factor, backend)
     return gradient
+
+
+def refuse_cached_logits() -> None:
+    """Raise under selective activation checkpointing: it keeps the memory of matmuls' results for the backward, and
+    does not notice that the logits are overwritten there."""
+    if torch.compiler.is_compiling():
+        return
+    modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    if any(type(mode).__name__ == "_CachingTorchDispatchMode" for mode in modes):
+        raise RuntimeError(
+            "overwrite_logits=True must not be used inside of selective activation checkpointing, which may keep the "
+            "logits: set it to False, or compute the loss outside"
+        )
 
 
 def of_stats(d_logp: Tensor | None, d_entropy: Tensor | None, d_lse: Tensor | None) -> RowGradients:
@@ -63,7 +84,8 @@ def overwrite(logits: Tensor, write: Callable[[Tensor], Result]) -> Result:
     """Call ``write`` to put a gradient into the memory of the logits. The logits, and the tensor that they are a view
     of, become empty, so that using them fails instead of reading a gradient.
 
-    If ``write`` raises, they get their memory back. If it is interrupted, they stay empty, since it may have written.
+    If ``write`` raises, which it does before it writes, they get their memory back. If it is interrupted, they stay
+    empty, since it may have written.
     """
     # .data, so that the gradient does not share the version counter of the logits, which is incremented below.
     memory = logits.data
@@ -157,14 +179,14 @@ def saved_rows(ctx: Any) -> tuple[Any, ...]:
         if "modified by an inplace operation" not in str(error):
             raise
         raise RuntimeError(
-            "logits have changed since the forward: overwrite_logits=True wrote their gradient there (it allows one "
-            "use of the logits and one backward), or another operation changed them in place"
+            "logits, target or temperature have changed since the forward: overwrite_logits=True wrote their gradient "
+            "there (it allows one use of the logits and one backward), or another operation changed one in place"
         ) from error
 
 
 class OnePass(torch.autograd.Function):
     """Loss, logp, entropy, lse of ``fused_loss``. The forward computes the gradient in the same pass. The backward
-    may scale it in place, since no other object holds it."""
+    may scale it in place: only a hook of saved tensors could hold it, too."""
 
     @staticmethod
     def forward(
@@ -180,6 +202,7 @@ class OnePass(torch.autograd.Function):
         refuse_forward_mode(logits)
         arguments = (target, readout, program, backend, kernel)
         if overwrites:
+            refuse_cached_logits()
 
             def write(memory: Tensor) -> tuple[Tensor, RowStats, Tensor]:
                 return *rows.fused_loss_(as_3d(memory), *arguments), memory

@@ -65,7 +65,7 @@ class LinearStatistics(torch.autograd.Function):
 
 class OnePassLinear(torch.autograd.Function):
     """Loss, logp, entropy, lse of ``fused_linear_loss``. The forward computes the gradients in the same pass. The
-    backward may scale them in place, since no other object holds them."""
+    backward may scale them in place: only a hook of saved tensors could hold them, too."""
 
     @staticmethod
     def forward(

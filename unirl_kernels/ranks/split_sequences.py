@@ -14,7 +14,7 @@ REFUSED = -1
 
 def refuse(ranks: Group) -> None:
     """Tell the other ranks, which wait in ``agree``, that this one refuses its batch."""
-    all_gather(torch.tensor([REFUSED, 0]), ranks)
+    all_gather(torch.tensor([REFUSED, 0], device="cpu"), ranks)
 
 
 def agree(n_sequences: int, readings: Mapping[str, str], ranks: Group) -> frozenset[str]:
@@ -22,7 +22,7 @@ def agree(n_sequences: int, readings: Mapping[str, str], ranks: Group) -> frozen
 
     Args:
         n_sequences: of this rank.
-        readings: by field, the result of ``Batch._reading`` on this rank.
+        readings: by field, the result of ``Batch._reading`` on this rank; of fields that may have a value per sequence.
         ranks: the ranks that have parts of the same sequences.
 
     Returns:
@@ -34,7 +34,7 @@ def agree(n_sequences: int, readings: Mapping[str, str], ranks: Group) -> frozen
             sequence on one rank and per token on another.
     """
     doubt = "either" in readings.values()
-    everyone, doubts = all_gather(torch.tensor([n_sequences, doubt]), ranks).T.tolist()
+    everyone, doubts = all_gather(torch.tensor([n_sequences, doubt], device="cpu"), ranks).T.tolist()
     if REFUSED in everyone:
         raise RuntimeError(f"sequence_group: rank {everyone.index(REFUSED)} refuses its batch; its error says why")
     for rank, n in enumerate(everyone):
@@ -56,7 +56,7 @@ def _of_sequences(readings: Mapping[str, str], ranks: Group) -> frozenset[str]:
     told = all_texts("\n".join(f"{name} {reading}" for name, reading in readings.items()), ranks, torch.device("cpu"))
     everyone = [dict(line.split(" ") for line in text.splitlines()) for text in told]
     spread = set()
-    for name in sorted({name for own in everyone for name in own} - {"old_logp", "ref_logp"}):
+    for name in sorted({name for own in everyone for name in own}):
         found = [own.get(name, "all") for own in everyone]
         sure = {reading for reading in found if reading in ("sequence", "token")}
         if len(sure) > 1:
@@ -67,7 +67,7 @@ def _of_sequences(readings: Mapping[str, str], ranks: Group) -> frozenset[str]:
         if not sure and "either" in found:
             raise ValueError(
                 f"{name} is ambiguous: on all ranks of sequence_group target has as many tokens as sequences, some of "
-                "them empty; give target as [B, L]"
+                "them empty; name the fields with a value per sequence: sequence_fields=[...]"
             )
         if sure == {"sequence"}:
             spread.add(name)

@@ -340,3 +340,20 @@ def test_views_of_freed_memory_are_refused(start: int) -> None:
         cpu.token_stats_backward(
             logits, target, IDENTITY, moments, RowGradients(torch.ones(1, 3), None, None), d_logits
         )
+
+
+def test_a_dtype_that_is_not_multiplied_has_no_variant() -> None:
+    with pytest.raises(ValueError, match="matmuls take Float, BFloat16 or Half, not Double"):
+        native.matmul_variant(torch.float64)
+
+
+def test_a_shape_beyond_memory_is_refused() -> None:
+    with pytest.raises(ValueError, match="shape must be that of a tensor in memory"):
+        native.empty([42007935, 439125228929], torch.uint8)
+
+
+def test_any_number_of_bytes_may_be_kept() -> None:
+    code = "import torch; from unirl_kernels.backends import cpu; print(cpu.unavailable(torch.device('cpu')))"
+    environment = os.environ | {"UNIRL_CPU_CACHE_BYTES": "9" * 30}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
+    assert result.stdout.strip() == "None", result.stderr

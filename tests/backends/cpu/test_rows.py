@@ -225,3 +225,25 @@ def test_more_than_two_to_the_31_logits() -> None:
     fields = fields_of(few, columns)
     for x, y in zip(fused(few, columns, fields), fused(far, columns, fields, far), strict=True):
         assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1, 0x7F800001], ids=hex)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_nan_stays_nan_whatever_its_bits(dtype: torch.dtype, bits: int) -> None:
+    """0x7fffffff is what a GPU computes; adding to it in order to round would make it -0."""
+    nan = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    logits, target = rows_of(dtype, 4, 100)
+    fields = fields_of(logits, target)
+    for at in range(len(fields)):
+        given = fields.float()
+        given[at, 0, 2] = nan
+        d_logits = fused(logits, target, given.to(fields.dtype))[-1]
+        assert d_logits.isnan().any(-1).flatten().tolist() == [False, False, True, False], at
+    moments = cpu.token_stats(logits, target, IDENTITY).moments
+    for at in range(3):
+        upstream = torch.zeros(3, 1, 4)
+        upstream[at, 0, 2] = nan
+        d_logits = torch.empty_like(logits)
+        gradients = RowGradients(*upstream.to(row_dtype(dtype)))
+        cpu.token_stats_backward(logits, target, IDENTITY, moments, gradients, d_logits)
+        assert d_logits.isnan().all(-1).flatten().tolist() == [False, False, True, False], at

@@ -111,19 +111,68 @@ def with_tools(trainer: Any) -> None:
     trainer._generate_and_score_completions = generated
 
 
-def test_output_of_tools_is_left_out(run: Run) -> None:
-    plain, *others = (
-        run("grpo", head, prepare=with_tools)
-        for head in (nullcontext, *(partial(in_orders, itertools.count(1000 * k)) for k in range(ORDERS)))
-    )
+def check_changed(name: str, change: Callable[[Any], None], run: Run, **options: Any) -> None:
+    """Compare runs of a changed trainer. The change shows in what is trained."""
+    heads = (nullcontext, *(partial(in_orders, itertools.count(1000 * k)) for k in range(ORDERS)))
+    own = [run(name, head, prepare=change, **options) for head in heads]
 
     def prepare(trainer: Any) -> None:
-        with_tools(trainer)
+        change(trainer)
         fuse(trainer)
 
-    got = run("grpo", prepare=prepare)
-    assert differences(got, [plain, *others]) == []
-    assert differences(got, [run("grpo")]) != []
+    assert differences(run(name, prepare=prepare, **options), own) == []
+    assert differences(run(name, **options), own) != []
+
+
+def test_output_of_tools_is_left_out(run: Run) -> None:
+    check_changed("grpo", with_tools, run)
+
+
+def with_vllm(trainer: Any) -> None:
+    """As if vLLM had sampled with probabilities of its own."""
+    generate, by_sequence = trainer._generate_and_score_completions, trainer.vllm_importance_sampling_mode
+    weights = torch.Generator().manual_seed(0)
+
+    def generated(*args: Any) -> Any:
+        trainer.use_vllm = False
+        inputs = generate(*args)
+        trainer.use_vllm = True
+        n, length = inputs["completion_ids"].shape
+        shape = (n, 1 if by_sequence.startswith("sequence") else length)
+        inputs["importance_sampling_ratio"] = 0.5 + torch.rand(shape, generator=weights)
+        return inputs
+
+    trainer._generate_and_score_completions = generated
+    trainer.use_vllm = trainer.args.use_vllm = True
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"), [("grpo", "token_truncate"), ("grpo", "sequence_mask"), ("vespo", "token_truncate")]
+)
+def test_weights_of_vllm_are_those_of_the_trainer(kind: str, mode: str, run: Run) -> None:
+    check_changed("grpo", with_vllm, run, loss_type=kind, vllm_importance_sampling_mode=mode)
+
+
+def with_as_many_tokens_as_sequences(trainer: Any) -> None:
+    """As if a micro-batch had as many tokens as sequences, some of them empty."""
+    prepare = trainer._prepare_inputs
+
+    def prepared(inputs: Any) -> Any:
+        inputs = {**prepare(inputs)}
+        mask = inputs["completion_mask"]
+        left = torch.tensor([2, 0, 1, 1])[torch.arange(len(mask)) % 4, None]
+        inputs["completion_mask"] = mask * (mask.cumsum(1) <= left)
+        assert inputs["completion_mask"].sum() == len(mask)
+        if "old_logps" in inputs:
+            inputs["old_logps"] = inputs["old_logps"] * left[:, 0] / mask.sum(1)
+        return inputs
+
+    trainer._prepare_inputs = prepared
+
+
+@pytest.mark.parametrize("name", ["grpo", "grpo-sequences", "rloo", "dpo", "kto"])
+def test_as_many_tokens_as_sequences(name: str, run: Run) -> None:
+    check_changed(name, with_as_many_tokens_as_sequences, run)
 
 
 def without_some(trainer: Any) -> None:
@@ -140,17 +189,7 @@ def without_some(trainer: Any) -> None:
 
 
 def test_masked_completions_add_what_they_add_in_trl(run: Run) -> None:
-    plain, *others = (
-        run("rloo", head, prepare=without_some)
-        for head in (nullcontext, *(partial(in_orders, itertools.count(1000 * k)) for k in range(ORDERS)))
-    )
-
-    def prepare(trainer: Any) -> None:
-        without_some(trainer)
-        fuse(trainer)
-
-    assert differences(run("rloo", prepare=prepare), [plain, *others]) == []
-    assert differences(run("rloo"), [plain, *others]) != []
+    check_changed("rloo", without_some, run)
 
 
 def test_evaluates_and_gives_the_loss_back(run: Run) -> None:

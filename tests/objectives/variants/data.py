@@ -16,6 +16,8 @@ RAGGED = (3, 2, 0, 4, 1, 2)
 """Valid tokens of each sequence: pairs are (0, 3), (1, 4), (2, 5); the third has none."""
 WHOLE = (3, 2, 1, 4, 1, 2)
 """For objectives that are not defined where a sequence has no tokens."""
+AS_MANY = (2, 0, 0, 1, 0, 0)
+"""Packed, with the ignored tokens in front, as many tokens as sequences."""
 
 GROUP = [7, 3, 3, 7, 7, 3]
 RANK = [0, 1, 0, 1, 2, 2]
@@ -42,13 +44,15 @@ class Data:
     def batch(self, names: Sequence[str], packed: bool) -> uk.Batch:
         """A batch with some of the fields, ``name`` or ``name:source``; NaN, which must not matter, where ignored."""
         given = {name.split(":")[0]: self.field(name.split(":")[-1], packed) for name in names}
+        of_sequences = [name.split(":")[0] for name in names if name.split(":")[-1] in self.of_sequences]
         known = {name: given.pop(name) for name in ("advantage", "old_logp", "ref_logp") if name in given}
         target = self.laid_out(self.target, packed, uk.IGNORE)
         ends = None
         if packed:
             sizes = [n + ahead(s) for s, n in enumerate(self.lengths)]
             ends = torch.tensor([0, *torch.tensor(sizes).cumsum(0).tolist()], dtype=torch.int32)
-        return uk.Batch(target, **known, cu_seqlens=ends, fields=given)
+        named = of_sequences if packed and len(target) == len(self.lengths) else None
+        return uk.Batch(target, **known, cu_seqlens=ends, fields=given, sequence_fields=named)
 
     def field(self, name: str, packed: bool) -> Tensor:
         if name in self.of_sequences:

@@ -13,7 +13,7 @@ from unirl_kernels.objectives import Loss
 TRIED = "1.16"
 """The release that these losses reproduce."""
 
-CONFIGS: dict[str, Callable[[Options], Loss]] = {
+CONFIGS: dict[str, Callable[..., Loss]] = {
     "GRPOConfig": policy.grpo,
     "RLOOConfig": policy.rloo,
     "DPOConfig": preference.dpo,
@@ -84,8 +84,13 @@ def loss(config: Any) -> Loss:
     return with_options(config)[0]
 
 
-def with_options(config: Any) -> tuple[Loss, dict[str, Any]]:
-    """``loss(config)``, and the options that determine it, with their values."""
+def with_options(config: Any, **fields: str) -> tuple[Loss, dict[str, Any]]:
+    """``loss(config)``, and the options that determine it, with their values.
+
+    Args:
+        config: the configuration.
+        fields: names of fields with what the trainer has computed; see ``policy.grpo``.
+    """
     check_release("trl", TRIED, TRIED)
     names = [f"{c.__module__}.{c.__name__}" for c in type(config).__mro__ if c.__module__.partition(".")[0] == "trl"]
     name = names[0].rpartition(".")[2] if names else ""
@@ -93,4 +98,4 @@ def with_options(config: Any) -> tuple[Loss, dict[str, Any]]:
         got = names[0] if names else type(config).__name__
         raise TypeError(f"config must be one of {', '.join(CONFIGS)} of TRL, got {got}; build its loss from objectives")
     options = Options(config, name)
-    return CONFIGS[name](options), options.read
+    return CONFIGS[name](options, **fields), options.read

@@ -16,6 +16,9 @@ from unirl_kernels.objectives import Loss
 
 P = ParamSpec("P")
 
+RATIO = "importance_sampling_ratio"
+"""What GRPOTrainer calls its weights of vLLM's samples: [B, L], or [B, 1] at the level of sequences."""
+
 SHARDED = "whose weights or sequences are not whole on a rank; use DistributedDataParallel, or patch()"
 
 
@@ -43,11 +46,14 @@ class OnePassTrainer(ABC):
     OPTIONS: ClassVar[Mapping[str, str]] = {}
     """Attributes that the trainer's own loss reads, with the options from which they are set."""
 
+    GIVEN: ClassVar[Mapping[str, str]] = {}
+    """Arguments of the loss: fields with what the trainer has computed."""
+
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
         self._options: dict[str, Any] = {}
         self._check()
-        self._loss, self._options = with_options(self._config())
+        self._loss, self._options = with_options(self._config(), **self.GIVEN)
 
     def _config(self) -> Any:
         """The configuration of the loss."""
@@ -167,6 +173,8 @@ class OnePassGRPO(OnePassTrainer):
         "use_adaptive_entropy": "use_adaptive_entropy",
     }
 
+    GIVEN: ClassVar = {"rollout_weight": RATIO}
+
     def __init__(self, trainer: Any) -> None:
         super().__init__(trainer)
         self._losses = {1.0: self._loss}
@@ -200,8 +208,11 @@ class OnePassGRPO(OnePassTrainer):
         def batch(targets: Tensor) -> Batch:
             if (tools := given("tool_mask")) is not None:
                 targets = targets.masked_fill(tools == 0, IGNORE)
-            advantages = inputs["advantages"]
-            fields = {}
+            values = {"advantage": inputs["advantages"]}
+            if trainer.use_vllm and trainer.vllm_importance_sampling_correction:
+                values[RATIO] = inputs[RATIO]
+            of_sequences = [name for name, x in values.items() if x.dim() == 1 or x.shape[1] == 1]
+            fields = {name: x.reshape(-1) if name in of_sequences else tokens.packed(x) for name, x in values.items()}
             if (rollout := given("sampling_per_token_logps")) is not None:
                 fields["rollout_logp"] = rollout
             if (count := inputs.get("num_items_in_batch")) is not None:
@@ -212,11 +223,12 @@ class OnePassGRPO(OnePassTrainer):
                 fields["entropy_coef"] = torch.tensor(trainer.entropy_coef if acts else 0.0, device=targets.device)
             return Batch(
                 targets,
-                advantages if advantages.dim() == 1 else tokens.packed(advantages),
+                fields.pop("advantage"),
                 given("old_per_token_logps"),
                 given("ref_per_token_logps") if trainer.beta else None,
                 tokens.ends,
                 fields=fields,
+                sequence_fields=of_sequences,
             )
 
         return batch
@@ -224,11 +236,6 @@ class OnePassGRPO(OnePassTrainer):
     def _check(self) -> None:
         super()._check()
         args = self._trainer.args
-        if args.use_vllm and args.vllm_importance_sampling_correction:
-            import trl
-
-            # The pass computes the weights of the correction itself.
-            self._check_method("_generate_and_score_completions", trl.GRPOTrainer)
         threshold = args.off_policy_mask_threshold
         if threshold is not None and not args.use_vllm and self._trainer.rollout_func is not None:
             raise ValueError(
@@ -263,7 +270,8 @@ class OnePassRLOO(OnePassTrainer):
         tokens = ScoredTokens(inputs["completion_mask"])
 
         def batch(targets: Tensor) -> Batch:
-            return Batch(targets, inputs["advantages"], tokens.at_first(inputs["old_logps"]), None, tokens.ends)
+            old = tokens.at_first(inputs["old_logps"])
+            return Batch(targets, inputs["advantages"], old, None, tokens.ends, sequence_fields=["advantage"])
 
         work = OnePass(self._loss, batch)
         own = self._own(work, model, inputs)

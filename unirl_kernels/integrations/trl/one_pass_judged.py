@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -13,6 +13,24 @@ from torch import Tensor
 from unirl_kernels.batch import Batch
 from unirl_kernels.integrations.one_pass import OnePass, ScoredTokens
 from unirl_kernels.integrations.trl.one_pass import OnePassTrainer
+
+
+def _batch_of(
+    tokens: ScoredTokens, of_sequences: Mapping[str, Tensor], of_all: Mapping[str, Tensor] | None = None
+) -> Callable[[Tensor], Batch]:
+    """Makes the batch of the scored tokens, packed, of their targets.
+
+    Args:
+        tokens: the scored tokens.
+        of_sequences: fields, [S].
+        of_all: fields, [].
+    """
+    fields = {**of_sequences, **(of_all or {})}
+
+    def batch(targets: Tensor) -> Batch:
+        return Batch(targets, cu_seqlens=tokens.ends, fields=fields, sequence_fields=list(of_sequences))
+
+    return batch
 
 
 class OnePassJudged(OnePassTrainer):
@@ -77,9 +95,7 @@ class OnePassDPO(OnePassJudged):
             inputs = {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
         references = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
         tokens = ScoredTokens(inputs["completion_mask"][:, 1:])
-        work = OnePass(
-            self._loss, lambda targets: Batch(targets, cu_seqlens=tokens.ends, fields={"ref_logps": references})
-        )
+        work = OnePass(self._loss, _batch_of(tokens, {"ref_logps": references}))
         with self._references_given():
             own = self._own(work, model, inputs, return_outputs=return_outputs)
         return (work.loss, own[1]) if return_outputs else work.loss
@@ -130,11 +146,11 @@ class OnePassKTO(OnePassJudged):
             inputs = {**inputs, "ref_logps": ref_logps, "ref_KL_logps": ref_kl_logps}
         tokens = ScoredTokens(inputs["completion_mask"][:, 1:])
         label = torch.as_tensor(inputs["label"], device=tokens.lengths.device)
-        fields = {"ref_logps": inputs["ref_logps"], "label": label}
+        of_all = {}
         if trainer.calculate_KL:
             kl = (kl_logps - inputs["ref_KL_logps"]).mean()
-            fields["kl"] = trainer.accelerator.gather_for_metrics(kl).mean()
-        work = OnePass(self._loss, lambda targets: Batch(targets, cu_seqlens=tokens.ends, fields=fields))
+            of_all["kl"] = trainer.accelerator.gather_for_metrics(kl).mean()
+        work = OnePass(self._loss, _batch_of(tokens, {"ref_logps": inputs["ref_logps"], "label": label}, of_all))
         trainer._compute_kl_logps = lambda *_: kl_logps
         try:
             with self._references_given():

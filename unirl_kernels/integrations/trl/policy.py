@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from unirl_kernels.integrations.options import Options
-from unirl_kernels.integrations.rules import Logged, Scored, TokensOfStep, WithField
+from unirl_kernels.integrations.rules import FieldWeight, Logged, Scored, TokensOfStep, WithField
 from unirl_kernels.integrations.trl.logs import CISPOLog, NoLog, SequenceClips, TokenClips, Value, VESPOLog
 from unirl_kernels.objectives import (
     CISPO,
@@ -48,11 +48,19 @@ from unirl_kernels.objectives.compose import Rule
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 """Loss types with PPO's clip."""
 
+ROLLOUT_WEIGHT = "rollout_weight"
+"""The field with the weights of vLLM's samples, where they are computed from ``rollout_logp``."""
+
 LEVELS = {"token": False, "sequence": True}
 
 
-def grpo(options: Options) -> Loss:
-    """The loss of a GRPOConfig; see ``trl.loss``."""
+def grpo(options: Options, rollout_weight: str | None = None) -> Loss:
+    """The loss of a GRPOConfig; see ``trl.loss``.
+
+    Args:
+        options: those of the configuration.
+        rollout_weight: a field with the weights of vLLM's samples; None: they are computed from ``rollout_logp``.
+    """
     check_router_loss(options)
     kind = options.choice("loss_type", {name: name for name in (*CLIPPED, "cispo", "sapo", "vespo")})
     by_sequence = options.choice("importance_sampling_level", LEVELS)
@@ -60,13 +68,15 @@ def grpo(options: Options) -> Loss:
     entropy_mask = _entropy_mask(options)
     corrected = _corrects(options)
 
-    surrogate, log = _surrogate(options, kind, by_sequence)
-    if kind == "vespo" and corrected:
-        surrogate = WithField(surrogate, "rollout_weight", _rollout_rule(options, of_vespo=True))
+    of_rollout = _rollout_rule(options, kind == "vespo") if corrected else None
+
+    surrogate, log = _surrogate(options, kind, by_sequence, rollout_weight)
+    if kind == "vespo" and of_rollout is not None and rollout_weight is None:
+        surrogate = WithField(surrogate, ROLLOUT_WEIGHT, of_rollout)
         log = VESPOLog(surrogate)
     masks: list[Rule] = [*_off_policy_mask(options), *([] if entropy_mask is None else [entropy_mask])]
-    if corrected and kind != "vespo":
-        masks.append(_rollout_rule(options, of_vespo=False))
+    if kind != "vespo" and of_rollout is not None:
+        masks.append(of_rollout if rollout_weight is None else FieldWeight(rollout_weight))
     for mask in masks:
         surrogate = Scaled(surrogate, mask)
     loss = Loss(surrogate if log is None else Logged(surrogate, log), aggregation)
@@ -100,7 +110,9 @@ def _clip(options: Options) -> tuple[float, float]:
     return low, low if high is None else high
 
 
-def _surrogate(options: Options, kind: str, by_sequence: bool) -> tuple[Objective, Rule | None]:
+def _surrogate(
+    options: Options, kind: str, by_sequence: bool, rollout_weight: str | None
+) -> tuple[Objective, Rule | None]:
     """The objective of a loss type, and what it logs."""
     if kind in CLIPPED:
         (low, high), delta = _clip(options), options.optional("delta", AboveOne)
@@ -121,7 +133,7 @@ def _surrogate(options: Options, kind: str, by_sequence: bool) -> tuple[Objectiv
         (options.number(f"vespo_k_{sign}", NonNegative), options.number(f"vespo_lambda_{sign}", NonNegative))
         for sign in ("pos", "neg")
     )
-    weight = "rollout_weight" if _corrects(options) else None
+    weight = (rollout_weight or ROLLOUT_WEIGHT) if _corrects(options) else None
     # TRL keeps the lambdas from 0.
     vespo = VESPO(k_up, max(lambda_up, 1e-4), k_down, max(lambda_down, 1e-4), weight)
     return vespo, VESPOLog(vespo)
