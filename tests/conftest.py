@@ -53,5 +53,11 @@ def _emulated(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _narrow_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small vocabularies have several tiles, too."""
+    monkeypatch.setattr("unirl_kernels.head.statistics.LEAST_COLUMNS", 1)
+
+
+@pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -19,7 +19,8 @@ class Plan:
             backward, which may then run only once. The logits, and the tensor that they are a view of, become empty, so
             that nobody reads a gradient as logits: most functions raise on them, and their sum is 0. Other views and
             ``detach()`` aliases of that memory hold the gradient; so do the logits themselves under ``torch.compile``.
-            Do not use them. Linear heads always overwrite the logits that they compute.
+            Do not use them. Inside of selective activation checkpointing, which may keep the logits, one-pass kernels
+            refuse it. Linear heads always overwrite the logits that they compute.
         max_chunk_bytes: for linear heads, memory for the logits of one chunk of tokens, bytes, > 0; at least one token
             must fit. None: 256 MiB on a CPU, 2.75 GiB on other devices.
 

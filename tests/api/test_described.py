@@ -70,6 +70,27 @@ def of_code(k: float) -> Any:
     return Holds(scope["objective"])
 
 
+class Private:
+    scope = "sequence"
+
+    def __init__(self, factor: float) -> None:
+        self._factor = factor
+
+    def __call__(self, t: Any) -> Any:
+        return self._factor * t.logp
+
+
+class Module(torch.nn.Module):
+    scope = "sequence"
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.register_buffer("factor", torch.tensor(factor))
+
+    def forward(self, t: Any) -> Any:
+        return self.factor * t.logp
+
+
 MAKERS: dict[str, Callable[[float], Any]] = {
     "slots": Slotted,
     "partial": lambda k: Partial(scaled, factor=k),
@@ -82,6 +103,9 @@ MAKERS: dict[str, Callable[[float], Any]] = {
     "numpy array": lambda k: Holds(np.array([k, 2.0])),
     "complex": lambda k: Holds(complex(0, k)),
     "tensor": lambda k: Holds(torch.tensor([k])),
+    "private number": Private,
+    "module": Module,
+    "bound method": lambda k: Holds(Private(k).__call__),
     "nested": lambda k: Holds([{"a": (k,)}]),
 }
 

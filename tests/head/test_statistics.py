@@ -134,7 +134,7 @@ def test_tiles_are_as_wide_as_said(monkeypatch: pytest.MonkeyPatch) -> None:
             patch.setattr(load("cpu"), "matmuls", spy)
             seen.clear()
             stats_of(head, plan)
-        # A bound on memory is first held against what a row of the whole weight takes.
+        # A bound on memory is first held against what a row takes, by one column of the weight.
         widths[tiles] = [shape[0] for shape in seen[plan.max_chunk_bytes is not None :]]
     assert widths == {
         "one": [37],
@@ -143,6 +143,21 @@ def test_tiles_are_as_wide_as_said(monkeypatch: pytest.MonkeyPatch) -> None:
         "one_column": [1] * 37,
         "few_tokens": [12, 12, 12, 1],
     }
+
+
+def test_little_memory_makes_few_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The results for all tiles are kept: as many as columns would take more memory than all logits."""
+    monkeypatch.setattr("unirl_kernels.head.statistics.LEAST_COLUMNS", 1024)
+    hidden, weight, target = torch.randn(6, 4), torch.randn(3000, 4), torch.arange(6)
+    expected = uk.token_stats(hidden @ weight.t(), target)
+    least = load("cpu").matmuls(weight, torch.float32).row_bytes
+    calls: list[int] = []
+    measure = load("cpu").token_stats
+    monkeypatch.setattr(load("cpu"), "token_stats", lambda x, *rest: calls.append(x.numel()) or measure(x, *rest))
+    stats = uk.linear_token_stats(hidden, weight, target, plan=uk.Plan("cpu", max_chunk_bytes=least))
+    assert max(calls) <= least // 4
+    assert len(calls) == 3 * 3  # of 1024 columns, two tokens each
+    torch.testing.assert_close(stats.logp, expected.logp)
 
 
 @pytest.mark.parametrize("tiles", TILES)

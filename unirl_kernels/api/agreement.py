@@ -80,8 +80,9 @@ def agreed(
 
     On a CPU, ranks compare in each call. A cache would be unsafe: if one rank skips the exchange and another does not,
     the exchanges have different sizes, which with gloo gives garbage or ends the process. On an accelerator, comparing
-    waits for the device, so what was compared is cached, without numbers, which change from step to step. Targets are
-    then compared by their hash in the exchange that follows. Compiled code compares only the targets.
+    waits for the device, so what was compared is cached, without numbers, which change from step to step. A rank that
+    then refuses its arguments leaves the others waiting. Targets are compared by their hash in the exchange that
+    follows. Compiled code compares only the targets.
 
     Args:
         shard: the shard.

@@ -20,6 +20,10 @@ from unirl_kernels.readout import Readout
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+MOST_COLUMNS = 2**24
+"""Of a split vocabulary with observations: ranks exchange the argmax as a float."""
+
+
 class Given(NamedTuple):
     """The unchecked arguments that functions on logits and on linear heads share, and the operators that they call."""
 
@@ -189,6 +193,8 @@ def check_split(shard: VocabShard, columns: int, given: Given, device: torch.dev
     choose(device, given.plan.backend, given.plan.kernel)
     if given.of_loss is not None and given.plan.kernel not in (None, COMPOSED):  # no kernel sees a whole row
         raise ValueError(f"kernel must be None or {COMPOSED!r} for a split vocabulary, got {given.plan.kernel!r}")
+    if not given.operators.in_tiles and shard.vocab > MOST_COLUMNS:
+        raise ValueError(f"shard.vocab must be at most {MOST_COLUMNS} for observations, got {shard.vocab}")
     if shard.tiles is None:
         return
     if not given.operators.in_tiles:

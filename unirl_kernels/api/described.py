@@ -1,7 +1,7 @@
 """Arguments as text, to compare those of two ranks.
 
-Equal arguments have equal texts. Different ones have different texts, except for private attributes, and for objects
-that a function reads from its module.
+Equal arguments have equal texts. Different ones have different texts, except for objects in private attributes, and for
+those that a function reads from its module.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Set
 from enum import Enum
 from functools import partial
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -90,7 +90,7 @@ def _lines(path: str, value: Any, values: bool, depth: int) -> Iterator[str]:
 
 
 def _parts(value: Any) -> Iterator[tuple[str, Any]]:
-    """The parts of a value, by name. Attributes that begin with _ are private and left out."""
+    """The parts of a value, by name. Of private attributes, which begin with _, only numbers, texts and tensors."""
     if isinstance(value, Mapping):
         yield from ((f".{key}", value[key]) for key in sorted(value, key=str))
     elif isinstance(value, list | tuple):
@@ -99,6 +99,8 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f"[{k}]", part) for k, part in enumerate(sorted(value, key=repr)))
     elif isinstance(value, partial):
         yield from ((".func", value.func), (".args", value.args), (".keywords", value.keywords))
+    elif isinstance(value, MethodType):
+        yield from ((".self", value.__self__), (".func", value.__func__))
     elif isinstance(value, FunctionType):
         code = value.__code__
         yield "()", str(hash_of(_code(code)))
@@ -112,8 +114,12 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f".{f.name}", getattr(value, f.name)) for f in dataclasses.fields(value))
     elif not isinstance(value, type):
         names = {*getattr(value, "__dict__", ()), *_slots(type(value))}
-        found = {name: getattr(value, name) for name in names if not name.startswith("_") and hasattr(value, name)}
-        yield from ((f".{name}", part) for name, part in sorted(found.items()))
+        if isinstance(value, torch.nn.Module):
+            yield from ((f".{name}", part) for name, part in sorted(value.state_dict().items()))
+        for name in sorted(x for x in names if hasattr(value, x) and not x.startswith("__")):
+            part = getattr(value, name)
+            if not name.startswith("_") or isinstance(part, str | int | float | complex | Tensor):
+                yield f".{name}", part
 
 
 def _slots(kind: type) -> Iterator[str]:

@@ -79,7 +79,7 @@ def _brought(head: HeadArgs, sweep: SweepArgs, shard: VocabShard, given: Given) 
     row_bytes = 0
     if not torch.compiler.is_compiling():
         used = head._replace(weight=head.weight.detach()[: shard.used(columns)], bias=None)
-        row_bytes = Head.of(used, sweep).matmuls.row_bytes
+        row_bytes = Head.of(used, sweep).row_bytes
     wants = sum(2**k * wanted for k, wanted in enumerate(wanted_of(head)))
     return Brought(columns, row_bytes, wants, sweep.max_chunk_bytes)
 

@@ -206,7 +206,7 @@ def observed_linear_loss(
 def _measured(checked: CheckedHead, given: Given) -> list[Tensor]:
     """The results of the operators for each row, in target's shape."""
     head, readout, sweep, shard, sums, _ = checked
-    if shard is not None and sums and head.hidden.requires_grad:
+    if shard is not None and sums and wanted_of(head).hidden:
         hidden = SumGradient.apply(head.hidden, shard.ranks, row_dtype(head.hidden.dtype))
         head = head._replace(hidden=hidden)
     found = LinearStatistics.apply(*head, per_row(given.target), readout, sweep, given.operators, shard)
@@ -234,7 +234,7 @@ def _in_chunks(checked: CheckedHead, batch: Batch, loss: Loss, observes: bool) -
     if any(x.requires_grad or has_tangent(x) for x in batch.given().values()):
         return None
     if row_bytes is None:
-        row_bytes = Head.of(head, sweep).matmuls.row_bytes
+        row_bytes = Head.of(head, sweep).row_bytes
     parts = by_units(batch, loss.scope, rows_per_chunk(row_bytes, head.weight.device, sweep.max_chunk_bytes))
     if parts is None:
         return None

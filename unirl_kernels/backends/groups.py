@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 ELSEWHERE = torch.iinfo(torch.int64).min
-"""Target of a shard's row if another shard holds the target's column. Users cannot pass this number."""
+"""Target of a shard's row if another shard holds the target's column. A user's target is refused on a CPU."""
 
 
 class ReadoutArgs(NamedTuple):

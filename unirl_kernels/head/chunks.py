@@ -152,7 +152,8 @@ class Part:
 
 
 def by_units(batch: Batch, scope: str, most: int) -> list[Part] | None:
-    """Cut the batch into parts of at most ``most`` tokens; None if a unit that must not be cut is longer.
+    """Cut the batch into parts of at most ``most`` tokens; None if a unit that must not be cut is longer, and for
+    sequences that are split over ranks.
 
     Raises:
         ValueError: when a loss of pairs has an odd number of sequences.

@@ -102,7 +102,8 @@ def _stats_backward(
 
 
 def _swept(head: HeadArgs, target: Tensor, sweep: SweepArgs) -> Head:
-    """A head whose gradients are computed."""
+    """A head for a sweep that computes gradients. While a CUDA graph is recorded, the hidden states of ignored tokens
+    are 0."""
     return Head.of(head._replace(hidden=without_ignored(head.hidden, target.reshape(-1))), sweep)
 
 

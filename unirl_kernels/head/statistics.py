@@ -31,6 +31,10 @@ from unirl_kernels.operators.shards import Tiles, moments_of_tiles, tiles_like
 TOKENS_OF_TILE = 1024
 """Enough tokens for a matmul at full speed. The width of a tile takes the rest of the memory."""
 
+LEAST_COLUMNS = 1024
+"""Of a tile, as far as the memory goes; then it has fewer tokens. The results for all tiles are kept until they are
+merged: some ten numbers per token and tile."""
+
 
 def measured_in_tiles(head: Head, target: Tensor, readout: ReadoutArgs) -> Measured:
     """Statistics and moments of all tokens, in target's shape.
@@ -86,7 +90,7 @@ def _chunks(
 
 
 Tile = tuple[Any, range]
-"""The results for a tile, and its columns."""
+"""The results for a tile, without statistics, and its columns."""
 
 
 def _in_tiles(head: Head, target: Tensor, readout: ReadoutArgs, measure: Measure, whole: Measured | Observed) -> None:
@@ -102,8 +106,8 @@ def _tiles(head: Head, target: Tensor, readout: ReadoutArgs, measure: Measure) -
     """The results of a backend function for the tiles of each chunk of tokens."""
     vocab = head.weight.shape[0]
     logits = max(1, head.chunk_bytes // head.row_dtype.itemsize)
-    chunks = evenly(*counted_tokens(target.reshape(-1)), min(TOKENS_OF_TILE, logits))
-    width = min(max(1, logits // TOKENS_OF_TILE), vocab)
+    width = min(max(logits // TOKENS_OF_TILE, min(LEAST_COLUMNS, logits)), vocab)
+    chunks = evenly(*counted_tokens(target.reshape(-1)), min(TOKENS_OF_TILE, logits // width))
     memory = head.empty(max((chunk.n for chunk in chunks), default=0) * width)
     found: list[tuple[Chunk, list[Tile]]] = [(chunk, []) for chunk in chunks]
     # The outer loop is over the vocabulary, so that each part of the weight is converted once.
@@ -114,7 +118,7 @@ def _tiles(head: Head, target: Tensor, readout: ReadoutArgs, measure: Measure) -
             tile = memory[: chunk.n * len(columns)].view(chunk.n, len(columns))
             part.matmuls.logits(chunk.take(part.hidden).to(part.dtype), part.bias, tile)
             at = target_in(chunk.row(target), columns, vocab)
-            tiles.append((measure(tile.unsqueeze(0), at, chunk.rows(readout)), columns))
+            tiles.append((measure(tile.unsqueeze(0), at, chunk.rows(readout))[1:], columns))
     return found
 
 
@@ -125,13 +129,13 @@ def _stacked(groups: Sequence[Any]) -> Any:
 
 def _merged(tiles: Sequence[Tile], readout: ReadoutArgs, vocab: int) -> Measured | Observed:
     """The results for the rows of a chunk, merged from those of its tiles."""
-    moments = [tile.moments for tile, _ in tiles]
+    moments = [tile[0] for tile, _ in tiles]
     kappa = kappa_of(readout, moments[0].top)
     row = merge(_stacked(moments), kappa) if len(tiles) > 1 else moments[0]
     stats = statistics(row, kappa)
-    if isinstance(tiles[0][0], Measured):
+    if len(tiles[0][0]) == 1:
         return Measured(stats, row)
-    seen = [placed(tile.observations, columns.start, len(columns) / vocab) for tile, columns in tiles]
+    seen = [placed(tile[1], columns.start, len(columns) / vocab) for tile, columns in tiles]
     return Observed(stats, row, merge_observations(_stacked(seen), _stacked(moments), row, kappa))
 
 

@@ -55,6 +55,12 @@ class Head:
             return NoColumns(self.weight)
         return self.kernels.matmuls(self.weight, self.dtype)
 
+    @property
+    def row_bytes(self) -> int:
+        """Memory for the logits of one token and their gradient."""
+        # Of one column of the weight: under autocast, matmuls convert theirs.
+        return replace(self, weight=self.weight[:, :1]).matmuls.row_bytes
+
     def columns(self, start: int, stop: int) -> Head:
         """The head of a part of the vocabulary."""
         bias = None if self.bias is None else self.bias[start:stop]
@@ -67,7 +73,7 @@ class Head:
 
     def rows_per_chunk(self) -> int:
         """The number of tokens whose logits and gradient fit the memory of a chunk."""
-        return rows_per_chunk(self.matmuls.row_bytes, self.weight.device, self.max_chunk_bytes)
+        return rows_per_chunk(self.row_bytes, self.weight.device, self.max_chunk_bytes)
 
     def groups(self, target: Tensor) -> list[list[Chunk]]:
         """The valid tokens in chunks that may be cut anywhere, and the chunks in groups, see ``sweep_chunks``."""

@@ -164,7 +164,7 @@ def merged(part: RowMoments | Observed, target: Tensor, readout: ReadoutArgs, sh
         own: list[Tensor] = list(part)
     else:
         seen = placed(part.observations, shard.start, shard.columns / shard.vocab)
-        # As a float it is exact: no vocabulary has 2^24 columns.
+        # A float has all of them: see check_split.
         seen = seen._replace(argmax=seen.argmax.to(seen.largest.dtype))
         own = [x.unsqueeze(0) for x in (*part.moments, *seen)]
     found = exchanged(own, target, shard)
@@ -188,7 +188,6 @@ def _used(values: Sequence[Tensor], target: Tensor) -> list[Tensor]:
 
 def no_columns(target: Tensor, dtype: torch.dtype) -> Observed:
     """The results of a shard without columns."""
-
     (like,) = rows_like(target, dtype, 1)
 
     def full(value: float) -> Tensor:
