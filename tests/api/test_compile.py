@@ -164,3 +164,20 @@ def test_overwritten_logits_of_any_length(make: Callable[[], uk.Loss]) -> None:
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b)
     assert compiled.graphs == 2
+
+
+def test_packed_sequences_of_one_token() -> None:
+    """Compiled code cannot see whether sequences are empty, so ``sequence_fields`` has to say what a field is."""
+    x, target = torch.randn(5, V), torch.arange(5)
+    advantage = torch.linspace(-1, 1, 5)
+
+    def loss(x: Tensor, ends: Tensor, names: Any) -> Tensor:
+        batch = uk.Batch(target, advantage, cu_seqlens=ends, sequence_fields=names)
+        return uk.fused_loss(x, batch, uk.rft()).loss
+
+    for ends, names in ((torch.arange(6), []), (torch.tensor([0, 2, 2, 2, 4, 5]), ["advantage"])):
+        expected = value_and_gradient(loss, x, ends, names)
+        got = value_and_gradient(Compiled(lambda x, ends, names=names: loss(x, ends, names)).function, x, ends)
+        torch.testing.assert_close(got, expected)
+    with pytest.raises(Exception, match=r"advantage is ambiguous: .* in compiled code; name"):
+        Compiled(lambda x, ends: loss(x, ends, None)).function(x, torch.arange(6))

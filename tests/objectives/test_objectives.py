@@ -395,5 +395,25 @@ def test_explain_shows_the_row_the_coefficient_and_the_function() -> None:
         assert words in text, words
     assert "two passes" in str(uk.explain(uk.dpo()))
     assert "sinh" in str(uk.explain(uk.Loss(lambda t: torch.sinh(t.logp))))
-    with pytest.raises(TypeError, match="loss must be a Loss"):
-        uk.explain(Clip())
+    composed = uk.explain(uk.grpo(), plan=uk.Plan(kernel="composed"))
+    assert composed.schedule.startswith("two passes: the plan asks for them")
+    untraced = uk.explain(uk.Loss(lambda t: torch.fft.fft(t.logp).real))
+    assert "only with Plan(kernel='composed')" in untraced.schedule
+    for explanation in (composed, untraced):
+        assert "cpu   cpu     composed" in explanation.backends
+        assert "default" not in explanation.backends
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"loss": Clip()}, "loss must be a Loss, got Clip"),
+        ({"batch": 5}, "batch must be a Batch, got int"),
+        ({"plan": 5}, "plan must be a Plan, got int"),
+        ({"weight": 5}, r"weight must be a tensor \[V, D\], got int"),
+        ({"weight": torch.ones(5)}, r"weight must be a tensor \[V, D\], got shape \(5,\)"),
+    ],
+)
+def test_explain_refuses_other_things(given: dict[str, Any], text: str) -> None:
+    with pytest.raises(TypeError, match=text):
+        uk.explain(**{"loss": uk.sft(), **given})
