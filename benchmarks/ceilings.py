@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def those_that_run(measured: dict[str, Ceiling]) -> dict[str, Ceiling]:
     return found
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", type=Path)
     parser.add_argument("--small", action="store_true", help="on the CPU, to try the command itself")
@@ -73,14 +74,15 @@ def main() -> None:
     device = torch.device("cpu" if options.small else "cuda")
     measured = calls(device, 2**16, (16, 16, 64)) if options.small else calls(device, BYTES, SHAPE)
     rounds = 2 if options.small else ROUNDS
-    measured = those_that_run(measured)
+    asked, measured = len(measured), those_that_run(measured)
     times = interleaved_times({name: call for name, (call, _) in measured.items()}, device, rounds=rounds)
     rates = {name: amount / times[name].median for name, (_, amount) in measured.items()}
     for name, rate in rates.items():
         print(f"{name:<18} {rate / 1e12:8.3f} T{'flop' if 'mm' in name else 'B'}/s", flush=True)
     machine = {**hardware.hardware(device), **hardware.versions()}
     options.file.write_text(json.dumps({"date": hardware.now(), "machine": machine, "per_second": rates}, indent=1))
+    return int(len(measured) < asked)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

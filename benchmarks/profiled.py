@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 import torch
 
@@ -22,21 +23,24 @@ def run(backend: str, kernel: str, device: str, tokens: int, vocab: int) -> None
         logits.grad = None
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kernels", nargs="+", metavar="BACKEND/KERNEL")
     parser.add_argument("--small", action="store_true", help="on the CPU, to try the command itself")
     options = parser.parse_args()
     device, tokens, vocab = ("cpu", 4, 300) if options.small else ("cuda", TOKENS, VOCAB)
+    code = 0
     for name in options.kernels:
         backend, _, kernel = name.partition("/")
         try:
             run(backend, kernel, device, tokens, vocab)
         except RuntimeError as error:  # go on with the next kernel
             print(f"WRONG {name}: {error}".splitlines()[0], flush=True)
+            code = 1
         else:
             print(name, flush=True)
+    return code
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

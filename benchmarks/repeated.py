@@ -1,8 +1,8 @@
 """Whether one-pass kernels give the same bits in every call: ``python -m benchmarks.repeated BACKEND/KERNEL...``.
 
-GRPO with its gradient, in fresh memory and in place, for vocabularies that are split in different ways. A kernel whose
-threads or programs race gives other bits, or NaN, in some of the calls. The first result must be finite, the others
-equal to it.
+GRPO with its gradient, in fresh memory and in place, for vocabularies that are split in different ways; on an
+accelerator also on two streams at once. A kernel whose threads, programs or launches race gives other bits, or NaN, in
+some of the calls. The first result must be finite, the others equal to it.
 """
 
 from __future__ import annotations
@@ -47,10 +47,24 @@ def wrong(logits: Tensor, batch: uk.Batch, plan: uk.Plan, repetitions: int) -> s
         if not x.isfinite().all():
             return f"{name} is not finite"
     for k in range(repetitions):
-        for name, x in results(logits, batch, plan).items():
-            if not torch.equal(x, first[name]):
-                return f"{name} has other bits in repetition {k + 1}"
+        for found in at_once(logits, batch, plan):
+            for name, x in found.items():
+                if not torch.equal(x, first[name]):
+                    return f"{name} has other bits in repetition {k + 1}"
     return ""
+
+
+def at_once(logits: Tensor, batch: uk.Batch, plan: uk.Plan) -> list[dict[str, Tensor]]:
+    """The results of a call, or on an accelerator of one on each of two streams."""
+    if logits.device.type == "cpu":
+        return [results(logits, batch, plan)]
+    torch.cuda.synchronize()
+    found = []
+    for stream in (torch.cuda.Stream(), torch.cuda.Stream()):
+        with torch.cuda.stream(stream):
+            found.append(results(logits, batch, plan))
+    torch.cuda.synchronize()
+    return found
 
 
 def main() -> int:
@@ -67,7 +81,8 @@ def main() -> int:
         for name in options.kernels:
             backend, _, kernel = name.partition("/")
             if reason := uk.backends.unavailable(backend, logits.device):
-                print(f"left out: {name}: {reason}", flush=True)
+                print(f"{'left out:' if options.small else 'WRONG'} {name}: {reason}", flush=True)
+                code |= not options.small
                 continue
             for in_place in (False, True):
                 work = f"{name} V={vocab}{' in place' if in_place else ''}"

@@ -178,7 +178,7 @@ class Batch:
         if isinstance(names, str) or not isinstance(names, Collection):
             got = f"the string {names!r}" if isinstance(names, str) else type(names).__name__
             raise TypeError(f"sequence_fields must be a collection of names, got {got}")
-        allowed = [name for name in ("advantage", *self.fields) if getattr(self, name, self) is not None]
+        allowed = [*self.fields] if self.advantage is None else ["advantage", *self.fields]
         for name in names:
             if name not in allowed:
                 raise ValueError(f"sequence_fields must name fields of this batch, {allowed}, got {name!r}")

@@ -264,12 +264,16 @@ def test_matmuls_into_fp32_round_the_gradient_and_nothing_else(
 
 @pytest.mark.usefixtures("_mixed_matmuls_on_the_cpu")
 @pytest.mark.parametrize("ignored", [False, True])
-@pytest.mark.parametrize(("tokens", "groups"), [(700, 2), (200, 1)])
-def test_two_sizes_of_chunks(tokens: int, groups: int, ignored: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("tokens", "groups", "waves"), [(700, 2, 2), (200, 1, 2), (200, 1, 1)])
+def test_two_sizes_of_chunks(
+    tokens: int, groups: int, waves: int, ignored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Logits in chunks of 128, gradients in groups of up to 512: those of all logits at once, but for their rounding.
 
-    A group that holds all tokens makes d_weight by one matmul into bf16, another adds to fp32.
+    A group that holds all tokens makes d_weight by one matmul into bf16, if that has more than one wave of tiles.
+    Another adds to fp32.
     """
+    monkeypatch.setattr("unirl_kernels.head.sweep.waves", lambda *_: waves)
     torch.manual_seed(0)
     hidden, weight = torch.randn(tokens, 16).bfloat16(), torch.randn(40, 16).bfloat16()
     target = torch.randint(0, 40, (tokens,))
@@ -286,7 +290,7 @@ def test_two_sizes_of_chunks(tokens: int, groups: int, ignored: bool, monkeypatc
 
         def add_d_weight(self, d_logits: Tensor, hidden: Tensor, total: Tensor, first: bool) -> None:
             sizes.append(-len(d_logits))
-            assert total.dtype == (torch.bfloat16 if groups == 1 else torch.float32)
+            assert total.dtype == (torch.bfloat16 if waves > groups else torch.float32)
             self.matmuls.add_d_weight(d_logits, hidden, total, first)
 
     leaves = [x.clone().requires_grad_() for x in (hidden, weight)]

@@ -21,7 +21,7 @@ from unirl_kernels.head.chunks import (
     joined,
     rows_per_chunk,
 )
-from unirl_kernels.head.sizes import Shape, Sizes, multiprocessors, sizes_of
+from unirl_kernels.head.sizes import Shape, Sizes, multiprocessors, sizes_of, waves
 from unirl_kernels.operators.linear import HeadArgs, HeadGradients, SweepArgs, Wanted, kept_dtype
 from unirl_kernels.ranks.collectives import Group, start_all_reduce, wait
 
@@ -180,4 +180,6 @@ def _memory_of_d_weight(head: Head, vocab: int, d: int, groups: int) -> Tensor:
     dtype of the sums over groups."""
     dtype = kept_dtype(head.weight)
     rounded = groups == 1 and head.matmuls.rounds and dtype == head.dtype
+    # A matmul with few tiles may split the tokens over multiprocessors and add the parts in 16 bits.
+    rounded = rounded and waves(vocab, d, multiprocessors(head.weight.device)) > 1
     return head.kernels.empty((vocab, d), dtype if rounded else head.row_dtype, head.weight.device)

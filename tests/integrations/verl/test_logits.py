@@ -146,7 +146,7 @@ def test_logits_that_something_else_needs_are_missed() -> None:
     logits = 1 * x
     entropy = ours.entropy_from_logits(logits)
     logp = ours.logprobs_from_logits(logits, labels)
-    with pytest.raises(RuntimeError, match="logits have changed since the forward"):
+    with pytest.raises(RuntimeError, match="logits, target or temperature have changed since the forward"):
         (logp + entropy).sum().backward()
 
 
