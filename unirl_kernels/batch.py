@@ -218,7 +218,9 @@ class Batch:
     @property
     def shapes_tell(self) -> bool:
         """Whether shapes tell a value per sequence from one per token, or the two are the same."""
-        return tuple(self.target.shape) != (self.n_sequences,) or self._one_token_each
+        if tuple(self.target.shape) != (self.n_sequences,) or self._one_token_each:
+            return True
+        return self._has_one_token_each()
 
     def _has_one_token_each(self) -> bool:
         """Whether each sequence of a packed batch with as many tokens as sequences has one token. Waits for an

@@ -121,6 +121,55 @@ def test_a_number_shows_wherever_it_is_kept(name: str) -> None:
     assert text(1.0) != text(5.0)
 
 
+def nested(k: float) -> Any:
+    scope: dict[str, Any] = {"FACTOR": k}
+    exec("def objective(t):\n    return (lambda x: FACTOR * x)(t.logp)", scope)
+    return Holds(scope["objective"])
+
+
+class Child(torch.nn.Module):
+    def __init__(self, k: float) -> None:
+        super().__init__()
+        self.k = k
+        self.register_buffer("b", torch.tensor(1.0), persistent=False)
+
+
+def with_child(k: float) -> Any:
+    module = Module(1.0)
+    module.child = Child(k)
+    return module
+
+
+def with_buffer(k: float) -> Any:
+    module = with_child(1.0)
+    module.child.b.fill_(k)
+    return module
+
+
+@pytest.mark.parametrize("make", [nested, with_child, with_buffer])
+def test_a_number_inside_shows(make: Callable[[float], Any]) -> None:
+    one, same, other = (compared_lines(uk.Loss(make(k)), values=True) for k in (1.0, 1.0, 5.0))
+    assert one == same != other
+
+
+def of_rank(rank: int) -> Any:
+    """What ranks may differ in."""
+    scope: dict[str, Any] = {"rank": rank, "DEVICE": f"cuda:{rank}", "torch": torch}
+    exec("def objective(t):\n    return t.rank * t.logp * torch.ones(1, device=DEVICE)", scope)
+    held = Holds([scope["objective"], torch, np, np.exp, np.dtype("float32"), np.array([1.0, 2.0])[::-1]])
+    held._rank, held._device, held.objects = rank, f"cuda:{rank}", {object(), object()}
+    held.mode = Identity.OF
+    return held
+
+
+class Identity(enum.Enum):
+    OF = object()
+
+
+def test_ranks_may_differ_in_devices_and_objects() -> None:
+    assert compared_lines(uk.Loss(of_rank(0)), True) == compared_lines(uk.Loss(of_rank(1)), True)
+
+
 def test_named_fields_are_compared() -> None:
     target, x = torch.zeros(2, 2, dtype=torch.int64), torch.ones(2)
     texts = [compared_lines(uk.Batch(target, x, sequence_fields=names), True) for names in (None, ["advantage"])]

@@ -1,17 +1,19 @@
 """Arguments as text, to compare those of two ranks.
 
-Equal arguments have equal texts. Different ones have different texts, except for objects in private attributes, and for
-those that a function reads from its module.
+Equal arguments have equal texts. Different numbers have different texts, wherever an argument holds them. Of private
+attributes only floats and tensors are compared, and of what a function reads from its module only numbers: ranks may
+differ in the rest.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import dis
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Set
 from enum import Enum
 from functools import partial
-from types import CodeType, FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -72,16 +74,20 @@ def _program(loss: Loss, values: bool) -> list[str] | None:
 
 
 def _lines(path: str, value: Any, values: bool, depth: int) -> Iterator[str]:
-    if type(value).__module__ == "numpy":
-        value = torch.as_tensor(value)
-    if isinstance(value, str | bool | torch.dtype | Enum | None):
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, str | bool | torch.dtype | None):
         yield f"{path}={value!r}"
     elif isinstance(value, int | float | complex):
         yield f"{path}={value!r}" if values else f"{path}={type(value).__name__}"
+    elif isinstance(value, Enum):
+        yield f"{path}={type(value).__qualname__}.{value.name}"
     elif isinstance(value, Tensor):
         yield f"{path}={_tensor(value, values)}"
     elif isinstance(value, torch.distributed.ProcessGroup):
         yield f"{path}=group of {value.size()}"  # ranks have different objects
+    elif isinstance(value, ModuleType):
+        yield f"{path}={value.__name__}"
     else:
         yield f"{path}={getattr(value, '__qualname__', type(value).__qualname__)}"
         if depth:
@@ -90,7 +96,7 @@ def _lines(path: str, value: Any, values: bool, depth: int) -> Iterator[str]:
 
 
 def _parts(value: Any) -> Iterator[tuple[str, Any]]:
-    """The parts of a value, by name. Of private attributes, which begin with _, only numbers, texts and tensors."""
+    """The parts of a value, by name. Of private attributes, which begin with _, only floats and tensors."""
     if isinstance(value, Mapping):
         yield from ((f".{key}", value[key]) for key in sorted(value, key=str))
     elif isinstance(value, list | tuple):
@@ -102,24 +108,41 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, MethodType):
         yield from ((".self", value.__self__), (".func", value.__func__))
     elif isinstance(value, FunctionType):
-        code = value.__code__
-        yield "()", str(hash_of(_code(code)))
-        for name, cell in zip(code.co_freevars, value.__closure__ or (), strict=True):
-            yield f".{name}", cell.cell_contents
-        yield from ((f".default[{k}]", part) for k, part in enumerate(value.__defaults__ or ()))
-        yield from ((f".default.{name}", part) for name, part in sorted((value.__kwdefaults__ or {}).items()))
-        numbers = {name: value.__globals__.get(name) for name in code.co_names}
-        yield from ((f".{name}", x) for name, x in numbers.items() if isinstance(x, str | int | float | complex))
+        yield from _of_function(value)
+    elif isinstance(value, torch.nn.Module):
+        own = [*value.named_parameters(recurse=False), *value.named_buffers(recurse=False), *value.named_children()]
+        yield from ((f".{name}", part) for name, part in [*own, *_attributes(value)])
     elif dataclasses.is_dataclass(value):
         yield from ((f".{f.name}", getattr(value, f.name)) for f in dataclasses.fields(value))
     elif not isinstance(value, type):
-        names = {*getattr(value, "__dict__", ()), *_slots(type(value))}
-        if isinstance(value, torch.nn.Module):
-            yield from ((f".{name}", part) for name, part in sorted(value.state_dict().items()))
-        for name in sorted(x for x in names if hasattr(value, x) and not x.startswith("__")):
-            part = getattr(value, name)
-            if not name.startswith("_") or isinstance(part, str | int | float | complex | Tensor):
-                yield f".{name}", part
+        yield from ((f".{name}", part) for name, part in _attributes(value))
+
+
+def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
+    own = getattr(value, "__dict__", {})
+    for name in sorted({*own, *_slots(type(value))}):
+        part = own[name] if name in own else getattr(value, name, None)
+        if not name.startswith("_") or (isinstance(part, float | complex | Tensor) and not name.startswith("__")):
+            yield name, part
+
+
+def _of_function(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    code = function.__code__
+    yield "()", str(hash_of(_code(code)))
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        yield f".{name}", cell.cell_contents
+    yield from ((f".default[{k}]", part) for k, part in enumerate(function.__defaults__ or ()))
+    yield from ((f".default.{name}", part) for name, part in sorted((function.__kwdefaults__ or {}).items()))
+    numbers = {name: function.__globals__.get(name) for name in sorted(set(_globals(code)))}
+    yield from ((f".{name}", x) for name, x in numbers.items() if isinstance(x, int | float | complex))
+
+
+def _globals(code: CodeType) -> Iterator[str]:
+    """Names that a function, or one inside of it, reads from its module."""
+    yield from (of.argval for of in dis.get_instructions(code) if of.opname == "LOAD_GLOBAL")
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _globals(constant)
 
 
 def _slots(kind: type) -> Iterator[str]:

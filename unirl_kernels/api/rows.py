@@ -8,7 +8,7 @@ from torch import Tensor
 from unirl_kernels.backends import choose
 from unirl_kernels.backends.groups import ProgramArgs, ReadoutArgs
 from unirl_kernels.batch import Batch
-from unirl_kernels.checks import check_device, check_memory, name_of, readable
+from unirl_kernels.checks import check_device, check_memory, name_of
 from unirl_kernels.objectives import Loss
 from unirl_kernels.operators.autograd import refuse_forward_mode
 from unirl_kernels.operators.linear import SweepArgs
@@ -81,9 +81,8 @@ def _exact(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     """A field in the rows' dtype.
 
     Raises:
-        ValueError: for a field that requires a gradient, an integer that would be rounded, and a number that would
-            become infinite. On an accelerator, reading values would wait for the device; there such integers become
-            NaN.
+        ValueError: for a field that requires a gradient, and for an integer that would be rounded. On an accelerator,
+            reading values would wait for the device; there such integers become NaN.
     """
     if value.requires_grad:
         raise ValueError(
@@ -92,13 +91,6 @@ def _exact(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
         )
     refuse_forward_mode(value)
     largest = EXACT_INTEGERS[dtype]
-    if value.dtype == torch.float64 != dtype and readable(value):
-        outside = value.isfinite() & value.to(dtype).isinf()
-        if bool(outside.any()):
-            raise ValueError(
-                f"fields[{name!r}] must be in the range of {name_of(dtype)} in a one-pass kernel, got "
-                f"{value[outside].flatten()[0].item():.3g}"
-            )
     if value.is_floating_point() or value.dtype == torch.bool or torch.iinfo(value.dtype).max <= largest:
         return value.to(dtype)
     # As int64, since the bound would wrap around in a narrower dtype.
