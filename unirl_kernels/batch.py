@@ -73,7 +73,7 @@ class Batch:
             pairs are computed: all ranks must make the same calls.
         sequence_fields: names of the fields with a value per sequence, ``advantage`` included; all others have a value
             per token, or one for all. None: the shapes tell. They cannot if a packed batch has as many tokens as
-            sequences, some of them empty.
+            sequences, some of them empty, or any of them in compiled code.
 
     Raises:
         TypeError: when an argument is not a tensor or has a wrong dtype, ``fields`` is not a mapping, or
@@ -226,7 +226,7 @@ class Batch:
         """Whether each sequence of a packed batch with as many tokens as sequences has one token. Waits for an
         accelerator. In compiled code, which cannot decide by values: False."""
         ends = self.cu_seqlens
-        if ends is None or tuple(self.target.shape) != (self.n_sequences,) or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or ends is None or tuple(self.target.shape) != (self.n_sequences,):
             return False
         return not has_values(ends) or not bool((ends.diff() != 1).any())
 

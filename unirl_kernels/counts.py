@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -55,7 +56,8 @@ def global_count(batch: Batch, group: ProcessGroup, of: Literal["tokens", "seque
         own = _count(batch, of)
     except (TypeError, ValueError):
         device = batch.target.device if isinstance(batch, Batch) else torch.device("cpu")
-        all_reduce(torch.full((), torch.nan, dtype=torch.float64, device=device), ranks)  # the others wait for it
+        with suppress(RuntimeError):  # a group may have no backend for this device
+            all_reduce(torch.full((), torch.nan, dtype=torch.float64, device=device), ranks)  # the others wait for it
         raise
     return all_reduce(own, ranks)
 

@@ -1,8 +1,8 @@
 """Arguments as text, to compare those of two ranks.
 
-Equal arguments have equal texts. Different numbers have different texts, wherever an argument holds them. Of private
-attributes only floats and tensors are compared, and of what a function reads from its module only numbers: ranks may
-differ in the rest.
+Equal arguments have equal texts. Different numbers have different texts if they stand in public attributes, items,
+closures, defaults, parameters or buffers. Of private attributes only floats and tensors are compared, and of what a
+function reads from its module only numbers: ranks may differ in the rest.
 """
 
 from __future__ import annotations

@@ -28,7 +28,8 @@ def readout_args(readout: Readout, target: Tensor, dtype: torch.dtype, batch: Ba
     """A readout in the form that operators take, for rows of ``dtype``.
 
     Raises:
-        ValueError: when a temperature has another shape than [S] or target's, could be either, or is on another device.
+        ValueError: when a temperature has another shape than [S] or target's, is on another device, or has a shape that
+            could be either.
     """
     temperature = readout.temperature
     if not isinstance(temperature, Tensor):
@@ -42,8 +43,8 @@ def readout_args(readout: Readout, target: Tensor, dtype: torch.dtype, batch: Ba
     check_device("temperature", temperature, target.device, "target")
     if batch is not None and not batch.shapes_tell:
         raise ValueError(
-            f"temperature is ambiguous: target has {batch.n_sequences} tokens in as many sequences, some of them "
-            "empty; give a number, or leave out the empty sequences"
+            f"temperature must be a number where target has {batch.n_sequences} tokens in as many sequences, some of "
+            f"them empty or in compiled code, got shape {tuple(temperature.shape)}"
         )
     if temperature.shape != target.shape:
         sequences = target.shape[:1] if batch is None else (batch.n_sequences,)

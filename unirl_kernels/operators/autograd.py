@@ -44,12 +44,15 @@ def refuse_forward_mode(*inputs: Tensor | None) -> None:
         raise NotImplementedError("unirl_kernels has no forward-mode gradient (torch.func.jvp): use backward")
 
 
+_is_batched: Callable[[Tensor], bool] = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda _: False)
+
+
 def scaled(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
     """gradient * factor. In place, unless the graph is kept for another backward that needs the gradient again."""
     refuse_double_backward()
     traced = type(gradient) is not Tensor or torch.compiler.is_compiling()
     # A batch of upstream gradients (is_grads_batched) is one tensor, which only PyTorch's operators know.
-    if traced or torch._C._functorch.is_legacy_batchedtensor(factor):
+    if traced or _is_batched(factor):
         return gradient * factor
     if torch._C._autograd._get_current_graph_task_keep_graph():
         return gradient * factor

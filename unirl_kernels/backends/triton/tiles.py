@@ -181,7 +181,7 @@ def store(
 ) -> None:
     """Store a tile's columns below ``size``, a multiple of VECTOR. ``row`` is aligned to a vector of its dtype.
 
-    The stored columns leave the L2 first: nothing reads a gradient soon, and logits are read again.
+    The stored columns leave the L2 first: a gradient is larger than the L2, and logits are read again.
     """
     BYTES: tl.constexpr = row.dtype.element_ty.primitive_bitwidth // 8
     WIDTH: tl.constexpr = TILE.vector * BYTES
