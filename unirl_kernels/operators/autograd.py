@@ -52,9 +52,7 @@ def scaled(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
     refuse_double_backward()
     traced = type(gradient) is not Tensor or torch.compiler.is_compiling()
     # A batch of upstream gradients (is_grads_batched) is one tensor, which only PyTorch's operators know.
-    if traced or _is_batched(factor):
-        return gradient * factor
-    if torch._C._autograd._get_current_graph_task_keep_graph():
+    if traced or _is_batched(factor) or torch._C._autograd._get_current_graph_task_keep_graph():
         return gradient * factor
     rows.scale_(gradient, factor, backend)
     return gradient
